@@ -1,0 +1,64 @@
+"""Launch a Python function on many workers of a Ray cluster, in one torch.distributed group.
+
+import torchrunx_ray as trx
+
+result = trx.launch(train, func_args=("outputs",), hostnames=2, workers_per_host=8)
+result.rank(0)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchrunx_ray.driver.launcher import Launcher, launch
+    from torchrunx_ray.driver.results import LaunchResult
+    from torchrunx_ray.driver.run import Run
+    from torchrunx_ray.driver.session import Session
+    from torchrunx_ray.errors import (
+        AgentFailedError,
+        LaunchError,
+        LaunchTimeoutError,
+        PayloadError,
+        PlacementError,
+        PreloadError,
+        RemoteFailure,
+        WorkerFailedError,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AgentFailedError",
+    "LaunchError",
+    "LaunchResult",
+    "LaunchTimeoutError",
+    "Launcher",
+    "PayloadError",
+    "PlacementError",
+    "PreloadError",
+    "RemoteFailure",
+    "Run",
+    "Session",
+    "WorkerFailedError",
+    "__version__",
+    "launch",
+]
+
+# Loaded on first use: workers import this package, and must not import ray.
+_HOMES = {
+    "Launcher": "torchrunx_ray.driver.launcher",
+    "launch": "torchrunx_ray.driver.launcher",
+    "LaunchResult": "torchrunx_ray.driver.results",
+    "Run": "torchrunx_ray.driver.run",
+    "Session": "torchrunx_ray.driver.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, "torchrunx_ray.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

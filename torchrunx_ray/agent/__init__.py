@@ -1,0 +1,1 @@
+"""Runs once per host, inside the Ray actor; never imports torch."""

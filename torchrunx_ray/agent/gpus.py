@@ -1,0 +1,19 @@
+"""Which GPUs a worker sees, and which of them is its own."""
+
+from collections.abc import Sequence
+
+
+def of_worker(
+    gpu_ids: Sequence[str], gpus_per_worker: float, local_rank: int
+) -> tuple[str, int | None]:
+    """CUDA_VISIBLE_DEVICES, and the index of the worker's first device in it.
+
+    A worker sees all GPUs that the launch holds on its host, as under torchrun; of MIG instances
+    only its own, since CUDA shows one of them to a process. Without GPUs it sees none.
+    """
+    if not gpu_ids:
+        return "", None
+    first = int(local_rank * gpus_per_worker)
+    if any(gpu_id.startswith("MIG-") for gpu_id in gpu_ids):
+        return gpu_ids[first], 0
+    return ",".join(gpu_ids), first

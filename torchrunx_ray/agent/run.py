@@ -1,0 +1,148 @@
+"""One run's share of one host."""
+
+import asyncio
+import os
+import signal
+import socket
+
+from torchrunx_ray.agent import gpus
+from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.template import Template
+from torchrunx_ray.agent.worker import Worker
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.payload import Packed, memory_file
+from torchrunx_ray.wire.ranks import Place
+
+
+class HostRun:
+    """Forks the workers, watches them, and puts `HostEnded` last into the mailbox."""
+
+    def __init__(
+        self,
+        wanted: messages.RunWanted,
+        template: Template,
+        mailbox: Mailbox,
+        listening: socket.socket | None,
+    ) -> None:
+        self._wanted = wanted
+        self._template = template
+        self._mailbox = mailbox
+        self._listening = listening
+        self._workers: dict[int, Worker] = {
+            place.local_rank: Worker(place.local_rank, mailbox) for place in wanted.places
+        }
+        self._forked = 0
+        self._stopping = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
+
+    async def start(self, function: Packed) -> None:
+        """Return once every worker is forked, or the run has ended without."""
+        refused = await self._ready_or_stopped()
+        if refused is not None:
+            self._mailbox.put(refused)
+            self._stopping.set()
+        if self._listening is not None:
+            if not self._stopping.is_set():
+                await self._template.fork_store(self._listening)
+            self._listening.close()
+        function_fd = await asyncio.to_thread(memory_file, function)
+        for place in self._wanted.places:
+            if not self._stopping.is_set():
+                await self._fork(place, function_fd)
+        os.close(function_fd)
+        if self._forked < len(self._workers):
+            self._end_unforked()
+        self._end_if_over()
+
+    async def value(self, local_rank: int) -> Packed | None:
+        return await self._workers[local_rank].value()
+
+    def resume_output(self) -> None:
+        for worker in self._workers.values():
+            worker.resume_output()
+
+    def stop(self, grace_s: float) -> None:
+        """SIGTERM to those without an outcome, SIGKILL to all after the grace; 0: SIGKILL now."""
+        self._stopping.set()
+        if grace_s > 0:
+            self._signal(signal.SIGTERM, only_without_outcome=True)
+            loop = asyncio.get_running_loop()
+            loop.call_later(grace_s, self._signal, signal.SIGKILL)
+        else:
+            self._signal(signal.SIGKILL)
+
+    def has_exited(self, exited: messages.Exited) -> None:
+        """The template reaped a worker or the store."""
+        if exited.local_rank is not None:
+            self._workers[exited.local_rank].ended(exited)
+            self._end_if_over()
+        elif self._ending is None:
+            how = "" if exited.signal is None else f" by signal {exited.signal}"
+            self._fail(f"the process that serves the store (pid {exited.pid}) was ended{how}", "")
+
+    def template_is_gone(self, evidence: str) -> None:
+        """The kernel killed the workers with it; nobody will report them."""
+        if self._ending is None:
+            self._fail("the template process, from which workers are forked, died", evidence)
+            self._stopping.set()
+            if self._forked:
+                self._end_unforked()
+                self._end_if_over()
+
+    async def _ready_or_stopped(self) -> messages.TemplateRefused | None:
+        """Ctrl-C must not wait for an import of torch."""
+        ready = asyncio.ensure_future(self._template.ready())
+        stopped = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        return ready.result() if ready.done() else None
+
+    async def _fork(self, place: Place, function_fd: int) -> None:
+        wanted = self._wanted
+        worker = self._workers[place.local_rank]
+        visible, cuda_device = gpus.of_worker(
+            wanted.gpu_ids, wanted.gpus_per_worker, place.local_rank
+        )
+        variables = place.variables(wanted.master_addr, wanted.master_port, wanted.run_id)
+        pid = await self._template.fork_worker(
+            messages.ForkWorker(
+                place=place,
+                hostname=wanted.hostname,
+                variables={**variables, "CUDA_VISIBLE_DEVICES": visible},
+                backend=wanted.backend,
+                timeout=wanted.timeout,
+                cuda_device=cuda_device,
+            ),
+            [*worker.fds, function_fd],
+        )
+        worker.give_fds_away()
+        if pid is not None:
+            self._forked += 1
+
+    def _signal(self, signum: int, only_without_outcome: bool = False) -> None:
+        living = [
+            worker.local_rank
+            for worker in self._workers.values()
+            if not (worker.has_exited or (only_without_outcome and worker.has_outcome))
+        ]
+        if living and self._ending is None:
+            self._template.signal_workers(living, signum)
+
+    def _end_unforked(self) -> None:
+        """Close the books of workers of which no exit will be reported."""
+        for worker in self._workers.values():
+            if not worker.has_exited:
+                worker.abandon()
+
+    def _end_if_over(self) -> None:
+        if self._ending is None and all(worker.has_exited for worker in self._workers.values()):
+            self._ending = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        if self._forked:
+            await self._template.end_run()
+        self._mailbox.put(messages.HostEnded())
+
+    def _fail(self, what: str, evidence: str) -> None:
+        self._mailbox.put(messages.AgentFailed(now_ns(), what, evidence))

@@ -1,0 +1,101 @@
+"""The agent's hold on one worker: its channel, its output, its outcome."""
+
+import asyncio
+import os
+
+from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.output import Output
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.payload import Packed
+
+
+class Worker:
+    """Turns what one worker says, prints and becomes into events."""
+
+    def __init__(self, local_rank: int, mailbox: Mailbox) -> None:
+        self.local_rank = local_rank
+        self.has_outcome = False
+        self.has_exited = False
+        self._mailbox = mailbox
+        self._loop = asyncio.get_running_loop()
+        self._value: asyncio.Future[Packed | None] = self._loop.create_future()
+        self._channel, self._theirs = Channel.pair()
+        self._channel.set_blocking(False)
+        self._loop.add_reader(self._channel.fileno(), self._listen)
+        stdout, self._stdout_theirs = os.pipe()
+        stderr, self._stderr_theirs = os.pipe()
+        self._stdout = Output(stdout, local_rank, "stdout", mailbox)
+        self._stderr = Output(stderr, local_rank, "stderr", mailbox)
+
+    @property
+    def fds(self) -> list[int]:
+        """The worker's ends, in the order of `ForkWorker`."""
+        return [self._theirs.fileno(), self._stdout_theirs, self._stderr_theirs]
+
+    def give_fds_away(self) -> None:
+        """Keep none of the worker's ends, so that its death closes them; safe to repeat."""
+        if self._theirs.fileno() >= 0:
+            self._theirs.close()
+            os.close(self._stdout_theirs)
+            os.close(self._stderr_theirs)
+
+    async def value(self) -> Packed | None:
+        """What the function returned; None where the worker ended without a value."""
+        return await asyncio.shield(self._value)
+
+    def resume_output(self) -> None:
+        self._stdout.resume()
+        self._stderr.resume()
+
+    def ended(self, exited: messages.Exited) -> None:
+        """It has been reaped and its group killed: what it said before is all there is."""
+        self._close_books()
+        if self.has_outcome:
+            self._mailbox.put(exited)
+        else:
+            self._mailbox.put(messages.Died(exited, self._stderr.last_lines))
+
+    def abandon(self) -> None:
+        """It was never forked, or died with its template: nobody will report its end."""
+        self._close_books()
+
+    def _close_books(self) -> None:
+        self.has_exited = True
+        self.give_fds_away()
+        if self._channel.fileno() >= 0:
+            self._listen()
+        if self._channel.fileno() >= 0:
+            self._hang_up()
+        self._stdout.drain_and_close()
+        self._stderr.drain_and_close()
+        if not self._value.done():
+            self._value.set_result(None)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message, fds = self._channel.receive()
+            except BlockingIOError:
+                return
+            except (EOFError, OSError):
+                # Not its death: that is the exit status, which the template reports.
+                self._hang_up()
+                return
+            match message:
+                case messages.Finished():
+                    self.has_outcome = True
+                    self._value.set_result(Packed.map_file(fds[0]))
+                    os.close(fds[0])
+                    self._mailbox.put(message)
+                case messages.Failed():
+                    self.has_outcome = True
+                    self._mailbox.put(message)
+                case messages.Joined() | messages.Started():
+                    self._mailbox.put(message)
+                case _:
+                    raise TypeError(f"a worker does not send {message!r}")
+
+    def _hang_up(self) -> None:
+        self._loop.remove_reader(self._channel.fileno())
+        self._channel.close()

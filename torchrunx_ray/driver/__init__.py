@@ -1,0 +1,1 @@
+"""Runs where the user is: placement, runs, results."""

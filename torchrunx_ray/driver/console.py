@@ -1,0 +1,50 @@
+"""What workers print, on the driver's own stdout and stderr."""
+
+import asyncio
+import queue
+import sys
+import threading
+
+from torchrunx_ray.wire.messages import Stream
+
+_QUEUED = 64
+"""Chunks that may wait for a slow terminal before the agents are asked for no more."""
+
+
+class Console:
+    """Writes in a thread of its own, so that a slow reader of our output stops only that output."""
+
+    def __init__(self, world_size: int) -> None:
+        self._show_who = world_size > 1
+        self._queue: queue.Queue[tuple[str, Stream, bytes] | None] = queue.Queue()
+        self._room = asyncio.Semaphore(_QUEUED)
+        self._loop = asyncio.get_running_loop()
+        self._done = asyncio.Event()
+        threading.Thread(target=self._write_all, name="torchrunx_ray output", daemon=True).start()
+
+    async def put(self, who: str, stream: Stream, data: bytes) -> None:
+        """Queue whole lines; waits while too much is queued."""
+        await self._room.acquire()
+        self._queue.put((who, stream, data))
+
+    async def drain(self) -> None:
+        """Return when all that was put is written."""
+        self._queue.put(None)
+        await self._done.wait()
+
+    def _write_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                self._write(*item)
+            except (OSError, ValueError):
+                pass  # the driver's stream is closed; the run goes on without it
+            self._loop.call_soon_threadsafe(self._room.release)
+        self._loop.call_soon_threadsafe(self._done.set)
+
+    def _write(self, who: str, stream: Stream, data: bytes) -> None:
+        text = data.decode(errors="backslashreplace")
+        if self._show_who:
+            text = "".join(f"[{who}] {line}" for line in text.splitlines(keepends=True))
+        target = sys.stdout if stream == "stdout" else sys.stderr
+        target.write(text)
+        target.flush()

@@ -1,0 +1,44 @@
+"""The public face: `Launcher` and `launch`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.driver.run import Run
+from torchrunx_ray.driver.session import Session, submit_once
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher(Options):
+    """Launches functions with these options. It holds nothing alive; runs and sessions do."""
+
+    def run(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
+        """Call the function on every worker, and wait for all of them.
+
+        Raises what the first failing worker raised, as the type that it is, or a LaunchError.
+        Either way nothing of the launch is left running.
+        """
+        return self.submit(func, *args, **kwargs).result()
+
+    def submit(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """The same without waiting."""
+        return submit_once(self, func, args, kwargs)
+
+    def session(self) -> Session:
+        """Reserve the hosts for several runs. Waits until there is room."""
+        return Session(self)
+
+
+def launch(
+    func: Callable[..., R],
+    func_args: Sequence[Any] = (),
+    func_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> LaunchResult[R]:
+    """`Launcher(**options).run(func, *func_args, **func_kwargs)`."""
+    return Launcher(**options).run(func, *func_args, **(func_kwargs or {}))

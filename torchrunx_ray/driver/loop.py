@@ -1,0 +1,57 @@
+"""The driver's one background thread, in whose event loop every run of this process lives."""
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def start(coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+    """Run a coroutine in the background; cancelling the future cancels it."""
+    return asyncio.run_coroutine_threadsafe(coroutine, running())
+
+
+async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Await a call that blocks, such as one that asks Ray's head.
+
+    In a daemon thread, unlike asyncio.to_thread, so that one that never returns does not hold
+    the interpreter when the driver ends. When the await is cancelled the call itself goes on.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="torchrunx_ray call", daemon=True).start()
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def running() -> asyncio.AbstractEventLoop:
+    """The loop, in its thread; both start with the first launch."""
+    global _loop
+    with _lock:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=_loop.run_forever, name="torchrunx_ray", daemon=True)
+            thread.start()
+        return _loop
+
+
+def _forget() -> None:
+    """A forked child has the loop but not its thread."""
+    global _loop, _lock
+    _loop, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,84 @@
+"""Which environment variables travel, and how a template's environment is put together."""
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+from torchrunx_ray.wire.ranks import RANK_VARIABLES
+
+DEFAULT_ENV_VARS = (
+    "PATH",
+    "LD_LIBRARY*",
+    "LIBRARY_PATH",
+    "PYTHON*",
+    "CUDA*",
+    "TORCH*",
+    "PYTORCH*",
+    "NCCL*",
+    "GLOO*",
+    "OMP*",
+    "HF_*",
+)
+
+MARK = "TORCHRUNX_RAY_POOL"
+"""Stands in the environment of everything that one agent started, for finding what is left."""
+
+_NEVER_COPIED = ("CUDA_VISIBLE_DEVICES", "RAY_*", MARK, *sorted(RANK_VARIABLES))
+
+_SAME_INTERPRETER_ONLY = ("PATH", "LD_LIBRARY*", "LIBRARY_PATH", "PYTHON*")
+"""A laptop's paths break a container: these go only where the driver's interpreter is too."""
+
+_RAY_FOR_DRIVERS = ("RAY_AUTH_*", "RAY_USAGE_*")
+"""Of what Ray set for the agent, what a function's own `ray.init()` needs as well."""
+
+_RAY_FOR_ITS_WORKERS = ("RAY_*", "SPT_NOENV", "PYTHONBREAKPOINT", "OMP_NUM_THREADS")
+"""What Ray sets for its own worker processes, and children would inherit.
+
+OMP_NUM_THREADS would be the agent's number of CPUs, which is none: one thread for a whole host.
+"""
+
+
+def forbidden(name: str) -> bool:
+    """Whether the launch sets this variable itself, so that nobody may ask for it."""
+    return _matches(name, _NEVER_COPIED)
+
+
+def chosen(environment: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
+    """The driver's variables that travel."""
+    patterns = tuple(patterns)
+    return {
+        name: value
+        for name, value in environment.items()
+        if _matches(name, patterns) and not forbidden(name)
+    }
+
+
+def for_template(
+    agents_own: Mapping[str, str],
+    from_driver: Mapping[str, str],
+    from_file: Mapping[str, str],
+    explicit: Mapping[str, str],
+    *,
+    same_interpreter: bool,
+    one_worker: bool,
+) -> dict[str, str]:
+    """The environment of a host's template, later sources winning over earlier ones."""
+    environment = {
+        name: value
+        for name, value in agents_own.items()
+        if _matches(name, _RAY_FOR_DRIVERS) or not _matches(name, _RAY_FOR_ITS_WORKERS)
+    }
+    environment |= {
+        name: value
+        for name, value in from_driver.items()
+        if same_interpreter or not _matches(name, _SAME_INTERPRETER_ONLY)
+    }
+    environment |= {name: value for name, value in from_file.items() if not forbidden(name)}
+    environment |= explicit
+    if not one_worker:
+        # As torchrun does. It must stand here: OpenMP reads it when torch is loaded.
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

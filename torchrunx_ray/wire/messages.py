@@ -1,0 +1,228 @@
+"""The messages of a launch, by who sends them to whom.
+
+Descriptors that go with a message stand in its docstring, in their order.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torchrunx_ray.wire.ranks import Place
+
+Stream = Literal["stdout", "stderr"]
+StartMethod = Literal["fork", "spawn"]
+
+
+# driver -> agent
+
+
+@dataclass(frozen=True)
+class TemplateWanted:
+    """What a template is made of. Agents are kept and reused by equality of this."""
+
+    driver_variables: tuple[tuple[str, str], ...]
+    explicit_variables: tuple[tuple[str, str], ...]
+    env_file: str | None
+    driver_executable: str
+    driver_cwd: str
+    one_worker: bool
+    preload: tuple[str, ...]
+    start_method: StartMethod
+
+
+@dataclass(frozen=True)
+class RunWanted:
+    """One run's share of one host."""
+
+    run_id: str
+    hostname: str
+    places: tuple[Place, ...]
+    master_addr: str
+    master_port: int
+    backend: str | None
+    timeout: float
+    gpu_ids: tuple[str, ...]
+    gpus_per_worker: float
+
+
+# agent -> driver
+
+
+@dataclass(frozen=True)
+class Met:
+    """Who an agent is. `master_port` where it was asked to listen for the store's clients.
+
+    `problem` says why it cannot serve, None where it can.
+    """
+
+    hostname: str
+    ip: str
+    clock_ns: int
+    master_port: int | None
+    warning: str | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Whole lines that a worker wrote to one of its streams (None: to its template's)."""
+
+    local_rank: int | None
+    stream: Stream
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A worker is gone and has been reaped; `signal` when one killed it."""
+
+    local_rank: int | None
+    pid: int
+    time_ns: int
+    exit_code: int | None
+    signal: int | None
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker exited without an outcome."""
+
+    exited: Exited
+    last_lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AgentFailed:
+    """The host cannot go on: its template, its store or its raylet is gone."""
+
+    time_ns: int
+    what: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class HostEnded:
+    """Every worker of the run is gone, and all that it wrote has been sent."""
+
+
+# worker -> agent
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The worker is in the process group, if the run has one."""
+
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The worker answers SIGUSR2 with its stacks and is about to call the function."""
+
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The function returned. Descriptor: a memory file with the value (agent's only)."""
+
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The function raised, or what it returned cannot travel.
+
+    `exception` is its pickle, which only the driver may load; None where it cannot travel, and
+    `unraisable` says why.
+    """
+
+    local_rank: int
+    pid: int
+    time_ns: int
+    kind: str
+    text: str
+    traceback: str
+    exception: bytes | None
+    unraisable: str
+
+
+# agent -> template
+
+
+@dataclass(frozen=True)
+class TemplateSetup:
+    """First message to a template, before it imports anything heavy."""
+
+    sys_path: tuple[str, ...]
+    variables_to_restore: tuple[tuple[str, str | None], ...]
+    preload: tuple[str, ...]
+    start_method: StartMethod
+
+
+@dataclass(frozen=True)
+class ForkStore:
+    """Serve a TCPStore. Descriptor: the listening socket."""
+
+    port: int
+
+
+@dataclass(frozen=True)
+class ForkWorker:
+    """Become one worker. Descriptors: channel to the agent, stdout, stderr, the function."""
+
+    place: Place
+    hostname: str
+    variables: dict[str, str | None]
+    backend: str | None
+    timeout: float
+    cuda_device: int | None
+
+
+@dataclass(frozen=True)
+class SignalWorkers:
+    """Send a signal to the groups of these workers, where they live."""
+
+    local_ranks: tuple[int, ...]
+    signal: int
+
+
+@dataclass(frozen=True)
+class EndRun:
+    """Leave nothing of the run: kill what lives of it, its store and its strays."""
+
+
+# template -> agent
+
+
+@dataclass(frozen=True)
+class TemplateReady:
+    """The template has imported and can fork."""
+
+
+@dataclass(frozen=True)
+class TemplateRefused:
+    """The template cannot be forked from."""
+
+    problem: str
+    advice: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Forked:
+    """The answer to ForkStore and ForkWorker."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The answer to EndRun: nothing of the run lives."""
+
+
+Event = (
+    Printed | Joined | Started | Finished | Failed | Exited | Died | TemplateRefused | AgentFailed
+    | HostEnded
+)  # fmt: skip
+"""What a poll of an agent brings to the driver."""

@@ -1,0 +1,74 @@
+"""Who is who in a launch: ranks, and the environment variables that tell a worker its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RANK_VARIABLES = frozenset(
+    {
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "ROLE_RANK",
+        "ROLE_WORLD_SIZE",
+        "ROLE_NAME",
+        "NODE_RANK",
+        "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_MAX_RESTARTS",
+        "TORCHELASTIC_RUN_ID",
+    }
+)
+"""Set for every worker by the launch; nobody else may set them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One worker's place in the launch."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    host_index: int
+    hosts: int
+
+    def variables(self, master_addr: str, master_port: int, run_id: str) -> dict[str, str]:
+        """What torchrunx sets, and what scripts written for torchrun read besides."""
+        values = {
+            "RANK": self.rank,
+            "LOCAL_RANK": self.local_rank,
+            "WORLD_SIZE": self.world_size,
+            "LOCAL_WORLD_SIZE": self.local_world_size,
+            "MASTER_ADDR": master_addr,
+            "MASTER_PORT": master_port,
+            "GROUP_RANK": self.host_index,
+            "GROUP_WORLD_SIZE": self.hosts,
+            "ROLE_RANK": self.rank,
+            "ROLE_WORLD_SIZE": self.world_size,
+            "ROLE_NAME": "default",
+            "NODE_RANK": self.host_index,
+            "TORCHELASTIC_RESTART_COUNT": 0,
+            "TORCHELASTIC_MAX_RESTARTS": 0,
+            "TORCHELASTIC_RUN_ID": run_id,
+        }
+        return {name: str(value) for name, value in values.items()}
+
+
+def lay_out(workers_per_host: Sequence[int]) -> list[list[Place]]:
+    """Places per host: ranks are contiguous on a host, in the order of the hosts."""
+    world_size = sum(workers_per_host)
+    layout: list[list[Place]] = []
+    first = 0
+    for host_index, workers in enumerate(workers_per_host):
+        layout.append(
+            [
+                Place(first + i, i, world_size, workers, host_index, len(workers_per_host))
+                for i in range(workers)
+            ]
+        )
+        first += workers
+    return layout

@@ -1,0 +1,1 @@
+"""Runs in keeper, template, store and every worker; never imports ray."""

@@ -1,0 +1,124 @@
+"""The processes below this one: who they are, and how none of them is left."""
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+_TRACKER_GRACE_S = 0.5
+"""multiprocessing's resource tracker removes what its process left in /dev/shm, then ends."""
+
+
+def become_subreaper() -> None:
+    """Orphans of this process's descendants become its own children."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def signal_group(group: int, signum: int) -> None:
+    """Signal a process group. On SIGKILL its resource trackers are left to end by themselves."""
+    if signum != signal.SIGKILL:
+        _ignore_missing(os.killpg, group, signum)
+        return
+    for pid in _members(group):
+        if not _is_resource_tracker(pid):
+            _ignore_missing(os.kill, pid, signal.SIGKILL)
+
+
+def reap_ended(heard: Callable[[int, int, int], None] | None = None) -> bool:
+    """Reap every child that has ended; `heard(pid, exit_code, peak_memory)` hears of each."""
+    found = False
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        found = True
+        if heard is not None:
+            heard(pid, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
+
+
+def kill_children(reap: Callable[[], bool] = reap_ended) -> None:
+    """SIGKILL and reap every child, and theirs as they become ours, until there is none.
+
+    Only a process that SIGKILL does not end (it is in uninterruptible sleep) is left alone.
+    """
+    deadline = time.monotonic() + _TRACKER_GRACE_S
+    while children := list(_children_of_this_process()):
+        left_s = deadline - time.monotonic()
+        for pid in children:
+            if left_s <= 0 or not _is_resource_tracker(pid):
+                _ignore_missing(os.kill, pid, signal.SIGKILL)
+        _wait_for_any(children, max(left_s, 0.05))
+        if not reap() and left_s <= 0:
+            return
+
+
+def _wait_for_any(children: Iterable[int], timeout_s: float) -> None:
+    poll = select.poll()
+    fds = [os.pidfd_open(pid) for pid in children]
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    poll.poll(timeout_s * 1000)
+    for fd in fds:
+        os.close(fd)
+
+
+def _children_of_this_process() -> Iterator[int]:
+    # Not /proc/self/task/*/children: it needs CONFIG_PROC_CHILDREN.
+    me = os.getpid()
+    for pid, fields in _every_process():
+        if int(fields[1]) == me:
+            yield pid
+
+
+def _members(group: int) -> Iterator[int]:
+    for pid, fields in _every_process():
+        if int(fields[2]) == group and fields[0] != "Z":
+            yield pid
+
+
+def _every_process() -> Iterator[tuple[int, list[str]]]:
+    """Pid and the fields of its stat line from the state on (state, parent, group, ...)."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                line = Path("/proc", entry, "stat").read_text(errors="replace")
+            except OSError:  # it ended meanwhile
+                continue
+            yield int(entry), line.rpartition(")")[2].split()
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _ignore_missing(call: Callable[[int, int], None], target: int, signum: int) -> None:
+    try:
+        call(target, signum)
+    except (ProcessLookupError, PermissionError):
+        # PermissionError: a set-uid program; it ends by itself or its owner's doing.
+        pass
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

@@ -1,0 +1,153 @@
+"""The worker's process group, and the rendezvous of those that its function makes itself."""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import threading
+import types
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from torchrunx_ray.wire.messages import ForkWorker
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+_RENDEZVOUS = "torch.distributed.rendezvous"
+_LEAVE_TIMEOUT_S = 1.0
+
+
+def join(wanted: ForkWorker) -> None:
+    """Set the CUDA device, make the process group, and see to it that the function can make more."""
+    if wanted.cuda_device is not None:
+        import torch
+
+        torch.cuda.set_device(wanted.cuda_device)
+    if wanted.backend is None:
+        _lend_store_to_later_groups()
+        return
+    from torch import distributed
+
+    _lend_store_to_later_groups()
+    _check_backend(wanted.backend, wanted.hostname)
+    timeout = timedelta(seconds=wanted.timeout)
+    place = wanted.place
+    distributed.init_process_group(
+        wanted.backend,
+        store=_store_with_prefix("launch", place.world_size, timeout),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+    )
+
+
+def leave() -> None:
+    """Destroy the process group if there is one; not for long, since a peer may be gone."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    destroying = threading.Thread(target=_destroy, args=(distributed,), daemon=True)
+    destroying.start()
+    destroying.join(_LEAVE_TIMEOUT_S)
+
+
+def _destroy(distributed: types.ModuleType) -> None:
+    try:
+        distributed.destroy_process_group()
+    except Exception:
+        # A peer that left first: the result is already on its way, and the process ends next.
+        return
+
+
+def _check_backend(backend: str, hostname: str) -> None:
+    import torch
+    from torch import distributed
+
+    names = [part.rpartition(":")[2] for part in backend.split(",")]
+    for name in names:
+        if not distributed.is_backend_available(name):
+            there = [
+                n for n in ("nccl", "gloo", "mpi", "ucc") if distributed.is_backend_available(n)
+            ]
+            raise ValueError(
+                f"backend={backend!r}: torch {torch.__version__} on {hostname} was built without "
+                f"{name}; it has {', '.join(there)}."
+            )
+
+
+def _lend_store_to_later_groups() -> None:
+    """Let `init_process_group()` in the function use the launch's store, any number of times.
+
+    Left alone, torch would have rank 0 listen at MASTER_PORT, where our store listens; with
+    TORCHELASTIC_USE_AGENT_STORE it would use the same keys each time, and a second group would
+    read the first one's. Each group made at our address gets a prefix of its own; any other
+    address is torch's business.
+    """
+    module = sys.modules.get(_RENDEZVOUS)
+    if module is not None:
+        _patch(module)
+    else:
+        sys.meta_path.insert(0, _PatchWhenImported())
+
+
+def _patch(module: types.ModuleType) -> None:
+    plain: Callable[..., Store] = module._create_c10d_store
+    made: Counter[int] = Counter()
+
+    def create_store(
+        hostname: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        timeout: timedelta,
+        use_libuv: bool = True,
+    ) -> "Store":
+        ours = (os.environ.get("MASTER_ADDR"), "localhost", "127.0.0.1")
+        if hostname not in ours or str(port) != os.environ.get("MASTER_PORT"):
+            return plain(hostname, port, rank, world_size, timeout, use_libuv)
+        made[world_size] += 1
+        return _store_with_prefix(f"group{made[world_size]}", world_size, timeout)
+
+    vars(module)["_create_c10d_store"] = create_store
+
+
+def _store_with_prefix(prefix: str, world_size: int, timeout: timedelta) -> "Store":
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    client = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timeout,
+    )
+    return PrefixStore(f"torchrunx_ray/{prefix}/{world_size}", client)
+
+
+class _PatchWhenImported(importlib.abc.MetaPathFinder):
+    """Patches the rendezvous module of a torch that the function itself imports first."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: "Sequence[str] | None",  # noqa: ARG002  # the protocol's signature
+        target: types.ModuleType | None = None,  # noqa: ARG002
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _RENDEZVOUS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_patch(module: types.ModuleType) -> None:
+            load(module)
+            _patch(module)
+
+        spec.loader.exec_module = load_and_patch
+        return spec

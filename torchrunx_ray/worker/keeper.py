@@ -1,0 +1,47 @@
+"""The agent's only child: tiny, and there to outlive the template.
+
+Ray SIGKILLs an agent's direct children when the agent is killed or its driver dies. A template
+that were one of them could not clean up; as the keeper's child it sees the agent's end of their
+channel close, and does. The keeper itself is a subreaper: what a killed template leaves behind
+comes to it, and is killed. SIGTERM to the keeper is how the agent ends a template.
+"""
+
+import os
+import signal
+import sys
+
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.worker import family
+
+
+def main() -> int:
+    channel = Channel.from_fd(int(sys.argv[1]))
+    family.become_subreaper()
+    _shed_what_ray_gave()
+    template_pid = os.fork()
+    if template_pid == 0:
+        os.setsid()
+        from torchrunx_ray.worker import template
+
+        template.main(channel)
+    channel.close()
+    signal.signal(signal.SIGTERM, lambda _signum, _frame: os.kill(template_pid, signal.SIGKILL))
+    _, status = os.waitpid(template_pid, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    family.kill_children()
+    exit_code = os.waitstatus_to_exitcode(status)
+    return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def _shed_what_ray_gave() -> None:
+    """Ray runs its workers at nice 15 with SIGINT blocked, and children inherit both."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to act upon
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    except PermissionError:  # only root may raise its own priority
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""What became of the function, as one message to the agent."""
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from torchrunx_ray.errors import PayloadError
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.exceptions import dump_exception
+from torchrunx_ray.wire.payload import Packed, memory_file, pack
+
+_TWICE_NOTE = (
+    "torchrunx_ray made a process group before it called the function; launch with backend=None "
+    "to make your own, or destroy_process_group() first."
+)
+
+
+def unpack_call(packed: Packed, hostname: str) -> Callable[[], Any]:
+    """The function with its arguments; PayloadError where they cannot be unpickled here."""
+    try:
+        func, args, kwargs = packed.unpack()
+    except Exception as error:
+        raise PayloadError(
+            path="the function or its arguments",
+            reason=f"{type(error).__name__}: {error}",
+            hostname=hostname,
+            unpacking=True,
+        ) from error
+    return lambda: func(*args, **kwargs)
+
+
+def value_of(call: Callable[[], Any]) -> Any:
+    """Call it; `sys.exit(0)` is a return of None."""
+    try:
+        return call()
+    except SystemExit as error:
+        if error.code in (None, 0):
+            return None
+        raise
+
+
+def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -> None:
+    place = wanted.place
+    packed = pack([("the return value", value)], rank=place.rank, hostname=wanted.hostname)
+    fd = memory_file(packed)
+    channel.send(messages.Finished(place.local_rank), [fd])
+    os.close(fd)
+
+
+def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseException) -> None:
+    time_ns = now_ns()
+    if isinstance(error, ValueError) and "default process group twice" in str(error):
+        error.add_note(_TWICE_NOTE)
+    exception, unraisable = _dump(error)
+    channel.send(
+        messages.Failed(
+            wanted.place.local_rank,
+            os.getpid(),
+            time_ns,
+            type(error).__qualname__,
+            _text(error),
+            _remote_traceback(error),
+            exception,
+            unraisable,
+        )
+    )
+
+
+def _dump(error: BaseException) -> tuple[bytes | None, str]:
+    if isinstance(error, SystemExit):
+        return None, f"called sys.exit({error.code!r})"
+    if isinstance(error, KeyboardInterrupt):
+        return None, "was interrupted (KeyboardInterrupt)"
+    if isinstance(error, GeneratorExit):
+        return None, "raised GeneratorExit"
+    try:
+        return dump_exception(error), ""
+    except Exception as reason:
+        kind = type(error)
+        why = f"{type(reason).__name__}: {reason}"
+        return None, (
+            f"raised {kind.__module__}.{kind.__qualname__}: {_text(error)} (shown as text, since the "
+            f"exception itself cannot be pickled and unpickled: {why})"
+        )
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as reason:
+        return f"<its __str__ raised {type(reason).__name__}>"
+
+
+def _remote_traceback(error: BaseException) -> str:
+    """The traceback without the frames of this package around the function."""
+    frames = error.__traceback__
+    own = os.path.dirname(os.path.dirname(__file__))
+    while (
+        frames is not None and frames.tb_frame.f_code.co_filename.startswith(own) and frames.tb_next
+    ):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))

@@ -1,0 +1,96 @@
+"""What a template imports before it forks, and whether it can still be forked from."""
+
+import gc
+import importlib
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+_PROBE_TIMEOUT_S = 5.0
+
+_SPAWN = "Take it out of preload, or pass start_method='spawn'."
+
+
+class Refusal(Exception):
+    """The template cannot be forked from: problem, advice and evidence, in words."""
+
+    def __init__(self, problem: str, advice: str, evidence: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.advice, self.evidence = problem, advice, evidence
+
+
+def load(modules: Sequence[str]) -> None:
+    """Import the modules; Refusal where that fails or leaves what a fork cannot live with.
+
+    What is imported here is frozen out of garbage collection, which would otherwise write to,
+    and so copy, memory that all workers share.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except BaseException as error:
+            raise Refusal(
+                f"preload={module!r} cannot be imported: {type(error).__name__}: {error}.",
+                "Is it installed there, and spelled as in an import statement?",
+                "" if isinstance(error, ModuleNotFoundError) else traceback.format_exc(),
+            ) from error
+        if _cuda_was_touched():
+            raise Refusal(
+                f"importing preload={module!r} initialised CUDA, which forked workers cannot use.",
+                _SPAWN,
+            )
+    if len(os.listdir("/proc/self/task")) > 1 and not _fork_can_compute():
+        raise Refusal(
+            f"importing preload={tuple(modules)!r} started an OpenMP thread pool, and forked workers "
+            "would hang in their first parallel operation.",
+            _SPAWN,
+        )
+    gc.collect()
+    gc.freeze()
+
+
+def _cuda_was_touched() -> bool:
+    # torch.cuda.is_initialized() knows nothing of a library that called cuInit by itself.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return True
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        # cuInit opens this one. NVML opens others, and a fork can live with that.
+        if target.startswith("/dev/nvidia-uvm"):
+            return True
+    return False
+
+
+def _fork_can_compute() -> bool:
+    """Whether a forked child gets through one parallel operation of torch."""
+    pid = os.fork()
+    if pid == 0:
+        _compute_and_exit()
+    pidfd = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    ended = bool(poll.poll(_PROBE_TIMEOUT_S * 1000))
+    os.close(pidfd)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return status == 0
+
+
+def _compute_and_exit() -> NoReturn:
+    try:
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.set_num_threads(max(2, torch.get_num_threads()))
+            torch.ones(1 << 20).add_(1).sum()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,68 @@
+"""From a fresh fork to a process of its own that runs as a worker."""
+
+import os
+import pickle
+import signal
+import sys
+from typing import NoReturn
+
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.worker import family
+
+_NOT_RESETTABLE = {signal.SIGKILL, signal.SIGSTOP}
+_PYTHONS_OWN = {signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
+"""What an interpreter that was started afresh sets by itself."""
+
+
+def become_worker(
+    wanted: messages.ForkWorker, fds: list[int], template_pid: int, start_method: str
+) -> NoReturn:
+    """Turn a new child of the template into the worker that `wanted` describes.
+
+    With start_method "spawn" a fresh interpreter does the rest (see `entry.main`).
+    """
+    channel_fd, stdout_fd, stderr_fd, function_fd = fds
+    os.setpgid(0, 0)
+    family.die_with(template_pid)
+    _reset_signals()
+    _take_streams(stdout_fd, stderr_fd)
+    for name, value in wanted.variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if start_method == "spawn":
+        _exec_fresh_interpreter(wanted, channel_fd, function_fd)
+    from torchrunx_ray.worker import entry
+
+    entry.live(wanted, Channel.from_fd(channel_fd), function_fd)
+
+
+def _reset_signals() -> None:
+    for signum in signal.valid_signals() - _NOT_RESETTABLE:
+        signal.signal(signum, _PYTHONS_OWN.get(signum, signal.SIG_DFL))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _take_streams(stdout_fd: int, stderr_fd: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    for fd, target in ((null, 0), (stdout_fd, 1), (stderr_fd, 2)):
+        os.dup2(fd, target)
+        os.close(fd)
+
+
+def _exec_fresh_interpreter(
+    wanted: messages.ForkWorker, channel_fd: int, function_fd: int
+) -> NoReturn:
+    task_fd = os.memfd_create("torchrunx_ray_spawn")
+    os.write(task_fd, pickle.dumps((wanted, sys.path, os.environ.get("PYTHONPATH"))))
+    os.lseek(task_fd, 0, os.SEEK_SET)
+    for fd in (task_fd, channel_fd, function_fd):
+        os.set_inheritable(fd, True)
+    package_parent = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    environment = os.environ | {"PYTHONPATH": package_parent}
+    fds = [str(fd) for fd in (task_fd, channel_fd, function_fd)]
+    command = [sys.executable, "-P", "-m", "torchrunx_ray.worker.entry", *fds]
+    os.execve(sys.executable, command, environment)

@@ -1,0 +1,145 @@
+"""The process that imports torch once per host and forks the workers.
+
+After its imports it only forks, reaps, and reports what it reaped. It is single-threaded, so that
+a fork is a whole copy, and a subreaper, so that a daemon that a worker's child became still ends
+with the run. When the agent is gone it kills everything below itself and ends.
+"""
+
+import os
+import select
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.worker import family, preload, store
+from torchrunx_ray.worker.process import become_worker
+
+
+def main(channel: Channel) -> NoReturn:
+    """Live as a template until the agent closes the channel or dies."""
+    family.become_subreaper()
+    try:
+        setup, _ = channel.receive()
+        assert isinstance(setup, messages.TemplateSetup)
+        _prepare(setup)
+        channel.send(messages.TemplateReady())
+        _Template(channel, setup).serve()
+    except preload.Refusal as refusal:
+        channel.send(messages.TemplateRefused(refusal.problem, refusal.advice, refusal.evidence))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the agent is gone
+    finally:
+        family.kill_children()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _prepare(setup: messages.TemplateSetup) -> None:
+    sys.path[:] = setup.sys_path
+    for name, value in setup.variables_to_restore:
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if setup.start_method == "fork":
+        preload.load(setup.preload)
+
+
+class _Template:
+    def __init__(self, channel: Channel, setup: messages.TemplateSetup) -> None:
+        self._channel = channel
+        self._start_method = setup.start_method
+        self._children: dict[int, int | None] = {}
+        """Local rank by pid; None is the store."""
+        self._child_ended, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
+
+    def serve(self) -> None:
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        poll.register(self._child_ended, select.POLLIN)
+        while True:
+            for fd, _events in poll.poll():
+                if fd == self._child_ended:
+                    os.read(fd, 4096)
+                    self._reap()
+                else:
+                    self._obey()
+
+    def _obey(self) -> None:
+        message, fds = self._channel.receive()
+        match message:
+            case messages.ForkWorker():
+                self._fork_worker(message, fds)
+            case messages.ForkStore():
+                self._fork_store(message, fds)
+            case messages.SignalWorkers():
+                for pid, local_rank in self._children.items():
+                    if local_rank in message.local_ranks:
+                        family.signal_group(pid, message.signal)
+            case messages.EndRun():
+                family.kill_children(self._reap)
+                self._channel.send(messages.RunEnded())
+            case _:
+                raise TypeError(f"a template does not know {message!r}")
+
+    def _fork_worker(self, wanted: messages.ForkWorker, fds: list[int]) -> None:
+        template_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._let_go()
+                become_worker(wanted, fds, template_pid, self._start_method)
+            finally:  # a child must never run on as a second template
+                _die_with_traceback()
+        # In both processes, so that no signal to the group can come too early.
+        os.setpgid(pid, pid)
+        self._forked(pid, wanted.place.local_rank, fds)
+
+    def _fork_store(self, wanted: messages.ForkStore, fds: list[int]) -> None:
+        template_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._let_go()
+                family.die_with(template_pid)
+                store.serve(fds[0], wanted.port)
+            finally:
+                _die_with_traceback()
+        self._forked(pid, None, fds)
+
+    def _forked(self, pid: int, local_rank: int | None, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        self._children[pid] = local_rank
+        self._channel.send(messages.Forked(pid))
+
+    def _let_go(self) -> None:
+        """In a new child: give up what belongs to the template."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._channel.close()
+        os.close(self._child_ended)
+        os.close(self._wakeup)
+
+    def _reap(self) -> bool:
+        return family.reap_ended(self._child_has_ended)
+
+    def _child_has_ended(self, pid: int, exit_code: int, peak_memory: int) -> None:
+        if pid not in self._children:
+            return  # an orphan that came to us
+        local_rank = self._children.pop(pid)
+        if local_rank is not None:
+            family.signal_group(pid, signal.SIGKILL)
+        code, signum = (None, -exit_code) if exit_code < 0 else (exit_code, None)
+        self._channel.send(messages.Exited(local_rank, pid, now_ns(), code, signum, peak_memory))
+
+
+def _die_with_traceback() -> NoReturn:
+    traceback.print_exc()
+    os._exit(1)
