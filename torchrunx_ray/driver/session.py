@@ -37,7 +37,7 @@ class Session:
         cluster.connect()
         self._inner = _Session(options)
         self._runs: list[Run[Any]] = []
-        opening = loop.start(self._inner.open())
+        opening = loop.start(self._inner.open(_unique(options.name or "session")))
         try:
             opening.result()
         except BaseException:
@@ -86,7 +86,7 @@ def submit_once(
 
 async def _run_once(session: "_Session", function: Any, name: str) -> LaunchResult[Any]:
     try:
-        await session.open()
+        await session.open(name)
         return await session.run(function, name)
     finally:
         await asyncio.shield(session.close())
@@ -109,8 +109,9 @@ class _Session:
         self._agents: dict[int, Agent] = {}
         self._turn = asyncio.Lock()
 
-    async def open(self) -> None:
-        self._placement = await place(self.options, self.options.name or "torchrunx_ray")
+    async def open(self, name: str) -> None:
+        """Take room in the cluster; `name` is for whoever looks at it."""
+        self._placement = await place(self.options, name)
         hosts = self._placement.hosts
         gpus = sum(len(host.gpu_ids) for host in hosts)
         logger.info(
@@ -156,7 +157,11 @@ class _Session:
 
 
 def _name(options: Options, func: Callable[..., Any]) -> str:
-    return f"{options.name or _function_name(func)}-{uuid.uuid4().hex[:6]}"
+    return _unique(options.name or _function_name(func))
+
+
+def _unique(name: str) -> str:
+    return f"{name}-{uuid.uuid4().hex[:6]}"
 
 
 def _function_name(func: Callable[..., Any]) -> str:

@@ -46,9 +46,15 @@ def join(wanted: ForkWorker) -> None:
 
 
 def leave() -> None:
-    """Destroy the process group if there is one; not for long, since a peer may be gone."""
+    """Destroy the process groups if there are some; not for long, since a peer may be gone.
+
+    Not where they are all gloo's: destroying one takes 10 ms for each peer (its event loop wakes
+    no sooner), and the end of the process closes its sockets just as well.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
+        return
+    if {backend for backend, _ in distributed.distributed_c10d._world.pg_map.values()} == {"gloo"}:
         return
     destroying = threading.Thread(target=_destroy, args=(distributed,), daemon=True)
     destroying.start()
@@ -119,7 +125,9 @@ def _store_with_prefix(prefix: str, world_size: int, timeout: timedelta) -> "Sto
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     client = TCPStore(
-        os.environ["MASTER_ADDR"],
+        # On the store's own host by loopback: TCPStore looks its peer's name up, which an unhelpful
+        # DNS server can hold up for seconds.
+        "127.0.0.1" if os.environ["GROUP_RANK"] == "0" else os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
-from torchrunx_ray.worker import family
+from torchrunx_ray.worker import entry, family
 
 _NOT_RESETTABLE = {signal.SIGKILL, signal.SIGSTOP}
 _PYTHONS_OWN = {signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
@@ -34,8 +34,6 @@ def become_worker(
             os.environ[name] = value
     if start_method == "spawn":
         _exec_fresh_interpreter(wanted, channel_fd, function_fd)
-    from torchrunx_ray.worker import entry
-
     entry.live(wanted, Channel.from_fd(channel_fd), function_fd)
 
 

@@ -1,0 +1,146 @@
+"""How long a launch takes, in units of importing torch.
+
+A no-op with one all_reduce on one host. Each sample is a fresh driver process with a Ray of its
+own, whose clock starts after `ray.init()`; before each one the baseline is measured, the whole
+process `python -c 'import torch, torch.distributed'`.
+
+    python benchmarks/launch.py [--samples 5] [--workers 4]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+BASELINE = [sys.executable, "-c", "import torch, torch.distributed"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--one-sample", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one_sample:
+        print(json.dumps(one_sample(arguments.workers)))
+        return
+    subprocess.run(BASELINE, check=True)  # warms the page cache
+    baselines: list[float] = []
+    samples: list[dict[str, list[float]]] = []
+    for _ in range(arguments.samples):
+        baselines.append(seconds(lambda: subprocess.run(BASELINE, check=True)))
+        samples.append(sample_in_fresh_process(arguments.workers))
+    report(baselines, samples)
+
+
+def sample_in_fresh_process(workers: int) -> dict[str, list[float]]:
+    command = [sys.executable, __file__, "--one-sample", "--workers", str(workers)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one_sample(workers: int) -> dict[str, list[float]]:
+    """Each question's times in one driver process."""
+    import torchrunx_ray as trx
+
+    launcher = trx.Launcher(workers_per_host=workers, linger=20)
+    with local_ray(num_cpus=2 * workers):
+        times = {
+            "first launch": [seconds(lambda: launcher.run(no_op))],
+            "second plain launch": [seconds(lambda: launcher.run(no_op))],
+            "later plain launches": [seconds(lambda: launcher.run(no_op)) for _ in range(5)],
+        }
+        with launcher.session() as session:
+            session.run(no_op)
+            times["in a session"] = [seconds(lambda: session.run(no_op)) for _ in range(5)]
+            memory = session.run(proportional_memory_mb)
+            times["memory per worker (MB)"] = list(memory)
+            for count in (2, 8):
+                other = trx.Launcher(workers_per_host=count, cpus_per_worker=0.1)
+                with other.session() as others:
+                    others.run(no_op)
+                    name = f"in a session, {count} workers"
+                    times[name] = [seconds(lambda: others.run(no_op)) for _ in range(5)]
+    one_shot = trx.Launcher(workers_per_host=workers, linger=0)
+    with local_ray(num_cpus=2 * workers):
+        times["linger=0"] = [seconds(lambda: one_shot.run(no_op)) for _ in range(3)]
+    with local_ray(num_cpus=workers):
+        launcher.run(no_op)
+        times["plain, taking all CPUs"] = [seconds(lambda: launcher.run(no_op)) for _ in range(5)]
+    return times
+
+
+@contextlib.contextmanager
+def local_ray(num_cpus: int) -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    wait_for_prestarted_workers()
+    yield
+    ray.shutdown()
+
+
+def wait_for_prestarted_workers() -> None:
+    """Ray starts processes ahead of need right after it begins; let it come to rest."""
+    deadline = time.monotonic() + 5
+    quiet_since = time.monotonic()
+    used = time.process_time()
+    while time.monotonic() < deadline and time.monotonic() - quiet_since < 1:
+        time.sleep(0.1)
+        load = machine_busy_s()
+        if load - used > 0.03:
+            quiet_since = time.monotonic()
+        used = load
+
+
+def machine_busy_s() -> float:
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system = (int(field) for field in fields[:3])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def no_op() -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.ones(1))
+
+
+def proportional_memory_mb() -> float:
+    """This worker's share of the memory it maps, after it joined a group."""
+    no_op()
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    (pss,) = (int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return pss * 1024 / 1e6
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def report(baselines: list[float], samples: list[dict[str, list[float]]]) -> None:
+    baseline = statistics.median(baselines)
+    print(f"{'':32}{'median':>10}{'lowest':>10}{'highest':>10}{'n':>5}   of the baseline")
+    print_row("baseline: python, import torch", baselines, None)
+    for question in samples[0]:
+        times = [value for sample in samples for value in sample[question]]
+        print_row(question, times, None if "MB" in question else baseline)
+
+
+def print_row(name: str, values: list[float], baseline: float | None) -> None:
+    median = statistics.median(values)
+    row = f"{name:32}{median:10.3f}{min(values):10.3f}{max(values):10.3f}{len(values):5}"
+    print(row if baseline is None else f"{row}   {median / baseline:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
