@@ -1,11 +1,18 @@
-"""Real Ray for every test: one local cluster for the whole session, others where a test needs one."""
+"""Real Ray for every test: one local cluster for the session, others where a test needs one."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import ray
 
 import torchrunx_ray as trx
+
+# A cluster that somebody else started on this machine is not ours to test on.
+os.environ.pop("RAY_ADDRESS", None)
 
 
 @pytest.fixture(scope="session")
@@ -17,5 +24,20 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def launcher(cluster: None) -> trx.Launcher:
-    """Two workers on agents that stay warm from test to test."""
+    """Two workers, on agents that stay warm from test to test."""
     return trx.Launcher(workers_per_host=2)
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[[str], "subprocess.CompletedProcess[str]"]:
+    """Run a user's script in a folder of its own, with a Ray of its own."""
+
+    def run(script: str) -> "subprocess.CompletedProcess[str]":
+        path = tmp_path / "script.py"
+        start_ray = "import ray; ray.init(address='local', num_cpus=4, include_dashboard=False)\n"
+        path.write_text(start_ray + script)
+        return subprocess.run(
+            [sys.executable, str(path)], capture_output=True, text=True, timeout=100, check=False
+        )
+
+    return run

@@ -48,7 +48,7 @@ def chosen(environment: Mapping[str, str], patterns: Iterable[str]) -> dict[str,
     return {
         name: value
         for name, value in environment.items()
-        if _matches(name, patterns) and not forbidden(name)
+        if _matches(name, patterns) and not forbidden(name) and not _is_rays_debugger(name, value)
     }
 
 
@@ -78,6 +78,11 @@ def for_template(
         # As torchrun does. It must stand here: OpenMP reads it when torch is loaded.
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment
+
+
+def _is_rays_debugger(name: str, value: str) -> bool:
+    # ray.init sets it in the driver, and breakpoint() in a worker would import ray.
+    return name == "PYTHONBREAKPOINT" and value.startswith("ray.")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -1,0 +1,53 @@
+"""What the machine's process table says of our processes."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torchrunx_ray.wire.environment import MARK
+
+
+def of_pool(mark: str) -> dict[int, str]:
+    """Command lines of the living processes that carry this mark, by pid."""
+    wanted = f"{MARK}={mark}".encode()
+    found: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = command_line(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5) -> bool:
+    """For what sends no event, such as the end of a process that is nobody's child here."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def own_mark() -> str:
+    """In a worker: the mark of everything that its agent started."""
+    return os.environ[MARK]

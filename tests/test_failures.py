@@ -1,0 +1,300 @@
+"""What the driver raises when something goes wrong, and that nothing is left of the launch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import torchrunx_ray as trx
+from tests import processes
+
+
+class TwoArguments(Exception):
+    """Cannot be unpickled the usual way."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(f"{what} ({code})")
+        self.code = code
+
+
+class Unpicklable(Exception):
+    def __init__(self) -> None:
+        super().__init__("holds a lock")
+        import threading
+
+        self.lock = threading.Lock()
+
+
+def test_users_exception_arrives_as_itself(launcher: trx.Launcher) -> None:
+    def fail() -> None:
+        try:
+            raise KeyError("inner")
+        except KeyError as error:
+            raise TwoArguments("outer", 7) from error
+
+    with pytest.raises(TwoArguments) as caught:
+        launcher.run(fail)
+
+    error = caught.value
+    assert type(error) is TwoArguments
+    assert str(error) == "outer (7)"
+    assert error.code == 7
+    cause = error.__cause__
+    assert isinstance(cause, trx.RemoteFailure)
+    assert cause.rank in (0, 1)
+    assert cause.local_rank == cause.rank
+    assert "KeyError: 'inner'" in cause.traceback
+    assert "The above exception was the direct cause" in cause.traceback
+    assert 'raise TwoArguments("outer", 7) from error' in str(cause)
+    assert "worker/outcome.py" not in str(cause), "our own frames are left out"
+    assert any(f"pid {cause.pid}" in note for note in error.__notes__)
+
+
+def test_first_failure_is_raised_while_others_wait_in_a_collective(launcher: trx.Launcher) -> None:
+    def fail_on_rank_1() -> None:
+        if dist.get_rank() == 1:
+            raise TwoArguments("first", 1)
+        dist.all_reduce(torch.ones(1))
+
+    launcher.run(os.getpid)
+    begun = time.monotonic()
+    with pytest.raises(TwoArguments) as caught:
+        launcher.run(fail_on_rank_1)
+
+    assert time.monotonic() - begun < 1
+    assert isinstance(caught.value.__cause__, trx.RemoteFailure)
+    assert caught.value.__cause__.rank == 1
+
+
+def test_failure_stops_ranks_that_would_never_return(launcher: trx.Launcher) -> None:
+    def fail_or_sleep() -> None:
+        if dist.get_rank() == 0:
+            raise ValueError("no")
+        time.sleep(1000)
+
+    launcher.run(os.getpid)
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="no") as caught:
+        launcher.run(fail_or_sleep)
+
+    assert time.monotonic() - begun < 1
+    assert any("rank 1 on" in note and "SIGTERM" in note for note in caught.value.__notes__)
+
+
+def test_exception_that_cannot_be_pickled_is_shown_as_text(launcher: trx.Launcher) -> None:
+    def fail() -> None:
+        raise Unpicklable
+
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(fail)
+
+    message = str(caught.value)
+    assert "raised tests.test_failures.Unpicklable: holds a lock" in message
+    assert "cannot pickle '_thread.lock'" in message
+    assert "raise Unpicklable" in message
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(0, None), (None, None), (3, "sys.exit(3)"), ("why", "sys.exit('why')")]
+)
+def test_sys_exit(launcher: trx.Launcher, code: object, said: str | None) -> None:
+    if said is None:
+        assert list(launcher.run(sys.exit, code)) == [None, None]
+        return
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(sys.exit, code)
+    assert f"called {said}" in str(caught.value)
+
+
+def test_keyboard_interrupt_in_the_function_is_a_worker_failure(launcher: trx.Launcher) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(trx.WorkerFailedError, match="KeyboardInterrupt"):
+        launcher.run(interrupt)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_death_by_signal_names_rank_pid_and_signal(
+    launcher: trx.Launcher, signum: signal.Signals
+) -> None:
+    def die() -> None:
+        if os.environ["RANK"] == "1":
+            print("the last words", file=sys.stderr)
+            os.kill(os.getpid(), signum)
+        time.sleep(1000)
+
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(die)
+
+    error = caught.value
+    assert (error.rank, error.local_rank, error.signal, error.exit_code) == (1, 1, signum, None)
+    assert f"pid {error.pid}" in str(error)
+    assert f"was killed by {signum.name}" in str(error)
+    assert "the last words" in error.last_lines
+    assert error.peak_memory
+    assert error.peak_memory > 10_000_000
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_exit_without_an_outcome(launcher: trx.Launcher, code: int) -> None:
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(os._exit, code)
+
+    assert caught.value.exit_code == code
+    assert "before its function returned or raised" in str(caught.value)
+
+
+def test_data_loader_children_do_not_delay_the_report_of_a_death(launcher: trx.Launcher) -> None:
+    """A child of the worker holds its socket and pipes: their EOF would come when it ends."""
+
+    def leave_a_child_and_die() -> None:
+        subprocess.Popen(["sleep", "1000"])
+        if os.fork() == 0:
+            time.sleep(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    launcher.run(os.getpid)
+    begun = time.monotonic()
+    with pytest.raises(trx.WorkerFailedError):
+        launcher.run(leave_a_child_and_die)
+
+    assert time.monotonic() - begun < 1
+
+
+def daemonise() -> None:
+    """Start a process that leaves the worker's group, session and parent."""
+    subprocess.run(["setsid", "sh", "-c", "sleep 1000 &"], check=True)
+
+
+@pytest.mark.parametrize("outcome", ["return", "raise", "kill"])
+def test_nothing_is_left_of_a_launch(cluster: None, outcome: str, tmp_path: Path) -> None:
+    def leave_things_behind() -> str:
+        subprocess.Popen(["sleep", "1000"])
+        daemonise()
+        (tmp_path / "mark").write_text(processes.own_mark())
+        if outcome == "raise":
+            raise ValueError
+        if outcome == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return outcome
+
+    launcher = trx.Launcher(workers_per_host=2, linger=0)
+    try:
+        launcher.run(leave_things_behind)
+    except (ValueError, trx.WorkerFailedError):
+        assert outcome != "return"
+
+    assert processes.of_pool((tmp_path / "mark").read_text()) == {}
+
+
+def test_nothing_but_keeper_and_template_lingers_and_not_for_long(cluster: None) -> None:
+    def leave_things_behind() -> str:
+        daemonise()
+        return processes.own_mark()
+
+    mark = trx.Launcher(workers_per_host=2, linger=2).run(leave_things_behind).rank(0)
+
+    assert len(processes.of_pool(mark)) == 2
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
+
+
+def test_semaphores_of_a_killed_pool_do_not_stay(launcher: trx.Launcher) -> None:
+    """multiprocessing's resource tracker unlinks them, if it is not killed before."""
+
+    def semaphores() -> set[str]:
+        return {name for name in os.listdir("/dev/shm") if name.startswith("sem.mp-")}
+
+    def make_one_and_die() -> None:
+        import multiprocessing
+
+        lock = multiprocessing.get_context("spawn").Lock()
+        multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,)).start()
+        os.kill(os.getpid(), signal.SIGKILL)
+        del lock
+
+    before = semaphores()
+    with pytest.raises(trx.WorkerFailedError):
+        launcher.run(make_one_and_die)
+
+    assert semaphores() - before == set()
+
+
+KILLED = {
+    "keeper": lambda worker: processes.parent(processes.parent(worker)),
+    "template": processes.parent,
+    "agent": lambda worker: processes.parent(processes.parent(processes.parent(worker))),
+}
+
+
+@pytest.mark.parametrize("victim", KILLED)
+def test_who_kills_whom(cluster: None, victim: str, tmp_path: Path) -> None:
+    def announce_and_sleep() -> str:
+        daemonise()
+        pid = os.getpid()
+        (tmp_path / str(pid)).write_text(processes.own_mark())
+        while not (tmp_path / "gate").exists():
+            time.sleep(0.01)
+        return processes.own_mark()
+
+    run = trx.Launcher(workers_per_host=2, linger=0).submit(announce_and_sleep)
+    assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    worker = next(tmp_path.iterdir())
+    mark = worker.read_text()
+    begun = time.monotonic()
+    os.kill(KILLED[victim](int(worker.name)), signal.SIGKILL)
+
+    if victim == "keeper":  # only the last line of defence: the run goes on
+        (tmp_path / "gate").touch()
+        assert run.result(timeout=30).rank(0) == mark
+    else:
+        with pytest.raises(trx.AgentFailedError) as caught:
+            run.result(timeout=30)
+        assert victim in str(caught.value)
+        assert time.monotonic() - begun < 2
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+
+
+def test_driver_that_is_killed_leaves_nothing(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import os, signal, subprocess, sys
+sys.path.insert(0, os.getcwd())
+import torchrunx_ray as trx
+
+def sleep(driver):
+    import time
+    subprocess.run(["setsid", "sh", "-c", "sleep 1000 &"], check=True)
+    print("mark", os.environ["TORCHRUNX_RAY_POOL"], flush=True)
+    if os.environ["RANK"] == "0":
+        time.sleep(1)
+        os.kill(driver, signal.SIGKILL)
+    time.sleep(1000)
+
+trx.launch(sleep, (os.getpid(),), workers_per_host=2)
+"""
+    )
+
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    mark = done.stdout.split()[-1]
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
+
+
+def test_session_replaces_a_template_that_was_killed(cluster: None) -> None:
+    def kill_template() -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(1000)
+
+    with trx.Launcher(workers_per_host=2).session() as session:
+        with pytest.raises(trx.AgentFailedError):
+            session.run(kill_template)
+        assert list(session.run(lambda: "well")) == ["well", "well"]

@@ -1,0 +1,63 @@
+"""What workers print reaches the driver's own streams."""
+
+import os
+import sys
+
+import pytest
+
+import torchrunx_ray as trx
+
+
+def test_one_workers_lines_arrive_verbatim(
+    cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def speak() -> None:
+        print("to stdout")
+        print("to stderr", file=sys.stderr)
+        os.system("echo from a child")
+        print("without a newline", end="")
+
+    trx.Launcher(workers_per_host=1).run(speak)
+
+    out, err = capfd.readouterr()
+    assert out == "to stdout\nfrom a child\nwithout a newline\n"
+    assert err == "to stderr\n"
+
+
+def test_lines_of_several_workers_say_whose_they_are(
+    launcher: trx.Launcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (hostname,) = launcher.run(lambda: print("hello")).hostnames
+
+    out = capfd.readouterr().out
+    assert sorted(out.splitlines()) == [f"[{hostname}:0] hello", f"[{hostname}:1] hello"]
+
+
+def test_nothing_is_lost_or_reordered_in_a_flood(
+    cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def flood() -> None:
+        for i in range(50_000):
+            print(f"line {i} {'x' * 80}")
+
+    trx.Launcher(workers_per_host=1).run(flood)
+
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [str(i) for i in range(50_000)]
+
+
+def test_last_words_of_a_crash_arrive(cluster: None, capfd: pytest.CaptureFixture[str]) -> None:
+    def crash() -> None:
+        os.write(1, b"in the middle of a li")
+        os.kill(os.getpid(), 11)
+
+    with pytest.raises(trx.WorkerFailedError):
+        trx.Launcher(workers_per_host=1).run(crash)
+
+    assert capfd.readouterr().out == "in the middle of a li\n"
+
+
+def test_what_is_not_utf8_is_shown(cluster: None, capfd: pytest.CaptureFixture[str]) -> None:
+    trx.Launcher(workers_per_host=1).run(os.write, 1, b"\xff and on\n")
+
+    assert capfd.readouterr().out == "\\xff and on\n"

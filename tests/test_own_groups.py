@@ -1,0 +1,116 @@
+"""A function may make process groups of its own, at our address or at any other."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import torchrunx_ray as trx
+from torchrunx_ray.wire.messages import StartMethod
+
+
+def total() -> float:
+    tensor = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def four_groups_in_a_row() -> list[float]:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    totals: list[float] = []
+    for _ in range(4):
+        dist.init_process_group("gloo")
+        totals.append(total())
+        dist.destroy_process_group()
+    return totals
+
+
+@pytest.mark.parametrize("backend", [None, "gloo"])
+@pytest.mark.parametrize("attempt", range(10))
+def test_four_groups_in_a_row(cluster: None, backend: str | None, attempt: int) -> None:
+    result = trx.Launcher(workers_per_host=4, backend=backend).run(four_groups_in_a_row)
+
+    assert list(result) == [[6.0] * 4] * 4
+
+
+@pytest.mark.parametrize("preload", [("torch", "torch.distributed"), ()])
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_torch_that_is_imported_late_uses_the_launchs_store_too(
+    cluster: None, preload: tuple[str, ...], start_method: StartMethod
+) -> None:
+    def import_and_join() -> float:
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(1.0)
+        for _ in range(2):
+            dist.init_process_group("gloo")
+            dist.all_reduce(tensor)
+            dist.destroy_process_group()
+        return tensor.item()
+
+    launcher = trx.Launcher(
+        workers_per_host=2, backend=None, preload=preload, start_method=start_method
+    )
+
+    assert list(launcher.run(import_and_join)) == [4.0, 4.0]
+
+
+def test_group_at_our_address_given_as_tcp(cluster: None) -> None:
+    def join() -> float:
+        address = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        totals = 0.0
+        for _ in range(2):
+            dist.init_process_group("gloo", address, rank=rank, world_size=world_size)
+            totals += total()
+            dist.destroy_process_group()
+        return totals
+
+    assert list(trx.Launcher(workers_per_host=4, backend=None).run(join)) == [12.0] * 4
+
+
+def test_group_at_an_address_of_its_own(cluster: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def join() -> float:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", address, rank=rank, world_size=world_size)
+        return total()
+
+    assert list(trx.Launcher(workers_per_host=4, backend=None).run(join)) == [6.0] * 4
+
+
+def test_group_of_some_ranks_does_not_disturb_the_next_of_all(cluster: None) -> None:
+    def join() -> float:
+        rank = int(os.environ["RANK"])
+        if rank < 2:
+            dist.init_process_group("gloo", rank=rank, world_size=2)
+            total()
+            dist.destroy_process_group()
+        dist.init_process_group("gloo")
+        return total()
+
+    assert list(trx.Launcher(workers_per_host=4, backend=None).run(join)) == [6.0] * 4
+
+
+def test_second_group_beside_ours_says_who_made_the_first(launcher: trx.Launcher) -> None:
+    with pytest.raises(ValueError, match="twice") as caught:
+        launcher.run(dist.init_process_group, "gloo")
+
+    assert any("launch with backend=None" in note for note in caught.value.__notes__)
+
+
+def test_subgroups_work(cluster: None) -> None:
+    def pairs() -> float:
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        tensor = torch.tensor(float(dist.get_rank()))
+        dist.all_reduce(tensor, group=groups[dist.get_rank() // 2])
+        return tensor.item()
+
+    assert list(trx.Launcher(workers_per_host=4).run(pairs)) == [1.0, 1.0, 5.0, 5.0]

@@ -1,0 +1,305 @@
+"""What a worker finds when it looks at itself; each test is one promise of the design's section 4."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import torchrunx_ray as trx
+from tests import processes
+from torchrunx_ray.wire.messages import StartMethod
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request: pytest.FixtureRequest) -> StartMethod:
+    return request.param
+
+
+@pytest.fixture
+def launcher(cluster: None, start_method: StartMethod) -> trx.Launcher:
+    return trx.Launcher(workers_per_host=2, start_method=start_method)
+
+
+def status(name: str) -> str:
+    line = re.search(rf"^{name}:\s*(.*)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert line is not None
+    return line[1]
+
+
+def signals(mask: str) -> set[int]:
+    """Signal numbers of a mask as /proc shows it."""
+    return {number + 1 for number in range(64) if int(mask, 16) >> number & 1}
+
+
+def test_signal_mask_is_empty_and_dispositions_are_pythons_own(launcher: trx.Launcher) -> None:
+    def look() -> tuple[str, str, str]:
+        return status("SigBlk"), status("SigIgn"), status("SigCgt")
+
+    for blocked, ignored, caught in launcher.run(look):
+        assert signals(blocked) == set()
+        assert signals(ignored) == {signal.SIGPIPE, signal.SIGXFSZ}
+        # glibc's own 32 and 33 aside: Ctrl-C, and the request for stacks.
+        assert signals(caught) - {32, 33} == {signal.SIGINT, signal.SIGUSR2}
+
+
+def test_worker_leads_its_process_group_below_the_template(launcher: trx.Launcher) -> None:
+    def look() -> tuple[int, int, int, int]:
+        return os.getpid(), os.getpgid(0), os.getppid(), os.getsid(0)
+
+    first, second = launcher.run(look)
+
+    for pid, group, parent, session in (first, second):
+        assert pid == group
+        assert parent == session, "the template leads the session"
+    assert first[2] == second[2]
+
+
+def test_keeper_is_the_agents_child_and_the_template_the_keepers(launcher: trx.Launcher) -> None:
+    def look() -> tuple[str, str]:
+        keeper = processes.parent(os.getppid())
+        return processes.command_line(keeper), processes.command_line(processes.parent(keeper))
+
+    keeper, agent = launcher.run(look).rank(0)
+
+    assert "-m torchrunx_ray.worker.keeper" in keeper
+    assert agent.startswith("ray::")
+
+
+def test_worker_is_not_niced(launcher: trx.Launcher) -> None:
+    assert list(launcher.run(os.nice, 0)) == [0, 0]
+
+
+def test_worker_has_no_descriptors_but_its_own(launcher: trx.Launcher) -> None:
+    def look() -> dict[int, str]:
+        fds: dict[int, str] = {}
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                fds[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+            except OSError:  # that of the listing itself
+                continue
+        return fds
+
+    fds = (
+        trx.Launcher(workers_per_host=2, backend=None, start_method=launcher.start_method)
+        .run(look)
+        .rank(1)
+    )
+
+    assert fds.pop(0) == "/dev/null"
+    assert fds.pop(1).startswith("pipe:")
+    assert fds.pop(2).startswith("pipe:")
+    (channel,) = fds.values()
+    assert channel.startswith("socket:")
+
+
+def test_worker_knows_its_rank_as_torchrunx_and_torchrun_tell_it(launcher: trx.Launcher) -> None:
+    names = [
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "ROLE_RANK",
+        "ROLE_WORLD_SIZE",
+        "ROLE_NAME",
+        "NODE_RANK",
+        "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_MAX_RESTARTS",
+    ]
+
+    def look() -> tuple[str, ...]:
+        assert os.environ["TORCHELASTIC_RUN_ID"]
+        assert dist.is_torchelastic_launched()
+        return tuple(os.environ[name] for name in names)
+
+    expected = "{0} {0} 2 2 0 1 {0} 2 default 0 0 0"
+    for rank, values in enumerate(launcher.run(look)):
+        assert " ".join(values) == expected.format(rank)
+
+
+def test_master_address_is_that_of_rank_0s_host(launcher: trx.Launcher) -> None:
+    import ray
+
+    def look() -> tuple[str, str]:
+        return os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+
+    first, second = launcher.run(look)
+
+    assert first == second
+    assert first[0] == ray.util.get_node_ip_address()
+    assert 0 < int(first[1]) < 65536
+
+
+def test_function_runs_on_the_main_thread(launcher: trx.Launcher) -> None:
+    def look() -> bool:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # raises on any other thread
+        return threading.current_thread() is threading.main_thread()
+
+    assert list(launcher.run(look)) == [True, True]
+
+
+def test_no_thread_runs_but_the_functions_own(start_method: StartMethod, cluster: None) -> None:
+    launcher = trx.Launcher(workers_per_host=2, backend=None, start_method=start_method)
+
+    assert list(launcher.run(lambda: len(os.listdir("/proc/self/task")))) == [1, 1]
+
+
+def test_folder_is_the_drivers(launcher: trx.Launcher) -> None:
+    assert launcher.run(os.getcwd).rank(0) == os.getcwd()
+
+
+def test_sys_path_is_the_agents(launcher: trx.Launcher) -> None:
+    def look() -> tuple[list[str], str | None, str]:
+        return sys.path, os.environ.get("PYTHONPATH"), sys.executable
+
+    path, variable, executable = launcher.run(look).rank(0)
+
+    assert os.getcwd() in path
+    assert variable == os.environ.get("PYTHONPATH"), "what the function starts sees the user's own"
+    assert executable == sys.executable
+
+
+def test_rays_own_variables_do_not_leak(launcher: trx.Launcher) -> None:
+    def look() -> dict[str, str]:
+        return {k: v for k, v in os.environ.items() if k.startswith(("RAY_", "SPT_", "PYTHONB"))}
+
+    variables = launcher.run(look).rank(0)
+
+    assert "RAY_JOB_ID" not in variables
+    assert "RAY_RAYLET_PID" not in variables
+    assert "PYTHONBREAKPOINT" not in variables
+    assert ":" in variables["RAY_ADDRESS"]
+
+
+def test_function_can_join_the_ray_cluster(launcher: trx.Launcher) -> None:
+    import ray
+
+    def count_nodes() -> int:
+        import ray
+
+        ray.init(log_to_driver=False)
+        return len(ray.nodes())
+
+    one = trx.Launcher(workers_per_host=1, start_method=launcher.start_method)
+
+    assert one.run(count_nodes).rank(0) == len(ray.nodes())
+
+
+def threads() -> tuple[str | None, int]:
+    import torch
+
+    return os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+
+
+def test_several_workers_get_one_openmp_thread_each(
+    launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    assert list(launcher.run(threads)) == [("1", 1), ("1", 1)]
+
+
+def test_one_worker_gets_as_many_openmp_threads_as_without_us(
+    start_method: StartMethod, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ask_torch = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    plain = int(subprocess.run(ask_torch, capture_output=True, check=True).stdout)
+
+    launcher = trx.Launcher(workers_per_host=1, start_method=start_method)
+
+    assert launcher.run(threads).rank(0) == (None, plain)
+
+
+def test_users_own_openmp_threads_win(
+    launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+
+    assert list(launcher.run(threads)) == [("2", 2), ("2", 2)]
+
+
+def test_launch_without_gpus_sees_none(launcher: trx.Launcher) -> None:
+    assert launcher.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"]).rank(0) == ""
+
+
+def test_stdin_is_empty_and_streams_are_line_buffered(launcher: trx.Launcher) -> None:
+    def look() -> tuple[str, bool, bool]:
+        return sys.stdin.read(), sys.stdout.line_buffering, sys.stderr.line_buffering
+
+    assert launcher.run(look).rank(0) == ("", True, True)
+
+
+def test_stacks_can_be_asked_for(launcher: trx.Launcher, capfd: pytest.CaptureFixture[str]) -> None:
+    def ask_oneself() -> str:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return "alive"
+
+    assert launcher.run(ask_oneself).rank(0) == "alive"
+    assert "in ask_oneself" in capfd.readouterr().err
+
+
+def test_multiprocessing_forks(launcher: trx.Launcher) -> None:
+    def look() -> str | None:
+        import multiprocessing
+
+        return multiprocessing.get_start_method()
+
+    assert list(launcher.run(look)) == ["fork", "fork"]
+
+
+def test_workers_do_not_load_ray(launcher: trx.Launcher) -> None:
+    def look() -> tuple[bool, str]:
+        return "ray" in sys.modules, Path(f"/proc/{os.getppid()}/maps").read_text()
+
+    loaded, template_maps = launcher.run(look).rank(0)
+
+    assert not loaded
+    assert "_raylet" not in template_maps
+
+
+def test_agent_does_not_load_torch(launcher: trx.Launcher) -> None:
+    def look() -> str:
+        agent = processes.parent(processes.parent(os.getppid()))
+        return Path(f"/proc/{agent}/maps").read_text()
+
+    maps = launcher.run(look).rank(0)
+
+    assert "_raylet" in maps, "this is the agent"
+    assert "libtorch" not in maps
+
+
+def test_worker_exits_as_an_interpreter_does(launcher: trx.Launcher, tmp_path: Path) -> None:
+    """Exit functions run and threads that are no daemons are waited for; finalizers too."""
+
+    def leave_things_behind() -> None:
+        import atexit
+        import time
+        import weakref
+
+        class Thing: ...
+
+        rank = os.environ["RANK"]
+        thing = Thing()
+        globals()["kept"] = thing
+        weakref.finalize(thing, (tmp_path / f"finalized{rank}").touch)
+        atexit.register((tmp_path / f"exited{rank}").touch)
+
+        def work() -> None:
+            time.sleep(0.3)
+            (tmp_path / f"worked{rank}").touch()
+
+        threading.Thread(target=work).start()
+
+    launcher.run(leave_things_behind)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{what}{rank}" for what in ("exited", "finalized", "worked") for rank in (0, 1)
+    ]
