@@ -10,12 +10,16 @@ from torchrunx_ray.wire.environment import MARK
 
 def of_pool(mark: str) -> dict[int, str]:
     """Command lines of the living processes that carry this mark, by pid."""
-    wanted = f"{MARK}={mark}".encode()
+    return mentioning(f"{MARK}={mark}")
+
+
+def mentioning(text: str) -> dict[int, str]:
+    """Command lines of the living processes that were started with this in their environment."""
     found: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                if text.encode() in (entry / "environ").read_bytes():
                     found[int(entry.name)] = command_line(int(entry.name))
             except OSError:
                 continue

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from torchrunx_ray.errors import PlacementError
 
 logger = logging.getLogger("torchrunx_ray")
 
+_VERDICT_S = 0.05
+"""After this Ray has decided whether the group is possible at all."""
 _REPORT_EVERY_S = 10
 _RELEASE_S = 1.0
 """What a removed group held is known to be free by then; Ray's nodes report every 0.1 s."""
@@ -98,20 +101,31 @@ async def _see_own_release(wanted: Sequence[HostWanted]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def _wait_for(group: PlacementGroup, options: Options, wanted: Sequence[HostWanted]) -> None:
+async def _wait_for(
+    group: PlacementGroup, options: Options, wanted: Sequence[HostWanted]
+) -> None:
+    limit = math.inf if options.placement_timeout is None else options.placement_timeout
     begun = time.monotonic()
-    limit = options.placement_timeout
-    slices_s = itertools.chain([1], itertools.repeat(_REPORT_EVERY_S))  # Ray takes whole seconds
-    while not await in_thread(group.wait, next(slices_s)):
+    waiting: asyncio.Task[bool] | None = None
+    for pause_s in itertools.chain([_VERDICT_S], itertools.repeat(_REPORT_EVERY_S)):
+        waiting = waiting or asyncio.create_task(in_thread(group.wait, _REPORT_EVERY_S))
+        left_s = begun + limit - time.monotonic()
+        if await _is_ready(waiting, min(pause_s, left_s)):
+            return
+        if waiting.done():
+            waiting = None
         table = await in_thread(_table, group)
-        waited = time.monotonic() - begun
         if table["stats"]["scheduling_state"] == "INFEASIBLE":
             await _raise_no_room("No node, or too few, could ever hold", wanted)
-        if limit is not None and waited >= limit:
-            await _raise_no_room(
-                f"After placement_timeout={limit:g} s there is no room for", wanted
-            )
-        logger.info("waiting for room in the Ray cluster since %.0f s", waited)
+        waited_s = time.monotonic() - begun
+        if waited_s >= limit:
+            await _raise_no_room(f"After placement_timeout={limit:g} s there is no room for", wanted)
+        logger.info("waiting for room in the Ray cluster since %.0f s", waited_s)
+
+
+async def _is_ready(waiting: "asyncio.Task[bool]", timeout_s: float) -> bool:
+    await asyncio.wait({waiting}, timeout=timeout_s)
+    return waiting.done() and waiting.result()
 
 
 async def _raise_no_room(problem: str, wanted: Sequence[HostWanted]) -> None:

@@ -1,0 +1,295 @@
+"""What is wrong is said before anything is left running, in words that help."""
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import torchrunx_ray as trx
+from tests import processes
+
+WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
+    ("hostnames", 0, ValueError, "a number of hosts from 1 on"),
+    ("hostnames", "node1", ValueError, "a list of distinct host names"),
+    ("hostnames", ["a", "a"], ValueError, "distinct"),
+    ("hostnames", [], ValueError, "distinct"),
+    ("hostnames", [1], TypeError, "host names"),
+    ("hostnames", 1.5, TypeError, "a number of hosts"),
+    ("workers_per_host", 0, ValueError, "a number from 1 on"),
+    ("workers_per_host", -2, ValueError, "a number from 1 on"),
+    ("workers_per_host", 2.0, TypeError, "a number from 1 on"),
+    ("workers_per_host", True, TypeError, "a number from 1 on"),
+    ("workers_per_host", "all", ValueError, '"auto", "gpu", "cpu"'),
+    ("workers_per_host", [], ValueError, "one per host"),
+    ("workers_per_host", [1, 0], ValueError, "one per host"),
+    ("workers_per_host", None, TypeError, "a number from 1 on"),
+    ("gpus_per_worker", -1, ValueError, "from 0 on"),
+    ("gpus_per_worker", "1", TypeError, "from 0 on"),
+    ("cpus_per_worker", -1, ValueError, "from 0 on"),
+    ("resources_per_host", ["TPU"], TypeError, "a mapping"),
+    ("resources_per_host", {"TPU": -1}, ValueError, "a mapping"),
+    ("placement_strategy", "ANYWHERE", ValueError, "STRICT_SPREAD or SPREAD"),
+    ("backend", "NCCL!", ValueError, '"nccl", "gloo"'),
+    ("backend", 1, TypeError, '"nccl", "gloo"'),
+    ("timeout", 0, ValueError, "more than 0"),
+    ("timeout", "600", TypeError, "seconds"),
+    ("timeout", float("nan"), ValueError, "seconds"),
+    ("placement_timeout", -1, ValueError, "None, or seconds"),
+    ("shutdown_timeout", None, TypeError, "seconds"),
+    ("linger", -1, ValueError, "seconds"),
+    ("default_env_vars", "PATH", TypeError, "patterns"),
+    ("extra_env_vars", "A=1", TypeError, "NAME=value strings"),
+    ("extra_env_vars", {"A": 1}, TypeError, "a mapping from names to strings"),
+    ("extra_env_vars", ("RANK=1",), ValueError, "RANK is set by the launch itself"),
+    ("extra_env_vars", {"CUDA_VISIBLE_DEVICES": "0"}, ValueError, "gpus_per_worker decides GPUs"),
+    ("env_file", 3, TypeError, "a path on the hosts"),
+    ("preload", "torch", TypeError, "names of modules"),
+    ("start_method", "forkserver", ValueError, '"fork" or "spawn"'),
+    ("runtime_env", [], TypeError, "a mapping"),
+    ("name", "", ValueError, "not empty"),
+    ("name", 3, TypeError, "not empty"),
+]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kind", "accepted"),
+    WRONG_OPTIONS,
+    ids=[f"{option}={value!r}" for option, value, _, _ in WRONG_OPTIONS],
+)
+def test_wrong_option_is_named_with_its_value_and_what_is_accepted(
+    option: str, value: Any, kind: type[Exception], accepted: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        trx.Launcher(**{option: value})
+
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith(option)
+    assert accepted in str(caught.value)
+
+
+def test_every_option_is_tested_with_a_wrong_value() -> None:
+    assert {option for option, *_ in WRONG_OPTIONS} == {
+        field.name for field in dataclasses.fields(trx.Launcher)
+    }
+
+
+def test_lists_of_hosts_and_workers_must_agree() -> None:
+    with pytest.raises(ValueError, match="has 2 numbers, but hostnames=3 stands for 3 hosts"):
+        trx.Launcher(hostnames=3, workers_per_host=[1, 1])
+
+
+def test_launcher_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        trx.Launcher().timeout = 1  # pyright: ignore[reportAttributeAccessIssue]  # that is the test
+
+
+@pytest.fixture
+def nothing_is_asked_of_ray(cluster: None) -> Iterator[None]:
+    """No new actor, and no new placement group, however short-lived."""
+    before = len(ray.util.placement_group_table())
+    yield
+    assert len(ray.util.placement_group_table()) == before
+
+
+def test_function_that_is_not_callable(nothing_is_asked_of_ray: None) -> None:
+    not_a_function: Any = 3
+    with pytest.raises(TypeError, match="func=3 is not callable; pass the function itself"):
+        trx.Launcher().run(not_a_function)
+
+
+class Config:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+lock_of_this_module = threading.Lock()
+
+
+def test_argument_that_cannot_be_pickled_is_named_by_its_path(
+    nothing_is_asked_of_ray: None,
+) -> None:
+    with pytest.raises(trx.PayloadError) as caught:
+        trx.launch(print, func_kwargs={"cfg": Config()})
+
+    assert caught.value.path == "kwargs['cfg'].lock"
+    assert str(caught.value).startswith("kwargs['cfg'].lock cannot be pickled: TypeError: ")
+    assert "Make it inside the function instead" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "path"),
+    [
+        (([1, {"a": threading.Lock()}],), "args[0][1]['a']"),
+        (({threading.Lock()},), "an item of args[0]"),
+        ((1, [(lambda: lock_of_this_module)]), "args[1][0]"),
+    ],
+)
+def test_path_leads_through_containers(
+    nothing_is_asked_of_ray: None, args: tuple[Any, ...], path: str
+) -> None:
+    with pytest.raises(trx.PayloadError) as caught:
+        trx.launch(print, args)
+
+    assert path in caught.value.path
+
+
+def test_captured_variable_that_cannot_be_pickled_is_named(nothing_is_asked_of_ray: None) -> None:
+    lock = threading.Lock()
+
+    with pytest.raises(trx.PayloadError) as caught:
+        trx.launch(lambda: lock)
+
+    assert caught.value.path == "variable 'lock' captured by <lambda>"
+
+
+def test_return_value_that_cannot_be_pickled_names_rank_and_path(launcher: trx.Launcher) -> None:
+    def make_lock() -> dict[str, Any]:
+        import threading
+
+        return {"config": [threading.Lock()]}
+
+    with pytest.raises(trx.PayloadError) as caught:
+        launcher.run(make_lock)
+
+    assert caught.value.path == "the return value['config'][0]"
+    assert caught.value.rank in (0, 1)
+    assert f"of rank {caught.value.rank} on {caught.value.hostname}" in str(caught.value)
+
+
+class Poison:
+    """Arrives nowhere: unpickling it raises."""
+
+    def __reduce__(self) -> Any:
+        return int, ("poison",)
+
+
+def test_argument_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
+    with pytest.raises(trx.PayloadError, match="cannot be unpickled: ValueError: invalid literal"):
+        launcher.run(print, Poison())
+
+
+def test_return_value_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
+    result = launcher.run(Poison)
+
+    with pytest.raises(trx.PayloadError, match=r"of rank 1 on .* cannot be unpickled: ValueError"):
+        result.rank(1)
+
+
+def test_backend_that_torch_does_not_have(launcher: trx.Launcher) -> None:
+    with pytest.raises(ValueError, match="built without nccl; it has gloo"):
+        trx.Launcher(workers_per_host=2, backend="nccl").run(os.getpid)
+
+
+def run_with_preload(module: str, source: str, folder: Path) -> None:
+    """Launch with a preload that lies in a folder of its own."""
+    (folder / f"{module}.py").write_text(source)
+    trx.Launcher(
+        workers_per_host=1,
+        linger=0,
+        preload=("torch", module),
+        runtime_env={"env_vars": {"PYTHONPATH": str(folder)}},
+    ).run(os.getpid)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "said"),
+    [
+        (
+            "preload_with_error",
+            "1 / 0",
+            "preload='preload_with_error' cannot be imported: ZeroDivisionError: division by zero",
+        ),
+        (
+            "preload_of_nothing",
+            "import no_such_module",
+            "preload='preload_of_nothing' cannot be imported: ModuleNotFoundError: No module named "
+            "'no_such_module'",
+        ),
+        (
+            "preload_that_exits",
+            "raise SystemExit(3)",
+            "preload='preload_that_exits' cannot be imported: SystemExit: 3",
+        ),
+        (
+            "preload_with_cuda_by_torch",
+            "import torch; torch.cuda._initialized = True",
+            "importing preload='preload_with_cuda_by_torch' initialised CUDA",
+        ),
+        (
+            # What cuInit opens; a stand-in, since there is no card here.
+            "preload_with_cuda_beside_torch",
+            "fd = __import__('os').open('/dev/nvidia-uvm-stand-in', 65)",
+            "importing preload='preload_with_cuda_beside_torch' initialised CUDA",
+        ),
+        (
+            "preload_with_openmp",
+            "import torch; torch.set_num_threads(2); torch.ones(1 << 22).add_(1).sum()",
+            "started an OpenMP thread pool, and forked workers would hang",
+        ),
+    ],
+)
+def test_preload_that_cannot_be_forked_from(
+    cluster: None, tmp_path: Path, module: str, source: str, said: str
+) -> None:
+    stand_in = Path("/dev/nvidia-uvm-stand-in")
+    try:
+        with pytest.raises(trx.PreloadError) as caught:
+            run_with_preload(module, source, tmp_path)
+    finally:
+        stand_in.unlink(missing_ok=True)
+
+    assert isinstance(caught.value, ValueError), "it is an option that is wrong"
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("On ")
+    assert processes.wait_until(lambda: not processes.mentioning(str(tmp_path)), 2)
+
+
+def test_preload_with_threads_that_a_fork_can_live_with(cluster: None, tmp_path: Path) -> None:
+    run_with_preload(
+        "preload_with_thread",
+        "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()",
+        tmp_path,
+    )
+
+
+def test_spawned_workers_do_not_mind_a_preload(cluster: None) -> None:
+    launcher = trx.Launcher(workers_per_host=1, start_method="spawn", preload=("no_such_module",))
+
+    assert launcher.run(lambda: "well").rank(0) == "well"
+
+
+def test_env_file_that_fails_shows_what_bash_said(cluster: None, tmp_path: Path) -> None:
+    env_file = tmp_path / "env"
+    env_file.write_text("no_such_command\nfalse\n")
+
+    with pytest.raises(trx.LaunchError) as caught:
+        trx.Launcher(workers_per_host=1, env_file=env_file).run(os.getpid)
+
+    assert f"env_file='{env_file}' could not be sourced" in str(caught.value)
+    assert "no_such_command: command not found" in str(caught.value)
+
+
+def test_host_that_is_not_there_is_named_with_those_that_are(cluster: None) -> None:
+    with pytest.raises(trx.PlacementError) as caught:
+        trx.Launcher(hostnames=["nowhere"]).run(os.getpid)
+
+    (node,) = ray.nodes()
+    assert "'nowhere' is no live node" in str(caught.value)
+    assert node["NodeManagerHostname"] in str(caught.value)
+
+
+def test_more_than_the_cluster_has_fails_at_once_with_the_numbers(cluster: None) -> None:
+    begun = time.monotonic()
+    with pytest.raises(trx.PlacementError) as caught:
+        trx.Launcher(workers_per_host=1, cpus_per_worker=1000, placement_timeout=60).run(os.getpid)
+
+    assert time.monotonic() - begun < 0.5
+    assert caught.value.wanted == [{"CPU": 1000}]
+    assert next(iter(caught.value.available.values()))["CPU"] == 8
+    assert "wanted on host 0: 1000 CPU" in str(caught.value)

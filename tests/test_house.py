@@ -1,0 +1,108 @@
+"""The public face, what it costs to import, and what its types promise."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import torchrunx_ray as trx
+
+
+def test_importing_the_package_loads_neither_ray_nor_torch() -> None:
+    script = "import sys, torchrunx_ray; print(sorted({'ray', 'torch'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "[]\n"
+
+
+def test_driver_does_not_load_torch() -> None:
+    script = "import sys, torchrunx_ray; torchrunx_ray.launch; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "False\n"
+
+
+def test_all_is_exactly_what_is_public() -> None:
+    for name in trx.__all__:
+        assert getattr(trx, name) is not None
+    submodules = {"driver", "agent", "worker", "wire", "errors"}
+    imports = {"import_module", "TYPE_CHECKING", "Any"}
+    public = {name for name in dir(trx) if not name.startswith("_")}
+    assert public - submodules - imports == {n for n in trx.__all__ if n != "__version__"}
+
+
+def test_every_error_is_public() -> None:
+    from torchrunx_ray import errors
+
+    assert set(errors.__all__) < set(trx.__all__)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'lunch'"):
+        _ = trx.lunch  # pyright: ignore[reportAttributeAccessIssue]  # that is the test
+
+
+def test_version_is_the_packages() -> None:
+    assert trx.__version__ == version("torchrunx-ray")
+
+
+def test_package_is_typed() -> None:
+    assert (Path(trx.__file__).parent / "py.typed").exists()
+
+
+def test_other_systems_are_told_what_they_can_do() -> None:
+    script = """
+import sys, ray, torchrunx_ray as trx
+sys.platform = "darwin"
+trx.launch(print)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "OSError: torchrunx_ray runs workers on Linux, and this is darwin" in done.stderr
+    assert 'ray.init("ray://<head>:10001")' in done.stderr
+
+
+TYPED = """
+import torchrunx_ray as trx
+
+def train(path: str, steps: int = 1) -> float: ...
+
+reveal_type(trx.Launcher().run(train, "a"))
+reveal_type(trx.Launcher().run(train, "a", steps=2).rank(0))
+reveal_type(trx.Launcher().submit(train, "a").result())
+reveal_type(trx.launch(train, ("a",)).results)
+with trx.Launcher().session() as session:
+    reveal_type(session.run(train, "a").rank(0))
+trx.Launcher().run(train, 3)
+trx.Launcher().run(train, "a", stepps=2)
+trx.Launcher().submit(train)
+trx.Launcher(workers_per_host="many")
+"""
+
+
+def test_types_follow_the_function(tmp_path: Path) -> None:
+    (tmp_path / "typed.py").write_text(TYPED)
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "typed.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    said = [
+        line.partition("typed.py:")[2] for line in done.stdout.splitlines() if "typed.py:" in line
+    ]
+    types = [line.partition(" is ")[2] for line in said if "information" in line]
+    wrong = [int(line.partition(":")[0]) for line in said if "error" in line]
+    assert types == [
+        '"LaunchResult[float]"',
+        '"float"',
+        '"LaunchResult[float]"',
+        '"dict[str, list[float]]"',
+        '"float"',
+    ]
+    assert wrong == [12, 13, 14, 15]
