@@ -114,7 +114,7 @@ def no_op() -> None:
 
 
 def proportional_memory_mb() -> float:
-    """This worker's share of the memory it maps, after it joined a group."""
+    """The worker's share of the memory that it maps, after it joined a group."""
     no_op()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     (pss,) = (int(line.split()[1]) for line in lines if line.startswith("Pss:"))

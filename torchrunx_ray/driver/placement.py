@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from torchrunx_ray.driver import cluster, shape
-from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.cluster import Node, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.shape import HostWanted
@@ -60,7 +60,7 @@ async def place(options: Options, name: str) -> Placement:
     nodes = await in_thread(cluster.live_nodes)
     driver_node_id: str = cluster.context().get_node_id()
     wanted = shape.resolve(options, nodes, driver_node_id)
-    await _see_own_release(wanted)
+    await _see_own_release(wanted, nodes)
     group = await in_thread(_create_group, options, wanted, name)
     try:
         await _wait_for(group, options, wanted)
@@ -85,8 +85,8 @@ def _table(group: PlacementGroup) -> dict[str, Any]:
     return untyped_ray.util.placement_group_table(group)
 
 
-async def _see_own_release(wanted: Sequence[HostWanted]) -> None:
-    """Wait until Ray's head knows what we released a moment ago, if it is needed.
+async def _see_own_release(wanted: Sequence[HostWanted], nodes: Sequence[Node]) -> None:
+    """Wait until Ray's head knows what we released a moment ago, if it is needed and enough.
 
     A group that finds it missing is tried again only after a second. There is no event to wait
     on: the nodes report to the head every 0.1 s.
@@ -94,6 +94,11 @@ async def _see_own_release(wanted: Sequence[HostWanted]) -> None:
     needed: Counter[str] = Counter()
     for host in wanted:
         needed.update(host.bundle)
+    total: Counter[str] = Counter()
+    for node in nodes:
+        total.update(node.resources)
+    if any(total[name] < amount for name, amount in needed.items()):
+        return
     while time.monotonic() - _last_release < _RELEASE_S:
         free = await in_thread(cluster.free_resources)
         if all(free.get(name, 0) >= amount for name, amount in needed.items()):
