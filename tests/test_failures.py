@@ -169,6 +169,20 @@ def test_data_loader_children_do_not_delay_the_report_of_a_death(launcher: trx.L
     assert time.monotonic() - begun < 1
 
 
+def test_children_of_a_worker_end_with_it_while_others_run_on(
+    launcher: trx.Launcher, tmp_path: Path
+) -> None:
+    def leave_a_child_or_look_for_it() -> bool | None:
+        note = tmp_path / "child"
+        if os.environ["RANK"] == "0":
+            note.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+            return None
+        assert processes.wait_until(note.exists)
+        return processes.wait_until(lambda: not processes.is_alive(int(note.read_text())))
+
+    assert launcher.run(leave_a_child_or_look_for_it).rank(1) is True
+
+
 def daemonise() -> None:
     """Start a process that leaves the worker's group, session and parent."""
     subprocess.run(["setsid", "sh", "-c", "sleep 1000 &"], check=True)
@@ -227,15 +241,17 @@ def test_semaphores_of_a_killed_pool_do_not_stay(launcher: trx.Launcher) -> None
     assert semaphores() - before == set()
 
 
-KILLED = {
-    "keeper": lambda worker: processes.parent(processes.parent(worker)),
-    "template": processes.parent,
-    "agent": lambda worker: processes.parent(processes.parent(processes.parent(worker))),
-}
+def above(worker: int) -> dict[str, int]:
+    """The pids of what stands above a worker."""
+    template = processes.parent(worker)
+    keeper = processes.parent(template)
+    return {"agent": processes.parent(keeper), "keeper": keeper, "template": template}
 
 
-@pytest.mark.parametrize("victim", KILLED)
-def test_who_kills_whom(cluster: None, victim: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "victims", [("keeper",), ("template",), ("agent",), ("keeper", "template")], ids="+".join
+)
+def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path) -> None:
     def announce_and_sleep() -> str:
         daemonise()
         pid = os.getpid()
@@ -249,17 +265,37 @@ def test_who_kills_whom(cluster: None, victim: str, tmp_path: Path) -> None:
     worker = next(tmp_path.iterdir())
     mark = worker.read_text()
     begun = time.monotonic()
-    os.kill(KILLED[victim](int(worker.name)), signal.SIGKILL)
+    pids = above(int(worker.name))
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGKILL)
 
-    if victim == "keeper":  # only the last line of defence: the run goes on
+    if victims == ("keeper",):  # only the last line of defence: the run goes on
         (tmp_path / "gate").touch()
         assert run.result(timeout=30).rank(0) == mark
     else:
         with pytest.raises(trx.AgentFailedError) as caught:
             run.result(timeout=30)
-        assert victim in str(caught.value)
+        assert victims[-1] in str(caught.value)
         assert time.monotonic() - begun < 2
     assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+
+
+def test_workers_die_even_when_all_above_them_are_killed_at_once(
+    cluster: None, tmp_path: Path
+) -> None:
+    def announce_and_sleep() -> None:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(1000)
+
+    run = trx.Launcher(workers_per_host=2, linger=0).submit(announce_and_sleep)
+    assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    for victim in above(workers[0]).values():
+        os.kill(victim, signal.SIGKILL)
+
+    with pytest.raises(trx.AgentFailedError):
+        run.result(timeout=30)
+    assert processes.wait_until(lambda: not any(map(processes.is_alive, workers)), 1)
 
 
 def test_driver_that_is_killed_leaves_nothing(

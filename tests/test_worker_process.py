@@ -166,6 +166,10 @@ def test_sys_path_is_the_agents(launcher: trx.Launcher) -> None:
     assert executable == sys.executable
 
 
+def test_command_line_is_the_drivers(launcher: trx.Launcher) -> None:
+    assert launcher.run(lambda: sys.argv).rank(1) == sys.argv
+
+
 def test_rays_own_variables_do_not_leak(launcher: trx.Launcher) -> None:
     def look() -> dict[str, str]:
         return {k: v for k, v in os.environ.items() if k.startswith(("RAY_", "SPT_", "PYTHONB"))}

@@ -113,6 +113,7 @@ class HostRun:
                 backend=wanted.backend,
                 timeout=wanted.timeout,
                 cuda_device=cuda_device,
+                argv=wanted.argv,
             ),
             [*worker.fds, function_fd],
         )

@@ -152,8 +152,7 @@ class Template:
         self._gone.set()
         refused = self._ready.done() and self._ready.result() is not None
         if not self._closing and not refused:
-            code = self._keeper.returncode
-            self._on_gone(describe_exit(code, code - 128 if code > 128 else None))
+            self._on_gone(_evidence(self._keeper.returncode))
         self._closing = True
         self._replies.put_nowait(None)
         if not self._ready.done():
@@ -164,3 +163,11 @@ class Template:
         os.close(self._keeper_fd)
         self._keeper.wait()
         self._keeper_ended.set()
+
+
+def _evidence(exit_code_of_keeper: int) -> str:
+    """How the template ended, which its keeper passes on."""
+    if exit_code_of_keeper < 0:
+        return f"its keeper {describe_exit(None, -exit_code_of_keeper)}, too"
+    killed = exit_code_of_keeper > 128
+    return "it " + describe_exit(exit_code_of_keeper, exit_code_of_keeper - 128 if killed else None)

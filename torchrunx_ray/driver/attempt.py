@@ -1,6 +1,7 @@
 """One attempt of a run: agents meet, workers start, the first failure or every value comes back."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +116,7 @@ class Attempt:
             timeout=self._options.timeout,
             gpu_ids=host.gpu_ids,
             gpus_per_worker=host.gpus_per_worker,
+            argv=tuple(sys.argv),
         )
 
     def _backend(self, host: Host) -> str | None:

@@ -106,9 +106,7 @@ async def _see_own_release(wanted: Sequence[HostWanted], nodes: Sequence[Node]) 
         await asyncio.sleep(0.01)
 
 
-async def _wait_for(
-    group: PlacementGroup, options: Options, wanted: Sequence[HostWanted]
-) -> None:
+async def _wait_for(group: PlacementGroup, options: Options, wanted: Sequence[HostWanted]) -> None:
     limit = math.inf if options.placement_timeout is None else options.placement_timeout
     begun = time.monotonic()
     waiting: asyncio.Task[bool] | None = None
@@ -124,7 +122,9 @@ async def _wait_for(
             await _raise_no_room("No node, or too few, could ever hold", wanted)
         waited_s = time.monotonic() - begun
         if waited_s >= limit:
-            await _raise_no_room(f"After placement_timeout={limit:g} s there is no room for", wanted)
+            await _raise_no_room(
+                f"After placement_timeout={limit:g} s there is no room for", wanted
+            )
         logger.info("waiting for room in the Ray cluster since %.0f s", waited_s)
 
 

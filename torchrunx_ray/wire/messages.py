@@ -42,6 +42,7 @@ class RunWanted:
     timeout: float
     gpu_ids: tuple[str, ...]
     gpus_per_worker: float
+    argv: tuple[str, ...]
 
 
 # agent -> driver
@@ -177,6 +178,7 @@ class ForkWorker:
     backend: str | None
     timeout: float
     cuda_device: int | None
+    argv: tuple[str, ...]
 
 
 @dataclass(frozen=True)

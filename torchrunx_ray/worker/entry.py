@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from torchrunx_ray.wire import messages
@@ -36,7 +36,7 @@ def main() -> NoReturn:
 
 def live(wanted: messages.ForkWorker, channel: Channel, function_fd: int) -> NoReturn:
     """Never returns; whatever happens, one outcome is reported, unless the process dies."""
-    _settle_in()
+    _settle_in(wanted.argv)
     local_rank = wanted.place.local_rank
     failed = True
     try:
@@ -52,7 +52,8 @@ def live(wanted: messages.ForkWorker, channel: Channel, function_fd: int) -> NoR
     _end(failed)
 
 
-def _settle_in() -> None:
+def _settle_in(argv: Sequence[str]) -> None:
+    sys.argv[:] = argv  # a function may parse its script's command line
     # A module of its own: a child that multiprocessing spawns would import the keeper as main.
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # open for as long as the process lives
