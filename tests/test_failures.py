@@ -85,7 +85,7 @@ def test_failure_stops_ranks_that_would_never_return(launcher: trx.Launcher) -> 
         launcher.run(fail_or_sleep)
 
     assert time.monotonic() - begun < 1
-    assert any("rank 1 on" in note and "SIGTERM" in note for note in caught.value.__notes__)
+    assert caught.value.__notes__[-1].startswith("Stopped by the launch after that: rank 1 on ")
 
 
 def test_exception_that_cannot_be_pickled_is_shown_as_text(launcher: trx.Launcher) -> None:
@@ -323,6 +323,37 @@ trx.launch(sleep, (os.getpid(),), workers_per_host=2)
     assert done.returncode == -signal.SIGKILL, done.stderr
     mark = done.stdout.split()[-1]
     assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
+
+
+def test_ctrl_c_stops_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import ray, time, os
+import torchrunx_ray as trx
+ray.init(address="local", num_cpus=2, include_dashboard=False)
+
+def sleep():
+    print("mark", os.environ["TORCHRUNX_RAY_POOL"], flush=True)
+    time.sleep(1000)
+
+try:
+    trx.launch(sleep, workers_per_host=1)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    )
+    driver = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    mark = driver.stdout.readline().split()[1]
+    begun = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+
+    assert driver.stdout.readline() == "interrupted\n"
+    assert time.monotonic() - begun < 1
+    assert driver.wait(30) == 0
+    driver.stdout.close()
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
 
 
 def test_session_replaces_a_template_that_was_killed(cluster: None) -> None:

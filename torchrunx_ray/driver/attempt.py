@@ -1,6 +1,7 @@
 """One attempt of a run: agents meet, workers start, the first failure or every value comes back."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,8 @@ class Attempt:
         self._layout = lay_out([host.workers for host in hosts])
         self._clock_offsets_ns = [0] * len(hosts)
         self._failures: list[Failure] = []
+        self._is_stopping = False
+        self._stopped: list[str] = []
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
         self._values: dict[int, list[ray.ObjectRef[Any]]] = {}
@@ -65,7 +68,7 @@ class Attempt:
                 timer.cancel()
             await self._console.drain()
         if self._failures:
-            raise exception_of(self._failures)
+            raise exception_of(self._failures, self._stopped)
         values = [self._values[i] for i in range(len(self._hosts))]
         await in_thread(_wait_until_stored, [ref for refs in values for ref in refs])
         return values
@@ -98,7 +101,7 @@ class Attempt:
             met: messages.Met = await self._agents[host_index].calls.meet.remote(host_index == 0)
         except RayError as error:
             self._lose(host_index, "the agent could not be started", str(error))
-            raise exception_of(self._failures) from error
+            raise exception_of(self._failures, ()) from error
         # Half the round trip is the best guess of when the agent read its clock.
         self._clock_offsets_ns[host_index] = met.clock_ns - (asked_ns + now_ns()) // 2
         return met
@@ -146,8 +149,7 @@ class Attempt:
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
             case messages.Died():
-                exited = event.exited
-                self._fail(host_index, exited.local_rank, exited.time_ns, event)
+                self._has_died(host_index, event)
             case messages.AgentFailed():
                 self._fail(host_index, None, event.time_ns, event)
             case messages.TemplateRefused():
@@ -162,6 +164,15 @@ class Attempt:
         else:
             who = f"{label}:{self._place(host_index, printed.local_rank).rank}"
         await self._console.put(who, printed.stream, printed.data)
+
+    def _has_died(self, host_index: int, died: messages.Died) -> None:
+        exited = died.exited
+        if self._is_stopping and exited.signal in (signal.SIGTERM, signal.SIGKILL):
+            assert exited.local_rank is not None
+            rank = self._place(host_index, exited.local_rank).rank
+            self._stopped.append(f"rank {rank} on {self._hosts[host_index].label}")
+        else:
+            self._fail(host_index, exited.local_rank, exited.time_ns, died)
 
     def _lose(self, host_index: int, what: str, evidence: str) -> None:
         self.broken.add(host_index)
@@ -182,6 +193,7 @@ class Attempt:
         return self._layout[host_index][local_rank]
 
     def _stop(self, grace_s: float) -> None:
+        self._is_stopping = True
         for i, agent in enumerate(self._agents):
             if i not in self.broken:
                 agent.calls.stop.remote(grace_s)

@@ -1,5 +1,6 @@
 """From what agents report to the one exception that the driver raises."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,16 +31,20 @@ class Failure:
         return self.hostname if self.rank is None else f"rank {self.rank} on {self.hostname}"
 
 
-def exception_of(failures: Sequence[Failure]) -> BaseException:
-    """The first failure, by time, as what the launch raises; the others are told in a note."""
+def exception_of(failures: Sequence[Failure], stopped: Sequence[str]) -> BaseException:
+    """The first failure, by time, as what the launch raises.
+
+    A note tells what failed after it, and who was then stopped by the launch.
+    """
     in_order = sorted(failures, key=lambda failure: failure.time_ns)
     exceptions = [_exception(failure) for failure in in_order]
     first = exceptions[0]
-    cause = first.__cause__
-    if isinstance(cause, RemoteFailure):
-        cause.failures = exceptions
-    if len(in_order) > 1:
-        first.add_note(_consequences(in_order))
+    if isinstance(first.__cause__, RemoteFailure):
+        first.__cause__.failures = exceptions
+    for line in _consequences(in_order):
+        first.add_note(line)
+    if stopped:
+        first.add_note(f"Stopped by the launch after that: {', '.join(stopped)}.")
     return first
 
 
@@ -113,17 +118,17 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
     )
 
 
-def _consequences(in_order: Sequence[Failure]) -> str:
-    """What failed later, equal ones in one line."""
+def _consequences(in_order: Sequence[Failure]) -> list[str]:
+    """What failed later, in one line for those that differ in numbers only."""
     first = in_order[0]
     groups: dict[str, list[Failure]] = {}
     for failure in in_order[1:]:
-        groups.setdefault(_summary(failure.report), []).append(failure)
-    lines = ["After it:"]
-    for summary, members in groups.items():
-        later_s = (members[0].time_ns - first.time_ns) / 1e9
-        lines.append(f"  {later_s:.3f} s later, {', '.join(m.who for m in members)}: {summary}")
-    return "\n".join(lines)
+        groups.setdefault(re.sub(r"\d+", "#", _summary(failure.report)), []).append(failure)
+    return [
+        f"{(members[0].time_ns - first.time_ns) / 1e9:.3f} s later, "
+        f"{', '.join(member.who for member in members)}: {_summary(members[0].report)}"
+        for members in groups.values()
+    ]
 
 
 def _summary(report: Report) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from torchrunx_ray.driver import loop
 from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.errors import LaunchError, RemoteFailure
 
 R = TypeVar("R")
 
@@ -32,10 +33,16 @@ class Run(Generic[R]):
         and raises KeyboardInterrupt when nothing of it is left; a second one kills it.
         """
         try:
-            return self._ended.result(timeout)
+            concurrent.futures.wait([self._ended], timeout)
         except KeyboardInterrupt:
             self._stop()
             raise
+        if not self._ended.done():
+            raise TimeoutError(f"the run goes on after {timeout:g} s; result() waits for it again")
+        error = self._ended.exception()
+        if error is not None:
+            raise error  # here, so that a user's traceback shows no more of us than this
+        return self._ended.result()
 
     def done(self) -> bool:
         """Whether it has ended and given its hosts back."""
@@ -77,6 +84,7 @@ class Run(Generic[R]):
             return
         error = task.exception()
         if error is not None:
-            self._ended.set_exception(error)
+            told = isinstance(error, LaunchError) or isinstance(error.__cause__, RemoteFailure)
+            self._ended.set_exception(error.with_traceback(None) if told else error)
         else:
             self._ended.set_result(task.result())
