@@ -15,27 +15,34 @@ import torchrunx_ray as trx
 from tests import processes
 
 WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
-    ("hostnames", 0, ValueError, "a number of hosts from 1 on"),
-    ("hostnames", "node1", ValueError, "a list of distinct host names"),
+    ("hostnames", 0, ValueError, "a number of hosts of at least 1"),
+    ("hostnames", "node1", ValueError, 'a list of distinct names such as ["localhost"]'),
     ("hostnames", ["a", "a"], ValueError, "distinct"),
     ("hostnames", [], ValueError, "distinct"),
-    ("hostnames", [1], TypeError, "host names"),
+    ("hostnames", [1], TypeError, "distinct names"),
     ("hostnames", 1.5, TypeError, "a number of hosts"),
-    ("workers_per_host", 0, ValueError, "a number from 1 on"),
-    ("workers_per_host", -2, ValueError, "a number from 1 on"),
-    ("workers_per_host", 2.0, TypeError, "a number from 1 on"),
-    ("workers_per_host", True, TypeError, "a number from 1 on"),
+    ("workers_per_host", 0, ValueError, "a number of at least 1"),
+    ("workers_per_host", -2, ValueError, "a number of at least 1"),
+    ("workers_per_host", 2.0, TypeError, "a number of at least 1"),
+    ("workers_per_host", True, TypeError, "a number of at least 1"),
     ("workers_per_host", "all", ValueError, '"auto", "gpu", "cpu"'),
     ("workers_per_host", [], ValueError, "one per host"),
     ("workers_per_host", [1, 0], ValueError, "one per host"),
-    ("workers_per_host", None, TypeError, "a number from 1 on"),
-    ("gpus_per_worker", -1, ValueError, "from 0 on"),
-    ("gpus_per_worker", "1", TypeError, "from 0 on"),
-    ("cpus_per_worker", -1, ValueError, "from 0 on"),
+    ("workers_per_host", None, TypeError, "a number of at least 1"),
+    ("gpus_per_worker", -1, ValueError, "at least 0"),
+    ("gpus_per_worker", "1", TypeError, "at least 0"),
+    ("gpus_per_worker", 1.5, ValueError, "a whole number of them"),
+    ("cpus_per_worker", -1, ValueError, "at least 0"),
+    ("accelerator_type", 100, TypeError, '"A100"'),
+    ("label_selector", ["us"], TypeError, "a mapping from labels to values"),
+    ("label_selector", {"region": 1}, TypeError, "a mapping from labels to values"),
+    ("resources_per_host", {"CPU": 1}, ValueError, "cpus_per_worker"),
     ("resources_per_host", ["TPU"], TypeError, "a mapping"),
     ("resources_per_host", {"TPU": -1}, ValueError, "a mapping"),
     ("placement_strategy", "ANYWHERE", ValueError, "STRICT_SPREAD or SPREAD"),
     ("backend", "NCCL!", ValueError, '"nccl", "gloo"'),
+    ("backend", "glo", ValueError, '"nccl", "gloo"'),
+    ("backend", "cpu:gloo,cuda:ncl", ValueError, '"nccl", "gloo"'),
     ("backend", 1, TypeError, '"nccl", "gloo"'),
     ("timeout", 0, ValueError, "more than 0"),
     ("timeout", "600", TypeError, "seconds"),
@@ -159,7 +166,9 @@ def test_return_value_that_cannot_be_pickled_names_rank_and_path(launcher: trx.L
 
     assert caught.value.path == "the return value['config'][0]"
     assert caught.value.rank in (0, 1)
-    assert f"of rank {caught.value.rank} on {caught.value.hostname}" in str(caught.value)
+    assert f"of rank {caught.value.rank} cannot be pickled on {caught.value.hostname}" in str(
+        caught.value
+    )
 
 
 class Poison:
@@ -170,20 +179,32 @@ class Poison:
 
 
 def test_argument_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
-    with pytest.raises(trx.PayloadError, match="cannot be unpickled: ValueError: invalid literal"):
+    with pytest.raises(
+        trx.PayloadError, match=r"cannot be unpickled on .*: ValueError: invalid literal"
+    ):
         launcher.run(print, Poison())
 
 
 def test_return_value_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
     result = launcher.run(Poison)
 
-    with pytest.raises(trx.PayloadError, match=r"of rank 1 on .* cannot be unpickled: ValueError"):
+    with pytest.raises(trx.PayloadError, match=r"of rank 1 cannot be unpickled on .*: ValueError"):
         result.rank(1)
 
 
 def test_backend_that_torch_does_not_have(launcher: trx.Launcher) -> None:
-    with pytest.raises(ValueError, match="built without nccl; it has gloo"):
+    with pytest.raises(ValueError, match="built without mpi; it has gloo"):
+        trx.Launcher(workers_per_host=2, backend="mpi").run(os.getpid)
+
+
+def test_nccl_without_a_gpu_for_every_worker(cluster: None) -> None:
+    with pytest.raises(ValueError, match="backend='nccl' needs a GPU for every worker"):
         trx.Launcher(workers_per_host=2, backend="nccl").run(os.getpid)
+
+
+def test_nccl_with_two_ranks_on_one_gpu() -> None:
+    with pytest.raises(ValueError, match="nccl refuses two ranks on one GPU"):
+        trx.Launcher(backend="nccl", gpus_per_worker=0.5)
 
 
 def run_with_preload(module: str, source: str, folder: Path) -> None:
@@ -291,5 +312,6 @@ def test_more_than_the_cluster_has_fails_at_once_with_the_numbers(cluster: None)
 
     assert time.monotonic() - begun < 0.5
     assert caught.value.wanted == [{"CPU": 1000}]
-    assert next(iter(caught.value.available.values()))["CPU"] == 8
-    assert "wanted on host 0: 1000 CPU" in str(caught.value)
+    assert next(iter(caught.value.total.values()))["CPU"] == 8
+    assert "a host needs 1000 CPU; the largest node has 8" in str(caught.value)
+    assert "wanted: 1 x (1000 CPU)" in str(caught.value)

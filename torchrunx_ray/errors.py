@@ -16,6 +16,7 @@ Every class words its own message from the facts that it is given, and keeps the
 """
 
 import signal as signals
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,11 +31,19 @@ __all__ = [
     "WorkerFailedError",
 ]
 
+_NODES_SHOWN = 30
 
-def _rebuild(
+
+def made_without_constructor(
     kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]
 ) -> BaseException:
-    error = kind.__new__(kind, *args)
+    """An exception as it was, though its constructor takes other arguments than `args`.
+
+    Only what its built-in base does with `args` is done again.
+    """
+    builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    error = builtin.__new__(kind, *args)
+    builtin.__init__(error, *args)
     error.__dict__.update(state)
     return error
 
@@ -43,7 +52,7 @@ class _Travels(Exception):
     """Pickles by its finished message and attributes: the constructors take facts, not `args`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, dict(self.__dict__))
+        return made_without_constructor, (type(self), self.args, dict(self.__dict__))
 
 
 class LaunchError(_Travels, RuntimeError):
@@ -53,8 +62,7 @@ class LaunchError(_Travels, RuntimeError):
 class PlacementError(LaunchError):
     """The cluster has no room for the launch.
 
-    `wanted` holds the resources asked for, per host; `available` what each live node has in all,
-    by hostname.
+    `wanted` holds each host's resources; `free` and `total` those of every live node, by its name.
     """
 
     def __init__(
@@ -62,19 +70,15 @@ class PlacementError(LaunchError):
         problem: str,
         *,
         wanted: Sequence[Mapping[str, float]] = (),
-        available: Mapping[str, Mapping[str, float]] | None = None,
+        free: Mapping[str, Mapping[str, float]] | None = None,
+        total: Mapping[str, Mapping[str, float]] | None = None,
         advice: str = "",
     ) -> None:
         self.wanted = [dict(bundle) for bundle in wanted]
-        self.available = {host: dict(total) for host, total in (available or {}).items()}
-        lines = [problem]
-        lines += [
-            f"  wanted on host {i}: {_resources(bundle)}" for i, bundle in enumerate(self.wanted)
-        ]
-        lines += [
-            f"  node {host} has: {_resources(total)}" for host, total in self.available.items()
-        ]
-        super().__init__("\n".join(lines + ([advice] if advice else [])))
+        self.free = {node: dict(amounts) for node, amounts in (free or {}).items()}
+        self.total = {node: dict(amounts) for node, amounts in (total or {}).items()}
+        table = room_table(self.wanted, self.free, self.total)
+        super().__init__("\n".join(part for part in (problem, table, advice) if part))
 
 
 class PreloadError(LaunchError, ValueError):
@@ -105,14 +109,15 @@ class PayloadError(LaunchError):
         self.path = path
         self.rank = rank
         self.hostname = hostname
-        whose = "" if rank is None else f" of rank {rank} on {hostname}"
+        whose = "" if rank is None else f" of rank {rank}"
+        where = "" if hostname is None else f" on {hostname}"
         done = "unpickled" if unpacking else "pickled"
         advice = (
-            "Is the module it was defined in importable here, in the same version?"
+            "Is the module it was defined in importable there, in the same version?"
             if unpacking
             else "Make it inside the function instead, or give its class a __reduce__ or __getstate__."
         )
-        super().__init__(f"{path}{whose} cannot be {done}: {reason}\n{advice}")
+        super().__init__(f"{path}{whose} cannot be {done}{where}: {reason}\n{advice}")
 
 
 class WorkerFailedError(LaunchError):
@@ -209,6 +214,31 @@ def describe_exit(exit_code: int | None, signal: int | None) -> str:
     return f"was killed by {name}"
 
 
-def _resources(amounts: Mapping[str, float]) -> str:
-    shown = {k: v for k, v in amounts.items() if not k.startswith(("node:", "object_store"))}
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
+def room_table(
+    wanted: Sequence[Mapping[str, float]],
+    free: Mapping[str, Mapping[str, float]],
+    total: Mapping[str, Mapping[str, float]],
+) -> str:
+    """What the hosts of a launch want, and what each node has free and in all."""
+    bundles = Counter(amounts_in_words(bundle) for bundle in wanted)
+    lines = [f"  wanted: {count} x ({bundle})" for bundle, count in bundles.items()]
+    names = sorted({"CPU", "GPU"}.union(*wanted))
+    for node, amounts in list(total.items())[:_NODES_SHOWN]:
+        shown = ", ".join(
+            f"{_amount(free[node].get(name, 0)) + ' of ' if node in free else ''}"
+            f"{_amount(amounts.get(name, 0))} {name}"
+            for name in names
+            if name in amounts or name in ("CPU", "GPU")
+        )
+        lines.append(f"  {node}: {shown}{' free' if node in free else ''}")
+    if len(total) > _NODES_SHOWN:
+        lines.append(f"  and {len(total) - _NODES_SHOWN} nodes more")
+    return "\n".join(lines)
+
+
+def amounts_in_words(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{_amount(amount)} {name}" for name, amount in sorted(amounts.items()))
+
+
+def _amount(amount: float) -> str:
+    return f"{amount:g}"

@@ -1,12 +1,14 @@
 """The Ray actor that is a launch's agent on one host."""
 
 import asyncio
+import os
 import socket
 from typing import Any
 
 import ray
 
 from torchrunx_ray.agent import host
+from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.run import HostRun
@@ -18,6 +20,9 @@ from torchrunx_ray.wire.payload import Packed, carry_values_packed
 _ray: Any = ray  # most of its functions have no types
 
 _POLL_S = 5.0
+
+_LAST_WORDS_S = 1.0
+"""For the driver to hear why, before an agent ends whose raylet is gone."""
 
 
 class Agent:
@@ -32,14 +37,21 @@ class Agent:
         self._name = name
         self._wanted = wanted
         self._context: Any = _ray.get_runtime_context()
-        self._template: Template | None = None
+        self._cwd, self._warning = host.working_directory(
+            wanted, in_job_working_dir=bool(self._context.runtime_env.get("working_dir"))
+        )
         self._problem: str | None = None
-        self._attached = False
-        self._run: HostRun | None = None
-        self._listening: socket.socket | None = None
+        # An env_file may take its time; `meet` sources it without blocking the loop.
+        self._keeper = self._start_keeper() if wanted.env_file is None else None
+        self._template: Template | None = None
+        self._mailbox = Mailbox(self._resume_output)
         self._template_output: list[Output] = []
-        self._leaving: asyncio.TimerHandle | None = None
-        self._begin_template()
+        self._run: HostRun | None = None
+        self._stopped_early: set[str] = set()
+        self._listening: socket.socket | None = None
+        self._rest_ends: asyncio.TimerHandle | None = None
+        self._leaving = False
+        self._raylet_fd: int | None = None
 
     def __repr__(self) -> str:
         """What Ray puts before the actor's own lines."""
@@ -47,29 +59,37 @@ class Agent:
 
     async def meet(self, listen: bool) -> messages.Met:
         """Claim the agent for a run; with `listen`, hold a port for the run's store."""
-        if self._leaving is not None:
-            self._leaving.cancel()
-            self._leaving = None
-        self._renew_template()
+        if self._rest_ends is not None:
+            self._rest_ends.cancel()
+            self._rest_ends = None
+        self._watch_raylet()
         port = None
-        if listen:
-            self._listening = socket.create_server(("", 0), backlog=4096)
-            port = self._listening.getsockname()[1]
+        if not self._leaving:
+            await self._have_template()
+            if listen:
+                self._listening = socket.create_server(("", 0), backlog=4096)
+                port = self._listening.getsockname()[1]
         return messages.Met(
-            hostname=socket.gethostname(),
             ip=_ray.util.get_node_ip_address(),
-            clock_ns=now_ns(),
             master_port=port,
+            leaving=self._leaving,
             warning=self._warning,
             problem=self._problem,
         )
+
+    async def clock(self) -> int:
+        return now_ns()
 
     async def start(self, wanted: messages.RunWanted, function: Packed) -> None:
         """Begin the run; all that comes of it is told through `poll` and `value`."""
         assert self._template is not None
         listening, self._listening = self._listening, None
-        self._run = HostRun(wanted, self._template, self._mailbox, listening)
-        await self._run.start(function)
+        run = HostRun(wanted, self._template, self._mailbox, listening)
+        self._run = run
+        if wanted.run_id in self._stopped_early:
+            run.stop(0)
+        self._stopped_early.clear()
+        await run.start(function)
 
     async def poll(self) -> list[messages.Event]:
         """Events as soon as there are some; none after a while."""
@@ -80,59 +100,86 @@ class Agent:
         assert self._run is not None
         return await self._run.value(local_rank)
 
-    async def stop(self, grace_s: float) -> None:
-        if self._run is not None:
+    async def stop(self, run_id: str, grace_s: float) -> None:
+        """End a run. Ray may deliver this before the run's start, whose argument takes time."""
+        if self._run is not None and self._run.run_id == run_id:
             self._run.stop(grace_s)
+        else:
+            self._stopped_early.add(run_id)
 
     async def rest(self, linger_s: float) -> None:
         """Wait for another run, holding no resources; end after `linger_s` without one."""
         self._run = None
         if self._listening is not None:  # the run that asked for it was cancelled
             self._listening.close()
+            self._listening = None
         loop = asyncio.get_running_loop()
-        self._leaving = loop.call_later(linger_s, lambda: asyncio.ensure_future(self._leave()))
+        self._rest_ends = loop.call_later(linger_s, lambda: asyncio.ensure_future(self._leave()))
 
     async def close(self) -> None:
         """Return when nothing that this agent started lives."""
+        self._attach()
         if self._template is not None:
-            self._attach()
             await self._template.close()
 
     async def retire(self) -> None:
         _ray.actor.exit_actor()
 
     async def _leave(self) -> None:
+        self._leaving = True
         await self.close()
         # Only a method that Ray itself called may end its actor in an orderly way.
         self._context.current_actor.retire.remote()
 
-    def _begin_template(self) -> None:
-        in_job_dir = bool(self._context.runtime_env.get("working_dir"))
-        cwd, self._warning = host.working_directory(self._wanted, in_job_dir)
+    def _start_keeper(self) -> Keeper | None:
+        self._env_file_version = host.env_file_version(self._wanted, self._cwd)
         try:
-            environment = host.template_environment(self._wanted, self._context.gcs_address)
+            environment = host.template_environment(
+                self._wanted, self._context.gcs_address, self._cwd
+            )
         except ValueError as error:
             self._problem = str(error)
-            return
-        self._template = Template(environment, cwd, self._wanted.preload, self._wanted.start_method)
-        self._attached = False
+            return None
+        self._problem = None
+        return Keeper(environment, self._cwd, self._wanted)
 
-    def _renew_template(self) -> None:
-        if self._attached and self._template is not None and not self._template.is_whole:
-            self._begin_template()
+    async def _have_template(self) -> None:
+        """A template that can serve, in place of one that was killed or is out of date."""
+        self._attach()
+        version = host.env_file_version(self._wanted, self._cwd)
+        if self._template is not None:
+            if self._template.is_whole and version == self._env_file_version:
+                return
+            await self._template.close()
+            self._template = None
+        self._keeper = await asyncio.to_thread(self._start_keeper)
         self._attach()
 
     def _attach(self) -> None:
-        """Listen to the template; the constructor could not, it ran outside the loop."""
-        if self._attached or self._template is None:
+        """Listen to a new template; the constructor could not, it ran outside the loop."""
+        if self._keeper is None:
             return
-        self._attached = True
-        self._mailbox = Mailbox(self._resume_output)
-        self._template.attach(self._worker_exited, self._template_gone)
+        keeper, self._keeper = self._keeper, None
+        self._template = Template(keeper, self._worker_exited, self._template_gone)
         self._template_output = [
-            Output(self._template.stdout_fd, None, "stdout", self._mailbox),
-            Output(self._template.stderr_fd, None, "stderr", self._mailbox),
+            Output(keeper.stdout_fd, None, "stdout", self._mailbox),
+            Output(keeper.stderr_fd, None, "stderr", self._mailbox),
         ]
+
+    def _watch_raylet(self) -> None:
+        """Ray itself tells of a killed raylet only after 15 to 30 s."""
+        if self._raylet_fd is None:
+            self._raylet_fd = os.pidfd_open(os.getppid())
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._raylet_fd, self._raylet_gone, os.getppid(), loop)
+
+    def _raylet_gone(self, pid: int, loop: asyncio.AbstractEventLoop) -> None:
+        assert self._raylet_fd is not None
+        loop.remove_reader(self._raylet_fd)
+        what = f"the raylet, Ray's process for the node (pid {pid}), ended"
+        self._mailbox.put(messages.AgentFailed(now_ns(), what, ""))
+        self._closing = asyncio.ensure_future(self.close())
+        loop.call_later(_LAST_WORDS_S, os._exit, 1)
 
     def _resume_output(self) -> None:
         for output in self._template_output:

@@ -1,4 +1,4 @@
-"""What an agent knows of its host: who it is, its paths, its environment."""
+"""The environment and the folder that a template, and so every worker, starts with."""
 
 import os
 import subprocess
@@ -9,34 +9,44 @@ from pathlib import Path
 from torchrunx_ray.wire import environment
 from torchrunx_ray.wire.messages import TemplateWanted
 
+_SOURCING_S = 60
 
-def template_environment(wanted: TemplateWanted, ray_address: str) -> dict[str, str]:
-    """Everything that a template, and so every worker, starts with."""
+# `env` is found before the file may change PATH.
+_SOURCE = """
+env=$(command -v env)
+set -a
+source "$1" >&2
+status=$?
+"$env" -0
+exit $status
+"""
+_BASHS_OWN = {"_", "SHLVL", "PWD", "OLDPWD"}
+
+
+def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> dict[str, str]:
+    """From the least to the strongest: the agent's, the driver's, env_file's, explicit values."""
     made = environment.for_template(
         os.environ,
         dict(wanted.driver_variables),
-        read_env_file(wanted.env_file) if wanted.env_file else {},
-        dict(wanted.explicit_variables),
         same_interpreter=sys.executable == wanted.driver_executable,
-        one_worker=wanted.one_worker,
     )
+    if wanted.env_file is not None:
+        made = _source(os.path.join(cwd, wanted.env_file), made)
+    made |= dict(wanted.explicit_variables)
+    if not wanted.one_worker:
+        # As torchrun does. It must stand here: OpenMP reads it when torch is loaded.
+        made.setdefault("OMP_NUM_THREADS", "1")
     made["RAY_ADDRESS"] = ray_address
     return made
 
 
-def read_env_file(path: str) -> Mapping[str, str]:
-    """What bash exports after it has sourced the file."""
-    script = 'set -a; source "$1" >&2 && env -0'
-    done = subprocess.run(["bash", "-c", script, "bash", path], capture_output=True, check=False)
-    if done.returncode != 0:
-        raise ValueError(
-            f"env_file={path!r} could not be sourced by bash (exit code {done.returncode}):\n"
-            + done.stderr.decode(errors="replace").rstrip()
-        )
-    pairs = (
-        line.partition("=") for line in done.stdout.decode(errors="replace").split("\0") if line
-    )
-    return {name: value for name, _, value in pairs if os.environ.get(name) != value}
+def env_file_version(wanted: TemplateWanted, cwd: str) -> tuple[int, int] | None:
+    """Changes when the file does."""
+    try:
+        stat = os.stat(os.path.join(cwd, wanted.env_file or ""))
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
 
 
 def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple[str, str | None]:
@@ -47,5 +57,39 @@ def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple
     if Path(wanted.driver_cwd).is_dir():
         return wanted.driver_cwd, None
     return here, (
-        f"The driver's folder {wanted.driver_cwd} does not exist here; the function runs in {here}."
+        f"the driver's folder {wanted.driver_cwd} does not exist here; the function runs in {here}"
     )
+
+
+def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
+    """What bash exports after it has sourced the file, starting from `base`."""
+    try:
+        done = subprocess.run(
+            ["bash", "-c", _SOURCE, "bash", path],
+            env=dict(base),
+            capture_output=True,
+            check=False,
+            timeout=_SOURCING_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"env_file={path!r}: bash had not sourced it after {_SOURCING_S} s."
+        ) from None
+    said = done.stderr.decode(errors="replace").strip()
+    # A last line such as `[ -f x ] && export A=1` fails in silence, and nothing is wrong.
+    if done.returncode != 0 and said:
+        raise ValueError(
+            f"env_file={path!r} could not be sourced by bash (exit code {done.returncode}):\n{said}"
+        )
+    if not done.stdout:
+        raise ValueError(f"env_file={path!r} ends the shell that sources it: use return, not exit.")
+    pairs = (
+        entry.partition("=") for entry in done.stdout.decode(errors="surrogateescape").split("\0")
+    )
+    sourced = {name: value for name, _, value in pairs if name and name not in _BASHS_OWN}
+    refused = {name for name in sourced if environment.forbidden(name)} - base.keys()
+    if refused:
+        raise ValueError(
+            f"env_file={path!r} sets {', '.join(sorted(refused))}, which the launch itself sets."
+        )
+    return sourced | {name: base[name] for name in _BASHS_OWN & base.keys()}

@@ -1,12 +1,17 @@
 """One stream of output of a worker or of the template, cut into whole lines."""
 
 import asyncio
+import fcntl
 import os
+import struct
+import termios
 
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.wire.messages import Printed, Stream
 
 _CHUNK = 256 * 1024
+_LONGEST_LINE = 16 * 2**20
+"""What has no newline for longer is passed on in pieces: the agent's memory is bounded."""
 _KEPT_LINES = 20
 _KEPT_BYTES = 8 * 1024
 
@@ -22,7 +27,8 @@ class Output:
         self._local_rank = local_rank
         self._stream: Stream = stream
         self._mailbox = mailbox
-        self._partial = b""
+        self._partial: list[bytes] = []
+        self._partial_bytes = 0
         self._tail = b""
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
@@ -38,28 +44,39 @@ class Output:
 
     def drain_and_close(self) -> None:
         """Take what is in the pipe now, without waiting for whoever else may hold it open."""
-        while self._fd is not None and self._read_some():
-            pass
+        waiting = self._waiting_bytes()
+        while self._fd is not None and waiting > 0:
+            taken = self._read_some()
+            waiting = waiting - taken if taken else 0
         self._close()
 
-    def _read_some(self) -> bool:
+    def _waiting_bytes(self) -> int:
+        if self._fd is None:
+            return 0
+        (count,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.FIONREAD, b"\0" * 4))
+        return count
+
+    def _read_some(self) -> int:
         assert self._fd is not None
         try:
             data = os.read(self._fd, _CHUNK)
         except BlockingIOError:
-            return False
+            return 0
         if not data:
             self._close()
-            return False
+            return 0
         whole, newline, rest = data.rpartition(b"\n")
         if newline:
-            self._put(self._partial + whole + newline)
-            self._partial = rest
-        else:
-            self._partial += data
+            self._put(b"".join([*self._partial, whole, newline]))
+            self._partial, self._partial_bytes = [], 0
+        self._partial.append(rest)
+        self._partial_bytes += len(rest)
+        if self._partial_bytes > _LONGEST_LINE:
+            self._put(b"".join(self._partial))
+            self._partial, self._partial_bytes = [], 0
         if self._mailbox.is_full:
             self._loop.remove_reader(self._fd)
-        return True
+        return len(data)
 
     def _close(self) -> None:
         if self._fd is None:
@@ -67,10 +84,9 @@ class Output:
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         self._fd = None
-        if self._partial:
-            self._put(self._partial + b"\n")
-            self._partial = b""
+        if rest := b"".join(self._partial):
+            self._put(rest + b"\n")
 
     def _put(self, data: bytes) -> None:
-        self._tail = (self._tail + data)[-_KEPT_BYTES:]
+        self._tail = (self._tail + data[-_KEPT_BYTES:])[-_KEPT_BYTES:]
         self._mailbox.put(Printed(self._local_rank, self._stream, data))

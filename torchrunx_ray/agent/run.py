@@ -9,6 +9,7 @@ from torchrunx_ray.agent import gpus
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.template import Template
 from torchrunx_ray.agent.worker import Worker
+from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed, memory_file
@@ -32,9 +33,14 @@ class HostRun:
         self._workers: dict[int, Worker] = {
             place.local_rank: Worker(place.local_rank, mailbox) for place in wanted.places
         }
-        self._forked = 0
+        self._all_forked = False
+        self._template_died = False
         self._stopping = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
+
+    @property
+    def run_id(self) -> str:
+        return self._wanted.run_id
 
     async def start(self, function: Packed) -> None:
         """Return once every worker is forked, or the run has ended without."""
@@ -42,17 +48,21 @@ class HostRun:
         if refused is not None:
             self._mailbox.put(refused)
             self._stopping.set()
+        elif self._template.death is not None:
+            self.template_is_gone(self._template.death)
         if self._listening is not None:
             if not self._stopping.is_set():
-                await self._template.fork_store(self._listening)
+                self._check(await self._template.fork_store(self._listening))
             self._listening.close()
         function_fd = await asyncio.to_thread(memory_file, function)
         for place in self._wanted.places:
             if not self._stopping.is_set():
                 await self._fork(place, function_fd)
         os.close(function_fd)
-        if self._forked < len(self._workers):
-            self._end_unforked()
+        self._all_forked = True
+        for worker in self._workers.values():
+            if not worker.is_forked:
+                worker.abandon()
         self._end_if_over()
 
     async def value(self, local_rank: int) -> Packed | None:
@@ -63,10 +73,13 @@ class HostRun:
             worker.resume_output()
 
     def stop(self, grace_s: float) -> None:
-        """SIGTERM to those without an outcome, SIGKILL to all after the grace; 0: SIGKILL now."""
+        """SIGTERM, and SIGKILL after the grace; with 0 SIGKILL now.
+
+        A worker that has failed is ending already, and gets the grace for its exit functions.
+        """
         self._stopping.set()
         if grace_s > 0:
-            self._signal(signal.SIGTERM, only_without_outcome=True)
+            self._signal(signal.SIGTERM, spare_failed=True)
             loop = asyncio.get_running_loop()
             loop.call_later(grace_s, self._signal, signal.SIGKILL)
         else:
@@ -78,17 +91,18 @@ class HostRun:
             self._workers[exited.local_rank].ended(exited)
             self._end_if_over()
         elif self._ending is None:
-            how = "" if exited.signal is None else f" by signal {exited.signal}"
-            self._fail(f"the process that serves the store (pid {exited.pid}) was ended{how}", "")
+            how = describe_exit(exited.exit_code, exited.signal)
+            self._fail(f"the process that serves the store (pid {exited.pid}) {how}", "")
 
     def template_is_gone(self, evidence: str) -> None:
         """The kernel killed the workers with it; nobody will report them."""
-        if self._ending is None:
+        if self._ending is None and not self._template_died:
+            self._template_died = True
             self._fail("the template process, from which workers are forked, died", evidence)
             self._stopping.set()
-            if self._forked:
-                self._end_unforked()
-                self._end_if_over()
+            for worker in self._workers.values():
+                worker.abandon()
+            self._end_if_over()
 
     async def _ready_or_stopped(self) -> messages.TemplateRefused | None:
         """Ctrl-C must not wait for an import of torch."""
@@ -105,7 +119,7 @@ class HostRun:
             wanted.gpu_ids, wanted.gpus_per_worker, place.local_rank
         )
         variables = place.variables(wanted.master_addr, wanted.master_port, wanted.run_id)
-        pid = await self._template.fork_worker(
+        answer = await self._template.fork_worker(
             messages.ForkWorker(
                 place=place,
                 hostname=wanted.hostname,
@@ -118,32 +132,32 @@ class HostRun:
             [*worker.fds, function_fd],
         )
         worker.give_fds_away()
-        if pid is not None:
-            self._forked += 1
+        worker.is_forked = isinstance(answer, messages.Forked)
+        self._check(answer)
 
-    def _signal(self, signum: int, only_without_outcome: bool = False) -> None:
+    def _check(self, answer: messages.Forked | messages.ForkFailed) -> None:
+        if isinstance(answer, messages.ForkFailed) and not self._stopping.is_set():
+            self._stopping.set()
+            what = "no process could be forked"
+            self._fail(what, f"{answer.reason}; see the host's limits of processes and of memory")
+
+    def _signal(self, signum: int, spare_failed: bool = False) -> None:
         living = [
             worker.local_rank
             for worker in self._workers.values()
-            if not (worker.has_exited or (only_without_outcome and worker.has_outcome))
+            if not (worker.has_exited or (spare_failed and worker.has_failed))
         ]
         if living and self._ending is None:
             self._template.signal_workers(living, signum)
 
-    def _end_unforked(self) -> None:
-        """Close the books of workers of which no exit will be reported."""
-        for worker in self._workers.values():
-            if not worker.has_exited:
-                worker.abandon()
-
     def _end_if_over(self) -> None:
-        if self._ending is None and all(worker.has_exited for worker in self._workers.values()):
+        over = self._all_forked and all(worker.has_exited for worker in self._workers.values())
+        if over and self._ending is None:
             self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
-        if self._forked:
-            await self._template.end_run()
-        self._mailbox.put(messages.HostEnded())
+        left = await self._template.end_run() if self._template.is_ready else ()
+        self._mailbox.put(messages.HostEnded(left))
 
     def _fail(self, what: str, evidence: str) -> None:
         self._mailbox.put(messages.AgentFailed(now_ns(), what, evidence))

@@ -4,70 +4,36 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-import sys
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
+from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages
-from torchrunx_ray.wire.channel import Channel
-from torchrunx_ray.wire.environment import MARK
-
-_PACKAGE_PARENT = str(Path(__file__).parents[2])
 
 
 class Template:
-    """A keeper with its template. Started at once; usable from an event loop after `attach`."""
+    """Talks to a template. `on_gone(evidence)` is called when it ended unasked."""
 
     def __init__(
         self,
-        environment: Mapping[str, str],
-        cwd: str,
-        preload: Sequence[str],
-        start_method: messages.StartMethod,
-    ) -> None:
-        self._mark = uuid.uuid4().hex
-        self._channel, theirs = Channel.pair()
-        self.stdout_fd, stdout = os.pipe()
-        self.stderr_fd, stderr = os.pipe()
-        # -P and PYTHONPATH find this package and nothing else; the template then takes over the
-        # agent's sys.path, and puts the variable back for what the function may start.
-        self._keeper = subprocess.Popen(
-            [sys.executable, "-P", "-m", "torchrunx_ray.worker.keeper", str(theirs.fileno())],
-            env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self._mark},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
-        os.close(stdout)
-        os.close(stderr)
-        self._channel.send(
-            messages.TemplateSetup(
-                tuple(sys.path),
-                (("PYTHONPATH", environment.get("PYTHONPATH")),),
-                tuple(preload),
-                start_method,
-            )
-        )
-
-    def attach(
-        self,
+        keeper: Keeper,
         on_exited: Callable[[messages.Exited], None],
         on_gone: Callable[[str], None],
     ) -> None:
-        """Begin to listen. `on_gone(evidence)` is called when the template ended unasked."""
         self._loop = asyncio.get_running_loop()
+        self._keeper = keeper.process
+        self._channel = keeper.channel
+        self._mark = keeper.mark
         self._on_exited, self._on_gone = on_exited, on_gone
         self._ready: asyncio.Future[messages.TemplateRefused | None] = self._loop.create_future()
-        self._replies: asyncio.Queue[messages.Forked | messages.RunEnded | None] = asyncio.Queue()
-        self._forking = asyncio.Lock()
+        self._replies: asyncio.Queue[messages.Forked | messages.ForkFailed | messages.RunEnded] = (
+            asyncio.Queue()
+        )
+        self._asking = asyncio.Lock()
         self._closing = False
+        self.death: str | None = None
+        """How it ended, where nobody asked it to."""
         self._keeper_ended = asyncio.Event()
         self._gone = asyncio.Event()
         self._keeper_fd = os.pidfd_open(self._keeper.pid)
@@ -80,48 +46,67 @@ class Template:
         """Whether keeper and template are there for another run."""
         return not (self._closing or self._keeper_ended.is_set())
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it listens; while it imports it does not."""
+        return self._ready.done()
+
     async def ready(self) -> messages.TemplateRefused | None:
         """Wait until it can fork; its refusal where it cannot."""
         return await asyncio.shield(self._ready)
 
-    async def fork_store(self, listening: socket.socket) -> int | None:
+    async def fork_store(self, listening: socket.socket) -> messages.Forked | messages.ForkFailed:
         port: int = listening.getsockname()[1]
         return await self._fork(messages.ForkStore(port), [listening.fileno()])
 
-    async def fork_worker(self, wanted: messages.ForkWorker, fds: Sequence[int]) -> int | None:
+    async def fork_worker(
+        self, wanted: messages.ForkWorker, fds: Sequence[int]
+    ) -> messages.Forked | messages.ForkFailed:
         return await self._fork(wanted, fds)
 
     def signal_workers(self, local_ranks: Sequence[int], signum: int) -> None:
         self._tell(messages.SignalWorkers(tuple(local_ranks), signum))
 
-    async def end_run(self) -> None:
-        """Return when nothing of the run lives, or the template is gone."""
-        self._tell(messages.EndRun())
-        while isinstance(await self._replies.get(), messages.Forked):
-            pass
+    async def end_run(self) -> tuple[int, ...]:
+        """Return when nothing of the run lives, but for the pids that are returned."""
+        reply = await self._ask(messages.EndRun())
+        return reply.left if isinstance(reply, messages.RunEnded) else ()
 
     async def close(self) -> None:
         """End keeper and template with all that is below them, and wait until they are gone."""
         self._closing = True
-        if self._keeper_ended.is_set():
-            self._channel.say_no_more()
-        else:
+        if not self._keeper_ended.is_set():
             self._keeper.send_signal(signal.SIGTERM)
             await self._keeper_ended.wait()
-        await self._gone.wait()
+        if not self._gone.is_set():
+            self._channel.say_no_more()  # for a template whose keeper was killed
+            await self._gone.wait()
 
-    async def _fork(self, message: object, fds: Sequence[int]) -> int | None:
-        """The child's pid; None where the template is gone."""
-        async with self._forking:  # one at a time: the channel's buffer is small, a fork quick
+    async def _fork(
+        self, message: object, fds: Sequence[int]
+    ) -> messages.Forked | messages.ForkFailed:
+        reply = await self._ask(message, fds)
+        if isinstance(reply, messages.RunEnded):
+            return messages.ForkFailed("the template is gone")
+        return reply
+
+    async def _ask(
+        self, message: object, fds: Sequence[int] = ()
+    ) -> messages.Forked | messages.ForkFailed | messages.RunEnded:
+        """One question at a time: the channel's buffer is small, and a fork quick."""
+        async with self._asking:
+            if self._gone.is_set():
+                return messages.RunEnded(())
             self._tell(message, fds)
-            reply = await self._replies.get()
-            return reply.pid if isinstance(reply, messages.Forked) else None
+            return await self._replies.get()
 
     def _tell(self, message: object, fds: Sequence[int] = ()) -> None:
+        if self._gone.is_set():
+            return
         try:
             self._channel.send(message, fds)
-        except OSError:  # it is gone, and `_listen` is about to hear of it
-            self._replies.put_nowait(None)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is gone; `_listen` is about to hear of it, and answers for it
 
     def _listen(self) -> None:
         while True:
@@ -140,7 +125,7 @@ class Template:
                     self._ready.set_result(message)
                 case messages.Exited():
                     self._on_exited(message)
-                case messages.Forked() | messages.RunEnded():
+                case messages.Forked() | messages.ForkFailed() | messages.RunEnded():
                     self._replies.put_nowait(message)
                 case _:
                     raise TypeError(f"a template does not send {message!r}")
@@ -152,9 +137,10 @@ class Template:
         self._gone.set()
         refused = self._ready.done() and self._ready.result() is not None
         if not self._closing and not refused:
-            self._on_gone(_evidence(self._keeper.returncode))
+            self.death = _evidence(self._keeper.returncode)
+            self._on_gone(self.death)
         self._closing = True
-        self._replies.put_nowait(None)
+        self._replies.put_nowait(messages.RunEnded(()))
         if not self._ready.done():
             self._ready.set_result(None)
 

@@ -7,6 +7,7 @@ from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
 
 
@@ -15,7 +16,9 @@ class Worker:
 
     def __init__(self, local_rank: int, mailbox: Mailbox) -> None:
         self.local_rank = local_rank
+        self.is_forked = False
         self.has_outcome = False
+        self.has_failed = False
         self.has_exited = False
         self._mailbox = mailbox
         self._loop = asyncio.get_running_loop()
@@ -58,7 +61,8 @@ class Worker:
 
     def abandon(self) -> None:
         """It was never forked, or died with its template: nobody will report its end."""
-        self._close_books()
+        if not self.has_exited:
+            self._close_books()
 
     def _close_books(self) -> None:
         self.has_exited = True
@@ -78,10 +82,17 @@ class Worker:
                 message, fds = self._channel.receive()
             except BlockingIOError:
                 return
-            except (EOFError, OSError):
+            except EOFError:
                 # Not its death: that is the exit status, which the template reports.
                 self._hang_up()
                 return
+            except OSError as error:
+                what = "the agent could not receive what a worker sent"
+                self._mailbox.put(messages.AgentFailed(now_ns(), what, str(error)))
+                self._hang_up()
+                return
+            if self.has_outcome:
+                continue  # there is one only; a process that the function forked has no say
             match message:
                 case messages.Finished():
                     self.has_outcome = True
@@ -89,7 +100,7 @@ class Worker:
                     os.close(fds[0])
                     self._mailbox.put(message)
                 case messages.Failed():
-                    self.has_outcome = True
+                    self.has_outcome = self.has_failed = True
                     self._mailbox.put(message)
                 case messages.Joined() | messages.Started():
                     self._mailbox.put(message)

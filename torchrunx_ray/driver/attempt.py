@@ -1,77 +1,113 @@
-"""One attempt of a run: agents meet, workers start, the first failure or every value comes back."""
+"""One attempt of a run: workers start, the first failure or every value comes back."""
 
 import asyncio
+import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.cluster import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.console import Console
-from torchrunx_ray.driver.failures import Failure, Report, exception_of
-from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.driver.failures import Failure, Failures, NotJoined, Report
+from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
-from torchrunx_ray.errors import LaunchError
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.ranks import Place, lay_out
 
+logger = logging.getLogger("torchrunx_ray")
+
+_LOOK_AROUND_S = 1.0
+"""How often a driver that waits for an answer looks whether it still belongs to the cluster."""
+
 _SETTLING_S = 0.1
 """How long an earlier failure may take to arrive after a later one."""
 
-_LAST_WORDS_S = 5.0
-"""How long after SIGKILL a host may take to report its end before it is given up."""
+_LAST_WORDS_S = 12.0
+"""How long after SIGKILL a host may take to report its end before it is given up.
+
+Longer than a template waits for a process that gives back much memory.
+"""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who takes part: hosts, and by the same index their agents, what these said, their GPUs."""
+
+    hosts: Sequence[Host]
+    agents: Sequence[Agent]
+    met: Sequence[messages.Met]
+    gpu_ids: Sequence[tuple[str, ...]]
 
 
 class Attempt:
     """Everything that belongs to one try at a run: addresses, failures, hosts that ended."""
 
-    def __init__(
-        self, run_id: str, options: Options, hosts: Sequence[Host], agents: Sequence[Agent]
-    ) -> None:
+    def __init__(self, run_id: str, options: Options, crew: Crew, backend: str | None) -> None:
         self._run_id = run_id
         self._options = options
-        self._hosts = hosts
-        self._agents = agents
-        self._layout = lay_out([host.workers for host in hosts])
-        self._clock_offsets_ns = [0] * len(hosts)
+        self._crew = crew
+        self._backend = backend
+        self._cluster = Connection()
+        self._layout = lay_out([host.workers for host in crew.hosts])
+        self._clock_offsets_ns = [0] * len(crew.hosts)
+        self._joined: set[int] = set()
         self._failures: list[Failure] = []
-        self._is_stopping = False
+        self._stopped_at_ns: int | None = None
         self._stopped: list[str] = []
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
         self._values: dict[int, list[ray.ObjectRef[Any]]] = {}
-        self.broken: set[int] = set()
-        """Hosts, by index, whose agent cannot be used again."""
+        self.broken: set[int] = set(range(len(crew.hosts)))
+        """Hosts, by index, whose agent cannot be used again: it has not ended the run."""
 
-    async def go(self, function: Any) -> "list[list[ray.ObjectRef[Any]]]":
-        """References to every rank's value, by host. Raises the first failure.
+    async def go(self, function: Any) -> "list[list[ray.ObjectRef[Any]]] | Failures":
+        """References to every rank's value, by host, or what failed.
 
         On cancellation, as on failure, it returns only when no worker lives; a second
         cancellation kills them.
         """
-        self._console = Console(sum(host.workers for host in self._hosts))
+        self._console = Console(len(self._places()))
         try:
-            master = await self._meet()
+            if len(self._crew.hosts) > 1:
+                await self._compare_clocks()
             self._watching = [
-                asyncio.create_task(self._watch(i, self._wanted(i, master), function))
-                for i in range(len(self._hosts))
+                asyncio.create_task(self._watch(i, function)) for i in range(len(self._crew.hosts))
             ]
+            if self._backend is not None:
+                self._later(self._options.timeout, self._check_joined)
             await self._until_ended()
         finally:
             for timer in self._timers:
                 timer.cancel()
-            await self._console.drain()
+            for watching in self._watching:
+                watching.cancel()
+            await to_the_end(self._console.drain())
         if self._failures:
-            raise exception_of(self._failures, self._stopped)
-        values = [self._values[i] for i in range(len(self._hosts))]
+            return Failures(self._failures, self._stopped)
+        values = [self._values[i] for i in range(len(self._crew.hosts))]
         await in_thread(_wait_until_stored, [ref for refs in values for ref in refs])
         return values
+
+    async def _compare_clocks(self) -> None:
+        """How far each host's clock is ahead of ours, for putting failures in order."""
+        with contextlib.suppress(RayError):  # of an agent that just died is heard soon enough
+            offsets = [self._clock_offset_ns(agent) for agent in self._crew.agents]
+            self._clock_offsets_ns = list(await asyncio.gather(*offsets))
+
+    async def _clock_offset_ns(self, agent: Agent) -> int:
+        asked_ns = now_ns()
+        theirs_ns: int = await agent.calls.clock.remote()
+        # Half the round trip is the best guess of when the agent read its clock.
+        return theirs_ns - (asked_ns + now_ns()) // 2
 
     async def _until_ended(self) -> None:
         cancelled: asyncio.CancelledError | None = None
@@ -88,64 +124,59 @@ class Attempt:
             if not watching.cancelled():
                 watching.result()
 
-    async def _meet(self) -> messages.Met:
-        met = await asyncio.gather(*(self._ask(i) for i in range(len(self._agents))))
-        for i, agent in enumerate(met):
-            if agent.problem is not None:
-                raise LaunchError(f"On {self._hosts[i].label}: {agent.problem}")
-        return met[0]
-
-    async def _ask(self, host_index: int) -> messages.Met:
-        asked_ns = now_ns()
-        try:
-            met: messages.Met = await self._agents[host_index].calls.meet.remote(host_index == 0)
-        except RayError as error:
-            self._lose(host_index, "the agent could not be started", str(error))
-            raise exception_of(self._failures, ()) from error
-        # Half the round trip is the best guess of when the agent read its clock.
-        self._clock_offsets_ns[host_index] = met.clock_ns - (asked_ns + now_ns()) // 2
-        return met
-
-    def _wanted(self, host_index: int, master: messages.Met) -> messages.RunWanted:
+    def _wanted(self, host_index: int) -> messages.RunWanted:
+        master = self._crew.met[0]
         assert master.master_port is not None
-        host = self._hosts[host_index]
+        host = self._crew.hosts[host_index]
         return messages.RunWanted(
             run_id=self._run_id,
             hostname=host.label,
             places=tuple(self._layout[host_index]),
             master_addr=master.ip,
             master_port=master.master_port,
-            backend=self._backend(host),
+            backend=self._backend,
             timeout=self._options.timeout,
-            gpu_ids=host.gpu_ids,
+            gpu_ids=self._crew.gpu_ids[host_index],
             gpus_per_worker=host.gpus_per_worker,
             argv=tuple(sys.argv),
         )
 
-    def _backend(self, host: Host) -> str | None:
-        if self._options.backend != "auto":
-            return self._options.backend
-        return "nccl" if host.gpus_per_worker else "gloo"
-
-    async def _watch(self, host_index: int, wanted: messages.RunWanted, function: Any) -> None:
+    async def _watch(self, host_index: int, function: Any) -> None:
         """Start one host's workers and hear all that its agent has to say, until it has ended."""
-        calls = self._agents[host_index].calls
+        calls = self._crew.agents[host_index].calls
         try:
-            await calls.start.remote(wanted, function)
-            self._values[host_index] = [calls.value.remote(p.local_rank) for p in wanted.places]
+            await self._answer(calls.start.remote(self._wanted(host_index), function))
+            places = self._layout[host_index]
+            self._values[host_index] = [calls.value.remote(place.local_rank) for place in places]
             while True:
-                events: list[messages.Event] = await calls.poll.remote()
+                events: list[messages.Event] = await self._answer(calls.poll.remote())
                 for event in events:
+                    await self._hear(host_index, event)
                     if isinstance(event, messages.HostEnded):
                         return
-                    await self._hear(host_index, event)
+        except ClusterLeft:
+            self._lose(host_index, "the driver left the Ray cluster by ray.shutdown()", "")
+        except RayTaskError as error:
+            self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
         except RayError as error:
             self._lose(host_index, "the agent died", str(error))
+
+    async def _answer(self, ref: "ray.ObjectRef[Any]") -> Any:
+        """Await Ray, which answers nothing more once the driver has called ray.shutdown()."""
+        answer = asyncio.ensure_future(ref)
+        while not answer.done():
+            await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)
+            if not answer.done() and not self._cluster.is_ours():
+                answer.cancel()
+                raise ClusterLeft
+        return answer.result()
 
     async def _hear(self, host_index: int, event: messages.Event) -> None:
         match event:
             case messages.Printed():
                 await self._print(host_index, event)
+            case messages.Joined():
+                self._joined.add(self._layout[host_index][event.local_rank].rank)
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
             case messages.Died():
@@ -153,57 +184,88 @@ class Attempt:
             case messages.AgentFailed():
                 self._fail(host_index, None, event.time_ns, event)
             case messages.TemplateRefused():
-                self._fail(host_index, None, now_ns(), event)
+                self._fail(host_index, None, self._clock_of(host_index), event)
+            case messages.HostEnded():
+                self._has_ended(host_index, event)
             case _:
                 pass  # the steps of a worker that is well
 
     async def _print(self, host_index: int, printed: messages.Printed) -> None:
-        label = self._hosts[host_index].label
+        label = self._crew.hosts[host_index].label
         if printed.local_rank is None:
             who = f"{label}:template"
         else:
-            who = f"{label}:{self._place(host_index, printed.local_rank).rank}"
+            who = f"{label}:{self._layout[host_index][printed.local_rank].rank}"
         await self._console.put(who, printed.stream, printed.data)
 
     def _has_died(self, host_index: int, died: messages.Died) -> None:
         exited = died.exited
-        if self._is_stopping and exited.signal in (signal.SIGTERM, signal.SIGKILL):
-            assert exited.local_rank is not None
-            rank = self._place(host_index, exited.local_rank).rank
-            self._stopped.append(f"rank {rank} on {self._hosts[host_index].label}")
+        assert exited.local_rank is not None
+        died_at_ns = exited.time_ns - self._clock_offsets_ns[host_index]
+        by_us = self._stopped_at_ns is not None and died_at_ns > self._stopped_at_ns
+        if by_us and exited.signal in (signal.SIGTERM, signal.SIGKILL):
+            rank = self._layout[host_index][exited.local_rank].rank
+            self._stopped.append(f"rank {rank} on {self._crew.hosts[host_index].label}")
         else:
             self._fail(host_index, exited.local_rank, exited.time_ns, died)
 
+    def _has_ended(self, host_index: int, ended: messages.HostEnded) -> None:
+        self.broken.discard(host_index)
+        if ended.left:
+            logger.warning(
+                "%s: processes %s are left; the kernel holds them, SIGKILL did not end them",
+                self._crew.hosts[host_index].label,
+                ", ".join(map(str, ended.left)),
+            )
+
+    def _check_joined(self) -> None:
+        """Tell who is missing, before those who wait for them give up."""
+        missing = {
+            place.rank: self._crew.hosts[place.host_index].label
+            for place in self._places()
+            if place.rank not in self._joined
+        }
+        if missing:
+            host_index = next(p.host_index for p in self._places() if p.rank in missing)
+            not_joined = NotJoined(self._options.timeout, missing)
+            self._fail(host_index, None, self._clock_of(host_index), not_joined)
+
     def _lose(self, host_index: int, what: str, evidence: str) -> None:
-        self.broken.add(host_index)
-        time_ns = now_ns() + self._clock_offsets_ns[host_index]
+        time_ns = self._clock_of(host_index)
         self._fail(host_index, None, time_ns, messages.AgentFailed(time_ns, what, evidence))
 
     def _fail(self, host_index: int, local_rank: int | None, time_ns: int, report: Report) -> None:
+        """Take note of a failure, whose time is on its host's clock."""
         if not self._failures:
             self._later(_SETTLING_S, self._stop, self._options.shutdown_timeout)
-        rank = None if local_rank is None else self._place(host_index, local_rank).rank
+        rank = None if local_rank is None else self._layout[host_index][local_rank].rank
         on_our_clock = time_ns - self._clock_offsets_ns[host_index]
-        self._failures.append(Failure(on_our_clock, self._hosts[host_index].label, rank, report))
+        label = self._crew.hosts[host_index].label
+        self._failures.append(Failure(on_our_clock, label, rank, report))
+
+    def _clock_of(self, host_index: int) -> int:
+        return now_ns() + self._clock_offsets_ns[host_index]
 
     def _later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(delay_s, call, *args))
 
-    def _place(self, host_index: int, local_rank: int) -> Place:
-        return self._layout[host_index][local_rank]
+    def _places(self) -> list[Place]:
+        return [place for places in self._layout for place in places]
 
     def _stop(self, grace_s: float) -> None:
-        self._is_stopping = True
-        for i, agent in enumerate(self._agents):
-            if i not in self.broken:
-                agent.calls.stop.remote(grace_s)
+        if self._stopped_at_ns is None:
+            self._stopped_at_ns = now_ns()
+        for agent, watching in zip(self._crew.agents, self._watching, strict=True):
+            if not watching.done() and self._cluster.is_ours():
+                agent.calls.stop.remote(self._run_id, grace_s)
         self._later(grace_s + _LAST_WORDS_S, self._give_up)
 
     def _give_up(self) -> None:
-        """What SIGKILL does not end is in the kernel's hands; do not wait for it."""
+        """A host that does not even report the end of killed workers is not waited for."""
         for i, watching in enumerate(self._watching):
             if not watching.done():
-                self._lose(i, "processes are left, which not even SIGKILL ended", "")
+                what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
+                self._lose(i, what, "it is frozen, or cut off, or a process is stuck in the kernel")
                 watching.cancel()
 
 

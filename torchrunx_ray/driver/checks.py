@@ -1,18 +1,19 @@
 """What is wrong with an option or a function, before anything starts.
 
-Every message names the option, the value, and what is accepted. Values are Any here: an
+Every message names the option, the value, and what is expected. Values are Any here: an
 annotation does not keep a caller from giving something else.
 """
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrunx_ray.wire.environment import forbidden
 
-_BACKEND = re.compile(r"[a-z][a-z0-9_]*|[a-z]+:[a-z0-9_]+(,[a-z]+:[a-z0-9_]+)*")
+_BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
+"""Those of torch, and of the accelerators that it knows by name."""
+
 _STRATEGIES = ("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK")
 
 
@@ -34,54 +35,62 @@ def check_function(func: object) -> None:
 
 
 def _check_hosts(hosts: Any) -> None:
-    accepted = '"auto", a number of hosts from 1 on, or a list of distinct host names'
+    expected = '"auto", "slurm", a number of hosts of at least 1, or a list of distinct names such as ["localhost"]'
     if isinstance(hosts, str):
-        _require(hosts == "auto", "hostnames", hosts, accepted)
+        _require(hosts in ("auto", "slurm"), "hostnames", hosts, expected)
     elif _is_sequence(hosts):
-        _require_strings("hostnames", hosts, accepted)
+        _require_strings("hostnames", hosts, expected)
         names: list[str] = list(hosts)
         distinct = len(set(names)) == len(names) > 0 and all(names)
-        _require(distinct, "hostnames", names, accepted)
+        _require(distinct, "hostnames", names, expected)
     else:
-        _require_int("hostnames", hosts, 1, accepted)
+        _require_int("hostnames", hosts, 1, expected)
 
 
 def _check_workers(workers: Any, hosts: Any) -> None:
-    accepted = '"auto", "gpu", "cpu", a number from 1 on, or a list of such numbers, one per host'
+    expected = '"auto", "gpu", "cpu", "slurm", a number of at least 1, or a list of such numbers, one per host'
     if isinstance(workers, str):
-        _require(workers in ("auto", "gpu", "cpu"), "workers_per_host", workers, accepted)
+        known = workers in ("auto", "gpu", "cpu", "slurm")
+        _require(known, "workers_per_host", workers, expected)
     elif _is_sequence(workers):
         counts: list[Any] = list(workers)
-        _require(bool(counts), "workers_per_host", counts, accepted)
+        _require(bool(counts), "workers_per_host", counts, expected)
         for count in counts:
-            _require_int("workers_per_host", count, 1, accepted)
-        wanted = hosts if isinstance(hosts, int) else None if hosts == "auto" else len(hosts)
+            _require_int("workers_per_host", count, 1, expected)
+        wanted = hosts if isinstance(hosts, int) else None if isinstance(hosts, str) else len(hosts)
         if wanted not in (None, len(counts)):
             raise ValueError(
                 f"workers_per_host={counts!r} has {len(counts)} numbers, but hostnames={hosts!r} "
                 f"stands for {wanted} hosts; give one number per host."
             )
     else:
-        _require_int("workers_per_host", workers, 1, accepted)
+        _require_int("workers_per_host", workers, 1, expected)
 
 
 def _check_amounts(given: Mapping[str, Any]) -> None:
     for option in ("timeout", "shutdown_timeout", "linger"):
-        _require_number(option, given[option], "seconds from 0 on")
+        _require_number(option, given[option], "seconds, at least 0")
     _require(given["timeout"] > 0, "timeout", given["timeout"], "seconds, more than 0")
-    for option, accepted in (
-        ("gpus_per_worker", "None, or a number from 0 on"),
-        ("cpus_per_worker", "None, or a number from 0 on"),
-        ("placement_timeout", "None, or seconds from 0 on"),
+    for option, expected in (
+        ("gpus_per_worker", "None, or a number of at least 0"),
+        ("cpus_per_worker", "None, or a number of at least 0"),
+        ("placement_timeout", "None, or seconds, at least 0"),
     ):
         if given[option] is not None:
-            _require_number(option, given[option], accepted)
-    accepted = "None, or a mapping from names of resources to numbers"
-    _require_mapping("resources_per_host", given["resources_per_host"], accepted)
+            _require_number(option, given[option], expected)
+    gpus = given["gpus_per_worker"] or 0
+    expected = "a part of one GPU, or a whole number of them"
+    _require(gpus <= 1 or gpus == int(gpus), "gpus_per_worker", gpus, expected)
+    expected = "None, or a mapping from names of resources to numbers"
+    _require_mapping("resources_per_host", given["resources_per_host"], expected)
     resources: dict[Any, Any] = dict(given["resources_per_host"] or {})
     for name, amount in resources.items():
-        _require(isinstance(name, str), "resources_per_host", name, accepted, TypeError)
-        _require_number("resources_per_host", amount, accepted)
+        _require(isinstance(name, str), "resources_per_host", name, expected, TypeError)
+        if name in ("CPU", "GPU"):
+            raise ValueError(
+                f"resources_per_host={resources!r}: {name}s are reserved by {name.lower()}s_per_worker."
+            )
+        _require_number("resources_per_host", amount, expected)
 
 
 def _check_choices(given: Mapping[str, Any]) -> None:
@@ -90,24 +99,39 @@ def _check_choices(given: Mapping[str, Any]) -> None:
     method = given["start_method"]
     _require(method in ("fork", "spawn"), "start_method", method, '"fork" or "spawn"')
     backend = given["backend"]
-    accepted = (
+    expected = (
         '"auto", "nccl", "gloo", "mpi", "ucc", one per device such as "cpu:gloo,cuda:nccl", or None'
     )
+    gpus = given["gpus_per_worker"]
+    if backend == "nccl" and gpus is not None and gpus < 1:
+        raise ValueError(
+            f"backend='nccl' with gpus_per_worker={gpus!r}: nccl refuses two ranks on one GPU. Give "
+            "each worker a GPU of its own, or use backend='gloo'."
+        )
     if backend is not None:
-        _require(isinstance(backend, str), "backend", backend, accepted, TypeError)
-        _require(bool(_BACKEND.fullmatch(backend)), "backend", backend, accepted)
+        _require(isinstance(backend, str), "backend", backend, expected, TypeError)
+        names = [part.rpartition(":")[2] for part in backend.split(",")]
+        _require(all(name in _BACKENDS for name in names), "backend", backend, expected)
 
 
 def _check_environment(given: Mapping[str, Any]) -> None:
     _require_strings("default_env_vars", given["default_env_vars"], "patterns such as WANDB_*")
     extra = given["extra_env_vars"]
-    accepted = "patterns such as WANDB_*, NAME=value strings, or a mapping from names to strings"
+    names: list[str]
+    texts: list[str]
+    expected = "patterns such as WANDB_*, NAME=value strings, or a mapping from names to strings"
     if _is_mapping(extra):
-        _require_strings("extra_env_vars", [*extra, *extra.values()], accepted)
+        _require_strings("extra_env_vars", [*extra, *extra.values()], expected)
+        names = list(extra)
+        texts = [*extra, *extra.values()]
     else:
-        _require_strings("extra_env_vars", extra, accepted)
-    names: list[str] = [entry.partition("=")[0] for entry in extra]
+        _require_strings("extra_env_vars", extra, expected)
+        names = [entry.partition("=")[0] for entry in extra]
+        texts = list(extra)
+    for text in texts:
+        _require("\0" not in text, "extra_env_vars", text, "text without NUL")
     for name in names:
+        _require(bool(name) and "=" not in name, "extra_env_vars", name, "names without =")
         if forbidden(name):
             raise ValueError(
                 f"extra_env_vars: {name} is set by the launch itself, for every worker; leave it "
@@ -119,44 +143,54 @@ def _check_environment(given: Mapping[str, Any]) -> None:
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
-    accepted = 'names of modules, such as ("torch", "torch.distributed")'
-    _require_strings("preload", given["preload"], accepted)
-    accepted = "None, or a mapping as for Ray's runtime_env"
-    _require_mapping("runtime_env", given["runtime_env"], accepted)
+    expected = 'None, or a text such as "A100"'
+    kind = given["accelerator_type"]
+    is_name = kind is None or isinstance(kind, str)
+    _require(is_name, "accelerator_type", kind, expected, TypeError)
+    selector = given["label_selector"]
+    expected = 'None, or a mapping from labels to values, such as {"region": "in(us, eu)"}'
+    _require_mapping("label_selector", selector, expected)
+    texts: dict[Any, Any] = dict(selector or {})
+    for text in [*texts, *texts.values()]:
+        _require(isinstance(text, str), "label_selector", selector, expected, TypeError)
+    expected = 'names of modules, such as ("torch", "torch.distributed")'
+    _require_strings("preload", given["preload"], expected)
+    expected = "None, or a mapping as for Ray's runtime_env"
+    _require_mapping("runtime_env", given["runtime_env"], expected)
     name = given["name"]
-    accepted = "None, or a text that is not empty"
-    _require(name is None or isinstance(name, str), "name", name, accepted, TypeError)
-    _require(name != "", "name", name, accepted)
+    expected = "None, or a text that is not empty"
+    _require(name is None or isinstance(name, str), "name", name, expected, TypeError)
+    _require(name != "", "name", name, expected)
 
 
 def _require(
-    ok: bool, option: str, value: object, accepted: str, kind: type[Exception] = ValueError
+    ok: bool, option: str, value: object, expected: str, kind: type[Exception] = ValueError
 ) -> None:
     if not ok:
-        raise kind(f"{option}={value!r}: accepted is {accepted}.")
+        raise kind(f"{option}={value!r}: expected {expected}.")
 
 
-def _require_int(option: str, value: Any, least: int, accepted: str) -> None:
+def _require_int(option: str, value: Any, least: int, expected: str) -> None:
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    _require(is_int, option, value, accepted, TypeError)
-    _require(value >= least, option, value, accepted)
+    _require(is_int, option, value, expected, TypeError)
+    _require(value >= least, option, value, expected)
 
 
-def _require_number(option: str, value: Any, accepted: str) -> None:
+def _require_number(option: str, value: Any, expected: str) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _require(is_number, option, value, accepted, TypeError)
-    _require(0 <= value < math.inf, option, value, accepted)
+    _require(is_number, option, value, expected, TypeError)
+    _require(0 <= value < math.inf, option, value, expected)
 
 
-def _require_strings(option: str, values: Any, accepted: str) -> None:
+def _require_strings(option: str, values: Any, expected: str) -> None:
     are_many = _is_sequence(values) and not isinstance(values, str)
-    _require(are_many, option, values, accepted, TypeError)
+    _require(are_many, option, values, expected, TypeError)
     for value in values:
-        _require(isinstance(value, str), option, values, accepted, TypeError)
+        _require(isinstance(value, str), option, values, expected, TypeError)
 
 
-def _require_mapping(option: str, value: Any, accepted: str) -> None:
-    _require(value is None or _is_mapping(value), option, value, accepted, TypeError)
+def _require_mapping(option: str, value: Any, expected: str) -> None:
+    _require(value is None or _is_mapping(value), option, value, expected, TypeError)
 
 
 # Predicates, since isinstance would narrow Any to containers of unknown.

@@ -1,6 +1,7 @@
 """The Ray cluster that this driver belongs to."""
 
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,28 @@ untyped_ray: Any = ray
 """Most of Ray's functions have no types, or such that name none."""
 
 
+class ClusterLeft(Exception):
+    """The driver called ray.shutdown() while a run went on."""
+
+
+class Connection:
+    """The driver's membership in the cluster, as of now.
+
+    Where it has ended nothing may be asked of Ray: it would start or join another cluster.
+    """
+
+    def __init__(self) -> None:
+        self._worker_id: str = context().get_worker_id()
+
+    def is_ours(self) -> bool:
+        if not untyped_ray.is_initialized():
+            return False
+        return context().get_worker_id() == self._worker_id
+
+
+_connecting = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Node:
     """A live node of the cluster, and what it has in all."""
@@ -19,6 +42,12 @@ class Node:
     hostname: str
     ip: str
     resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """For people; several nodes of one machine share hostname and IP."""
+        return f"{self.hostname} ({self.ip}, {self.node_id[:8]})"
 
     @property
     def cpus(self) -> float:
@@ -34,8 +63,12 @@ def connect() -> None:
 
     Called in the user's own thread: Ray installs signal handlers, which only the main thread may.
     """
-    if untyped_ray.is_initialized():
-        return
+    with _connecting:
+        if not untyped_ray.is_initialized():
+            _init()
+
+
+def _init() -> None:
     if sys.platform != "linux":
         raise OSError(
             f"torchrunx_ray runs workers on Linux, and this is {sys.platform}. From here you can "
@@ -52,6 +85,7 @@ def live_nodes() -> list[Node]:
             hostname=node["NodeManagerHostname"],
             ip=node["NodeManagerAddress"],
             resources=node["Resources"],
+            labels=node.get("Labels") or {},
         )
         for node in nodes
         if node["Alive"]
@@ -61,6 +95,14 @@ def live_nodes() -> list[Node]:
 def free_resources() -> dict[str, float]:
     """What the whole cluster has free, as Ray's head knows it."""
     return untyped_ray.available_resources()
+
+
+def free_by_node() -> dict[str, dict[str, float]]:
+    """What each node has free, by node id; empty where Ray does not tell (through ray://)."""
+    if untyped_ray.util.client.ray.is_connected():
+        return {}
+    # No public function tells it without the dashboard.
+    return untyped_ray._private.state.available_resources_per_node()
 
 
 def context() -> Any:

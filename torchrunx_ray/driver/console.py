@@ -4,6 +4,7 @@ import asyncio
 import queue
 import sys
 import threading
+from typing import TextIO
 
 from torchrunx_ray.wire.messages import Stream
 
@@ -36,15 +37,25 @@ class Console:
         while (item := self._queue.get()) is not None:
             try:
                 self._write(*item)
-            except (OSError, ValueError):
-                pass  # the driver's stream is closed; the run goes on without it
-            self._loop.call_soon_threadsafe(self._room.release)
+            except Exception:
+                # The driver's stream is closed, or an object of the user's that cannot write.
+                # There is nowhere left to say so, and the run goes on without it.
+                pass
+            finally:
+                self._loop.call_soon_threadsafe(self._room.release)
         self._loop.call_soon_threadsafe(self._done.set)
 
     def _write(self, who: str, stream: Stream, data: bytes) -> None:
         text = data.decode(errors="backslashreplace")
         if self._show_who:
-            text = "".join(f"[{who}] {line}" for line in text.splitlines(keepends=True))
+            lines = text.removesuffix("\n").split("\n")
+            text = "".join(f"[{who}] {line}\n" for line in lines)
         target = sys.stdout if stream == "stdout" else sys.stderr
-        target.write(text)
+        target.write(_writable(text, target))
         target.flush()
+
+
+def _writable(text: str, target: TextIO) -> str:
+    """What the stream's encoding lacks is escaped, not lost."""
+    encoding = getattr(target, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)

@@ -1,11 +1,13 @@
 """From what agents report to the one exception that the driver raises."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torchrunx_ray.errors import (
     AgentFailedError,
+    LaunchTimeoutError,
     PreloadError,
     RemoteFailure,
     WorkerFailedError,
@@ -14,7 +16,21 @@ from torchrunx_ray.errors import (
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.exceptions import load_exception
 
-Report = messages.Failed | messages.Died | messages.AgentFailed | messages.TemplateRefused
+
+@dataclass(frozen=True)
+class NotJoined:
+    """Ranks, with their hosts, that were not in the process group after its timeout."""
+
+    timeout: float
+    missing: Mapping[int, str]
+
+
+Report = (
+    messages.Failed | messages.Died | messages.AgentFailed | messages.TemplateRefused | NotJoined
+)
+
+_NOTICE_NS = 100_000_000
+"""How much sooner than its parent a dying worker's peers may hear of its death."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +47,45 @@ class Failure:
         return self.hostname if self.rank is None else f"rank {self.rank} on {self.hostname}"
 
 
-def exception_of(failures: Sequence[Failure], stopped: Sequence[str]) -> BaseException:
-    """The first failure, by time, as what the launch raises.
+@dataclass(frozen=True)
+class Failures:
+    """All that went wrong in a run, and which ranks the launch then stopped."""
 
-    A note tells what failed after it, and who was then stopped by the launch.
+    failures: Sequence[Failure]
+    stopped: Sequence[str]
+
+    @cached_property
+    def exception(self) -> BaseException:
+        """The first failure as what the launch raises.
+
+        Notes tell what failed after it, and who was then stopped by the launch.
+        """
+        in_order = _in_order(self.failures)
+        exceptions = [_exception(failure) for failure in in_order]
+        first = exceptions[0]
+        if isinstance(first.__cause__, RemoteFailure):
+            first.__cause__.failures = exceptions
+        for line in _consequences(in_order):
+            _add_note(first, line)
+        if self.stopped:
+            _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
+        return first
+
+
+def _in_order(failures: Sequence[Failure]) -> list[Failure]:
+    """By time; but a death comes before what peers raised in a collective because of it.
+
+    The kernel closes a dying process's sockets before its parent can reap it.
     """
     in_order = sorted(failures, key=lambda failure: failure.time_ns)
-    exceptions = [_exception(failure) for failure in in_order]
-    first = exceptions[0]
-    if isinstance(first.__cause__, RemoteFailure):
-        first.__cause__.failures = exceptions
-    for line in _consequences(in_order):
-        first.add_note(line)
-    if stopped:
-        first.add_note(f"Stopped by the launch after that: {', '.join(stopped)}.")
-    return first
+    first = in_order[0]
+    if isinstance(first.report, messages.Failed) and first.report.in_collective:
+        for failure in in_order:
+            is_death = isinstance(failure.report, messages.Died | messages.AgentFailed)
+            if is_death and failure.time_ns - first.time_ns < _NOTICE_NS:
+                in_order.remove(failure)
+                return [failure, *in_order]
+    return in_order
 
 
 def _exception(failure: Failure) -> BaseException:
@@ -62,6 +102,8 @@ def _exception(failure: Failure) -> BaseException:
                 advice=report.advice,
                 evidence=report.evidence,
             )
+        case NotJoined():
+            return LaunchTimeoutError(timeout=report.timeout, missing=report.missing)
         case messages.Died():
             assert rank is not None
             assert report.exited.local_rank is not None
@@ -97,16 +139,17 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
                 f"unpickle it: {type(reason).__name__}: {reason})"
             )
         else:
-            error.__cause__ = RemoteFailure(
+            cause = RemoteFailure(
                 rank=rank,
                 local_rank=report.local_rank,
                 hostname=hostname,
                 pid=report.pid,
                 traceback=report.traceback,
             )
-            error.add_note(
-                f"Raised by rank {rank} (local rank {report.local_rank} on {hostname}, pid {report.pid})."
-            )
+            # By the base class: an exception may refuse to be given attributes.
+            vars(BaseException)["__cause__"].__set__(error, cause)
+            where = f"local rank {report.local_rank} on {hostname}, pid {report.pid}"
+            _add_note(error, f"Raised by rank {rank} ({where}).")
             return error
     return WorkerFailedError(
         rank=rank,
@@ -118,6 +161,13 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
     )
 
 
+def _add_note(error: BaseException, note: str) -> None:
+    try:
+        BaseException.add_note(error, note)
+    except Exception:
+        pass  # it refuses attributes; the note is not worth another error
+
+
 def _consequences(in_order: Sequence[Failure]) -> list[str]:
     """What failed later, in one line for those that differ in numbers only."""
     first = in_order[0]
@@ -125,7 +175,7 @@ def _consequences(in_order: Sequence[Failure]) -> list[str]:
     for failure in in_order[1:]:
         groups.setdefault(re.sub(r"\d+", "#", _summary(failure.report)), []).append(failure)
     return [
-        f"{(members[0].time_ns - first.time_ns) / 1e9:.3f} s later, "
+        f"{max(0, members[0].time_ns - first.time_ns) / 1e9:.3f} s later, "
         f"{', '.join(member.who for member in members)}: {_summary(members[0].report)}"
         for members in groups.values()
     ]
@@ -142,3 +192,5 @@ def _summary(report: Report) -> str:
             return report.what
         case messages.TemplateRefused():
             return report.problem
+        case NotJoined():
+            return "the process group was not complete in time"

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+from torchrunx_ray.driver.call import put_call
+from torchrunx_ray.driver.held_hosts import run_once
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
-from torchrunx_ray.driver.session import Session, submit_once
+from torchrunx_ray.driver.session import Session
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,7 +29,7 @@ class Launcher(Options):
 
     def submit(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """The same without waiting."""
-        return submit_once(self, func, args, kwargs)
+        return Run(run_once(self, put_call(func, args, kwargs, self.name)))
 
     def session(self) -> Session:
         """Reserve the hosts for several runs. Waits until there is room."""

@@ -37,6 +37,25 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await what must not be left half done, such as giving resources back.
+
+    A cancellation meanwhile is raised afterwards.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except Exception:
+            break  # raised again below
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
+
+
 def running() -> asyncio.AbstractEventLoop:
     """The loop, in its thread; both start with the first launch."""
     global _loop

@@ -14,14 +14,18 @@ from torchrunx_ray.wire.messages import StartMethod
 class Options:
     """How to launch. A wrong value is a ValueError or TypeError that names the option."""
 
-    hostnames: int | Sequence[str] | Literal["auto"] = "auto"
-    """Where to launch: every node that can hold workers ("auto"), that many nodes, or these nodes (name, IP, node id, "localhost" for the driver's)."""
-    workers_per_host: int | Sequence[int] | Literal["auto", "gpu", "cpu"] = "auto"
-    """Workers on each host: a number, one number per host, one per GPU, or one per CPU. "auto" is "gpu" if any chosen host has GPUs, else "cpu"."""
+    hostnames: int | Sequence[str] | Literal["auto", "slurm"] = "auto"
+    """Where to launch: every node that can hold workers ("auto"), that many nodes, these nodes (name, IP, node id, "localhost" for the driver's), or those of the Slurm allocation ("slurm")."""
+    workers_per_host: int | Sequence[int] | Literal["auto", "gpu", "cpu", "slurm"] = "auto"
+    """Workers on each host: a number, one number per host, one per GPU, one per CPU, or as the Slurm allocation has GPUs, else CPUs ("slurm"). "auto" is "gpu" if any chosen host has GPUs, else "cpu"."""
     gpus_per_worker: float | None = None
     """GPUs that each worker pins. None: 1 if every chosen host has as many GPUs as workers, else 0."""
     cpus_per_worker: float | None = None
     """CPUs that each worker reserves. None: 1, or less where a host has fewer CPUs than workers."""
+    accelerator_type: str | None = None
+    """Of the hosts' GPUs, in Ray's words, such as "A100"."""
+    label_selector: Mapping[str, str] | None = None
+    """Ray's labels that every host must have, such as {"region": "in(us, eu)"}."""
     resources_per_host: Mapping[str, float] | None = None
     """Further Ray resources to reserve on each host."""
     placement_strategy: Literal["STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK"] = "STRICT_SPREAD"

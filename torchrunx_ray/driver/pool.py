@@ -1,5 +1,6 @@
 """The driver's hold on agents, and those that rest between runs."""
 
+import asyncio
 import threading
 import time
 import uuid
@@ -10,16 +11,15 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from torchrunx_ray.agent.actor import Agent as _AgentActor
-from torchrunx_ray.driver import cluster
-from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.cluster import Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
-from torchrunx_ray.wire.messages import TemplateWanted
+from torchrunx_ray.wire.messages import Met, TemplateWanted
 
 NAMESPACE = "torchrunx_ray"
 
-_MARGIN_S = 2.0
-"""An agent this close to its end is left alone: it may end while we ask it."""
+_CLOSING_S = 15.0
+"""For an agent to end its processes; one that takes longer is frozen, or cut off."""
 
 
 @dataclass
@@ -30,28 +30,39 @@ class Agent:
     wanted: TemplateWanted
     runtime_env: str
     calls: Any
-    linger: float
-    resting_since: float = field(default_factory=time.monotonic)
+    is_new: bool = True
+    rests_until: float = 0
+    connection: Connection = field(default_factory=Connection)
 
-    @property
-    def is_fresh(self) -> bool:
-        return time.monotonic() - self.resting_since < self.linger - _MARGIN_S
+    async def meet(self, *, listen: bool) -> Met | None:
+        """Claim it for a run. None: it ended while it rested; RayError: it never began."""
+        try:
+            met: Met = await self.calls.meet.remote(listen)
+        except RayError:
+            if self.is_new:
+                raise
+            return None
+        self.is_new = False
+        return None if met.leaving else met
 
-    async def release(self) -> None:
-        """Let the agent rest, for the next launch to take; with linger=0 end it."""
-        if self.linger <= 0:
+    async def release(self, linger: float) -> None:
+        """Let it rest, for the next launch to take; with linger=0 end it."""
+        if linger <= 0 or not self.connection.is_ours():
             await self.end()
             return
-        self.calls.rest.remote(self.linger)
-        self.resting_since = time.monotonic()
+        self.calls.rest.remote(linger)
+        self.rests_until = time.monotonic() + linger
         _resting.put(self)
 
     async def end(self) -> None:
         """Return when the agent's processes are gone. The actor itself goes a moment later."""
+        if not self.connection.is_ours():
+            return  # Ray has ended it with this driver's other actors
         try:
-            await self.calls.close.remote()
-        except RayError:
-            pass  # it is gone, and its template with it
+            async with asyncio.timeout(_CLOSING_S):
+                await self.calls.close.remote()
+        except (RayError, TimeoutError):
+            pass  # what it cannot do itself, its keeper and template do when it is killed
         await in_thread(untyped_ray.kill, self.calls)
 
 
@@ -61,17 +72,19 @@ class _Resting:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._agents: list[Agent] = []
-        self._cluster: str | None = None
 
     def put(self, agent: Agent) -> None:
         with self._lock:
-            self._forget_other_clusters()
             self._agents.append(agent)
 
     def take(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> Agent | None:
         with self._lock:
-            self._forget_other_clusters()
-            self._agents = [agent for agent in self._agents if agent.is_fresh]
+            now = time.monotonic()
+            self._agents = [
+                agent
+                for agent in self._agents
+                if agent.rests_until > now and agent.connection.is_ours()
+            ]
             for agent in self._agents:
                 if (agent.node_id, agent.wanted, agent.runtime_env) == (
                     node_id,
@@ -82,13 +95,6 @@ class _Resting:
                     return agent
             return None
 
-    def _forget_other_clusters(self) -> None:
-        """After ray.shutdown and ray.init the old handles mean nothing."""
-        me: str = cluster.context().get_worker_id()
-        if me != self._cluster:
-            self._cluster = me
-            self._agents.clear()
-
 
 _resting = _Resting()
 
@@ -97,11 +103,10 @@ async def acquire(node_id: str, wanted: TemplateWanted, options: Options, name: 
     """A resting agent of that node and kind, or a new one."""
     runtime_env = repr(options.runtime_env)
     agent = _resting.take(node_id, wanted, runtime_env)
-    if agent is not None:
-        agent.linger = options.linger
-        return agent
-    calls = await in_thread(_create, node_id, wanted, options, name)
-    return Agent(node_id, wanted, runtime_env, calls, options.linger)
+    if agent is None:
+        calls = await in_thread(_create, node_id, wanted, options, name)
+        agent = Agent(node_id, wanted, runtime_env, calls)
+    return agent
 
 
 def _create(node_id: str, wanted: TemplateWanted, options: Options, name: str) -> Any:

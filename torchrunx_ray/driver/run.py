@@ -2,12 +2,12 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
 from torchrunx_ray.driver import loop
+from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.results import LaunchResult
-from torchrunx_ray.errors import LaunchError, RemoteFailure
 
 R = TypeVar("R")
 
@@ -18,11 +18,13 @@ _living: set["Run[Any]"] = set()
 class Run(Generic[R]):
     """A launch in the background; its methods behave as those of concurrent.futures.Future.
 
-    It can be awaited too, from any event loop.
+    It can be awaited too, from any event loop; cancelling whoever awaits it does not stop it.
     """
 
-    def __init__(self, life: Coroutine[Any, Any, LaunchResult[R]]) -> None:
-        self._ended: concurrent.futures.Future[LaunchResult[R]] = concurrent.futures.Future()
+    def __init__(self, life: Coroutine[Any, Any, "LaunchResult[Any] | Failures"]) -> None:
+        self._ended: concurrent.futures.Future[LaunchResult[R] | Failures] = (
+            concurrent.futures.Future()
+        )
         self._loop = loop.running()
         self._loop.call_soon_threadsafe(self._begin, life)
 
@@ -39,10 +41,7 @@ class Run(Generic[R]):
             raise
         if not self._ended.done():
             raise TimeoutError(f"the run goes on after {timeout:g} s; result() waits for it again")
-        error = self._ended.exception()
-        if error is not None:
-            raise error  # here, so that a user's traceback shows no more of us than this
-        return self._ended.result()
+        return _value_of(self._ended.result())
 
     def done(self) -> bool:
         """Whether it has ended and given its hosts back."""
@@ -59,8 +58,13 @@ class Run(Generic[R]):
         """Return when the run has ended, in whatever way."""
         concurrent.futures.wait([self._ended])
 
+    def call_when_done(self, call: "Callable[[Run[Any]], object]") -> None:
+        """Call it with this run, in some thread, once it has ended."""
+        self._ended.add_done_callback(lambda _: call(self))
+
     def __await__(self) -> Generator[Any, None, LaunchResult[R]]:
-        return asyncio.wrap_future(self._ended).__await__()
+        ended = asyncio.shield(asyncio.wrap_future(self._ended))
+        return _value_of((yield from ended.__await__()))
 
     def _stop(self) -> None:
         for _ in range(2):
@@ -71,12 +75,12 @@ class Run(Generic[R]):
                 continue
             return
 
-    def _begin(self, life: Coroutine[Any, Any, LaunchResult[R]]) -> None:
+    def _begin(self, life: Coroutine[Any, Any, "LaunchResult[Any] | Failures"]) -> None:
         _living.add(self)
         self._task = asyncio.ensure_future(life)
         self._task.add_done_callback(self._end)
 
-    def _end(self, task: "asyncio.Task[LaunchResult[R]]") -> None:
+    def _end(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
         _living.discard(self)
         if task.cancelled():
             self._ended.cancel()
@@ -84,7 +88,14 @@ class Run(Generic[R]):
             return
         error = task.exception()
         if error is not None:
-            told = isinstance(error, LaunchError) or isinstance(error.__cause__, RemoteFailure)
-            self._ended.set_exception(error.with_traceback(None) if told else error)
+            self._ended.set_exception(error)
         else:
             self._ended.set_result(task.result())
+
+
+def _value_of(outcome: "LaunchResult[R] | Failures") -> LaunchResult[R]:
+    if isinstance(outcome, Failures):
+        # Made and raised in the user's thread: his exceptions may be of any kind, even such as an
+        # event loop understands otherwise, and bring imports along.
+        raise outcome.exception
+    return outcome

@@ -1,9 +1,12 @@
-"""From options and the nodes there are to the hosts of a launch and what each must hold."""
+"""From options and the live nodes to the shape of a launch: hosts, workers, what each must hold."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from torchrunx_ray.driver import slurm
 from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.fit import could_be_host, least_needs, why_impossible
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import PlacementError
 
@@ -13,61 +16,73 @@ class HostWanted:
     """One host of a launch: its workers, its bundle, and the node where that is decided."""
 
     workers: int
-    cpus_per_worker: float
-    gpus_per_worker: float
     bundle: dict[str, float]
     node: Node | None
-    label: str | None
-    """What the user called it, where they did."""
+    label: str
+    """What the user called it; empty where they did not."""
 
 
-def resolve(options: Options, nodes: Sequence[Node], driver_node_id: str) -> list[HostWanted]:
-    """Decide hosts and counts over the live nodes."""
+@dataclass(frozen=True)
+class Shape:
+    """What a launch needs of the cluster."""
+
+    hosts: list[HostWanted]
+    gpus_per_worker: float
+    backend: str | None
+
+
+def resolve(options: Options, nodes: Sequence[Node], driver_node_id: str) -> Shape:
+    """Decide hosts, counts and backend over the live nodes."""
+    options = _without_slurm(options)
     chosen, labels, pinned = _choose(options, nodes, driver_node_id)
     workers = _workers(options, chosen)
     gpus = _gpus_per_worker(options, chosen, workers)
-    wanted: list[HostWanted] = []
-    for node, label, count in zip(chosen, labels, workers, strict=True):
-        cpus = _cpus_per_worker(options, node, count)
-        bundle = {
-            "CPU": round(count * cpus, 4),
-            "GPU": round(count * gpus, 4),
-            **(options.resources_per_host or {}),
-        }
-        bundle = {name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001}
-        wanted.append(HostWanted(count, cpus, gpus, bundle, node if pinned else None, label))
-    return wanted
+    hosts = [
+        HostWanted(count, _bundle(options, node, count, gpus), node if pinned else None, label)
+        for node, label, count in zip(chosen, labels, workers, strict=True)
+    ]
+    return Shape(hosts, gpus, _backend(options, gpus))
+
+
+def _without_slurm(options: Options) -> Options:
+    if options.hostnames == "slurm":
+        options = replace(options, hostnames=slurm.hosts())
+    if options.workers_per_host == "slurm":
+        hosts = options.hostnames
+        count = hosts if isinstance(hosts, int) else 1 if isinstance(hosts, str) else len(hosts)
+        options = replace(options, workers_per_host=slurm.workers_per_host(count))
+    return options
 
 
 def _choose(
     options: Options, nodes: Sequence[Node], driver_node_id: str
-) -> tuple[list[Node | None], list[str | None], bool]:
+) -> tuple[list[Node | None], Sequence[str], bool]:
     """The hosts' nodes (None: any), their labels, and whether they must be just these."""
-    hosts = options.hostnames
-    if isinstance(hosts, Sequence) and not isinstance(hosts, str):
-        return [_find(name, nodes, driver_node_id) for name in hosts], list(hosts), True
-    candidates = [node for node in nodes if node.cpus or node.gpus]
-    depends_on_host = isinstance(options.workers_per_host, str)
-    if (
-        depends_on_host
-        and any(node.gpus for node in candidates)
-        and options.workers_per_host != "cpu"
-    ):
+    hosts, workers = options.hostnames, options.workers_per_host
+    if not isinstance(hosts, int | str):
+        found = [_find(name, nodes, driver_node_id) for name in hosts]
+        _refuse_twins(hosts, found)
+        return list(found), hosts, True
+    candidates = [node for node in nodes if could_be_host(node, options)]
+    prefers_gpus = workers in ("auto", "gpu") or (hosts == "auto" and workers != "cpu")
+    if prefers_gpus and any(node.gpus for node in candidates):
         candidates = [node for node in candidates if node.gpus]
     candidates.sort(key=lambda node: (-node.gpus, -node.cpus))
-    if isinstance(hosts, str):  # "auto"
-        workers = options.workers_per_host
-        hosts = len(candidates) if isinstance(workers, int | str) else len(workers)
-    chosen: list[Node | None] = list(candidates[:hosts])
-    if not chosen or (depends_on_host and len(chosen) < hosts):
+    depends_on_nodes = hosts == "auto" or isinstance(workers, str)
+    count = hosts if isinstance(hosts, int) else len(candidates)
+    if depends_on_nodes and len(candidates) < max(count, 1):
+        wanted = [least_needs(options)] * max(count, 1)
+        reason = why_impossible(wanted, nodes) or f"{len(candidates)} of the live nodes match"
         raise PlacementError(
-            f"hostnames={options.hostnames!r} asks for {hosts or 'live'} nodes, and {len(chosen)} "
-            f"match workers_per_host={options.workers_per_host!r}.",
-            available={node.hostname: node.resources for node in nodes},
-            advice="Plain numbers for both let an autoscaler start from nothing.",
+            f"hostnames={hosts!r} with workers_per_host={workers!r} is decided by the nodes that "
+            f"are live: {reason}.",
+            wanted=wanted,
+            total={node.name: node.resources for node in nodes},
+            advice="Plain numbers for both let an autoscaler start nodes for them.",
         )
-    chosen += [None] * (hosts - len(chosen))
-    return chosen, [None] * len(chosen), depends_on_host or options.hostnames == "auto"
+    chosen: list[Node | None] = list(candidates[:count])
+    chosen += [None] * (count - len(chosen))
+    return chosen, [""] * count, depends_on_nodes
 
 
 def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
@@ -75,26 +90,43 @@ def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
         names = (node.hostname, node.hostname.partition(".")[0], node.ip, node.node_id)
         if name in names or (name == "localhost" and node.node_id == driver_node_id):
             return node
-    live = ", ".join(f"{node.hostname} ({node.ip})" for node in nodes)
+    live = ", ".join(node.name for node in nodes)
     raise PlacementError(
         f"hostnames: {name!r} is no live node of this Ray cluster.", advice=f"Live are: {live}."
     )
+
+
+def _refuse_twins(names: Sequence[str], found: Sequence[Node]) -> None:
+    by_node: dict[str, str] = {}
+    for name, node in zip(names, found, strict=True):
+        if node.node_id in by_node:
+            raise ValueError(
+                f"hostnames: {by_node[node.node_id]!r} and {name!r} are the same node, "
+                f"{node.name}; name each once."
+            )
+        by_node[node.node_id] = name
 
 
 def _workers(options: Options, chosen: Sequence[Node | None]) -> list[int]:
     workers = options.workers_per_host
     if isinstance(workers, int):
         return [workers] * len(chosen)
-    if not isinstance(workers, str):
-        return list(workers)
     nodes = [node for node in chosen if node is not None]
+    if not isinstance(workers, str):
+        if len(workers) != len(chosen):
+            names = ", ".join(node.name for node in nodes)
+            raise ValueError(
+                f"workers_per_host={list(workers)!r} has {len(workers)} numbers, but there are "
+                f"{len(chosen)} hosts ({names}); give one number per host."
+            )
+        return list(workers)
     use_gpus = workers == "gpu" or (workers == "auto" and any(node.gpus for node in nodes))
     counts = [int(node.gpus if use_gpus else node.cpus) for node in nodes]
     if 0 in counts:
         node = nodes[counts.index(0)]
         raise PlacementError(
             f"workers_per_host={workers!r}: {node.hostname} has no {'GPU' if use_gpus else 'CPU'}.",
-            available={node.hostname: node.resources for node in nodes},
+            total={node.name: node.resources for node in nodes},
             advice="Say how many workers it shall run, or leave it out of hostnames.",
         )
     return counts
@@ -107,15 +139,33 @@ def _gpus_per_worker(
         return options.gpus_per_worker
     if options.workers_per_host == "cpu":
         return 0
-    return int(
-        all(
-            node is not None and node.gpus >= count
-            for node, count in zip(chosen, workers, strict=True)
+    enough = [
+        node is not None and node.gpus >= count for node, count in zip(chosen, workers, strict=True)
+    ]
+    return int(all(enough))
+
+
+def _bundle(options: Options, node: Node | None, workers: int, gpus: float) -> dict[str, float]:
+    cpus = options.cpus_per_worker
+    if cpus is None:
+        cpus = 1 if node is None else min(1.0, node.cpus / workers)
+    # Ray gives out whole GPUs, except to whoever wants less than one.
+    wanted_gpus = workers * gpus if workers * gpus < 1 else math.ceil(workers * gpus)
+    bundle: dict[str, float] = {"CPU": round(workers * cpus, 4), "GPU": wanted_gpus}
+    for name, amount in (options.resources_per_host or {}).items():
+        bundle[name] = bundle.get(name, 0) + amount
+    if options.accelerator_type is not None:
+        bundle[f"accelerator_type:{options.accelerator_type}"] = 0.001
+    # A bundle that asks for nothing is refused.
+    return {name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001}
+
+
+def _backend(options: Options, gpus: float) -> str | None:
+    if options.backend == "auto":
+        return "nccl" if gpus >= 1 else "gloo"
+    if options.backend == "nccl" and gpus < 1:
+        raise ValueError(
+            f"backend='nccl' needs a GPU for every worker, and gpus_per_worker comes to {gpus:g} "
+            "here; nccl refuses two ranks on one GPU. Ask for GPUs, or use backend='gloo'."
         )
-    )
-
-
-def _cpus_per_worker(options: Options, node: Node | None, workers: int) -> float:
-    if options.cpus_per_worker is not None:
-        return options.cpus_per_worker
-    return 1 if node is None else min(1.0, node.cpus / workers)
+    return options.backend

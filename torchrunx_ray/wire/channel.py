@@ -1,6 +1,7 @@
 """Messages and file descriptors between two processes of one host."""
 
 import array
+import errno
 import os
 import pickle
 import socket
@@ -71,7 +72,7 @@ class Channel:
         # Not socket.recv_fds: it cannot ask for close-on-exec, and a descriptor that a worker's
         # own subprocess inherits keeps pipes open.
         fds = array.array("i")
-        data, ancillary, _flags, _address = self._socket.recvmsg(
+        data, ancillary, flags, _address = self._socket.recvmsg(
             _INLINE_LIMIT + 1,
             socket.CMSG_SPACE(_MAX_FDS * fds.itemsize),
             socket.MSG_CMSG_CLOEXEC,
@@ -79,6 +80,10 @@ class Channel:
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(
+                errno.EMFILE, "a message came without its descriptors: too many open files"
+            )
         if not data:
             raise EOFError("the process at the other end of the channel is gone")
         return data, list(fds)

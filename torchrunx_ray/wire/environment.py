@@ -53,31 +53,19 @@ def chosen(environment: Mapping[str, str], patterns: Iterable[str]) -> dict[str,
 
 
 def for_template(
-    agents_own: Mapping[str, str],
-    from_driver: Mapping[str, str],
-    from_file: Mapping[str, str],
-    explicit: Mapping[str, str],
-    *,
-    same_interpreter: bool,
-    one_worker: bool,
+    agents_own: Mapping[str, str], from_driver: Mapping[str, str], *, same_interpreter: bool
 ) -> dict[str, str]:
-    """The environment of a host's template, later sources winning over earlier ones."""
+    """The environment of a host's template, before env_file and explicit values."""
     environment = {
         name: value
         for name, value in agents_own.items()
         if _matches(name, _RAY_FOR_DRIVERS) or not _matches(name, _RAY_FOR_ITS_WORKERS)
     }
-    environment |= {
+    return environment | {
         name: value
         for name, value in from_driver.items()
         if same_interpreter or not _matches(name, _SAME_INTERPRETER_ONLY)
     }
-    environment |= {name: value for name, value in from_file.items() if not forbidden(name)}
-    environment |= explicit
-    if not one_worker:
-        # As torchrun does. It must stand here: OpenMP reads it when torch is loaded.
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    return environment
 
 
 def _is_rays_debugger(name: str, value: str) -> bool:

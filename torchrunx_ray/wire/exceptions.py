@@ -1,20 +1,16 @@
 """Exceptions as bytes, and back as the same type."""
 
 import pickle
+import types
 from typing import Any
 
+from torchrunx_ray.errors import made_without_constructor
 from torchrunx_ray.wire import pickling
 
 
 def dump_exception(error: BaseException) -> bytes:
     """Pickle an exception so that it loads again here; raises what makes that impossible."""
-    try:
-        data = pickling.dumps(error)
-        if type(pickle.loads(data)) is type(error):
-            return data
-    except Exception:
-        pass  # most often a constructor that wants other arguments than those in `args`
-    data = pickling.dumps(_ByParts(error))
+    data = pickling.dumps(_ByParts(error) if _has_constructor_of_its_own(error) else error)
     loaded = pickle.loads(data)
     if type(loaded) is not type(error):
         raise TypeError(f"it comes back as {type(loaded).__qualname__}")
@@ -25,6 +21,17 @@ def load_exception(data: bytes) -> BaseException:
     return pickle.loads(data)
 
 
+def _has_constructor_of_its_own(error: BaseException) -> bool:
+    """Whether the usual way, a call of its type with `args`, would make something else of it."""
+    kind = type(error)
+    own_reduce = any(
+        "__reduce__" in k.__dict__ or "__reduce_ex__" in k.__dict__
+        for k in kind.__mro__
+        if k.__module__ != "builtins"
+    )
+    return isinstance(kind.__init__, types.FunctionType) and not own_reduce
+
+
 class _ByParts:
     """Pickles as a call that makes the exception without its constructor."""
 
@@ -32,11 +39,5 @@ class _ByParts:
         self._error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _make, (type(self._error), self._error.args, dict(self._error.__dict__))
-
-
-def _make(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    error.__dict__.update(state)
-    return error
+        error = self._error
+        return made_without_constructor, (type(error), error.args, dict(error.__dict__))

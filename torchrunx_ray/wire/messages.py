@@ -52,13 +52,12 @@ class RunWanted:
 class Met:
     """Who an agent is. `master_port` where it was asked to listen for the store's clients.
 
-    `problem` says why it cannot serve, None where it can.
+    `problem` says why it cannot serve, None where it can. `leaving`: it has begun to end itself.
     """
 
-    hostname: str
     ip: str
-    clock_ns: int
     master_port: int | None
+    leaving: bool
     warning: str | None
     problem: str | None
 
@@ -103,7 +102,12 @@ class AgentFailed:
 
 @dataclass(frozen=True)
 class HostEnded:
-    """Every worker of the run is gone, and all that it wrote has been sent."""
+    """Every worker of the run is gone, and all that it wrote has been sent.
+
+    `left` are pids below the template that SIGKILL did not end.
+    """
+
+    left: tuple[int, ...]
 
 
 # worker -> agent
@@ -135,7 +139,7 @@ class Failed:
     """The function raised, or what it returned cannot travel.
 
     `exception` is its pickle, which only the driver may load; None where it cannot travel, and
-    `unraisable` says why.
+    `unraisable` says why. `in_collective`: raised in torch.distributed, as when a peer is gone.
     """
 
     local_rank: int
@@ -146,6 +150,7 @@ class Failed:
     traceback: str
     exception: bytes | None
     unraisable: str
+    in_collective: bool
 
 
 # agent -> template
@@ -156,7 +161,8 @@ class TemplateSetup:
     """First message to a template, before it imports anything heavy."""
 
     sys_path: tuple[str, ...]
-    variables_to_restore: tuple[tuple[str, str | None], ...]
+    python_path: str | None
+    """The PYTHONPATH of whatever the function starts; the keeper was started with another."""
     preload: tuple[str, ...]
     start_method: StartMethod
 
@@ -174,7 +180,7 @@ class ForkWorker:
 
     place: Place
     hostname: str
-    variables: dict[str, str | None]
+    variables: dict[str, str]
     backend: str | None
     timeout: float
     cuda_device: int | None
@@ -219,8 +225,17 @@ class Forked:
 
 
 @dataclass(frozen=True)
+class ForkFailed:
+    """The other answer to them: the host gives no more processes or memory."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class RunEnded:
-    """The answer to EndRun: nothing of the run lives."""
+    """The answer to EndRun: nothing of the run lives, but pids that SIGKILL did not end."""
+
+    left: tuple[int, ...]
 
 
 Event = (

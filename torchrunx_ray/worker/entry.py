@@ -3,12 +3,13 @@
 import atexit
 import ctypes
 import faulthandler
-import multiprocessing
+import multiprocessing.context
 import os
 import pickle
 import signal
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -25,31 +26,41 @@ def main() -> NoReturn:
     with open(task_fd, "rb") as file:
         wanted, sys_path, python_path = pickle.load(file)
     sys.path[:] = sys_path
+    restore_python_path(python_path)
+    for fd in (channel_fd, function_fd):
+        os.set_inheritable(fd, False)
+    live(wanted, Channel.from_fd(channel_fd), function_fd)
+
+
+def restore_python_path(python_path: str | None) -> None:
+    """Our own interpreters start with a PYTHONPATH that finds this package only."""
     if python_path is None:
         os.environ.pop("PYTHONPATH", None)
     else:
         os.environ["PYTHONPATH"] = python_path
-    for fd in (channel_fd, function_fd):
-        os.set_inheritable(fd, False)
-    live(wanted, Channel.from_fd(channel_fd), function_fd)
 
 
 def live(wanted: messages.ForkWorker, channel: Channel, function_fd: int) -> NoReturn:
     """Never returns; whatever happens, one outcome is reported, unless the process dies."""
     _settle_in(wanted.argv)
     local_rank = wanted.place.local_rank
-    failed = True
+    worker_pid = os.getpid()
+    leave: Callable[[], None] | None = None
     try:
-        group.join(wanted)
+        leave_group = group.join(wanted)
         channel.send(messages.Joined(local_rank))
         call = _unpack_function(function_fd, wanted.hostname)
         channel.send(messages.Started(local_rank))
         value = outcome.value_of(call)
+        if os.getpid() != worker_pid:
+            _end_forked_child(None)
         outcome.report_value(channel, wanted, value)
-        failed = False
+        leave = leave_group
     except BaseException as error:
+        if os.getpid() != worker_pid:
+            _end_forked_child(error)
         outcome.report_failure(channel, wanted, error)
-    _end(failed)
+    _end(leave)
 
 
 def _settle_in(argv: Sequence[str]) -> None:
@@ -62,9 +73,10 @@ def _settle_in(argv: Sequence[str]) -> None:
         for fd in (1, 2)
     )
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
-    # Where another method is the default (Python 3.14), a DataLoader could not pickle a Dataset
-    # class of the user's script.
-    multiprocessing.set_start_method("fork", force=True)
+    # The default only: the function may still set another. Where it is not fork (Python 3.14), a
+    # DataLoader could not pickle a Dataset class of the user's script.
+    default: Any = vars(multiprocessing.context)["_default_context"]  # it has no public name
+    default._default_context = multiprocessing.get_context("fork")
 
 
 def _unpack_function(function_fd: int, hostname: str) -> Callable[[], Any]:
@@ -73,19 +85,38 @@ def _unpack_function(function_fd: int, hostname: str) -> Callable[[], Any]:
     return outcome.unpack_call(packed, hostname)
 
 
-def _end(failed: bool) -> NoReturn:
-    """End as an interpreter does, less what could wait for a peer that is gone."""
-    if not failed:
+def _end_forked_child(error: BaseException | None) -> NoReturn:
+    """A process that the function forked came out of the function: it is not the worker."""
+    code: object = 0
+    if isinstance(error, SystemExit):
+        code = error.code
+    elif error is not None:
+        traceback.print_exception(error)
+        code = 1
+    _flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _end(leave_group: Callable[[], None] | None) -> NoReturn:
+    """End as an interpreter does; after a failure (None), less what could wait for a peer."""
+    if leave_group is not None:
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # joins the function's own threads; no public name
-        group.leave()
+        try:
+            leave_group()
+        except Exception:
+            pass  # a peer failed, and the launch with it; this rank's value is on its way
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what multiprocessing's children call, too
+    _flush()
+    os._exit(1 if leave_group is None else 0)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # the function closed it
+        except (OSError, ValueError, AttributeError):  # the function closed or replaced it
             pass
     ctypes.CDLL(None).fflush(None)  # what C code printed
-    os._exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

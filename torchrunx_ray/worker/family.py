@@ -15,6 +15,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _TRACKER_GRACE_S = 0.5
 """multiprocessing's resource tracker removes what its process left in /dev/shm, then ends."""
 
+_DEATH_S = 10.0
+"""How long a killed process may take to give back its memory, or a GPU's."""
+
 
 def become_subreaper() -> None:
     """Orphans of this process's descendants become its own children."""
@@ -28,11 +31,23 @@ def die_with(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def outlive_parent() -> None:
+    """Take `die_with` back."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def signal_group(group: int, signum: int) -> None:
-    """Signal a process group. On SIGKILL its resource trackers are left to end by themselves."""
+    """Signal a process group. On SIGKILL its resource trackers are left to end by themselves.
+
+    The group's leader may be gone, and the group with it.
+    """
     if signum != signal.SIGKILL:
         _ignore_missing(os.killpg, group, signum)
         return
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return  # most often it is empty, and a look at every process of the host can be spared
     for pid in _members(group):
         if not _is_resource_tracker(pid):
             _ignore_missing(os.kill, pid, signal.SIGKILL)
@@ -53,20 +68,23 @@ def reap_ended(heard: Callable[[int, int, int], None] | None = None) -> bool:
             heard(pid, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
 
 
-def kill_children(reap: Callable[[], bool] = reap_ended) -> None:
+def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
     """SIGKILL and reap every child, and theirs as they become ours, until there is none.
 
-    Only a process that SIGKILL does not end (it is in uninterruptible sleep) is left alone.
+    Returns those that outlived SIGKILL for long: they are in uninterruptible sleep.
     """
-    deadline = time.monotonic() + _TRACKER_GRACE_S
+    begun = time.monotonic()
     while children := list(_children_of_this_process()):
-        left_s = deadline - time.monotonic()
+        spent_s = time.monotonic() - begun
+        spare_trackers = spent_s < _TRACKER_GRACE_S
         for pid in children:
-            if left_s <= 0 or not _is_resource_tracker(pid):
+            if not (spare_trackers and _is_resource_tracker(pid)):
                 _ignore_missing(os.kill, pid, signal.SIGKILL)
-        _wait_for_any(children, max(left_s, 0.05))
-        if not reap() and left_s <= 0:
-            return
+        if not reap():
+            if spent_s > _DEATH_S:
+                return children
+            _wait_for_any(children, _TRACKER_GRACE_S)
+    return []
 
 
 def _wait_for_any(children: Iterable[int], timeout_s: float) -> None:

@@ -9,6 +9,7 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -21,31 +22,45 @@ _RENDEZVOUS = "torch.distributed.rendezvous"
 _LEAVE_TIMEOUT_S = 1.0
 
 
-def join(wanted: ForkWorker) -> None:
-    """Set the CUDA device, make the process group, and see to it that the function can make more."""
+def join(wanted: ForkWorker) -> Callable[[], None]:
+    """Set the CUDA device, make the process group, and see to it that the function can make more.
+
+    Returns what the worker calls before it ends.
+    """
     if wanted.cuda_device is not None:
         import torch
 
-        torch.cuda.set_device(wanted.cuda_device)
+        if torch.cuda.is_available():  # Ray can be told of GPUs that are not there
+            torch.cuda.set_device(wanted.cuda_device)
+    store = _LaunchStore.of_this_process()
+    store.lend_to_later_groups()
     if wanted.backend is None:
-        _lend_store_to_later_groups()
-        return
+        return _destroy_groups
     from torch import distributed
 
-    _lend_store_to_later_groups()
     _check_backend(wanted.backend, wanted.hostname)
     timeout = timedelta(seconds=wanted.timeout)
     place = wanted.place
+    launch_store = store.with_prefix("launch", timeout)
     distributed.init_process_group(
         wanted.backend,
-        store=_store_with_prefix("launch", place.world_size, timeout),
+        store=launch_store,
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
     )
+    if launch_store.add("joined", 1) == place.world_size:
+        launch_store.set("all joined", "")
+
+    def leave() -> None:
+        # A rank that ended now would break the group for those that still connect to it.
+        launch_store.wait(["all joined"])
+        _destroy_groups()
+
+    return leave
 
 
-def leave() -> None:
+def _destroy_groups() -> None:
     """Destroy the process groups if there are some; not for long, since a peer may be gone.
 
     Not where they are all gloo's: destroying one takes 10 ms for each peer (its event loop wakes
@@ -85,59 +100,73 @@ def _check_backend(backend: str, hostname: str) -> None:
             )
 
 
-def _lend_store_to_later_groups() -> None:
-    """Let `init_process_group()` in the function use the launch's store, any number of times.
+@dataclass(frozen=True)
+class _LaunchStore:
+    """Where the launch's TCPStore is served, as seen from this worker."""
 
-    Left alone, torch would have rank 0 listen at MASTER_PORT, where our store listens; with
-    TORCHELASTIC_USE_AGENT_STORE it would use the same keys each time, and a second group would
-    read the first one's. Each group made at our address gets a prefix of its own; any other
-    address is torch's business.
-    """
-    module = sys.modules.get(_RENDEZVOUS)
-    if module is not None:
-        _patch(module)
-    else:
-        sys.meta_path.insert(0, _PatchWhenImported())
+    master_addr: str
+    master_port: int
+    client_addr: str
 
+    @classmethod
+    def of_this_process(cls) -> "_LaunchStore":
+        addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # On the store's own host by loopback: TCPStore looks its peer's name up, which an
+        # unhelpful DNS server can hold up for seconds.
+        return cls(addr, port, "127.0.0.1" if os.environ["GROUP_RANK"] == "0" else addr)
 
-def _patch(module: types.ModuleType) -> None:
-    plain: Callable[..., Store] = module._create_c10d_store
-    made: Counter[int] = Counter()
+    def with_prefix(self, prefix: str, timeout: timedelta) -> "Store":
+        from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-    def create_store(
-        hostname: str,
-        port: int,
-        rank: int,
-        world_size: int,
-        timeout: timedelta,
-        use_libuv: bool = True,
-    ) -> "Store":
-        ours = (os.environ.get("MASTER_ADDR"), "localhost", "127.0.0.1")
-        if hostname not in ours or str(port) != os.environ.get("MASTER_PORT"):
-            return plain(hostname, port, rank, world_size, timeout, use_libuv)
-        made[world_size] += 1
-        return _store_with_prefix(f"group{made[world_size]}", world_size, timeout)
+        client = TCPStore(
+            self.client_addr,
+            self.master_port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timeout,
+        )
+        return PrefixStore(f"torchrunx_ray/{prefix}", client)
 
-    vars(module)["_create_c10d_store"] = create_store
+    def lend_to_later_groups(self) -> None:
+        """Let `init_process_group()` in the function use this store, any number of times.
 
+        Left alone, torch would have rank 0 listen at MASTER_PORT, where our store listens; with
+        TORCHELASTIC_USE_AGENT_STORE it would use the same keys each time, and a second group
+        would read the first one's. Each group made at our address gets a prefix of its own; any
+        other address is torch's business.
+        """
+        module = sys.modules.get(_RENDEZVOUS)
+        if module is not None:
+            self.patch(module)
+        else:
+            sys.meta_path.insert(0, _PatchWhenImported(self))
 
-def _store_with_prefix(prefix: str, world_size: int, timeout: timedelta) -> "Store":
-    from torch._C._distributed_c10d import PrefixStore, TCPStore
+    def patch(self, module: types.ModuleType) -> None:
+        plain: Callable[..., Store] = module._create_c10d_store
+        made: Counter[int] = Counter()
 
-    client = TCPStore(
-        # On the store's own host by loopback: TCPStore looks its peer's name up, which an unhelpful
-        # DNS server can hold up for seconds.
-        "127.0.0.1" if os.environ["GROUP_RANK"] == "0" else os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timeout,
-    )
-    return PrefixStore(f"torchrunx_ray/{prefix}/{world_size}", client)
+        def create_store(
+            hostname: str,
+            port: int,
+            rank: int,
+            world_size: int,
+            timeout: timedelta,
+            use_libuv: bool = True,
+        ) -> "Store":
+            ours = hostname in (self.master_addr, "localhost", "127.0.0.1")
+            if not ours or port != self.master_port:
+                return plain(hostname, port, rank, world_size, timeout, use_libuv)
+            made[world_size] += 1
+            return self.with_prefix(f"group{made[world_size]}/{world_size}", timeout)
+
+        vars(module)["_create_c10d_store"] = create_store
 
 
 class _PatchWhenImported(importlib.abc.MetaPathFinder):
     """Patches the rendezvous module of a torch that the function itself imports first."""
+
+    def __init__(self, store: _LaunchStore) -> None:
+        self._store = store
 
     def find_spec(
         self,
@@ -155,7 +184,7 @@ class _PatchWhenImported(importlib.abc.MetaPathFinder):
 
         def load_and_patch(module: types.ModuleType) -> None:
             load(module)
-            _patch(module)
+            self._store.patch(module)
 
         spec.loader.exec_module = load_and_patch
         return spec

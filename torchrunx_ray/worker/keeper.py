@@ -18,16 +18,22 @@ def main() -> int:
     channel = Channel.from_fd(int(sys.argv[1]))
     family.become_subreaper()
     _shed_what_ray_gave()
+    # Not to be ended before it can end the template.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     template_pid = os.fork()
     if template_pid == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         os.setsid()
         from torchrunx_ray.worker import template
 
         template.main(channel)
     channel.close()
+    # Until it is reaped below its pid is nobody else's.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: os.kill(template_pid, signal.SIGKILL))
-    _, status = os.waitpid(template_pid, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.waitid(os.P_PID, template_pid, os.WEXITED | os.WNOWAIT)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _, status = os.waitpid(template_pid, 0)
     family.kill_children()
     exit_code = os.waitstatus_to_exitcode(status)
     return exit_code if exit_code >= 0 else 128 - exit_code

@@ -65,6 +65,7 @@ def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseExc
             _remote_traceback(error),
             exception,
             unraisable,
+            _was_raised_in_torch_distributed(error),
         )
     )
 
@@ -85,6 +86,15 @@ def _dump(error: BaseException) -> tuple[bytes | None, str]:
             f"raised {kind.__module__}.{kind.__qualname__}: {_text(error)} (shown as text, since the "
             f"exception itself cannot be pickled and unpickled: {why})"
         )
+
+
+def _was_raised_in_torch_distributed(error: BaseException) -> bool:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    return frames is not None and f"{os.sep}torch{os.sep}distributed{os.sep}" in (
+        frames.tb_frame.f_code.co_filename
+    )
 
 
 def _text(error: BaseException) -> str:

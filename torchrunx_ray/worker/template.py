@@ -1,7 +1,7 @@
 """The process that imports torch once per host and forks the workers.
 
-After its imports it only forks, reaps, and reports what it reaped. It is single-threaded, so that
-a fork is a whole copy, and a subreaper, so that a daemon that a worker's child became still ends
+After its imports it only forks, reaps, and reports what it reaped. It starts no thread, so that a
+fork is a whole copy, and is a subreaper, so that a daemon that a worker's child became still ends
 with the run. When the agent is gone it kills everything below itself and ends.
 """
 
@@ -16,6 +16,7 @@ from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.worker import family, preload, store
+from torchrunx_ray.worker.entry import restore_python_path
 from torchrunx_ray.worker.process import become_worker
 
 
@@ -25,7 +26,7 @@ def main(channel: Channel) -> NoReturn:
     try:
         setup, _ = channel.receive()
         assert isinstance(setup, messages.TemplateSetup)
-        _prepare(setup)
+        _prepare(setup, os.getppid())
         channel.send(messages.TemplateReady())
         _Template(channel, setup).serve()
     except preload.Refusal as refusal:
@@ -38,15 +39,14 @@ def main(channel: Channel) -> NoReturn:
     os._exit(0)
 
 
-def _prepare(setup: messages.TemplateSetup) -> None:
+def _prepare(setup: messages.TemplateSetup, keeper_pid: int) -> None:
+    # While it imports it cannot see that the agent is gone; the keeper is killed with that.
+    family.die_with(keeper_pid)
     sys.path[:] = setup.sys_path
-    for name, value in setup.variables_to_restore:
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    restore_python_path(setup.python_path)
     if setup.start_method == "fork":
         preload.load(setup.preload)
+    family.outlive_parent()
 
 
 class _Template:
@@ -82,28 +82,30 @@ class _Template:
                 for pid, local_rank in self._children.items():
                     if local_rank in message.local_ranks:
                         family.signal_group(pid, message.signal)
+                        os.kill(pid, message.signal)  # it may have left its group
             case messages.EndRun():
-                family.kill_children(self._reap)
-                self._channel.send(messages.RunEnded())
+                left = family.kill_children(self._reap)
+                self._channel.send(messages.RunEnded(tuple(left)))
             case _:
                 raise TypeError(f"a template does not know {message!r}")
 
     def _fork_worker(self, wanted: messages.ForkWorker, fds: list[int]) -> None:
         template_pid = os.getpid()
-        pid = os.fork()
+        pid = self._fork(fds)
         if pid == 0:
             try:
                 self._let_go()
                 become_worker(wanted, fds, template_pid, self._start_method)
             finally:  # a child must never run on as a second template
                 _die_with_traceback()
-        # In both processes, so that no signal to the group can come too early.
-        os.setpgid(pid, pid)
-        self._forked(pid, wanted.place.local_rank, fds)
+        if pid is not None:
+            # In both processes, so that no signal to the group can come too early.
+            os.setpgid(pid, pid)
+            self._children[pid] = wanted.place.local_rank
 
     def _fork_store(self, wanted: messages.ForkStore, fds: list[int]) -> None:
         template_pid = os.getpid()
-        pid = os.fork()
+        pid = self._fork(fds)
         if pid == 0:
             try:
                 self._let_go()
@@ -111,13 +113,22 @@ class _Template:
                 store.serve(fds[0], wanted.port)
             finally:
                 _die_with_traceback()
-        self._forked(pid, None, fds)
+        if pid is not None:
+            self._children[pid] = None
 
-    def _forked(self, pid: int, local_rank: int | None, fds: list[int]) -> None:
-        for fd in fds:
-            os.close(fd)
-        self._children[pid] = local_rank
-        self._channel.send(messages.Forked(pid))
+    def _fork(self, fds: list[int]) -> int | None:
+        """Fork, and tell the agent; the parent closes what it passed on. None where it failed."""
+        try:
+            pid = os.fork()
+        except OSError as error:
+            pid, answer = None, messages.ForkFailed(str(error))
+        else:
+            answer = messages.Forked(pid)
+        if pid != 0:
+            for fd in fds:
+                os.close(fd)
+            self._channel.send(answer)
+        return pid
 
     def _let_go(self) -> None:
         """In a new child: give up what belongs to the template."""

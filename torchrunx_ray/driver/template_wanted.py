@@ -16,8 +16,15 @@ def template_wanted(options: Options, *, one_worker: bool) -> TemplateWanted:
         explicit_variables=tuple(sorted(options.explicit_variables().items())),
         env_file=None if options.env_file is None else os.fspath(options.env_file),
         driver_executable=sys.executable,
-        driver_cwd=os.getcwd(),
+        driver_cwd=_folder(),
         one_worker=one_worker,
         preload=tuple(options.preload),
         start_method=options.start_method,
     )
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was deleted; agents fall back to their own, with a warning
+        return "(deleted)"

@@ -1,0 +1,43 @@
+"""Starting a keeper, which starts the template."""
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.environment import MARK
+from torchrunx_ray.wire.messages import TemplateSetup, TemplateWanted
+
+_PACKAGE_PARENT = str(Path(__file__).parents[2])
+
+
+class Keeper:
+    """The keeper's process, and our ends of the template's channel and output."""
+
+    def __init__(self, environment: Mapping[str, str], cwd: str, wanted: TemplateWanted) -> None:
+        self.mark = uuid.uuid4().hex
+        self.channel, theirs = Channel.pair()
+        self.stdout_fd, stdout = os.pipe()
+        self.stderr_fd, stderr = os.pipe()
+        # -P and PYTHONPATH find this package and nothing else; the template then takes over the
+        # agent's sys.path, and puts the variable back for what the function may start.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "torchrunx_ray.worker.keeper", str(theirs.fileno())],
+            env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        os.close(stdout)
+        os.close(stderr)
+        self.channel.send(
+            TemplateSetup(
+                tuple(sys.path), environment.get("PYTHONPATH"), wanted.preload, wanted.start_method
+            )
+        )

@@ -1,0 +1,40 @@
+"""A function with its arguments, on its way into the cluster."""
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchrunx_ray.driver import cluster
+from torchrunx_ray.driver.checks import check_function
+from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.wire.payload import pack
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a run calls: a reference to the packed function, and a name for the run."""
+
+    run_name: str
+    packed: Any
+
+
+def put_call(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
+) -> Call:
+    """Check, pickle, then hand to Ray: what cannot travel fails before any resource is asked for."""
+    check_function(func)
+    function_name = _name(func)
+    packed = pack([(function_name, func), ("args", tuple(args)), ("kwargs", dict(kwargs))])
+    cluster.connect()
+    return Call(unique(name or function_name), untyped_ray.put(packed))
+
+
+def unique(name: str) -> str:
+    """A name that no other run or session of the cluster has."""
+    return f"{name}-{uuid.uuid4().hex[:6]}"
+
+
+def _name(func: Callable[..., Any]) -> str:
+    inner = getattr(func, "func", func)  # of a functools.partial
+    return getattr(inner, "__name__", type(inner).__name__)

@@ -1,0 +1,61 @@
+"""Whether nodes can hold what a launch needs."""
+
+from collections.abc import Mapping, Sequence
+
+from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.options import Options
+from torchrunx_ray.errors import amounts_in_words
+
+
+def could_be_host(node: Node, options: Options) -> bool:
+    """Whether a node could hold a host's workers, as far as options alone say."""
+    has_enough = all(
+        node.resources.get(name, 0) >= amount for name, amount in least_needs(options).items()
+    )
+    return (
+        bool(node.cpus or node.gpus)
+        and has_enough
+        and all(
+            _selects(wanted, node.labels.get(key))
+            for key, wanted in (options.label_selector or {}).items()
+        )
+    )
+
+
+def least_needs(options: Options) -> dict[str, float]:
+    """What a host must have whichever it is: counts that depend on it are taken as one worker."""
+    workers = options.workers_per_host if isinstance(options.workers_per_host, int) else 1
+    needs = dict(options.resources_per_host or {})
+    needs["CPU"] = workers * (options.cpus_per_worker or 0)
+    needs["GPU"] = workers * (options.gpus_per_worker or 0)
+    if options.accelerator_type is not None:
+        needs[f"accelerator_type:{options.accelerator_type}"] = 0.001
+    return {name: amount for name, amount in needs.items() if amount}
+
+
+def why_impossible(wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> str | None:
+    """The sum that shows that these bundles can never be held; None where it does not.
+
+    Ray says so itself, but not of a PACK group that is too large for a cluster that is busy.
+    """
+    for bundle in wanted:
+        for name, amount in bundle.items():
+            largest = max((node.resources.get(name, 0) for node in nodes), default=0)
+            if largest < amount:
+                needed = amounts_in_words({name: amount})
+                return f"a host needs {needed}; the largest node has {largest:g}"
+    for name in {name for bundle in wanted for name in bundle}:
+        needed = sum(bundle.get(name, 0) for bundle in wanted)
+        total = sum(node.resources.get(name, 0) for node in nodes)
+        if total < needed:
+            return f"its hosts need {needed:g} {name} together; the cluster has {total:g}"
+    return None
+
+
+def _selects(wanted: str, label: str | None) -> bool:
+    """Ray's label selectors: "a", "!a", "in(a,b)" and "!in(a,b)"."""
+    negated = wanted.startswith("!")
+    values = wanted.removeprefix("!")
+    if values.startswith("in(") and values.endswith(")"):
+        values = values[3:-1]
+    return (label in [value.strip() for value in values.split(",")]) is not negated

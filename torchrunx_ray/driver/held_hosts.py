@@ -1,0 +1,106 @@
+"""Hosts that are held for one run or for a session of several, with an agent on each."""
+
+import asyncio
+import logging
+
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver import pool
+from torchrunx_ray.driver.attempt import Attempt, Crew
+from torchrunx_ray.driver.call import Call
+from torchrunx_ray.driver.failures import Failures
+from torchrunx_ray.driver.loop import to_the_end
+from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.placement import Host, Placement, place
+from torchrunx_ray.driver.pool import Agent
+from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.driver.template_wanted import template_wanted
+from torchrunx_ray.errors import AgentFailedError, LaunchError
+from torchrunx_ray.wire.messages import Met
+
+logger = logging.getLogger("torchrunx_ray")
+
+
+class HeldHosts:
+    """A placement, and the agents on it. Lives in the background loop."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._placement: Placement | None = None
+        self._agents: dict[int, Agent] = {}
+        self._turn = asyncio.Lock()
+
+    async def open(self, name: str) -> None:
+        """Take room in the cluster; `name` is for whoever looks at it."""
+        self._placement = await place(self._options, name)
+
+    async def run(self, call: Call) -> "LaunchResult[object] | Failures":
+        """Run the call on every worker. Runs wait for each other."""
+        async with self._turn:
+            if self._placement is None:
+                raise RuntimeError("the session is closed")
+            hosts = self._placement.hosts
+            met = await asyncio.gather(
+                *(self._meet(i, host, call.run_name) for i, host in enumerate(hosts))
+            )
+            gpu_ids = await self._placement.gpu_ids()
+            crew = Crew(hosts, [self._agents[i] for i in range(len(hosts))], list(met), gpu_ids)
+            attempt = Attempt(call.run_name, self._options, crew, self._placement.backend)
+            try:
+                outcome = await attempt.go(call.packed)
+            finally:
+                await to_the_end(self._drop(attempt.broken))
+            if isinstance(outcome, Failures):
+                return outcome
+            return LaunchResult([host.label for host in hosts], outcome)
+
+    async def close(self) -> None:
+        """Agents rest or end, and the room is given back. Safe to repeat."""
+        async with self._turn:
+            agents, self._agents = list(self._agents.values()), {}
+            placement, self._placement = self._placement, None
+            releasing = [agent.release(self._options.linger) for agent in agents]
+            for done in await asyncio.gather(*releasing, return_exceptions=True):
+                if isinstance(done, BaseException):
+                    logger.warning("an agent could not be released: %s", done)
+            if placement is not None:
+                await placement.remove()
+
+    async def _meet(self, index: int, host: Host, name: str) -> Met:
+        """Have an agent on this host, in place of one that died since its last run."""
+        while True:
+            agent = self._agents.get(index)
+            if agent is None:
+                wanted = template_wanted(self._options, one_worker=host.workers == 1)
+                agent = await pool.acquire(host.node_id, wanted, self._options, f"{name}-{index}")
+                self._agents[index] = agent
+            try:
+                met = await agent.meet(listen=index == 0)
+            except RayError as error:
+                await self._drop({index})
+                what = "the agent could not be started"
+                raise AgentFailedError(
+                    hostname=host.label, what=what, evidence=str(error)
+                ) from None
+            if met is None:
+                await self._drop({index})
+            elif met.problem is not None:
+                await self._drop({index})
+                raise LaunchError(f"On {host.label}: {met.problem}")
+            else:
+                if met.warning is not None:
+                    logger.warning("%s: %s", host.label, met.warning)
+                return met
+
+    async def _drop(self, indices: set[int]) -> None:
+        await asyncio.gather(*(self._agents.pop(i).end() for i in indices if i in self._agents))
+
+
+async def run_once(options: Options, call: Call) -> "LaunchResult[object] | Failures":
+    """Hold hosts for one run."""
+    hosts = HeldHosts(options)
+    try:
+        await hosts.open(call.run_name)
+        return await hosts.run(call)
+    finally:
+        await to_the_end(hosts.close())
