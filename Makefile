@@ -7,8 +7,9 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-all check bench format clean
 
+# A Ray of its own: the machine may have others, or their remains.
 demo: $(READY)
-	$(BIN)/python examples/quickstart.py
+	RAY_ADDRESS=local $(BIN)/python examples/quickstart.py
 
 test: $(READY)
 	$(BIN)/pytest -m "not slow" $(ARGS)
@@ -19,7 +20,7 @@ test-all: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 bench: $(READY)
@@ -30,7 +31,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 $(READY): pyproject.toml constraints.txt requirements-dev.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(VENV); }
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt -e .
 	touch $@
 

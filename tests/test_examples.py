@@ -1,5 +1,6 @@
 """What the documentation tells users to run works."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ def test_quickstart_learns_and_ranks_agree(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "quickstart.py")],
         cwd=tmp_path,
+        env={**os.environ, "RAY_ADDRESS": "local"},
         capture_output=True,
         text=True,
         timeout=100,

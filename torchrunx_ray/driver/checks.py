@@ -34,6 +34,12 @@ def check_function(func: object) -> None:
         )
 
 
+def check_arguments(args: Any, kwargs: Any) -> None:
+    are_many = _is_sequence(args) and not isinstance(args, str)
+    _require(are_many, "func_args", args, f"a list or tuple, such as ({args!r},)", TypeError)
+    _require_mapping("func_kwargs", kwargs, "None, or a mapping from names to values")
+
+
 def _check_hosts(hosts: Any) -> None:
     expected = '"auto", "slurm", a number of hosts of at least 1, or a list of distinct names such as ["localhost"]'
     if isinstance(hosts, str):

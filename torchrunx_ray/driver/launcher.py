@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from torchrunx_ray.driver.call import put_call
+from torchrunx_ray.driver.checks import check_arguments
 from torchrunx_ray.driver.held_hosts import run_once
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.results import LaunchResult
@@ -19,7 +20,7 @@ R = TypeVar("R")
 class Launcher(Options):
     """Launches functions with these options. It holds nothing alive; runs and sessions do."""
 
-    def run(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
+    def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
         """Call the function on every worker, and wait for all of them.
 
         Raises what the first failing worker raised, as the type that it is, or a LaunchError.
@@ -27,8 +28,8 @@ class Launcher(Options):
         """
         return self.submit(func, *args, **kwargs).result()
 
-    def submit(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """The same without waiting."""
+    def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """Start the same in the background; wait for it by the run's `result()`, or await it."""
         return Run(run_once(self, put_call(func, args, kwargs, self.name)))
 
     def session(self) -> Session:
@@ -42,5 +43,9 @@ def launch(
     func_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> LaunchResult[R]:
-    """`Launcher(**options).run(func, *func_args, **func_kwargs)`."""
+    """Call `func(*func_args, **func_kwargs)` on every worker, and wait for all of them.
+
+    The options are those of `Launcher`; raises what `Launcher.run` raises.
+    """
+    check_arguments(func_args, func_kwargs)
     return Launcher(**options).run(func, *func_args, **(func_kwargs or {}))

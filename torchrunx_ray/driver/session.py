@@ -35,12 +35,12 @@ class Session:
             opening.cancel()
             raise
 
-    def run(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
+    def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
         """Call the function on every worker, and wait for all of them."""
         return self.submit(func, *args, **kwargs).result()
 
-    def submit(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """The same without waiting."""
+    def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """Start the same in the background."""
         run: Run[R] = Run(self._hosts.run(put_call(func, args, kwargs, self._name)))
         self._running.add(run)
         run.call_when_done(self._running.discard)

@@ -100,7 +100,10 @@ class _Template:
                 _die_with_traceback()
         if pid is not None:
             # In both processes, so that no signal to the group can come too early.
-            os.setpgid(pid, pid)
+            try:
+                os.setpgid(pid, pid)
+            except PermissionError:
+                pass  # it has done so itself, and has executed a fresh interpreter since
             self._children[pid] = wanted.place.local_rank
 
     def _fork_store(self, wanted: messages.ForkStore, fds: list[int]) -> None:
