@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from torchrunx_ray.wire.messages import ForkWorker
+from torchrunx_ray.worker.names import without_dns
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -32,7 +33,7 @@ def join(wanted: ForkWorker) -> Callable[[], None]:
 
         if torch.cuda.is_available():  # Ray can be told of GPUs that are not there
             torch.cuda.set_device(wanted.cuda_device)
-    store = _LaunchStore.of_this_process()
+    store = _LaunchStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store.lend_to_later_groups()
     if wanted.backend is None:
         return _destroy_groups
@@ -106,25 +107,18 @@ class _LaunchStore:
 
     master_addr: str
     master_port: int
-    client_addr: str
-
-    @classmethod
-    def of_this_process(cls) -> "_LaunchStore":
-        addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # On the store's own host by loopback: TCPStore looks its peer's name up, which an
-        # unhelpful DNS server can hold up for seconds.
-        return cls(addr, port, "127.0.0.1" if os.environ["GROUP_RANK"] == "0" else addr)
 
     def with_prefix(self, prefix: str, timeout: timedelta) -> "Store":
         from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-        client = TCPStore(
-            self.client_addr,
-            self.master_port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timeout,
-        )
+        with without_dns():
+            client = TCPStore(
+                self.master_addr,
+                self.master_port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timeout,
+            )
         return PrefixStore(f"torchrunx_ray/{prefix}", client)
 
     def lend_to_later_groups(self) -> None:

@@ -3,6 +3,8 @@
 import signal
 from typing import NoReturn
 
+from torchrunx_ray.worker.names import never_ask_dns
+
 
 def serve(listening_fd: int, port: int) -> NoReturn:
     """Serve a TCPStore on a socket that already listens, until killed.
@@ -10,6 +12,7 @@ def serve(listening_fd: int, port: int) -> NoReturn:
     The agent bound that socket, so no port was ever guessed, and clients that came early wait in
     its backlog. A process of its own: the store outlives rank 0 and needs no torch in the agent.
     """
+    never_ask_dns()
     from torch._C._distributed_c10d import TCPStore
 
     _store = TCPStore(
