@@ -55,3 +55,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5) -> bool:
 def own_mark() -> str:
     """In a worker: the mark of everything that its agent started."""
     return os.environ[MARK]
+
+
+def note(path: Path, text: object) -> None:
+    """Write a file that whoever waits for it finds whole."""
+    unfinished = path.parent.with_name(f"{path.parent.name}.{path.name}.{os.getpid()}")
+    unfinished.write_text(str(text))
+    unfinished.rename(path)

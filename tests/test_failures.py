@@ -175,7 +175,7 @@ def test_children_of_a_worker_end_with_it_while_others_run_on(
     def leave_a_child_or_look_for_it() -> bool | None:
         note = tmp_path / "child"
         if os.environ["RANK"] == "0":
-            note.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+            processes.note(note, subprocess.Popen(["sleep", "1000"]).pid)
             return None
         assert processes.wait_until(note.exists)
         return processes.wait_until(lambda: not processes.is_alive(int(note.read_text())))
@@ -255,7 +255,7 @@ def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path)
     def announce_and_sleep() -> str:
         daemonise()
         pid = os.getpid()
-        (tmp_path / str(pid)).write_text(processes.own_mark())
+        processes.note(tmp_path / str(pid), processes.own_mark())
         while not (tmp_path / "gate").exists():
             time.sleep(0.01)
         return processes.own_mark()

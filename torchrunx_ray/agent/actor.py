@@ -178,8 +178,14 @@ class Agent:
         loop.remove_reader(self._raylet_fd)
         what = f"the raylet, Ray's process for the node (pid {pid}), ended"
         self._mailbox.put(messages.AgentFailed(now_ns(), what, ""))
-        self._closing = asyncio.ensure_future(self.close())
-        loop.call_later(_LAST_WORDS_S, os._exit, 1)
+        self._ending = asyncio.ensure_future(self._end_with_raylet())
+
+    async def _end_with_raylet(self) -> None:
+        await self.close()
+        if self._run is not None:
+            self._run.everything_is_gone()
+        await asyncio.sleep(_LAST_WORDS_S)
+        os._exit(1)
 
     def _resume_output(self) -> None:
         for output in self._template_output:

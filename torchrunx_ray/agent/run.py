@@ -99,10 +99,14 @@ class HostRun:
         if self._ending is None and not self._template_died:
             self._template_died = True
             self._fail("the template process, from which workers are forked, died", evidence)
-            self._stopping.set()
-            for worker in self._workers.values():
-                worker.abandon()
-            self._end_if_over()
+            self.everything_is_gone()
+
+    def everything_is_gone(self) -> None:
+        """End the run: what is not gone yet has nobody to report it."""
+        self._stopping.set()
+        for worker in self._workers.values():
+            worker.abandon()
+        self._end_if_over()
 
     async def _ready_or_stopped(self) -> messages.TemplateRefused | None:
         """Ctrl-C must not wait for an import of torch."""

@@ -1,0 +1,357 @@
+"""Launches on three raylets: a head with CPUs only, and two nodes of 4 CPUs and 4 (logical) GPUs."""
+
+import concurrent.futures
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import torchrunx_ray as trx
+from tests import processes
+
+
+@pytest.fixture(scope="module")
+def three_raylets() -> Iterator[Cluster]:
+    before = ray.is_initialized()
+    ray.shutdown()
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2, include_dashboard=False)
+    for zone in ("a", "b"):
+        cluster.add_node(num_cpus=4, num_gpus=4, resources={"fast": 1}, labels={"zone": zone})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    if before:  # the other modules' cluster
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+
+
+def place() -> tuple[int, int, str]:
+    return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), os.environ["GROUP_RANK"]
+
+
+def gpus() -> str:
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def raylet_pid() -> int:
+    agent = processes.parent(processes.parent(os.getppid()))
+    return processes.parent(agent)
+
+
+def node_of(raylet: int) -> str:
+    arguments = processes.command_line(raylet).split()
+    return next(
+        node["NodeID"]
+        for node in ray.nodes()
+        if f"--raylet_socket_name={node['RayletSocketName']}" in arguments
+    )
+
+
+def nodes(**resources: float) -> list[dict[str, Any]]:
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(k) == v for k, v in resources.items())
+    ]
+
+
+def test_ranks_are_contiguous_per_host_and_join_one_group(three_raylets: Cluster) -> None:
+    def add_up() -> tuple[tuple[int, int, str], float]:
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(float(dist.get_rank()))
+        dist.all_reduce(total)
+        return place(), total.item()
+
+    result = trx.Launcher(hostnames=3, workers_per_host=2).run(add_up)
+
+    assert [where for where, _ in result] == [(r, r % 2, str(r // 2)) for r in range(6)]
+    assert {total for _, total in result} == {15.0}
+    assert len(result.hostnames) == 3
+    assert all("#" in hostname for hostname in result.hostnames), "one IP, so an index is added"
+
+
+def test_auto_takes_the_nodes_with_gpus_and_a_worker_per_gpu(three_raylets: Cluster) -> None:
+    result = trx.Launcher(backend="gloo").run(gpus)
+
+    assert list(result) == ["0,1,2,3"] * 8
+    assert len(result.hostnames) == 2
+
+
+def test_auto_hosts_with_a_number_of_workers_leaves_the_cpu_head_out(
+    three_raylets: Cluster,
+) -> None:
+    assert len(trx.Launcher(workers_per_host=1, backend="gloo").run(gpus).hostnames) == 2
+
+
+def test_cpu_workers_are_on_every_node_and_see_no_gpu(three_raylets: Cluster) -> None:
+    result = trx.Launcher(workers_per_host="cpu").run(gpus)
+
+    assert sorted(map(len, result.results.values())) == [2, 4, 4]
+    assert set(result) == {""}
+
+
+@pytest.mark.parametrize(
+    ("workers", "per_worker", "held"),
+    [(2, None, 2), (1, 2, 2), (4, 0.5, 2), (3, 0.5, 2), (8, None, 0), (1, 0.5, 1)],
+    ids=["some", "one worker with two", "halves", "three halves", "more workers than GPUs", "half"],
+)
+def test_gpus_held_on_a_host(
+    three_raylets: Cluster, workers: int, per_worker: float | None, held: int
+) -> None:
+    launcher = trx.Launcher(
+        hostnames=1, workers_per_host=workers, gpus_per_worker=per_worker, backend="gloo"
+    )
+
+    seen = set(launcher.run(gpus))
+    assert len(seen) == 1
+    assert len([i for i in seen.pop().split(",") if i]) == held
+
+
+def test_launches_side_by_side_never_see_the_same_gpu(three_raylets: Cluster) -> None:
+    (node, _) = nodes(GPU=4)
+    launcher = trx.Launcher(hostnames=[node["NodeID"]], workers_per_host=2, backend="gloo")
+    with launcher.session() as one, launcher.session() as other:
+        first, second = one.run(gpus).rank(0), other.run(gpus).rank(0)
+
+    assert sorted([*first.split(","), *second.split(",")]) == ["0", "1", "2", "3"]
+
+
+def test_unequal_counts(three_raylets: Cluster) -> None:
+    result = trx.Launcher(hostnames=3, workers_per_host=[1, 3, 2]).run(place)
+
+    assert [len(values) for values in result.results.values()] == [1, 3, 2]
+    assert [where[1] for where in result] == [0, 0, 1, 2, 0, 1]
+
+
+def test_label_selector_and_further_resources(three_raylets: Cluster) -> None:
+    (in_b,) = [n["NodeID"] for n in nodes() if n["Labels"].get("zone") == "b"]
+    launcher = trx.Launcher(
+        label_selector={"zone": "!in(a, c)"}, workers_per_host=1, gpus_per_worker=0, backend=None
+    )
+    # The head has no zone at all, which is not "a" either; the fast nodes do.
+    fast = trx.Launcher(
+        hostnames=1,
+        label_selector={"zone": "in(b, c)"},
+        resources_per_host={"fast": 1},
+        workers_per_host=1,
+        gpus_per_worker=0,
+        backend=None,
+    )
+    assert [node_of(raylet) for raylet in launcher.run(raylet_pid)] == [in_b]
+    assert [node_of(raylet) for raylet in fast.run(raylet_pid)] == [in_b]
+
+
+def test_label_that_no_node_has(three_raylets: Cluster) -> None:
+    with pytest.raises(trx.PlacementError):
+        trx.Launcher(hostnames=1, workers_per_host=1, label_selector={"zone": "mars"}).run(place)
+
+
+def test_hosts_by_node_id_are_taken_in_order(three_raylets: Cluster) -> None:
+    ids = [node["NodeID"] for node in nodes(GPU=4)]
+    launcher = trx.Launcher(hostnames=ids[::-1], workers_per_host=1, backend="gloo")
+
+    assert launcher.run(place).hostnames == tuple(ids[::-1])
+
+
+def test_one_node_by_two_names_is_refused(three_raylets: Cluster) -> None:
+    mine = ray.get_runtime_context().get_node_id()
+    with pytest.raises(ValueError, match="are the same node"):
+        trx.Launcher(hostnames=["localhost", mine], workers_per_host=1).run(place)
+
+
+def test_list_of_counts_must_have_one_for_each_host(three_raylets: Cluster) -> None:
+    with pytest.raises(ValueError, match="has 3 numbers, but there are 2 hosts"):
+        trx.Launcher(hostnames="auto", workers_per_host=[1, 1, 1], backend="gloo").run(place)
+
+
+def test_two_agents_on_one_node_do_not_disturb_each_other(three_raylets: Cluster) -> None:
+    launcher = trx.Launcher(
+        hostnames=2, workers_per_host=2, placement_strategy="STRICT_PACK", gpus_per_worker=0
+    )
+
+    result = launcher.run(place)
+    assert [where[0] for where in result] == [0, 1, 2, 3]
+    assert len(result.hostnames) == 2
+
+
+def test_failure_names_rank_and_host(three_raylets: Cluster) -> None:
+    def fail_on_rank_3() -> None:
+        import torch
+        import torch.distributed as dist
+
+        if dist.get_rank() == 3:
+            raise KeyError("on the second host")
+        dist.all_reduce(torch.ones(1))
+
+    with pytest.raises(KeyError) as caught:
+        trx.Launcher(hostnames=3, workers_per_host=2).run(fail_on_rank_3)
+
+    cause = caught.value.__cause__
+    assert isinstance(cause, trx.RemoteFailure)
+    assert (cause.rank, cause.local_rank) == (3, 1)
+    assert cause.hostname.endswith("#1")
+
+
+def test_impossible_is_said_at_once_with_the_numbers(three_raylets: Cluster) -> None:
+    begun = time.monotonic()
+    with pytest.raises(trx.PlacementError) as caught:
+        trx.Launcher(hostnames=2, workers_per_host=1, gpus_per_worker=8).run(place)
+
+    assert time.monotonic() - begun < 1
+    assert "a host needs 8 GPU; the largest node has 4" in str(caught.value)
+    assert "wanted: 2 x (1 CPU, 8 GPU)" in str(caught.value)
+    assert len(caught.value.total) == 3
+    assert len(caught.value.free) == 3
+
+
+def test_more_hosts_than_nodes_is_impossible(three_raylets: Cluster) -> None:
+    with pytest.raises(trx.PlacementError):
+        trx.Launcher(hostnames=5, workers_per_host=1).run(place)
+
+
+def test_busy_cluster_is_waited_for_and_said(
+    three_raylets: Cluster, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    launcher = trx.Launcher(hostnames=2, workers_per_host=4, backend="gloo")
+    with caplog.at_level(logging.INFO, "torchrunx_ray"), launcher.session():
+        waiting = launcher.submit(place)
+        assert processes.wait_until(lambda: "waiting for room" in caplog.text, 10)
+        assert not waiting.done()
+    assert len(waiting.result(timeout=30)) == 8
+
+    assert "wanted: 2 x (4 CPU, 4 GPU)" in caplog.text
+    assert "0 of 4 CPU, 0 of 4 GPU free" in caplog.text
+    assert "launching on 2 hosts (" in caplog.text
+    assert "8 workers, 8 GPUs, backend gloo" in caplog.text
+
+
+def test_placement_timeout_leaves_no_demand_behind(three_raylets: Cluster) -> None:
+    launcher = trx.Launcher(hostnames=2, workers_per_host=4, backend="gloo", placement_timeout=0.5)
+    with launcher.session():
+        begun = time.monotonic()
+        with pytest.raises(trx.PlacementError, match=r"placement_timeout=0\.5 s") as caught:
+            launcher.run(place)
+        assert 0.4 < time.monotonic() - begun < 2
+    assert {"CPU": 0.0} in [{"CPU": free.get("CPU", 0.0)} for free in caught.value.free.values()]
+
+    table = ray.util.placement_group_table()
+    assert {group["state"] for group in table.values()} == {"REMOVED"}
+
+
+def test_unused_gpus_are_mentioned(
+    three_raylets: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "torchrunx_ray"):
+        trx.Launcher(hostnames=1, workers_per_host=1, backend="gloo").run(place)
+
+    assert "3 GPUs of these hosts stay unused" in caplog.text
+
+
+def test_slurm(three_raylets: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a stand-in scontrol."""
+    ids = [node["NodeID"] for node in nodes(GPU=4)]
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/sh\n[ \"$*\" = 'show hostnames gpu[1-2]' ] && printf '%s\\n' {' '.join(ids)}\n"
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-2]")
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "3,2")
+    launcher = trx.Launcher(hostnames="slurm", workers_per_host="slurm", backend="gloo")
+
+    by_cpus = launcher.run(place)
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "a100:4")
+    by_gpus = launcher.run(gpus)
+
+    assert by_cpus.hostnames == by_gpus.hostnames == tuple(ids)
+    assert [len(values) for values in by_cpus.results.values()] == [3, 2]
+    assert list(by_gpus) == ["0,1,2,3"] * 8
+
+
+def test_slurm_outside_of_an_allocation(
+    three_raylets: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+
+    with pytest.raises(RuntimeError, match="outside of a Slurm allocation"):
+        trx.Launcher(hostnames="slurm", workers_per_host=1).run(place)
+
+
+def test_twenty_launches_from_twenty_threads(three_raylets: Cluster) -> None:
+    launcher = trx.Launcher(
+        hostnames=1, workers_per_host=2, cpus_per_worker=0.1, gpus_per_worker=0, backend="gloo"
+    )
+
+    def launch(number: int) -> list[int]:
+        return list(launcher.run(lambda: number))
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(launch, range(20))) == [[i, i] for i in range(20)]
+
+
+def test_two_drivers_on_one_cluster(three_raylets: Cluster) -> None:
+    script = """
+import sys, ray, torchrunx_ray as trx
+ray.init(address=sys.argv[1], log_to_driver=False)
+launcher = trx.Launcher(hostnames=2, workers_per_host=1, gpus_per_worker=0, backend="gloo")
+for i in range(3):
+    assert list(launcher.run(lambda: i)) == [i, i]
+"""
+    command = [sys.executable, "-c", script, three_raylets.address]
+    drivers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+
+    for driver in drivers:
+        _, err = driver.communicate(timeout=60)
+        assert driver.returncode == 0, err
+
+
+def test_launch_inside_a_ray_task_and_an_actor(three_raylets: Cluster) -> None:
+    def launch() -> list[int]:
+        import torchrunx_ray as trx
+
+        launcher = trx.Launcher(hostnames=1, workers_per_host=2, gpus_per_worker=0)
+        return list(launcher.run(lambda: int(os.environ["RANK"])))
+
+    class Trainer:
+        def train(self) -> list[int]:
+            return launch()
+
+    task: Any = ray.remote(num_cpus=0)(launch)
+    actor: Any = ray.remote(num_cpus=0)(Trainer)
+    trainer = actor.remote()
+    assert ray.get([task.remote(), trainer.train.remote()]) == [[0, 1], [0, 1]]
+
+
+def test_killed_raylet_is_told_at_once(three_raylets: Cluster, tmp_path: Path) -> None:
+    """Last in this module: it takes a node away. Ray itself tells after 15 s or more."""
+
+    def announce_and_sleep() -> None:
+        processes.note(tmp_path / os.environ["RANK"], f"{raylet_pid()} {processes.own_mark()}")
+        time.sleep(1000)
+
+    launcher = trx.Launcher(hostnames=2, workers_per_host=1, gpus_per_worker=1, backend="gloo")
+    run = launcher.submit(announce_and_sleep)
+    assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    raylet, mark = (tmp_path / "1").read_text().split()
+    assert "raylet" in processes.command_line(int(raylet))
+    begun = time.monotonic()
+    os.kill(int(raylet), signal.SIGKILL)
+
+    with pytest.raises(trx.AgentFailedError, match="raylet") as caught:
+        run.result(timeout=60)
+    assert time.monotonic() - begun < 3
+    assert caught.value.hostname.endswith("#1")
+    assert processes.wait_until(lambda: not processes.of_pool(mark))

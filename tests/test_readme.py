@@ -1,0 +1,67 @@
+"""The README's first example and its table of options are true."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torchrunx_ray as trx
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def code_block(containing: str) -> str:
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if containing in b]
+    return block
+
+
+def run(script: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    (folder / "script.py").write_text(script)
+    return subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=folder,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_first_example_and_what_follows_it(tmp_path: Path) -> None:
+    values = code_block("result.rank(0)").replace('"node1"', "result.hostnames[0]")
+    more = code_block("launcher.session()")
+    script = (
+        code_block("def total") + "    " + "    ".join((more + values).splitlines(keepends=True))
+    )
+    done = run(script, tmp_path)
+
+    assert done.stdout == "[3, 3]\n", done.stderr
+
+
+def test_failing_example_says_what_the_readme_says(tmp_path: Path) -> None:
+    done = run("import ray; ray.init(num_cpus=4)\n" + code_block("DataError"), tmp_path)
+
+    assert done.returncode == 1
+    assert "torchrunx_ray.errors.RemoteFailure: on rank 2 (" in done.stderr
+    assert "\nDataError: shard 17 is truncated\nRaised by rank 2 (local rank 2 on" in done.stderr
+    assert re.search(
+        r"\n0\.\d{3} s later, rank \d on .*: RuntimeError: .*[Cc]onnection", done.stderr
+    )
+
+
+def test_table_has_every_option_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*?) \|$", README, re.M))
+    fields = {field.name: field for field in dataclasses.fields(trx.Launcher)}
+
+    assert rows.keys() == fields.keys()
+    for name, shown in rows.items():
+        default = fields[name].default
+        if name == "name":
+            assert default is None
+        elif name == "default_env_vars":
+            assert shown == ", ".join(trx.Launcher().default_env_vars)
+        else:
+            assert shown.strip("`").replace('"', "'") == repr(default)
