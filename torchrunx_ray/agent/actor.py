@@ -40,6 +40,7 @@ class Agent:
         self._cwd, self._warning = host.working_directory(
             wanted, in_job_working_dir=bool(self._context.runtime_env.get("working_dir"))
         )
+        self._ip: str = _ray.util.get_node_ip_address()
         self._problem: str | None = None
         # An env_file may take its time; `meet` sources it without blocking the loop.
         self._keeper = self._start_keeper() if wanted.env_file is None else None
@@ -70,7 +71,7 @@ class Agent:
                 self._listening = socket.create_server(("", 0), backlog=4096)
                 port = self._listening.getsockname()[1]
         return messages.Met(
-            ip=_ray.util.get_node_ip_address(),
+            ip=self._ip,
             master_port=port,
             leaving=self._leaving,
             warning=self._warning,
@@ -84,7 +85,7 @@ class Agent:
         """Begin the run; all that comes of it is told through `poll` and `value`."""
         assert self._template is not None
         listening, self._listening = self._listening, None
-        run = HostRun(wanted, self._template, self._mailbox, listening)
+        run = HostRun(wanted, self._template, self._mailbox, listening, self._ip)
         self._run = run
         if wanted.run_id in self._stopped_early:
             run.stop(0)

@@ -7,6 +7,7 @@ import socket
 
 from torchrunx_ray.agent import gpus
 from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.network import interface_of
 from torchrunx_ray.agent.template import Template
 from torchrunx_ray.agent.worker import Worker
 from torchrunx_ray.errors import describe_exit
@@ -25,11 +26,13 @@ class HostRun:
         template: Template,
         mailbox: Mailbox,
         listening: socket.socket | None,
+        ip: str,
     ) -> None:
         self._wanted = wanted
         self._template = template
         self._mailbox = mailbox
         self._listening = listening
+        self._ip = ip
         self._workers: dict[int, Worker] = {
             place.local_rank: Worker(place.local_rank, mailbox) for place in wanted.places
         }
@@ -128,6 +131,7 @@ class HostRun:
                 place=place,
                 hostname=wanted.hostname,
                 variables={**variables, "CUDA_VISIBLE_DEVICES": visible},
+                default_variables=self._default_variables(place),
                 backend=wanted.backend,
                 timeout=wanted.timeout,
                 cuda_device=cuda_device,
@@ -138,6 +142,11 @@ class HostRun:
         worker.give_fds_away()
         worker.is_forked = isinstance(answer, messages.Forked)
         self._check(answer)
+
+    def _default_variables(self, place: Place) -> dict[str, str]:
+        """Left alone, gloo takes the interface of the hostname, which is often the loopback."""
+        interface = interface_of(self._ip) if place.hosts > 1 else None
+        return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
 
     def _check(self, answer: messages.Forked | messages.ForkFailed) -> None:
         if isinstance(answer, messages.ForkFailed) and not self._stopping.is_set():

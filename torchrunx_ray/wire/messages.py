@@ -181,6 +181,8 @@ class ForkWorker:
     place: Place
     hostname: str
     variables: dict[str, str]
+    default_variables: dict[str, str]
+    """Set where the user has not set them."""
     backend: str | None
     timeout: float
     cuda_device: int | None

@@ -27,7 +27,7 @@ def become_worker(
     family.die_with(template_pid)
     _reset_signals()
     _take_streams(stdout_fd, stderr_fd)
-    os.environ.update(wanted.variables)
+    os.environ.update(wanted.default_variables | os.environ | wanted.variables)
     if start_method == "spawn":
         _exec_fresh_interpreter(wanted, channel_fd, function_fd)
     entry.live(wanted, Channel.from_fd(channel_fd), function_fd)
