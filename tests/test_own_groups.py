@@ -29,7 +29,9 @@ def four_groups_in_a_row() -> list[float]:
 
 
 @pytest.mark.parametrize("backend", [None, "gloo"])
-@pytest.mark.parametrize("attempt", range(10))
+@pytest.mark.parametrize(
+    "attempt", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))]
+)
 def test_four_groups_in_a_row(cluster: None, backend: str | None, attempt: int) -> None:
     result = trx.Launcher(workers_per_host=4, backend=backend).run(four_groups_in_a_row)
 

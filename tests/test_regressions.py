@@ -258,6 +258,7 @@ def test_launches_at_the_end_of_linger_all_work(cluster: None) -> None:
         time.sleep(0.26 + 0.01 * i)
 
 
+@pytest.mark.slow  # Ray takes 15 s to shut down where another thread than the main one began it
 def test_first_launches_in_threads_share_one_ray(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:
@@ -276,6 +277,7 @@ with concurrent.futures.ThreadPoolExecutor(4) as pool:
     assert done.stdout.endswith("[0, 1, 2, 3]\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_ray_shutdown_ends_the_runs_and_a_new_ray_can_be_used(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:
