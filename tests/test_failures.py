@@ -365,3 +365,50 @@ def test_session_replaces_a_template_that_was_killed(cluster: None) -> None:
         with pytest.raises(trx.AgentFailedError):
             session.run(kill_template)
         assert list(session.run(lambda: "well")) == ["well", "well"]
+
+
+@pytest.mark.slow
+def test_frozen_agent_is_named_and_the_run_goes_on_when_it_wakes(
+    launcher: trx.Launcher, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def announce_and_wait() -> str:
+        processes.note(tmp_path / os.environ["RANK"], os.getpid())
+        while not (tmp_path / "gate").exists():
+            time.sleep(0.01)
+        return "well"
+
+    run = launcher.submit(announce_and_wait)
+    assert processes.wait_until((tmp_path / "1").exists, 30)
+    agent = above(int((tmp_path / "1").read_text()))["agent"]
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        assert processes.wait_until(lambda: "has not answered for 15 s" in caplog.text, 25)
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    (tmp_path / "gate").touch()
+
+    assert list(run.result(timeout=30)) == ["well", "well"]
+
+
+def test_killed_store_is_named(launcher: trx.Launcher) -> None:
+    """Collectives would go on, and the next new group would break."""
+
+    def kill_the_store() -> None:
+        if os.environ["RANK"] == "0":
+            template = os.getppid()
+            others = {int(os.environ["RANK"]), os.getpid()}
+            for entry in os.listdir("/proc"):
+                if entry.isdigit() and int(entry) not in others:
+                    is_child = processes.is_alive(int(entry)) and (
+                        processes.parent(int(entry)) == template
+                    )
+                    if is_child and os.getpgid(int(entry)) == os.getpgid(template):
+                        os.kill(int(entry), signal.SIGKILL)  # workers lead groups of their own
+        time.sleep(1000)
+
+    launcher.run(os.getpid)
+    begun = time.monotonic()
+    with pytest.raises(trx.AgentFailedError, match=r"serves the store .* was killed by SIGKILL"):
+        launcher.run(kill_the_store)
+    assert time.monotonic() - begun < 1
+    assert list(launcher.run(lambda: "well")) == ["well", "well"]

@@ -102,3 +102,12 @@ def test_values_survive_the_agent(cluster: None) -> None:
     result = trx.Launcher(workers_per_host=2, linger=0).run(lambda: torch.arange(100_000))
 
     assert result.rank(1).sum() == 4999950000
+
+
+def test_agents_can_be_found_by_name(cluster: None) -> None:
+    import ray
+
+    trx.Launcher(workers_per_host=1, name="findable", linger=10).run(os.getpid)
+
+    names = {a["name"] for a in ray.util.list_named_actors(all_namespaces=True)}
+    assert any(name.startswith("findable-") for name in names)

@@ -13,7 +13,7 @@ from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Template
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import messages, versions
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed, carry_values_packed
 
@@ -74,6 +74,7 @@ class Agent:
             ip=self._ip,
             master_port=port,
             leaving=self._leaving,
+            versions=versions.of_this_process(),
             warning=self._warning,
             problem=self._problem,
         )

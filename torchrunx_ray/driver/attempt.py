@@ -28,6 +28,9 @@ logger = logging.getLogger("torchrunx_ray")
 _LOOK_AROUND_S = 1.0
 """How often a driver that waits for an answer looks whether it still belongs to the cluster."""
 
+_SILENT_S = 15.0
+"""An agent answers a poll after 5 s at the latest."""
+
 _SETTLING_S = 0.1
 """How long an earlier failure may take to arrive after a later one."""
 
@@ -149,8 +152,7 @@ class Attempt:
             places = self._layout[host_index]
             self._values[host_index] = [calls.value.remote(place.local_rank) for place in places]
             while True:
-                events: list[messages.Event] = await self._answer(calls.poll.remote())
-                for event in events:
+                for event in await self._poll(host_index):
                     await self._hear(host_index, event)
                     if isinstance(event, messages.HostEnded):
                         return
@@ -170,6 +172,23 @@ class Attempt:
                 answer.cancel()
                 raise ClusterLeft
         return answer.result()
+
+    async def _poll(self, host_index: int) -> list[messages.Event]:
+        """What an agent has to say, which it is asked for all the time; says when it does not."""
+        label = self._crew.hosts[host_index].label
+        silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent, label)
+        try:
+            return await self._answer(self._crew.agents[host_index].calls.poll.remote())
+        finally:
+            silent.cancel()
+
+    def _say_silent(self, label: str) -> None:
+        logger.warning(
+            "%s has not answered for %.0f s: its agent is frozen, swapping, or cut off. The run goes "
+            "on when it wakes, and fails when Ray gives the node up.",
+            label,
+            _SILENT_S,
+        )
 
     async def _hear(self, host_index: int, event: messages.Event) -> None:
         match event:

@@ -16,6 +16,7 @@ from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.errors import AgentFailedError, LaunchError
+from torchrunx_ray.wire import versions
 from torchrunx_ray.wire.messages import Met
 
 logger = logging.getLogger("torchrunx_ray")
@@ -84,13 +85,17 @@ class HeldHosts:
                 ) from None
             if met is None:
                 await self._drop({index})
-            elif met.problem is not None:
+                continue
+            problem = met.problem or versions.problem_between(
+                versions.of_this_process(), met.versions
+            )
+            if problem is not None:
                 await self._drop({index})
-                raise LaunchError(f"On {host.label}: {met.problem}")
-            else:
-                if met.warning is not None:
-                    logger.warning("%s: %s", host.label, met.warning)
-                return met
+                raise LaunchError(f"On {host.label}: {problem}")
+            doubt = versions.doubt_between(versions.of_this_process(), met.versions)
+            for warning in filter(None, (met.warning, doubt)):
+                logger.warning("%s: %s", host.label, warning)
+            return met
 
     async def _drop(self, indices: set[int]) -> None:
         await asyncio.gather(*(self._agents.pop(i).end() for i in indices if i in self._agents))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchrunx_ray.wire.ranks import Place
+from torchrunx_ray.wire.versions import Versions
 
 Stream = Literal["stdout", "stderr"]
 StartMethod = Literal["fork", "spawn"]
@@ -58,6 +59,7 @@ class Met:
     ip: str
     master_port: int | None
     leaving: bool
+    versions: Versions
     warning: str | None
     problem: str | None
 

@@ -1,0 +1,53 @@
+"""A host that cannot understand the driver is named, with both versions, before it is used."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import torchrunx_ray as trx
+from torchrunx_ray.wire import versions
+
+HERE = {"Python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "cloudpickle": "3.1.2"}
+
+
+def launcher_on_host_with(package: str, version: str, folder: Path) -> trx.Launcher:
+    """The agent finds this package's metadata first; a stand-in for another installation."""
+    info = folder / f"{package}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    return trx.Launcher(
+        workers_per_host=1, linger=0, runtime_env={"env_vars": {"PYTHONPATH": str(folder)}}
+    )
+
+
+def test_another_ray_is_an_error_with_both_versions(cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    with pytest.raises(trx.LaunchError) as caught:
+        launcher_on_host_with("ray", "2.0.1", tmp_path).run(os.getpid)
+
+    assert f"ray is 2.0.1 there and {ray.__version__} in the driver" in str(caught.value)
+
+
+def test_another_torch_is_a_warning(
+    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert launcher_on_host_with("torch", "2.0.1", tmp_path).run(lambda: 1).rank(0) == 1
+    assert "torch is 2.0.1 there and 2." in caplog.text
+
+
+def test_build_of_torch_makes_no_difference() -> None:
+    assert versions.doubt_between(HERE, {**HERE, "torch": "2.13.0+cu130"}) is None
+    assert versions.problem_between(HERE, {**HERE, "torch": "2.13.0+cu130"}) is None
+
+
+def test_python_may_differ_in_its_last_number_only() -> None:
+    assert versions.problem_between(HERE, {**HERE, "Python": "3.11.2"}) is None
+    problem = versions.problem_between(HERE, {**HERE, "Python": "3.12.7"})
+    assert problem == "Python is 3.12.7 there and 3.11.7 in the driver: functions cannot travel."
+
+
+def test_package_that_is_missing_is_named() -> None:
+    problem = versions.problem_between(HERE, {**HERE, "torch": None})
+    assert problem == "torch is not installed there; the driver has 2.13.0+cpu."
