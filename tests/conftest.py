@@ -37,7 +37,13 @@ def run_script(tmp_path: Path) -> Callable[[str], "subprocess.CompletedProcess[s
         start_ray = "import ray; ray.init(address='local', num_cpus=4, include_dashboard=False)\n"
         path.write_text(start_ray + script)
         return subprocess.run(
-            [sys.executable, str(path)], capture_output=True, text=True, timeout=100, check=False
+            [sys.executable, str(path)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
         )
 
     return run

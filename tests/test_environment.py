@@ -90,7 +90,7 @@ PATH="$PATH:/of/the/file"
 echo chatter
 """
     )
-    names = ("PLAIN", "EXPORTED", "SINGLE", "JOINED", "CHOSEN", "MULTI")
+    names = ("PLAIN", "EXPORTED", "SINGLE", "JOINED", "CHOSEN", "MULTI", "status")
     both = dataclasses.replace(
         launcher,
         env_file=tmp_path / "env",
@@ -102,7 +102,15 @@ echo chatter
     finally:
         del os.environ["FROM_DRIVER"]
 
-    assert values[:-1] == ["1", "two words", "$PLAIN stays", "1-driver", "yes", "a\nb"]
+    assert values[:-1] == [
+        "1",
+        "two words",
+        "$PLAIN stays",
+        "1-driver",
+        "yes",
+        "a\nb",
+        None,
+    ]
     assert values[-1] == os.environ["PATH"] + ":/of/the/file"
 
 

@@ -107,7 +107,8 @@ def test_values_survive_the_agent(cluster: None) -> None:
 def test_agents_can_be_found_by_name(cluster: None) -> None:
     import ray
 
-    trx.Launcher(workers_per_host=1, name="findable", linger=10).run(os.getpid)
+    of_its_own = {"OWN_AGENT_FOR": "its name"}
+    trx.Launcher(workers_per_host=1, name="findable", extra_env_vars=of_its_own).run(os.getpid)
 
     names = {a["name"] for a in ray.util.list_named_actors(all_namespaces=True)}
     assert any(name.startswith("findable-") for name in names)

@@ -284,13 +284,18 @@ def test_ray_shutdown_ends_the_runs_and_a_new_ray_can_be_used(
     """They never ended, and asking Ray for their end made it join some other cluster."""
     done = run_script(
         """
-import time, torchrunx_ray as trx
+import os, time, torchrunx_ray as trx
+def begin():
+    open("begun", "w").close()
+    time.sleep(1000)
+
 launcher = trx.Launcher(workers_per_host=1)
-run = launcher.submit(time.sleep, 1000)
-time.sleep(3)
+run = launcher.submit(begin)
+while not os.path.exists("begun"):
+    time.sleep(0.01)
 ray.shutdown()
 try:
-    run.result(timeout=20)
+    run.result(timeout=30)
 except trx.AgentFailedError as error:
     print(error)
 assert not ray.is_initialized()
@@ -299,9 +304,10 @@ print(launcher.run(lambda: "well").rank(0))
 """
     )
 
-    first, second = done.stdout.splitlines()
-    assert first.startswith("the driver left the Ray cluster by ray.shutdown() on "), done.stderr
-    assert second == "well"
+    lines = done.stdout.splitlines()  # Ray may have something to tell as well
+    told = "the driver left the Ray cluster by ray.shutdown() before the run ended on "
+    assert any(line.startswith(told) for line in lines), done.stderr
+    assert lines[-1] == "well"
 
 
 def test_session_does_not_keep_the_values_of_its_runs(cluster: None) -> None:
@@ -433,7 +439,7 @@ print(trx.launch(lambda: "well", workers_per_host=1).rank(0))
     )
 
     assert done.stdout == "well\n", done.stderr
-    assert "the driver's folder (deleted) does not exist here; the function runs in" in done.stderr
+    assert "the driver's folder (deleted) cannot be used here; the function runs in" in done.stderr
 
 
 def test_worker_that_left_its_process_group_is_stopped_too(
@@ -548,3 +554,123 @@ def test_ranks_that_do_not_join_are_named(cluster: None) -> None:
 
     assert set(caught.value.missing) >= {1}
     assert "after 2 s the process group is still without" in str(caught.value)
+
+
+def test_file_that_a_run_writes_does_not_cost_the_next_its_template(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder was taken for an env_file that had changed."""
+    monkeypatch.chdir(tmp_path)
+    launcher = trx.Launcher(workers_per_host=1)
+
+    def write() -> int:
+        Path(f"checkpoint{time.time_ns()}").touch()
+        return os.getppid()
+
+    assert launcher.run(write).rank(0) == launcher.run(write).rank(0)
+
+
+def test_sigterm_is_delivered_once(cluster: None, tmp_path: Path) -> None:
+    """It went to the group and to its leader: a handler that saves a checkpoint began twice."""
+
+    def count_or_fail() -> None:
+        if os.environ["RANK"] == "1":
+            assert processes.wait_until((tmp_path / "ready").exists)
+            raise ValueError("stop")
+
+        def save(_signum: int, _frame: object) -> None:
+            with (tmp_path / "saved").open("a") as file:
+                file.write("x")
+
+        signal.signal(signal.SIGTERM, save)
+        (tmp_path / "ready").touch()
+        time.sleep(1000)
+
+    with trx.Launcher(workers_per_host=2, shutdown_timeout=0.3).session() as session:
+        for times in range(1, 9):
+            with pytest.raises(ValueError, match="stop"):
+                session.run(count_or_fail)
+            assert (tmp_path / "saved").read_text() == "x" * times
+            (tmp_path / "ready").unlink()
+
+
+def test_ray_shutdown_while_a_launch_waits_ends_it(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    """Whoever waited went on asking, and Ray began another cluster to answer."""
+    done = run_script(
+        """
+import os, time, torchrunx_ray as trx
+def begin():
+    open("begun", "a").close()
+    time.sleep(1000)
+
+launcher = trx.Launcher(workers_per_host=4)
+first = launcher.submit(begin)
+while not os.path.exists("begun"):
+    time.sleep(0.01)
+waiting = launcher.submit(begin)
+time.sleep(1)  # nothing tells that it waits
+ray.shutdown()
+for run in (first, waiting):
+    try:
+        run.result(timeout=30)
+    except trx.LaunchError as error:
+        print(type(error).__name__)
+assert not ray.is_initialized()
+"""
+    )
+
+    lines = done.stdout.splitlines()
+    assert "AgentFailedError" in lines, done.stderr
+    assert "ClusterLeft" in lines, done.stderr
+
+
+@pytest.mark.slow  # Ray looks for the value for 20 s
+def test_value_that_is_lost_names_its_rank(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    """A raw Ray error came out of `rank`. Lost here with the only node that had it."""
+    done = run_script(
+        """
+ray.shutdown()
+from ray.cluster_utils import Cluster
+import torchrunx_ray as trx
+cluster = Cluster()
+cluster.add_node(num_cpus=0, include_dashboard=False)
+node = cluster.add_node(num_cpus=2)
+ray.init(address=cluster.address, log_to_driver=False)
+result = trx.launch(bytearray, (1_000_000,), hostnames=1, workers_per_host=1, linger=0)
+cluster.remove_node(node, allow_graceful=False)
+try:
+    result.rank(0)
+except trx.AgentFailedError as error:
+    print(str(error).partition(" on ")[0])
+"""
+    )
+
+    # Ray tells of the node's end on stdout, too.
+    assert "the value that rank 0 returned is lost\n" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("per_worker", "workers", "firsts", "held"),
+    [
+        (0.4, 3, [0, 0, 1], 2),
+        (0.6, 2, [0, 1], 2),
+        (0.5, 4, [0, 0, 1, 1], 2),
+        (0.25, 4, [0, 0, 0, 0], 1),
+        (0.5, 1, [0], 0.5),
+        (1, 3, [0, 1, 2], 3),
+        (2, 2, [0, 2], 4),
+        (0, 2, [], 0),
+    ],
+)
+def test_parts_of_a_gpu_never_span_two(
+    per_worker: float, workers: int, firsts: list[int], held: float
+) -> None:
+    """Three workers of 0.4 were all put on the first of the two GPUs that were held for them."""
+    from torchrunx_ray.wire.ranks import first_gpu, gpus_held
+
+    assert gpus_held(per_worker, workers) == held
+    assert [first_gpu(per_worker, i) for i in range(workers) if per_worker] == firsts

@@ -116,7 +116,7 @@ class Agent:
             self._listening.close()
             self._listening = None
         loop = asyncio.get_running_loop()
-        self._rest_ends = loop.call_later(linger_s, lambda: asyncio.ensure_future(self._leave()))
+        self._rest_ends = loop.call_later(linger_s, self._leave)
 
     async def close(self) -> None:
         """Return when nothing that this agent started lives."""
@@ -127,8 +127,11 @@ class Agent:
     async def retire(self) -> None:
         _ray.actor.exit_actor()
 
-    async def _leave(self) -> None:
-        self._leaving = True
+    def _leave(self) -> None:
+        self._leaving = True  # at once: whoever asks from now on must take another agent
+        self._ending = asyncio.ensure_future(self._close_and_retire())
+
+    async def _close_and_retire(self) -> None:
         await self.close()
         # Only a method that Ray itself called may end its actor in an orderly way.
         self._context.current_actor.retire.remote()

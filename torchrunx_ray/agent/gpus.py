@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torchrunx_ray.wire.ranks import first_gpu
+
 
 def of_worker(
     gpu_ids: Sequence[str], gpus_per_worker: float, local_rank: int
@@ -13,7 +15,7 @@ def of_worker(
     """
     if not gpu_ids:
         return "", None
-    first = int(local_rank * gpus_per_worker)
+    first = first_gpu(gpus_per_worker, local_rank)
     if any(gpu_id.startswith("MIG-") for gpu_id in gpu_ids):
         return gpu_ids[first], 0
     return ",".join(gpu_ids), first

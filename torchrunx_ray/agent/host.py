@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from torchrunx_ray.wire import environment
 from torchrunx_ray.wire.messages import TemplateWanted
@@ -16,9 +15,10 @@ _SOURCE = """
 env=$(command -v env)
 set -a
 source "$1" >&2
-status=$?
+set -- $?
+set +a
 "$env" -0
-exit $status
+exit "$1"
 """
 _BASHS_OWN = {"_", "SHLVL", "PWD", "OLDPWD"}
 
@@ -42,8 +42,10 @@ def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> 
 
 def env_file_version(wanted: TemplateWanted, cwd: str) -> tuple[int, int] | None:
     """Changes when the file does."""
+    if wanted.env_file is None:
+        return None
     try:
-        stat = os.stat(os.path.join(cwd, wanted.env_file or ""))
+        stat = os.stat(os.path.join(cwd, wanted.env_file))
     except OSError:
         return None
     return stat.st_mtime_ns, stat.st_size
@@ -54,10 +56,10 @@ def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple
     here = os.getcwd()
     if in_job_working_dir:
         return here, None
-    if Path(wanted.driver_cwd).is_dir():
+    if os.path.isdir(wanted.driver_cwd) and os.access(wanted.driver_cwd, os.X_OK):
         return wanted.driver_cwd, None
     return here, (
-        f"the driver's folder {wanted.driver_cwd} does not exist here; the function runs in {here}"
+        f"the driver's folder {wanted.driver_cwd} cannot be used here; the function runs in {here}"
     )
 
 

@@ -25,9 +25,6 @@ from torchrunx_ray.wire.ranks import Place, lay_out
 
 logger = logging.getLogger("torchrunx_ray")
 
-_LOOK_AROUND_S = 1.0
-"""How often a driver that waits for an answer looks whether it still belongs to the cluster."""
-
 _SILENT_S = 15.0
 """An agent answers a poll after 5 s at the latest."""
 
@@ -102,13 +99,15 @@ class Attempt:
 
     async def _compare_clocks(self) -> None:
         """How far each host's clock is ahead of ours, for putting failures in order."""
-        with contextlib.suppress(RayError):  # of an agent that just died is heard soon enough
+        with contextlib.suppress(
+            RayError, ClusterLeft
+        ):  # of an agent that just died is heard soon enough
             offsets = [self._clock_offset_ns(agent) for agent in self._crew.agents]
             self._clock_offsets_ns = list(await asyncio.gather(*offsets))
 
     async def _clock_offset_ns(self, agent: Agent) -> int:
         asked_ns = now_ns()
-        theirs_ns: int = await agent.calls.clock.remote()
+        theirs_ns: int = await self._cluster.answer(agent.calls.clock.remote())
         # Half the round trip is the best guess of when the agent read its clock.
         return theirs_ns - (asked_ns + now_ns()) // 2
 
@@ -148,7 +147,7 @@ class Attempt:
         """Start one host's workers and hear all that its agent has to say, until it has ended."""
         calls = self._crew.agents[host_index].calls
         try:
-            await self._answer(calls.start.remote(self._wanted(host_index), function))
+            await self._cluster.answer(calls.start.remote(self._wanted(host_index), function))
             places = self._layout[host_index]
             self._values[host_index] = [calls.value.remote(place.local_rank) for place in places]
             while True:
@@ -156,29 +155,19 @@ class Attempt:
                     await self._hear(host_index, event)
                     if isinstance(event, messages.HostEnded):
                         return
-        except ClusterLeft:
-            self._lose(host_index, "the driver left the Ray cluster by ray.shutdown()", "")
+        except ClusterLeft as left:
+            self._lose(host_index, str(left), "")
         except RayTaskError as error:
             self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
         except RayError as error:
             self._lose(host_index, "the agent died", str(error))
-
-    async def _answer(self, ref: "ray.ObjectRef[Any]") -> Any:
-        """Await Ray, which answers nothing more once the driver has called ray.shutdown()."""
-        answer = asyncio.ensure_future(ref)
-        while not answer.done():
-            await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)
-            if not answer.done() and not self._cluster.is_ours():
-                answer.cancel()
-                raise ClusterLeft
-        return answer.result()
 
     async def _poll(self, host_index: int) -> list[messages.Event]:
         """What an agent has to say, which it is asked for all the time; says when it does not."""
         label = self._crew.hosts[host_index].label
         silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent, label)
         try:
-            return await self._answer(self._crew.agents[host_index].calls.poll.remote())
+            return await self._cluster.answer(self._crew.agents[host_index].calls.poll.remote())
         finally:
             silent.cancel()
 

@@ -1,5 +1,6 @@
 """The Ray cluster that this driver belongs to."""
 
+import asyncio
 import sys
 import threading
 from collections.abc import Mapping
@@ -8,12 +9,17 @@ from typing import Any
 
 import ray
 
+from torchrunx_ray.errors import LaunchError
+
 untyped_ray: Any = ray
 """Most of Ray's functions have no types, or such that name none."""
 
 
-class ClusterLeft(Exception):
+class ClusterLeft(LaunchError):
     """The driver called ray.shutdown() while a run went on."""
+
+    def __init__(self) -> None:
+        super().__init__("the driver left the Ray cluster by ray.shutdown() before the run ended")
 
 
 class Connection:
@@ -25,11 +31,30 @@ class Connection:
     def __init__(self) -> None:
         self._worker_id: str = context().get_worker_id()
 
+    async def answer(self, ref: "ray.ObjectRef[Any]") -> Any:
+        """Await Ray, which answers nothing more once the driver has called ray.shutdown()."""
+        answer = asyncio.ensure_future(ref)
+        try:
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)
+                if not answer.done():
+                    self.check()
+        finally:
+            answer.cancel()
+        return answer.result()
+
+    def check(self) -> None:
+        if not self.is_ours():
+            raise ClusterLeft
+
     def is_ours(self) -> bool:
         if not untyped_ray.is_initialized():
             return False
         return context().get_worker_id() == self._worker_id
 
+
+_LOOK_AROUND_S = 1.0
+"""How often a driver that waits for an answer looks whether it still belongs to the cluster."""
 
 _connecting = threading.Lock()
 

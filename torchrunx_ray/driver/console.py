@@ -13,7 +13,7 @@ _QUEUED = 64
 
 
 class Console:
-    """Writes in a thread of its own, so that a slow reader of our output stops only that output."""
+    """Writes in a thread of its own: a slow terminal stops the workers, not the driver's loop."""
 
     def __init__(self, world_size: int) -> None:
         self._show_who = world_size > 1

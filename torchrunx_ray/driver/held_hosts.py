@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError
 
@@ -18,6 +20,8 @@ from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire import versions
 from torchrunx_ray.wire.messages import Met
+
+T = TypeVar("T")
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -41,11 +45,11 @@ class HeldHosts:
             if self._placement is None:
                 raise RuntimeError("the session is closed")
             hosts = self._placement.hosts
-            met = await asyncio.gather(
-                *(self._meet(i, host, call.run_name) for i, host in enumerate(hosts))
+            met = await _all_or_first_error(
+                [self._meet(i, host, call.run_name) for i, host in enumerate(hosts)]
             )
             gpu_ids = await self._placement.gpu_ids()
-            crew = Crew(hosts, [self._agents[i] for i in range(len(hosts))], list(met), gpu_ids)
+            crew = Crew(hosts, [self._agents[i] for i in range(len(hosts))], met, gpu_ids)
             attempt = Attempt(call.run_name, self._options, crew, self._placement.backend)
             try:
                 outcome = await attempt.go(call.packed)
@@ -99,6 +103,16 @@ class HeldHosts:
 
     async def _drop(self, indices: set[int]) -> None:
         await asyncio.gather(*(self._agents.pop(i).end() for i in indices if i in self._agents))
+
+
+async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[T]:
+    """Like asyncio.gather, but when it raises nothing of it runs on."""
+    done: list[T] = []
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        done.append(outcome)
+    return done
 
 
 async def run_once(options: Options, call: Call) -> "LaunchResult[object] | Failures":

@@ -61,15 +61,18 @@ class Placement:
 
 async def place(options: Options, name: str) -> Placement:
     """Reserve room for the launch; PlacementError where there is none in time."""
+    connection = Connection()
     nodes = await in_thread(cluster.live_nodes)
     shape = resolve(options, nodes, cluster.context().get_node_id())
     await _see_own_release(shape, nodes)
+    connection.check()
     group = await _create_group(options, shape, name)
     try:
-        await wait_for_room(group, options.placement_timeout, shape)
+        await wait_for_room(group, options.placement_timeout, shape, connection)
         hosts = await _hosts_of(group, shape)
     except BaseException:
-        await to_the_end(_remove(group))
+        if connection.is_ours():
+            await to_the_end(_remove(group))
         raise
     logger.info("%s", _in_words(shape, hosts, nodes))
     return Placement(hosts, shape, group, options)
@@ -97,7 +100,8 @@ async def _create_group(options: Options, shape: Shape, name: str) -> PlacementG
     try:
         await to_the_end(in_thread(create))
     except asyncio.CancelledError:  # the group was made all the same
-        await to_the_end(_remove(created[0]))
+        for group in created:
+            await to_the_end(_remove(group))
         raise
     return created[0]
 
@@ -171,7 +175,7 @@ async def _gpu_ids_of(
         ),
         runtime_env=dict(options.runtime_env) if options.runtime_env else None,
     )(_own_gpu_ids)
-    ids: list[str] = await ask.remote()
+    ids: list[str] = await Connection().answer(ask.remote())
     return tuple(sorted(ids, key=lambda i: (not i.isdigit(), int(i) if i.isdigit() else 0, i)))
 
 

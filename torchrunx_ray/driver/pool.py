@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from torchrunx_ray.agent.actor import Agent as _AgentActor
-from torchrunx_ray.driver.cluster import Connection, untyped_ray
+from torchrunx_ray.driver.cluster import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.wire.messages import Met, TemplateWanted
@@ -37,7 +37,7 @@ class Agent:
     async def meet(self, *, listen: bool) -> Met | None:
         """Claim it for a run. None: it ended while it rested; RayError: it never began."""
         try:
-            met: Met = await self.calls.meet.remote(listen)
+            met: Met = await self.connection.answer(self.calls.meet.remote(listen))
         except RayError:
             if self.is_new:
                 raise
@@ -60,7 +60,9 @@ class Agent:
             return  # Ray has ended it with this driver's other actors
         try:
             async with asyncio.timeout(_CLOSING_S):
-                await self.calls.close.remote()
+                await self.connection.answer(self.calls.close.remote())
+        except ClusterLeft:
+            return
         except (RayError, TimeoutError):
             pass  # what it cannot do itself, its keeper and template do when it is killed
         await in_thread(untyped_ray.kill, self.calls)

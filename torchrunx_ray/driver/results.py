@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import ray
+from ray.exceptions import RayError
 
-from torchrunx_ray.errors import PayloadError
+from torchrunx_ray.errors import AgentFailedError, PayloadError
 from torchrunx_ray.wire.payload import kept_packed
 
 R = TypeVar("R")
@@ -78,8 +79,13 @@ class LaunchResult(Generic[R]):
         raise AssertionError(rank)
 
     def _fetch(self, rank: int, host_index: int, local_rank: int) -> R:
-        with kept_packed():
-            packed: Any = ray.get(self._refs[host_index][local_rank])
+        hostname = self._hostnames[host_index]
+        try:
+            with kept_packed():
+                packed: Any = ray.get(self._refs[host_index][local_rank])
+        except RayError as error:
+            what = f"the value that rank {rank} returned is lost"
+            raise AgentFailedError(hostname=hostname, what=what, evidence=str(error)) from error
         try:
             return packed.unpack()
         except Exception as error:
@@ -87,6 +93,6 @@ class LaunchResult(Generic[R]):
                 path="the return value",
                 reason=f"{type(error).__name__}: {error}",
                 rank=rank,
-                hostname=self._hostnames[host_index],
+                hostname=hostname,
                 unpacking=True,
             ) from error

@@ -10,7 +10,7 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 
 from torchrunx_ray.driver import cluster
-from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.cluster import Connection, untyped_ray
 from torchrunx_ray.driver.fit import why_impossible
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.shape import Shape
@@ -25,7 +25,9 @@ _REPORT_EVERY_S = 10
 """Also how long one question to Ray waits, which takes whole seconds."""
 
 
-async def wait_for_room(group: PlacementGroup, timeout_s: float | None, shape: Shape) -> None:
+async def wait_for_room(
+    group: PlacementGroup, timeout_s: float | None, shape: Shape, connection: Connection
+) -> None:
     """Return when the group is placed; PlacementError when it cannot be, or is not in time."""
     limit_s = math.inf if timeout_s is None else timeout_s
     begun = time.monotonic()
@@ -36,11 +38,17 @@ async def wait_for_room(group: PlacementGroup, timeout_s: float | None, shape: S
         try:
             if await _is_ready(asking, min(pause_s, left_s)):
                 return
+        except Exception as error:  # Ray has no type for it
+            connection.check()
+            raise PlacementError(
+                f"Somebody else removed the launch's placement group while it waited: {error}"
+            ) from None
         finally:
             # The group may be removed while Ray is still asked about it.
             asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         if asking.done():
             asking = None
+        connection.check()
         await _report(group, shape, time.monotonic() - begun, limit_s)
 
 

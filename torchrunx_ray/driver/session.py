@@ -33,6 +33,7 @@ class Session:
             opening.result()
         except BaseException:
             opening.cancel()
+            loop.start(self._hosts.close())  # it may have opened just now
             raise
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
@@ -47,10 +48,16 @@ class Session:
         return run
 
     def close(self) -> None:
-        """Give the hosts back, after the runs that were submitted."""
-        for run in list(self._running):
-            run.wait()
-        loop.start(self._hosts.close()).result()
+        """Give the hosts back, after the runs that were submitted; Ctrl-C cancels these."""
+        try:
+            for run in list(self._running):
+                run.wait()
+        except KeyboardInterrupt:
+            for run in list(self._running):
+                run.cancel()
+            raise
+        finally:
+            loop.start(self._hosts.close()).result()
 
     def __enter__(self) -> "Session":
         return self

@@ -1,6 +1,5 @@
 """From options and the live nodes to the shape of a launch: hosts, workers, what each must hold."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +8,7 @@ from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.fit import could_be_host, least_needs, why_impossible
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import PlacementError
+from torchrunx_ray.wire.ranks import gpus_held
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Shape:
 
 def resolve(options: Options, nodes: Sequence[Node], driver_node_id: str) -> Shape:
     """Decide hosts, counts and backend over the live nodes."""
-    options = _without_slurm(options)
+    if options.hostnames == "slurm":
+        options = replace(options, hostnames=slurm.hosts())
     chosen, labels, pinned = _choose(options, nodes, driver_node_id)
     workers = _workers(options, chosen)
     gpus = _gpus_per_worker(options, chosen, workers)
@@ -42,16 +43,6 @@ def resolve(options: Options, nodes: Sequence[Node], driver_node_id: str) -> Sha
         for node, label, count in zip(chosen, labels, workers, strict=True)
     ]
     return Shape(hosts, gpus, _backend(options, gpus))
-
-
-def _without_slurm(options: Options) -> Options:
-    if options.hostnames == "slurm":
-        options = replace(options, hostnames=slurm.hosts())
-    if options.workers_per_host == "slurm":
-        hosts = options.hostnames
-        count = hosts if isinstance(hosts, int) else 1 if isinstance(hosts, str) else len(hosts)
-        options = replace(options, workers_per_host=slurm.workers_per_host(count))
-    return options
 
 
 def _choose(
@@ -120,6 +111,10 @@ def _workers(options: Options, chosen: Sequence[Node | None]) -> list[int]:
                 f"{len(chosen)} hosts ({names}); give one number per host."
             )
         return list(workers)
+    if workers == "slurm":
+        return _workers(
+            replace(options, workers_per_host=slurm.workers_per_host(len(chosen))), chosen
+        )
     use_gpus = workers == "gpu" or (workers == "auto" and any(node.gpus for node in nodes))
     counts = [int(node.gpus if use_gpus else node.cpus) for node in nodes]
     if 0 in counts:
@@ -149,9 +144,7 @@ def _bundle(options: Options, node: Node | None, workers: int, gpus: float) -> d
     cpus = options.cpus_per_worker
     if cpus is None:
         cpus = 1 if node is None else min(1.0, node.cpus / workers)
-    # Ray gives out whole GPUs, except to whoever wants less than one.
-    wanted_gpus = workers * gpus if workers * gpus < 1 else math.ceil(workers * gpus)
-    bundle: dict[str, float] = {"CPU": round(workers * cpus, 4), "GPU": wanted_gpus}
+    bundle: dict[str, float] = {"CPU": round(workers * cpus, 4), "GPU": gpus_held(gpus, workers)}
     for name, amount in (options.resources_per_host or {}).items():
         bundle[name] = bundle.get(name, 0) + amount
     if options.accelerator_type is not None:

@@ -1,5 +1,6 @@
 """Who is who in a launch: ranks, and the environment variables that tell a worker its own."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,3 +73,17 @@ def lay_out(workers_per_host: Sequence[int]) -> list[list[Place]]:
         )
         first += workers
     return layout
+
+
+def first_gpu(gpus_per_worker: float, local_rank: int) -> int:
+    """The index, among a host's GPUs, of the worker's first: parts of a GPU never span two."""
+    if gpus_per_worker >= 1:
+        return local_rank * int(gpus_per_worker)
+    return local_rank // math.floor(1 / gpus_per_worker + 1e-9)
+
+
+def gpus_held(gpus_per_worker: float, workers: int) -> float:
+    """What a host's workers need together: whole GPUs, or a part of a single one."""
+    if gpus_per_worker * workers <= 1:
+        return gpus_per_worker * workers
+    return first_gpu(gpus_per_worker, workers - 1) + max(1, int(gpus_per_worker))

@@ -82,7 +82,8 @@ class _Template:
                 for pid, local_rank in self._children.items():
                     if local_rank in message.local_ranks:
                         family.signal_group(pid, message.signal)
-                        os.kill(pid, message.signal)  # it may have left its group
+                        if os.getpgid(pid) != pid:  # it left its group
+                            os.kill(pid, message.signal)
             case messages.EndRun():
                 left = family.kill_children(self._reap)
                 self._channel.send(messages.RunEnded(tuple(left)))
