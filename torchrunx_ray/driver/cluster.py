@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from torchrunx_ray.errors import LaunchError
 
@@ -39,9 +40,12 @@ class Connection:
                 await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)
                 if not answer.done():
                     self.check()
+            return answer.result()
+        except RayError:
+            self.check()  # shutdown ends the actors that were asked, too
+            raise
         finally:
             answer.cancel()
-        return answer.result()
 
     def check(self) -> None:
         if not self.is_ours():
