@@ -127,7 +127,7 @@ def total():
     dist.all_reduce(value)
     return value.item(), os.environ["MASTER_ADDR"], os.environ["GLOO_SOCKET_IFNAME"]
 
-result = trx.Launcher(hostnames=2, workers_per_host=2).run(total)
+result = trx.Launcher(hostnames=["10.77.0.11", "10.77.0.12"], workers_per_host=2).run(total)
 print(list(result) == [(6.0, "10.77.0.11", "eth0")] * 4, sorted(result.hostnames))
 """
     )
