@@ -10,16 +10,28 @@ import pytest
 import ray
 
 import torchrunx_ray as trx
+from tests.processes import wait_until
 
 # A cluster that somebody else started on this machine is not ours to test on.
 os.environ.pop("RAY_ADDRESS", None)
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
+def _ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def cluster(_ray: None) -> Iterator[None]:
+    """A cluster of one node, which every test leaves as free as it found it."""
+    yield
+    if ray.is_initialized():
+        assert wait_until(lambda: ray.available_resources().get("CPU") == 8, 10), (
+            ray.available_resources(),
+            ray.util.placement_group_table(),
+        )
 
 
 @pytest.fixture

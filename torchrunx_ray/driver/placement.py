@@ -2,16 +2,14 @@
 
 import asyncio
 import logging
-import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from torchrunx_ray.driver import cluster
+from torchrunx_ray.driver import cluster, placement_group
 from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
 from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
@@ -19,12 +17,6 @@ from torchrunx_ray.driver.room import wait_for_room
 from torchrunx_ray.driver.shape import Shape, resolve
 
 logger = logging.getLogger("torchrunx_ray")
-
-_RELEASE_S = 1.0
-"""What a removed group held is known to be free by then; Ray's nodes report every 0.1 s."""
-
-_last_release = float("-inf")
-
 
 @dataclass(frozen=True)
 class Host:
@@ -56,7 +48,7 @@ class Placement:
     async def remove(self) -> None:
         self._gpu_ids.cancel()
         if self._cluster.is_ours():
-            await _remove(self._group)
+            await placement_group.remove(self._group)
 
 
 async def place(options: Options, name: str) -> Placement:
@@ -64,73 +56,18 @@ async def place(options: Options, name: str) -> Placement:
     connection = Connection()
     nodes = await in_thread(cluster.live_nodes)
     shape = resolve(options, nodes, cluster.context().get_node_id())
-    await _see_own_release(shape, nodes)
+    await placement_group.see_own_release(shape, nodes)
     connection.check()
-    group = await _create_group(options, shape, name)
+    group = await placement_group.create(options, shape, name)
     try:
         await wait_for_room(group, options.placement_timeout, shape, connection)
         hosts = await _hosts_of(group, shape)
     except BaseException:
         if connection.is_ours():
-            await to_the_end(_remove(group))
+            await to_the_end(placement_group.remove_unplaced(group))
         raise
     logger.info("%s", _in_words(shape, hosts, nodes))
     return Placement(hosts, shape, group, options)
-
-
-async def _create_group(options: Options, shape: Shape, name: str) -> PlacementGroup:
-    selectors = [
-        {
-            **(options.label_selector or {}),
-            **({"ray.io/node-id": host.node.node_id} if host.node else {}),
-        }
-        for host in shape.hosts
-    ]
-    created: list[PlacementGroup] = []
-
-    def create() -> None:
-        group = placement_group(
-            [host.bundle for host in shape.hosts],
-            strategy=options.placement_strategy,
-            name=name,
-            bundle_label_selector=selectors,
-        )
-        created.append(group)
-
-    try:
-        await to_the_end(in_thread(create))
-    except asyncio.CancelledError:  # the group was made all the same
-        for group in created:
-            await to_the_end(_remove(group))
-        raise
-    return created[0]
-
-
-async def _remove(group: PlacementGroup) -> None:
-    global _last_release
-    await in_thread(remove_placement_group, group)
-    _last_release = time.monotonic()
-
-
-async def _see_own_release(shape: Shape, nodes: Sequence[Node]) -> None:
-    """Wait until Ray's head knows what we released a moment ago, if it is needed and enough.
-
-    A group that finds it missing is tried again only after a second. There is no event to wait
-    on: the nodes report to the head every 0.1 s.
-    """
-    needed: Counter[str] = Counter()
-    for host in shape.hosts:
-        needed.update(host.bundle)
-    total: Counter[str] = Counter()
-    for node in nodes:
-        total.update(node.resources)
-    if any(total[name] < amount for name, amount in needed.items()):
-        return
-    while time.monotonic() - _last_release < _RELEASE_S:
-        free = await in_thread(cluster.free_resources)
-        if all(free.get(name, 0) >= amount for name, amount in needed.items()):
-            return
-        await asyncio.sleep(0.01)
 
 
 async def _hosts_of(group: PlacementGroup, shape: Shape) -> list[Host]:
