@@ -106,6 +106,11 @@ def _init() -> None:
     untyped_ray.init()
 
 
+def is_remote_client() -> bool:
+    """Whether this driver is connected through ray://, where Ray tells less."""
+    return untyped_ray.util.client.ray.is_connected()
+
+
 def live_nodes() -> list[Node]:
     nodes: list[dict[str, Any]] = untyped_ray.nodes()
     return [
@@ -128,7 +133,7 @@ def free_resources() -> dict[str, float]:
 
 def free_by_node() -> dict[str, dict[str, float]]:
     """What each node has free, by node id; empty where Ray does not tell (through ray://)."""
-    if untyped_ray.util.client.ray.is_connected():
+    if is_remote_client():
         return {}
     # No public function tells it without the dashboard.
     return untyped_ray._private.state.available_resources_per_node()

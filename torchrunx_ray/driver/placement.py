@@ -18,6 +18,7 @@ from torchrunx_ray.driver.shape import Shape, resolve
 
 logger = logging.getLogger("torchrunx_ray")
 
+
 @dataclass(frozen=True)
 class Host:
     """One host of a placed session."""

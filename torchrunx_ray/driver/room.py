@@ -1,16 +1,18 @@
 """Whether the cluster has room for a placement group, now or ever, and waiting for it."""
 
 import asyncio
-import itertools
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
 from torchrunx_ray.driver import cluster
-from torchrunx_ray.driver.cluster import Connection, untyped_ray
+from torchrunx_ray.driver.autoscaler import Outlook, outlook
+from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
 from torchrunx_ray.driver.fit import why_impossible
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.shape import Shape
@@ -20,6 +22,9 @@ logger = logging.getLogger("torchrunx_ray")
 
 _VERDICT_S = 0.05
 """After this Ray has decided whether the group is possible at all."""
+
+_LOOK_S = 1.0
+"""How often a launch that waits looks whether it still may; an autoscaler decides by the second."""
 
 _REPORT_EVERY_S = 10
 """Also how long one question to Ray waits, which takes whole seconds."""
@@ -31,8 +36,10 @@ async def wait_for_room(
     """Return when the group is placed; PlacementError when it cannot be, or is not in time."""
     limit_s = math.inf if timeout_s is None else timeout_s
     begun = time.monotonic()
+    reported = -math.inf
+    pause_s = _VERDICT_S
     asking: asyncio.Task[bool] | None = None
-    for pause_s in itertools.chain([_VERDICT_S], itertools.repeat(_REPORT_EVERY_S)):
+    while True:
         asking = asking or asyncio.create_task(in_thread(group.wait, _REPORT_EVERY_S))
         left_s = max(_VERDICT_S, begun + limit_s - time.monotonic())
         try:
@@ -49,7 +56,13 @@ async def wait_for_room(
         if asking.done():
             asking = None
         connection.check()
-        await _report(group, shape, time.monotonic() - begun, limit_s)
+        now = time.monotonic()
+        room = await _Room.now(group, shape)
+        room.check(now - begun, limit_s)
+        if now - reported >= _REPORT_EVERY_S:
+            room.report(now - begun)
+            reported = now
+        pause_s = _LOOK_S
 
 
 async def _is_ready(asking: "asyncio.Task[bool]", timeout_s: float) -> bool:
@@ -57,35 +70,98 @@ async def _is_ready(asking: "asyncio.Task[bool]", timeout_s: float) -> bool:
     return asking.done() and asking.result()
 
 
-async def _report(group: PlacementGroup, shape: Shape, waited_s: float, limit_s: float) -> None:
-    """Say what the launch waits for, or raise where that has no end."""
-    table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, group)
-    nodes = await in_thread(cluster.live_nodes)
-    free_by_node = await in_thread(cluster.free_by_node)
-    free = {node.name: free_by_node[node.node_id] for node in nodes if node.node_id in free_by_node}
-    total = {node.name: node.resources for node in nodes}
-    wanted = [host.bundle for host in shape.hosts]
-    impossible = why_impossible(wanted, nodes)
-    if impossible is None and table["stats"]["scheduling_state"] == "INFEASIBLE":
-        impossible = "Ray finds no way to place the hosts as placement_strategy and labels ask"
-    if impossible is not None:
-        raise PlacementError(
-            f"The Ray cluster can never hold this launch: {impossible}.",
-            wanted=wanted,
-            free=free,
-            total=total,
-            advice="Ask for fewer hosts or workers, or for less per worker.",
+@dataclass(frozen=True)
+class _Room:
+    """What a waiting group wants, what there is, and what may come."""
+
+    shape: Shape
+    nodes: Sequence[Node]
+    free_by_node: Mapping[str, Mapping[str, float]]
+    infeasible: bool
+    outlook: Outlook
+
+    @classmethod
+    async def now(cls, group: PlacementGroup, shape: Shape) -> "_Room":
+        table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, group)
+        group_id: str = table["placement_group_id"]
+        return cls(
+            shape,
+            await in_thread(cluster.live_nodes),
+            await in_thread(cluster.free_by_node),
+            table["stats"]["scheduling_state"] == "INFEASIBLE",
+            await in_thread(outlook, group_id),
         )
-    if waited_s >= limit_s:
-        raise PlacementError(
-            f"The Ray cluster had no room for this launch within placement_timeout={limit_s:g} s.",
-            wanted=wanted,
-            free=free,
-            total=total,
-            advice="Others hold what is missing. Wait longer, or ask for less.",
+
+    def check(self, waited_s: float, limit_s: float) -> None:
+        """Raise where waiting has no end, or has come to its end."""
+        never = self._why_never()
+        if never is not None:
+            raise self._error(
+                f"The Ray cluster can never hold this launch: {never}.",
+                "Ask for fewer hosts or workers, or for less per worker.",
+            )
+        if waited_s >= limit_s:
+            starting = self._starting()
+            raise self._error(
+                f"The Ray cluster had no room for this launch within placement_timeout={limit_s:g} s"
+                + (f"; {starting}." if starting else "."),
+                "Wait longer, or ask for less."
+                if self.outlook.can_grow
+                else "Others hold what is missing. Wait longer, or ask for less.",
+            )
+
+    def report(self, waited_s: float) -> None:
+        starting = self._starting()
+        logger.warning(
+            "waiting for room in the Ray cluster, %.0f s so far%s\n%s",
+            waited_s,
+            f"; {starting}" if starting else "",
+            room_table(self._wanted(), self._free(), self._total()),
         )
-    logger.warning(
-        "waiting for room in the Ray cluster, %.0f s so far\n%s",
-        waited_s,
-        room_table(wanted, free, total),
-    )
+
+    def _why_never(self) -> str | None:
+        live = {node.node_id for node in self.nodes}
+        for host in self.shape.hosts:
+            if host.node is not None and host.node.node_id not in live:
+                return (
+                    f"{host.label or host.node.name}, chosen as one of its hosts, left the cluster"
+                )
+        reason = why_impossible(self._wanted(), self.nodes)
+        if self.outlook.can_grow:
+            if not self.outlook.refused:
+                return None
+            refusal = "its autoscaler may start no nodes that would do"
+            return f"{refusal}; {reason}" if reason else refusal
+        if reason is None and self.infeasible:
+            return "Ray finds no way to place the hosts as placement_strategy and labels ask"
+        return reason
+
+    def _starting(self) -> str:
+        if not self.outlook.can_grow:
+            return ""
+        nodes = ", ".join(f"{count} x {kind}" for kind, count in self.outlook.starting.items())
+        return (
+            f"the autoscaler is starting {nodes}" if nodes else "the autoscaler starts no node now"
+        )
+
+    def _wanted(self) -> list[dict[str, float]]:
+        return [host.bundle for host in self.shape.hosts]
+
+    def _free(self) -> dict[str, Mapping[str, float]]:
+        return {
+            node.name: self.free_by_node[node.node_id]
+            for node in self.nodes
+            if node.node_id in self.free_by_node
+        }
+
+    def _total(self) -> dict[str, Mapping[str, float]]:
+        return {node.name: node.resources for node in self.nodes}
+
+    def _error(self, problem: str, advice: str) -> PlacementError:
+        return PlacementError(
+            problem,
+            wanted=self._wanted(),
+            free=self._free(),
+            total=self._total(),
+            advice=advice,
+        )

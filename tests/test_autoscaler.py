@@ -1,0 +1,90 @@
+"""Launches on a cluster that grows."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import autoscaling
+
+
+@pytest.fixture(scope="module", params=["v2", "v1"])
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a cluster with either of Ray's two autoscalers."""
+    kinds = {"big": {"CPU": 4, "GPU": 2}}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        autoscaling.cluster(Path(folder), kinds, most=2, v2=request.param == "v2") as address,
+    ):
+        yield address
+
+
+v2_only = pytest.mark.parametrize("address", ["v2"], indirect=True)
+"""The older one does not tell what it refuses."""
+
+
+def drive(address: str, script: str) -> str:
+    head = "import os, time, torchrunx_ray as trx\n"
+    done = subprocess.run(
+        [sys.executable, "-c", head + script],
+        env={**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@v2_only
+def test_what_no_node_type_can_hold_fails_soon(address: str) -> None:
+    out = drive(
+        address,
+        """
+begun = time.monotonic()
+try:
+    trx.Launcher(hostnames=1, workers_per_host=50, cpus_per_worker=1).run(os.getpid)
+except trx.PlacementError as error:
+    print(time.monotonic() - begun < 10)
+    print(error)
+""",
+    )
+
+    assert "True\nThe Ray cluster can never hold this launch: its autoscaler may" in out
+    assert "a host needs 50 CPU" in out
+
+
+def test_more_hosts_than_there_are_make_the_cluster_grow(address: str) -> None:
+    out = drive(
+        address,
+        """
+import logging
+logging.basicConfig(level=logging.INFO, stream=__import__("sys").stdout, format="%(message)s")
+launcher = trx.Launcher(hostnames=2, workers_per_host=2, gpus_per_worker=1, backend="gloo")
+result = launcher.run(os.getpid)
+print(len(result), len(result.hostnames))
+""",
+    )
+
+    assert "\n4 2\n" in out
+    assert "waiting for room in the Ray cluster, 0 s so far; the autoscaler starts" in out
+
+
+@v2_only
+def test_more_hosts_than_the_autoscaler_may_start(address: str) -> None:
+    out = drive(
+        address,
+        """
+try:
+    trx.Launcher(hostnames=3, workers_per_host=2, gpus_per_worker=1, backend="gloo").run(os.getpid)
+except trx.PlacementError as error:
+    print(error)
+""",
+    )
+
+    assert "its autoscaler may start no nodes that would do" in out

@@ -1,0 +1,65 @@
+"""What the cluster's autoscaler, if there is one, makes of a launch that waits for room."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray._raylet
+from ray.core.generated import autoscaler_pb2
+
+from torchrunx_ray.driver import cluster
+
+_raylet: Any = ray._raylet  # Cython, and made at run time: neither has types
+_messages: Any = autoscaler_pb2
+
+_V1_REPORT = b"__autoscaling_status"
+"""The key under which the older autoscaler, and what stands in for it without one, reports."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Whether the cluster can grow for a placement group.
+
+    `starting` counts the nodes on their way, by node type. `refused`: the autoscaler has looked at
+    the group, and no node that it may start would do.
+    """
+
+    can_grow: bool = False
+    refused: bool = False
+    starting: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+def outlook(group_id: str) -> Outlook:
+    """Ask Ray's head about a placement group; no public function tells any of it."""
+    if cluster.is_remote_client():
+        return Outlook()
+    gcs = _raylet.GcsClient(address=cluster.context().gcs_address)
+    status = _messages.GetClusterStatusReply.FromString(gcs.get_cluster_status())
+    if status.HasField("autoscaling_state"):
+        return _of_v2(status.autoscaling_state, group_id)
+    report: bytes | None = gcs.internal_kv_get(_V1_REPORT, None, timeout=5)
+    return _of_v1(json.loads(report)) if report else Outlook()
+
+
+def _of_v2(state: Any, group_id: str) -> Outlook:
+    """Where there is no autoscaler and it only reports, it refuses every group, so no matter."""
+    refused = any(
+        request.details.startswith(group_id) for request in state.infeasible_gang_resource_requests
+    )
+    starting = {
+        request.ray_node_type_name: request.count for request in state.pending_instance_requests
+    }
+    return Outlook(can_grow=True, refused=refused, starting=starting)
+
+
+def _of_v1(report: Mapping[str, Any]) -> Outlook:
+    """It does not tell whom it refuses.
+
+    Without an autoscaler the report is there all the same, with a made-up type for each node.
+    """
+    nodes: Mapping[str, Any] = report.get("autoscaler_report") or {}
+    type_by_node: Mapping[str, str] = nodes.get("node_type_mapping") or {}
+    if all(kind == f"node_{node}" for node, kind in type_by_node.items()):
+        return Outlook()
+    return Outlook(can_grow=True, starting=nodes.get("pending_launches") or {})
