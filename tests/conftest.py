@@ -16,19 +16,26 @@ from tests.processes import wait_until
 os.environ.pop("RAY_ADDRESS", None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--address", default="local", help="of the cluster that most tests share")
+
+
 @pytest.fixture(scope="session")
-def _ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    address = request.config.getoption("--address")
+    new = {"num_cpus": 8, "include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, **new)
     yield
     ray.shutdown()
 
 
 @pytest.fixture
 def cluster(_ray: None) -> Iterator[None]:
-    """A cluster of one node, which every test leaves as free as it found it."""
+    """The cluster that most tests share, and leave as free as they found it."""
     yield
     if ray.is_initialized():
-        assert wait_until(lambda: ray.available_resources().get("CPU") == 8, 10), (
+        total = ray.cluster_resources()["CPU"]
+        assert wait_until(lambda: ray.available_resources().get("CPU") == total, 10), (
             ray.available_resources(),
             ray.util.placement_group_table(),
         )
@@ -36,7 +43,7 @@ def cluster(_ray: None) -> Iterator[None]:
 
 @pytest.fixture
 def launcher(cluster: None) -> trx.Launcher:
-    """Two workers, on agents that stay warm from test to test."""
+    """Two workers on every host, on agents that stay warm from test to test."""
     return trx.Launcher(workers_per_host=2)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import autoscaling
+from tests.clusters.growing import growing
 
 
 @pytest.fixture(scope="module", params=["v2", "v1"])
@@ -18,7 +18,7 @@ def address(request: pytest.FixtureRequest) -> Iterator[str]:
     kinds = {"big": {"CPU": 4, "GPU": 2}}
     with (
         tempfile.TemporaryDirectory() as folder,
-        autoscaling.cluster(Path(folder), kinds, most=2, v2=request.param == "v2") as address,
+        growing(Path(folder), kinds, most=2, v2=request.param == "v2") as address,
     ):
         yield address
 

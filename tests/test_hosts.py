@@ -17,22 +17,17 @@ from ray.cluster_utils import Cluster
 
 import torchrunx_ray as trx
 from tests import processes
+from tests.clusters.raylets import raylets
 
 
 @pytest.fixture(scope="module")
 def three_raylets() -> Iterator[Cluster]:
-    before = ray.is_initialized()
-    ray.shutdown()
-    cluster = Cluster()
-    cluster.add_node(num_cpus=2, include_dashboard=False)
-    for zone in ("a", "b"):
-        cluster.add_node(num_cpus=4, num_gpus=4, resources={"fast": 1}, labels={"zone": zone})
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-    if before:  # the other modules' cluster
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    gpu_nodes = [
+        {"num_cpus": 4, "num_gpus": 4, "resources": {"fast": 1}, "labels": {"zone": zone}}
+        for zone in ("a", "b")
+    ]
+    with raylets({"num_cpus": 2}, *gpu_nodes) as cluster:
+        yield cluster
 
 
 def place() -> tuple[int, int, str]:
@@ -63,23 +58,6 @@ def nodes(**resources: float) -> list[dict[str, Any]]:
         for node in ray.nodes()
         if node["Alive"] and all(node["Resources"].get(k) == v for k, v in resources.items())
     ]
-
-
-def test_ranks_are_contiguous_per_host_and_join_one_group(three_raylets: Cluster) -> None:
-    def add_up() -> tuple[tuple[int, int, str], float]:
-        import torch
-        import torch.distributed as dist
-
-        total = torch.tensor(float(dist.get_rank()))
-        dist.all_reduce(total)
-        return place(), total.item()
-
-    result = trx.Launcher(hostnames=3, workers_per_host=2).run(add_up)
-
-    assert [where for where, _ in result] == [(r, r % 2, str(r // 2)) for r in range(6)]
-    assert {total for _, total in result} == {15.0}
-    assert len(result.hostnames) == 3
-    assert all("#" in hostname for hostname in result.hostnames), "one IP, so an index is added"
 
 
 def test_auto_takes_the_nodes_with_gpus_and_a_worker_per_gpu(three_raylets: Cluster) -> None:
@@ -184,24 +162,6 @@ def test_two_agents_on_one_node_do_not_disturb_each_other(three_raylets: Cluster
     result = launcher.run(place)
     assert [where[0] for where in result] == [0, 1, 2, 3]
     assert len(result.hostnames) == 2
-
-
-def test_failure_names_rank_and_host(three_raylets: Cluster) -> None:
-    def fail_on_rank_3() -> None:
-        import torch
-        import torch.distributed as dist
-
-        if dist.get_rank() == 3:
-            raise KeyError("on the second host")
-        dist.all_reduce(torch.ones(1))
-
-    with pytest.raises(KeyError) as caught:
-        trx.Launcher(hostnames=3, workers_per_host=2).run(fail_on_rank_3)
-
-    cause = caught.value.__cause__
-    assert isinstance(cause, trx.RemoteFailure)
-    assert (cause.rank, cause.local_rank) == (3, 1)
-    assert cause.hostname.endswith("#1")
 
 
 def test_impossible_is_said_at_once_with_the_numbers(three_raylets: Cluster) -> None:

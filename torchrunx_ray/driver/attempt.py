@@ -146,21 +146,29 @@ class Attempt:
     async def _watch(self, host_index: int, function: Any) -> None:
         """Start one host's workers and hear all that its agent has to say, until it has ended."""
         calls = self._crew.agents[host_index].calls
+        # From the first moment, or the last words of an agent that fails while it starts are lost.
+        hearing = asyncio.create_task(self._hear_until_ended(host_index))
+        hearing.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await self._cluster.answer(calls.start.remote(self._wanted(host_index), function))
             places = self._layout[host_index]
             self._values[host_index] = [calls.value.remote(place.local_rank) for place in places]
-            while True:
-                for event in await self._poll(host_index):
-                    await self._hear(host_index, event)
-                    if isinstance(event, messages.HostEnded):
-                        return
+            await hearing
         except ClusterLeft as left:
             self._lose(host_index, str(left), "")
         except RayTaskError as error:
             self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
         except RayError as error:
             self._lose(host_index, "the agent died", str(error))
+        finally:
+            hearing.cancel()
+
+    async def _hear_until_ended(self, host_index: int) -> None:
+        while True:
+            for event in await self._poll(host_index):
+                await self._hear(host_index, event)
+                if isinstance(event, messages.HostEnded):
+                    return
 
     async def _poll(self, host_index: int) -> list[messages.Event]:
         """What an agent has to say, which it is asked for all the time; says when it does not."""

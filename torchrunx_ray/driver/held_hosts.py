@@ -42,22 +42,15 @@ class HeldHosts:
     async def run(self, call: Call) -> "LaunchResult[object] | Failures":
         """Run the call on every worker. Runs wait for each other."""
         async with self._turn:
-            if self._placement is None:
-                raise RuntimeError("the session is closed")
-            hosts = self._placement.hosts
-            met = await _all_or_first_error(
-                [self._meet(i, host, call.run_name) for i, host in enumerate(hosts)]
-            )
-            gpu_ids = await self._placement.gpu_ids()
-            crew = Crew(hosts, [self._agents[i] for i in range(len(hosts))], met, gpu_ids)
-            attempt = Attempt(call.run_name, self._options, crew, self._placement.backend)
+            crew, backend = await self._assemble(call.run_name)
+            attempt = Attempt(call.run_name, self._options, crew, backend)
             try:
                 outcome = await attempt.go(call.packed)
             finally:
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):
                 return outcome
-            return LaunchResult([host.label for host in hosts], outcome)
+            return LaunchResult([host.label for host in crew.hosts], outcome)
 
     async def close(self) -> None:
         """Agents rest or end, and the room is given back. Safe to repeat."""
@@ -70,6 +63,28 @@ class HeldHosts:
                     logger.warning("an agent could not be released: %s", done)
             if placement is not None:
                 await placement.remove()
+
+    async def _assemble(self, name: str) -> tuple[Crew, str | None]:
+        """An agent on every host; where a host's node has died, on hosts that are placed anew."""
+        while True:
+            if self._placement is None:
+                raise RuntimeError("the session is closed")
+            placement, hosts = self._placement, self._placement.hosts
+            try:
+                met = await _all_or_first_error(
+                    [self._meet(i, host, name) for i, host in enumerate(hosts)]
+                )
+                gpu_ids = await placement.gpu_ids()
+            except (AgentFailedError, RayError) as error:
+                if await placement.is_whole():
+                    raise
+                logger.warning("a node died before the run began, which is placed again: %s", error)
+                await self._drop(set(self._agents))
+                await placement.remove()
+                self._placement = await place(self._options, name)
+                continue
+            agents = [self._agents[i] for i in range(len(hosts))]
+            return Crew(hosts, agents, met, gpu_ids), placement.backend
 
     async def _meet(self, index: int, host: Host, name: str) -> Met:
         """Have an agent on this host, in place of one that died since its last run."""

@@ -46,6 +46,11 @@ class Placement:
         """Of each host's bundle: they are the bundle's for as long as it lives."""
         return await asyncio.shield(self._gpu_ids)
 
+    async def is_whole(self) -> bool:
+        """Whether all its nodes live, as far as Ray knows."""
+        live = {node.node_id for node in await in_thread(cluster.live_nodes)}
+        return all(host.node_id in live for host in self.hosts)
+
     async def remove(self) -> None:
         self._gpu_ids.cancel()
         if self._cluster.is_ours():
@@ -61,8 +66,10 @@ async def place(options: Options, name: str) -> Placement:
     connection.check()
     group = await placement_group.create(options, shape, name)
     try:
-        await wait_for_room(group, options.placement_timeout, shape, connection)
-        hosts = await _hosts_of(group, shape)
+        hosts = None
+        while hosts is None:
+            await wait_for_room(group, options.placement_timeout, shape, connection)
+            hosts = await _hosts_of(group, shape)
     except BaseException:
         if connection.is_ours():
             await to_the_end(placement_group.remove_unplaced(group))
@@ -71,10 +78,13 @@ async def place(options: Options, name: str) -> Placement:
     return Placement(hosts, shape, group, options)
 
 
-async def _hosts_of(group: PlacementGroup, shape: Shape) -> list[Host]:
+async def _hosts_of(group: PlacementGroup, shape: Shape) -> list[Host] | None:
+    """Where the group was placed; None where a node of it has died, and Ray places it again."""
     table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, group)
-    node_ids: list[str] = [table["bundles_to_node_id"][i] for i in range(len(shape.hosts))]
+    node_ids: list[str] = [table["bundles_to_node_id"].get(i) for i in range(len(shape.hosts))]
     nodes = {node.node_id: node for node in await in_thread(cluster.live_nodes)}
+    if not nodes.keys() >= set(node_ids):
+        return None
     hostnames = _labels([(nodes[n].hostname, nodes[n].ip) for n in node_ids])
     return [
         Host(node_id, host.label or hostname, host.workers, shape.gpus_per_worker)

@@ -28,7 +28,7 @@ _LISTS = (
 
 
 @contextlib.contextmanager
-def cluster(
+def growing(
     folder: Path, node_types: dict[str, dict[str, float]], most: int, *, v2: bool
 ) -> Iterator[str]:
     """The address of a head with one CPU that may start up to `most` nodes of each type."""

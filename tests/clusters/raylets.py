@@ -1,0 +1,26 @@
+"""Several raylets on one machine, with one address."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+
+@contextlib.contextmanager
+def raylets(*nodes: dict[str, Any]) -> Iterator[Cluster]:
+    """Several raylets on this machine's address, instead of the shared cluster; the head first."""
+    before = ray.is_initialized()
+    ray.shutdown()
+    cluster = Cluster()
+    for i, node in enumerate(nodes):
+        cluster.add_node(**node, **({"include_dashboard": False} if i == 0 else {}))
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        if before:
+            ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)

@@ -1,0 +1,186 @@
+"""What a launch promises on any cluster.
+
+Run on one host with everything else, and by test_shapes.py on several; `launcher` has two workers on
+each.
+"""
+
+import concurrent.futures
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+
+import torchrunx_ray as trx
+from tests.processes import is_alive, of_pool, own_mark, wait_until
+
+
+class OwnError(Exception):
+    def __init__(self, what: str, number: int) -> None:
+        super().__init__(f"{what} {number}")
+        self.number = number
+
+
+def place() -> tuple[int, int, int]:
+    return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["GROUP_RANK"])
+
+
+def test_ranks_are_contiguous_per_host_and_join_one_group(launcher: trx.Launcher) -> None:
+    def add_up(start: int) -> tuple[tuple[int, int, int], float]:
+        total = torch.tensor(float(start + dist.get_rank()))
+        dist.all_reduce(total)
+        return place(), total.item()
+
+    result = launcher.run(add_up, 1)
+
+    size = 2 * len(result.hostnames)
+    assert list(result) == [((r, r % 2, r // 2), size * (size + 1) / 2) for r in range(size)]
+    assert len(set(result.hostnames)) == len(result.hostnames)
+
+
+def test_values_are_found_by_rank_and_by_place(launcher: trx.Launcher) -> None:
+    result = launcher.run(place)
+
+    for host_index, hostname in enumerate(result.hostnames):
+        for local_rank in (0, 1):
+            rank = 2 * host_index + local_rank
+            assert result.rank(rank) == (rank, local_rank, host_index)
+            assert result.index(hostname, local_rank) == result.rank(rank)
+            assert result.results[hostname][local_rank] == result.rank(rank)
+            assert ray.get(result.ref(rank)) == result.rank(rank)
+
+
+def test_tensors_go_in_and_come_out(launcher: trx.Launcher) -> None:
+    def scale(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.mul_(dist.get_rank() + 1)
+
+    result = launcher.run(scale, torch.arange(1000.0))
+
+    for rank, tensor in enumerate(result):
+        assert torch.equal(tensor, torch.arange(1000.0) * (rank + 1))
+
+
+def test_rank_0s_host_is_the_master(launcher: trx.Launcher) -> None:
+    result = launcher.run(lambda: (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
+
+    assert len(set(result)) == 1
+    assert result.rank(0)[0] in {node["NodeManagerAddress"] for node in ray.nodes()}
+
+
+def test_functions_make_groups_of_their_own(launcher: trx.Launcher) -> None:
+    def groups() -> tuple[float, float]:
+        ours, theirs = torch.ones(1), torch.ones(1)
+        every_second = dist.new_group(list(range(0, dist.get_world_size(), 2)))
+        if dist.get_rank() % 2 == 0:
+            dist.all_reduce(ours, group=every_second)
+        dist.destroy_process_group()
+        for _ in range(3):
+            dist.init_process_group("gloo")
+            dist.all_reduce(theirs)
+            dist.destroy_process_group()
+        return ours.item(), theirs.item()
+
+    result = launcher.run(groups)
+
+    size = len(result)
+    assert list(result) == [(1.0 if rank % 2 else size / 2, size**3) for rank in range(size)]
+
+
+def test_environment_reaches_every_rank(cluster: None) -> None:
+    launcher = trx.Launcher(workers_per_host=2, extra_env_vars={"OF_THIS_LAUNCH": "a b"})
+
+    assert set(launcher.run(lambda: os.environ["OF_THIS_LAUNCH"])) == {"a b"}
+
+
+def test_session_runs_again_in_new_processes(cluster: None) -> None:
+    with trx.Launcher(workers_per_host=2).session() as session:
+        hosts = session.run(os.getpid).hostnames
+        first, second = session.run(os.getpid), session.run(os.getpid)
+
+    assert first.hostnames == second.hostnames == hosts
+    if len(hosts) == 1:
+        assert not set(first) & set(second)
+
+
+def test_what_the_last_rank_raises_arrives_as_itself(launcher: trx.Launcher) -> None:
+    def fail() -> None:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise OwnError("number", 7)
+        dist.all_reduce(torch.ones(1))
+
+    hostnames = launcher.run(place).hostnames
+    for _ in range(10):
+        with pytest.raises(OwnError, match="number 7") as caught:
+            launcher.run(fail)
+
+        assert type(caught.value) is OwnError
+        assert caught.value.number == 7
+        cause = caught.value.__cause__
+        assert isinstance(cause, trx.RemoteFailure)
+        last = 2 * len(hostnames) - 1
+        assert (cause.rank, cause.local_rank, cause.hostname) == (last, 1, hostnames[-1])
+
+
+def test_death_of_the_last_rank_is_named(launcher: trx.Launcher) -> None:
+    def die() -> None:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+
+    hostnames = launcher.run(place).hostnames
+    for _ in range(10):
+        with pytest.raises(trx.WorkerFailedError) as caught:
+            launcher.run(die)
+
+        error = caught.value
+        last = 2 * len(hostnames) - 1
+        assert (error.rank, error.hostname, error.signal) == (last, hostnames[-1], signal.SIGKILL)
+
+
+def test_failure_ends_ranks_that_wait_for_ever(launcher: trx.Launcher) -> None:
+    def fail_on_the_last() -> None:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise OwnError("late", 1)
+        time.sleep(1000)
+
+    launcher.run(place)
+    begun = time.monotonic()
+    with pytest.raises(OwnError):
+        launcher.run(fail_on_the_last)
+    assert time.monotonic() - begun < 5
+
+
+def test_every_ranks_lines_arrive_whole(
+    launcher: trx.Launcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        for i in range(100):
+            print(f"rank {dist.get_rank()} line {i}")
+
+    size = len(launcher.run(write))
+
+    lines = capfd.readouterr().out.splitlines()
+    for rank in range(size):
+        of_rank = [line for line in lines if f"rank {rank} line" in line]
+        assert [line.split()[-1] for line in of_rank] == [str(i) for i in range(100)]
+
+
+def test_cancel_leaves_nothing(launcher: trx.Launcher, tmp_path: Path) -> None:
+    def announce_and_sleep() -> None:
+        (tmp_path / f"{os.getpid()} {own_mark()}").touch()
+        time.sleep(1000)
+
+    size = len(launcher.run(place))
+    run = launcher.submit(announce_and_sleep)
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) == size, 30)
+    run.cancel()
+
+    with pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=30)
+    workers = [path.name.split() for path in tmp_path.iterdir()]
+    assert not any(is_alive(int(pid)) for pid, _ in workers)
+    assert all(len(of_pool(mark)) == 2 for _, mark in workers), "keeper and template"

@@ -1,0 +1,98 @@
+"""Nodes that die while a launch is placed on them, or before its agents have begun."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import torchrunx_ray as trx
+from tests.clusters.raylets import raylets
+from tests.processes import command_line, wait_until
+
+# Ray itself notices a killed raylet after 15 to 30 s.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    """A head, on which no worker has room, and two nodes."""
+    with raylets({"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 2}) as cluster:
+        yield cluster
+
+
+def ids() -> list[str]:
+    return [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+
+
+def kill_raylet(node_id: str) -> None:
+    (socket,) = [n["RayletSocketName"] for n in ray.nodes() if n["NodeID"] == node_id]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = command_line(int(entry.name))
+            except OSError:
+                continue
+            if f"--raylet_socket_name={socket}" in command.split():
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+def group(select: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    return next((g for g in ray.util.placement_group_table().values() if select(g)), None)
+
+
+def test_node_that_was_asked_for_dies_while_the_launch_waits(nodes: Cluster) -> None:
+    busy = trx.Launcher(hostnames=2, workers_per_host=2).session()
+    wanted = ids()[1]
+    waiting = trx.Launcher(hostnames=[wanted], workers_per_host=2).submit(os.getpid)
+    assert wait_until(lambda: group(lambda g: g["state"] == "PENDING") is not None)
+    kill_raylet(wanted)
+
+    with pytest.raises(trx.PlacementError, match=f"{wanted}, chosen as one of its hosts, left"):
+        waiting.result(timeout=60)
+    busy.close()
+
+
+def test_launch_waits_on_when_a_node_dies_and_takes_its_successor(nodes: Cluster) -> None:
+    busy = trx.Launcher(hostnames=2, workers_per_host=2).session()
+    launcher = trx.Launcher(hostnames=1, workers_per_host=2, cpus_per_worker=1)
+    waiting = launcher.submit(os.getpid)
+    assert wait_until(lambda: group(lambda g: g["state"] == "PENDING") is not None)
+    kill_raylet(ids()[1])
+    nodes.add_node(num_cpus=2)
+
+    assert len(waiting.result(timeout=60)) == 2
+    busy.close()
+
+
+def test_launch_is_placed_again_when_a_node_dies_before_its_agent_begins(
+    nodes: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    launcher = trx.Launcher(hostnames=1, workers_per_host=2, cpus_per_worker=1)
+    with caplog.at_level(logging.WARNING, "torchrunx_ray"):
+        run = launcher.submit(os.getpid)
+        assert wait_until(lambda: group(lambda g: g["state"] == "CREATED") is not None, 10)
+        placed = group(lambda g: g["state"] == "CREATED")
+        assert placed is not None
+        kill_raylet(placed["bundles_to_node_id"][0])
+
+        assert len(run.result(timeout=100)) == 2
+    assert "a node died before the run began, which is placed again" in caplog.text
+
+
+def test_session_goes_on_elsewhere_when_its_node_dies(nodes: Cluster) -> None:
+    launcher = trx.Launcher(hostnames=1, workers_per_host=2, cpus_per_worker=1)
+    with launcher.session() as session:
+        session.run(os.getpid)
+        placed = group(lambda g: g["state"] == "CREATED")
+        assert placed is not None
+        kill_raylet(placed["bundles_to_node_id"][0])
+
+        with pytest.raises(trx.AgentFailedError):
+            session.run(signal.pause)
+        assert len(session.run(os.getpid)) == 2

@@ -1,0 +1,31 @@
+"""The core of a launch, as test_core.py tests it, on clusters of other shapes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.clusters.raylets import raylets
+from tests.clusters.two_hosts import namespaces_are_possible, two_hosts
+
+pytestmark = pytest.mark.slow
+
+CORE = ["-m", "pytest", "-q", "tests/test_core.py"]
+
+
+def test_core_works_on_three_raylets() -> None:
+    with raylets(*[{"num_cpus": 2}] * 3) as cluster:
+        command = [sys.executable, *CORE, f"--address={cluster.address}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(
+    not namespaces_are_possible(), reason="needs root and a kernel that gives network namespaces"
+)
+def test_core_works_on_two_hosts() -> None:
+    with two_hosts() as hosts:
+        done = hosts.run(*CORE, "--address=auto")
+
+    assert done.returncode == 0, done.stdout
