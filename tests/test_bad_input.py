@@ -1,9 +1,12 @@
 """What is wrong is said before anything is left running, in words that help."""
 
 import dataclasses
+import importlib
 import os
+import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,10 +188,40 @@ def test_argument_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
         launcher.run(print, Poison())
 
 
+def test_function_whose_module_the_host_does_not_have(
+    launcher: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_the_driver_only.py").write_text("def train(): return 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train = importlib.import_module("of_the_driver_only").train
+
+    with pytest.raises(trx.PayloadError) as caught:
+        launcher.run(train)
+
+    (host,) = launcher.run(os.getpid).hostnames
+    assert f"cannot be unpickled on {host}: ModuleNotFoundError: " in str(caught.value)
+    assert "Is of_the_driver_only a module of yours? Ship it with" in str(caught.value)
+
+
+def test_value_whose_module_the_driver_does_not_have(launcher: trx.Launcher) -> None:
+    def make() -> object:
+        module = types.ModuleType("of_the_workers_only")
+        sys.modules[module.__name__] = module
+        exec("class Model: pass", module.__dict__)
+        return module.Model()
+
+    result = launcher.run(make)
+
+    with pytest.raises(trx.PayloadError, match="Make of_the_workers_only importable in the driver"):
+        result.rank(0)
+
+
 def test_return_value_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
     result = launcher.run(Poison)
 
-    with pytest.raises(trx.PayloadError, match=r"of rank 1 cannot be unpickled on .*: ValueError"):
+    with pytest.raises(
+        trx.PayloadError, match=r"of rank 1 on .* cannot be unpickled on the driver: V"
+    ):
         result.rank(1)
 
 

@@ -23,8 +23,13 @@ from tests.clusters.raylets import raylets
 @pytest.fixture(scope="module")
 def three_raylets() -> Iterator[Cluster]:
     gpu_nodes = [
-        {"num_cpus": 4, "num_gpus": 4, "resources": {"fast": 1}, "labels": {"zone": zone}}
-        for zone in ("a", "b")
+        {
+            "num_cpus": 4,
+            "num_gpus": 4,
+            "resources": {"fast": 1, f"accelerator_type:{kind}": 1},
+            "labels": {"zone": zone},
+        }
+        for zone, kind in (("a", "T4"), ("b", "H100"))
     ]
     with raylets({"num_cpus": 2}, *gpu_nodes) as cluster:
         yield cluster
@@ -129,6 +134,22 @@ def test_label_selector_and_further_resources(three_raylets: Cluster) -> None:
     )
     assert [node_of(raylet) for raylet in launcher.run(raylet_pid)] == [in_b]
     assert [node_of(raylet) for raylet in fast.run(raylet_pid)] == [in_b]
+
+
+def test_accelerator_type(three_raylets: Cluster) -> None:
+    (in_b,) = [n["NodeID"] for n in nodes() if n["Labels"].get("zone") == "b"]
+    launcher = trx.Launcher(workers_per_host="gpu", accelerator_type="H100", backend="gloo")
+
+    assert [node_of(raylet) for raylet in launcher.run(raylet_pid)] == [in_b] * 4
+
+
+def test_accelerator_type_that_no_node_has(three_raylets: Cluster) -> None:
+    launcher = trx.Launcher(hostnames=1, workers_per_host=1, accelerator_type="TPU-V9000")
+
+    with pytest.raises(
+        trx.PlacementError, match="accelerator_type:TPU-V9000; the largest node has 0"
+    ):
+        launcher.run(place)
 
 
 def test_label_that_no_node_has(three_raylets: Cluster) -> None:

@@ -1,5 +1,7 @@
 """A function may make process groups of its own, at our address or at any other."""
 
+import dataclasses
+import errno
 import os
 import socket
 
@@ -116,3 +118,25 @@ def test_subgroups_work(cluster: None) -> None:
         return tensor.item()
 
     assert list(trx.Launcher(workers_per_host=4).run(pairs)) == [1.0, 1.0, 5.0, 5.0]
+
+
+def test_squatter_cannot_take_the_port(launcher: trx.Launcher) -> None:
+    """The agent holds it from the moment it is chosen, and nobody binds it again."""
+
+    def squat_and_join() -> tuple[str, float]:
+        with socket.socket() as squatter:
+            squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            try:
+                squatter.bind(("", int(os.environ["MASTER_PORT"])))
+                squatter.listen()
+                squatted = "yes"
+            except OSError as error:
+                squatted = errno.errorcode[error.errno]
+            dist.init_process_group("gloo")
+            total = torch.ones(1)
+            dist.all_reduce(total)
+        return squatted, total.item()
+
+    own_group = dataclasses.replace(launcher, backend=None)
+    assert list(own_group.run(squat_and_join)) == [("EADDRINUSE", 2.0)] * 2

@@ -1,11 +1,18 @@
 """A host that cannot understand the driver is named, with both versions, before it is used."""
 
+import contextlib
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 import torchrunx_ray as trx
+from tests.clusters.raylets import raylets
+from tests.processes import wait_until
 from torchrunx_ray.wire import versions
 
 HERE = {"Python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "cloudpickle": "3.1.2"}
@@ -22,8 +29,6 @@ def launcher_on_host_with(package: str, version: str, folder: Path) -> trx.Launc
 
 
 def test_another_ray_is_an_error_with_both_versions(cluster: None, tmp_path: Path) -> None:
-    import ray
-
     with pytest.raises(trx.LaunchError) as caught:
         launcher_on_host_with("ray", "2.0.1", tmp_path).run(os.getpid)
 
@@ -51,3 +56,44 @@ def test_python_may_differ_in_its_last_number_only() -> None:
 def test_package_that_is_missing_is_named() -> None:
     problem = versions.problem_between(HERE, {**HERE, "torch": None})
     assert problem == "torch is not installed there; the driver has 2.13.0+cpu."
+
+
+@contextlib.contextmanager
+def host_without(package: str, folder: Path) -> Iterator[str]:
+    """The node id of a raylet whose Python has all that this one has, but for a package."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    here = Path(ray.__file__).parents[1]
+    there = folder / "lib" / here.parent.name / "site-packages"
+    for entry in here.iterdir():
+        if entry.name.partition("-")[0] != package and "torchrunx_ray" not in entry.name:
+            (there / entry.name).symlink_to(entry)
+    if package != "torchrunx_ray":
+        (there / "torchrunx_ray").symlink_to(Path(trx.__file__).parent)
+    with raylets({"num_cpus": 1}) as cluster:
+        command = [folder / "bin" / "python", "-m", "ray.scripts.scripts", "start", "--block"]
+        raylet = subprocess.Popen(
+            [*command, f"--address={cluster.address}", "--num-cpus=3"],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert wait_until(lambda: ray.cluster_resources().get("CPU") == 4, 30)
+            yield next(n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") == 3)
+        finally:
+            raylet.terminate()
+            raylet.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["torchrunx_ray", "cloudpickle", "torch"])
+def test_host_that_lacks_a_package_is_named(package: str, tmp_path: Path) -> None:
+    with host_without(package, tmp_path) as node_id:
+        launcher = trx.Launcher(hostnames=[node_id], workers_per_host=1)
+        with pytest.raises(trx.LaunchError) as caught:
+            launcher.run(os.getpid)
+
+    version = versions.of_this_process()[package.replace("_", "-")]
+    text = str(caught.value)
+    assert text.startswith(f"On {node_id}: {package.replace('_', '-')} is not installed")
+    assert f"the driver has {version}" in text

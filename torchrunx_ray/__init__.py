@@ -9,6 +9,8 @@ result.rank(0)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torchrunx_ray.version import __version__
+
 if TYPE_CHECKING:
     from torchrunx_ray.driver.launcher import Launcher, launch
     from torchrunx_ray.driver.results import LaunchResult
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
         RemoteFailure,
         WorkerFailedError,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AgentFailedError",

@@ -105,6 +105,7 @@ class PayloadError(LaunchError):
         rank: int | None = None,
         hostname: str | None = None,
         unpacking: bool = False,
+        missing_module: str | None = None,
     ) -> None:
         self.path = path
         self.rank = rank
@@ -112,11 +113,21 @@ class PayloadError(LaunchError):
         whose = "" if rank is None else f" of rank {rank}"
         where = "" if hostname is None else f" on {hostname}"
         done = "unpickled" if unpacking else "pickled"
-        advice = (
-            "Is the module it was defined in importable there, in the same version?"
-            if unpacking
-            else "Make it inside the function instead, or give its class a __reduce__ or __getstate__."
-        )
+        if unpacking and rank is not None:  # a return value, which the driver unpickles
+            whose, where = f"{whose}{where}", " on the driver"
+        if missing_module is not None and rank is not None:
+            advice = f"Make {missing_module} importable in the driver, in the same version."
+        elif missing_module is not None:
+            advice = (
+                f"Is {missing_module} a module of yours? Ship it with "
+                "ray.init(runtime_env={'working_dir': '.'}) or {'py_modules': [...]}, or with "
+                "`ray job submit --working-dir .`. Else install it there, or have Ray do that: "
+                "runtime_env={'pip': [...]}."
+            )
+        elif unpacking:
+            advice = "Is the module it was defined in importable there, in the same version?"
+        else:
+            advice = "Make it inside the function instead, or give its class a __reduce__ or __getstate__."
         super().__init__(f"{path}{whose} cannot be {done}{where}: {reason}\n{advice}")
 
 

@@ -21,6 +21,14 @@ def raylets(*nodes: dict[str, Any]) -> Iterator[Cluster]:
         yield cluster
     finally:
         ray.shutdown()
+        started = [
+            process.process
+            for node in cluster.list_all_nodes()
+            for processes in node.all_processes.values()
+            for process in processes
+        ]
         cluster.shutdown()
+        for process in started:  # or Python warns of each that still ran when it was forgotten
+            process.wait(30)
         if before:
             ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)

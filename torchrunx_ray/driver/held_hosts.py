@@ -98,6 +98,9 @@ class HeldHosts:
                 met = await agent.meet(listen=index == 0)
             except RayError as error:
                 await self._drop({index})
+                missing = versions.missing_package(str(error), versions.of_this_process())
+                if missing is not None:
+                    raise LaunchError(f"On {host.label}: {missing}") from None
                 what = "the agent could not be started"
                 raise AgentFailedError(
                     hostname=host.label, what=what, evidence=str(error)

@@ -95,4 +95,5 @@ class LaunchResult(Generic[R]):
                 rank=rank,
                 hostname=hostname,
                 unpacking=True,
+                missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
             ) from error

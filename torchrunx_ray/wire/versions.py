@@ -2,8 +2,11 @@
 
 import functools
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
+
+from torchrunx_ray.version import __version__
 
 Versions = Mapping[str, str | None]
 
@@ -11,8 +14,11 @@ Versions = Mapping[str, str | None]
 @functools.cache
 def of_this_process() -> Versions:
     """Of Python and of the packages that matter between hosts; None where one is missing."""
-    packages = ("torchrunx-ray", "ray", "cloudpickle", "torch")
-    return {"Python": platform.python_version()} | {name: _version(name) for name in packages}
+    return {
+        "Python": platform.python_version(),
+        "torchrunx-ray": __version__,
+        **{name: _version(name) for name in ("ray", "cloudpickle", "torch")},
+    }
 
 
 def problem_between(drivers: Versions, hosts: Versions) -> str | None:
@@ -28,6 +34,19 @@ def problem_between(drivers: Versions, hosts: Versions) -> str | None:
         if name in ("ray", "torchrunx-ray") and here != there:
             return f"{name} is {there} there and {here} in the driver; install the same version."
     return None
+
+
+def missing_package(evidence: str, drivers: Versions) -> str | None:
+    """Why an agent could not even be imported on its host; None where it was not for a package."""
+    found = re.search(r"No module named '(torchrunx_ray|cloudpickle)\b", evidence)
+    if found is None:
+        return None
+    name = found[1].replace("_", "-")
+    here = drivers.get(name)
+    return (
+        f"{name} is not installed in the Python that Ray runs there; the driver has {here}. Install "
+        "the same there, or have Ray do it: ray.init(runtime_env={'pip': [...]})."
+    )
 
 
 def doubt_between(drivers: Versions, hosts: Versions) -> str | None:

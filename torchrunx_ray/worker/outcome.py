@@ -28,6 +28,7 @@ def unpack_call(packed: Packed, hostname: str) -> Callable[[], Any]:
             reason=f"{type(error).__name__}: {error}",
             hostname=hostname,
             unpacking=True,
+            missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
         ) from error
     return lambda: func(*args, **kwargs)
 
