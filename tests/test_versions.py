@@ -12,6 +12,7 @@ import ray
 
 import torchrunx_ray as trx
 from tests.clusters.raylets import raylets
+from tests.clusters.started import ray_start
 from tests.processes import wait_until
 from torchrunx_ray.wire import versions
 
@@ -70,24 +71,18 @@ def host_without(package: str, folder: Path) -> Iterator[str]:
     if package != "torchrunx_ray":
         (there / "torchrunx_ray").symlink_to(Path(trx.__file__).parent)
     with raylets({"num_cpus": 1}) as cluster:
-        command = [folder / "bin" / "python", "-m", "ray.scripts.scripts", "start", "--block"]
-        raylet = subprocess.Popen(
-            [*command, f"--address={cluster.address}", "--num-cpus=3"],
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
+        python = folder / "bin" / "python"
+        with ray_start(f"--address={cluster.address}", "--num-cpus=3", python=python):
             assert wait_until(lambda: ray.cluster_resources().get("CPU") == 4, 30)
             yield next(n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") == 3)
-        finally:
-            raylet.terminate()
-            raylet.wait(30)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["torchrunx_ray", "cloudpickle", "torch"])
-def test_host_that_lacks_a_package_is_named(package: str, tmp_path: Path) -> None:
+def test_host_that_lacks_a_package_is_named(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # Ray takes the driver's folder along
     with host_without(package, tmp_path) as node_id:
         launcher = trx.Launcher(hostnames=[node_id], workers_per_host=1)
         with pytest.raises(trx.LaunchError) as caught:

@@ -2,20 +2,16 @@
 
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from tests.processes import mentioning, wait_until
+from tests.clusters.started import ray_start
 
 _HEAD_NODE_ID = "f" * 51 + "00000"
-_MARK = "TORCHRUNX_RAY_TESTS_CLUSTER"
 _LISTS = (
     "setup_commands",
     "head_setup_commands",
@@ -37,10 +33,7 @@ def growing(
         address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
     config = folder / "autoscaler.yaml"
     config.write_text(json.dumps(_config(address, node_types, most)))  # JSON is YAML
-    mark = str(folder)
     environment = {
-        **os.environ,
-        _MARK: mark,
         "RAY_AUTH_MODE": "disabled",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": str(int(v2)),
@@ -48,23 +41,10 @@ def growing(
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_NODE_ID,
         "RAY_CLOUD_INSTANCE_ID": _HEAD_NODE_ID,
     }
-    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--num-cpus=1"]
-    command += [f"--port={address.rpartition(':')[2]}", f"--autoscaling-config={config}"]
-    head = subprocess.Popen(
-        [*command, "--include-dashboard=false", "--disable-usage-stats", "--block"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    arguments = ["--head", "--num-cpus=1", "--include-dashboard=false"]
+    arguments += [f"--port={address.rpartition(':')[2]}", f"--autoscaling-config={config}"]
+    with ray_start(*arguments, environment=environment):
         yield address
-    finally:
-        head.terminate()
-        head.wait(30)
-        for pid in mentioning(f"{_MARK}={mark}"):  # the raylets that it started outlive it
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, 9)
-        assert wait_until(lambda: not mentioning(f"{_MARK}={mark}"), 30)
 
 
 def _config(address: str, node_types: dict[str, dict[str, float]], most: int) -> dict[str, Any]:

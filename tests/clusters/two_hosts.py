@@ -7,9 +7,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-_RAY = str(Path(sys.executable).with_name("ray"))
+from tests.clusters.started import ray_start
+
 _BRIDGE = "trxbr0"
 IPS = {"trxh1": "10.77.0.11", "trxh2": "10.77.0.12"}
 
@@ -76,30 +76,22 @@ class TwoHosts:
 @contextlib.contextmanager
 def two_hosts() -> Iterator[TwoHosts]:
     """A head on one of them, and a raylet on the other."""
-    with tempfile.TemporaryDirectory(prefix="trx") as folder, _network():
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        head, worker = (
-            [_RAY, "start", f"--node-ip-address={address}", "--num-cpus=4", "--block"]
-            for address in IPS.values()
+    head, other = (
+        (["ip", "netns", "exec", host], [f"--node-ip-address={address}", "--num-cpus=4"])
+        for host, address in IPS.items()
+    )
+    hosts = TwoHosts({**os.environ, "RAY_AUTH_MODE": "disabled"})
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trx"))
+        stack.enter_context(_network())
+        of_head = ("--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}")
+        stack.enter_context(
+            ray_start(*head[1], *of_head, environment=hosts.environment, prefix=head[0])
         )
-        head += ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}"]
-        worker += [f"--address={IPS['trxh1']}:6379"]
-        raylets = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", host, *command],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            for host, command in zip(IPS, (head, worker), strict=True)
-        ]
-        hosts = TwoHosts(environment)
+        of_other = (f"--address={IPS['trxh1']}:6379",)
+        stack.enter_context(
+            ray_start(*other[1], *of_other, environment=hosts.environment, prefix=other[0])
+        )
         wait = "import time\nwhile len(ray.nodes()) < 2: time.sleep(0.1)"
-        try:
-            assert hosts.drive(wait).returncode == 0
-            yield hosts
-        finally:
-            for raylet in raylets:
-                raylet.terminate()
-            for raylet in raylets:
-                raylet.wait(30)
+        assert hosts.drive(wait).returncode == 0
+        yield hosts

@@ -32,7 +32,7 @@ class Outlook:
 
 def outlook(group_id: str) -> Outlook:
     """Ask Ray's head about a placement group; no public function tells any of it."""
-    if cluster.is_remote_client():
+    if cluster.is_remote_client() or cluster.was_started_here():
         return Outlook()
     gcs = _raylet.GcsClient(address=cluster.context().gcs_address)
     status = _messages.GetClusterStatusReply.FromString(gcs.get_cluster_status())
@@ -56,10 +56,11 @@ def _of_v2(state: Any, group_id: str) -> Outlook:
 def _of_v1(report: Mapping[str, Any]) -> Outlook:
     """It does not tell whom it refuses.
 
-    Without an autoscaler the report is there all the same, with a made-up type for each node.
+    Without an autoscaler the report is there all the same, with a made-up type for each node. In a
+    cluster's first seconds it names none, and may yet turn out to be an autoscaler's.
     """
     nodes: Mapping[str, Any] = report.get("autoscaler_report") or {}
     type_by_node: Mapping[str, str] = nodes.get("node_type_mapping") or {}
-    if all(kind == f"node_{node}" for node, kind in type_by_node.items()):
+    if type_by_node and all(kind == f"node_{node}" for node, kind in type_by_node.items()):
         return Outlook()
     return Outlook(can_grow=True, starting=nodes.get("pending_launches") or {})

@@ -111,6 +111,12 @@ def is_remote_client() -> bool:
     return untyped_ray.util.client.ray.is_connected()
 
 
+def was_started_here() -> bool:
+    """Whether ray.init() started this cluster, which is this machine then."""
+    node = untyped_ray._private.worker.global_worker.node
+    return node is not None and node.is_head()
+
+
 def live_nodes() -> list[Node]:
     nodes: list[dict[str, Any]] = untyped_ray.nodes()
     return [
