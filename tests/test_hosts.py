@@ -153,7 +153,7 @@ def test_accelerator_type_that_no_node_has(three_raylets: Cluster) -> None:
 
 
 def test_label_that_no_node_has(three_raylets: Cluster) -> None:
-    with pytest.raises(trx.PlacementError):
+    with pytest.raises(trx.PlacementError, match=r"no node matches label_selector={'zone'"):
         trx.Launcher(hostnames=1, workers_per_host=1, label_selector={"zone": "mars"}).run(place)
 
 
@@ -198,7 +198,9 @@ def test_impossible_is_said_at_once_with_the_numbers(three_raylets: Cluster) -> 
 
 
 def test_more_hosts_than_nodes_is_impossible(three_raylets: Cluster) -> None:
-    with pytest.raises(trx.PlacementError):
+    with pytest.raises(
+        trx.PlacementError, match=r"5 hosts need as many nodes, .* 3 could hold one"
+    ):
         trx.Launcher(hostnames=5, workers_per_host=1).run(place)
 
 

@@ -12,14 +12,7 @@ def could_be_host(node: Node, options: Options) -> bool:
     has_enough = all(
         node.resources.get(name, 0) >= amount for name, amount in least_needs(options).items()
     )
-    return (
-        bool(node.cpus or node.gpus)
-        and has_enough
-        and all(
-            _selects(wanted, node.labels.get(key))
-            for key, wanted in (options.label_selector or {}).items()
-        )
-    )
+    return bool(node.cpus or node.gpus) and has_enough and _has_labels(node, options)
 
 
 def least_needs(options: Options) -> dict[str, float]:
@@ -33,14 +26,20 @@ def least_needs(options: Options) -> dict[str, float]:
     return {name: amount for name, amount in needs.items() if amount}
 
 
-def why_impossible(wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> str | None:
-    """The sum that shows that these bundles can never be held; None where it does not.
+def why_impossible(
+    wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node], options: Options
+) -> str | None:
+    """The sum that shows that these nodes can never hold the bundles; None where it does not.
 
-    Ray says so itself, but not of a PACK group that is too large for a cluster that is busy.
+    Ray says so itself, but not of a PACK group that is too large for a cluster that is busy, nor
+    in each version of labels that no node has.
     """
+    nodes = [node for node in nodes if _has_labels(node, options)]
+    if not nodes:
+        return f"no node matches label_selector={dict(options.label_selector or {})!r}"
     for bundle in wanted:
         for name, amount in bundle.items():
-            largest = max((node.resources.get(name, 0) for node in nodes), default=0)
+            largest = max(node.resources.get(name, 0) for node in nodes)
             if largest < amount:
                 needed = amounts_in_words({name: amount})
                 return f"a host needs {needed}; the largest node has {largest:g}"
@@ -49,7 +48,24 @@ def why_impossible(wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node])
         total = sum(node.resources.get(name, 0) for node in nodes)
         if total < needed:
             return f"its hosts need {needed:g} {name} together; the cluster has {total:g}"
+    fitting = sum(any(_fits(bundle, node) for bundle in wanted) for node in nodes)
+    if options.placement_strategy == "STRICT_SPREAD" and fitting < len(wanted):
+        return (
+            f"{len(wanted)} hosts need as many nodes, unless placement_strategy is 'PACK', and "
+            f"{fitting} could hold one"
+        )
     return None
+
+
+def _has_labels(node: Node, options: Options) -> bool:
+    return all(
+        _selects(wanted, node.labels.get(key))
+        for key, wanted in (options.label_selector or {}).items()
+    )
+
+
+def _fits(bundle: Mapping[str, float], node: Node) -> bool:
+    return all(node.resources.get(name, 0) >= amount for name, amount in bundle.items())
 
 
 def _selects(wanted: str, label: str | None) -> bool:

@@ -68,7 +68,7 @@ async def place(options: Options, name: str) -> Placement:
     try:
         hosts = None
         while hosts is None:
-            await wait_for_room(group, options.placement_timeout, shape, connection)
+            await wait_for_room(group, options, shape, connection)
             hosts = await _hosts_of(group, shape)
     except BaseException:
         if connection.is_ours():

@@ -15,6 +15,7 @@ from torchrunx_ray.driver.autoscaler import Outlook, outlook
 from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
 from torchrunx_ray.driver.fit import why_impossible
 from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.shape import Shape
 from torchrunx_ray.errors import PlacementError, room_table
 
@@ -31,10 +32,10 @@ _REPORT_EVERY_S = 10
 
 
 async def wait_for_room(
-    group: PlacementGroup, timeout_s: float | None, shape: Shape, connection: Connection
+    group: PlacementGroup, options: Options, shape: Shape, connection: Connection
 ) -> None:
     """Return when the group is placed; PlacementError when it cannot be, or is not in time."""
-    limit_s = math.inf if timeout_s is None else timeout_s
+    limit_s = math.inf if options.placement_timeout is None else options.placement_timeout
     begun = time.monotonic()
     reported = -math.inf
     pause_s = _VERDICT_S
@@ -57,7 +58,7 @@ async def wait_for_room(
             asking = None
         connection.check()
         now = time.monotonic()
-        room = await _Room.now(group, shape)
+        room = await _Room.now(group, options, shape)
         room.check(now - begun, limit_s)
         if now - reported >= _REPORT_EVERY_S:
             room.report(now - begun)
@@ -74,6 +75,7 @@ async def _is_ready(asking: "asyncio.Task[bool]", timeout_s: float) -> bool:
 class _Room:
     """What a waiting group wants, what there is, and what may come."""
 
+    options: Options
     shape: Shape
     nodes: Sequence[Node]
     free_by_node: Mapping[str, Mapping[str, float]]
@@ -81,10 +83,11 @@ class _Room:
     outlook: Outlook
 
     @classmethod
-    async def now(cls, group: PlacementGroup, shape: Shape) -> "_Room":
+    async def now(cls, group: PlacementGroup, options: Options, shape: Shape) -> "_Room":
         table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, group)
         group_id: str = table["placement_group_id"]
         return cls(
+            options,
             shape,
             await in_thread(cluster.live_nodes),
             await in_thread(cluster.free_by_node),
@@ -126,7 +129,7 @@ class _Room:
                 return (
                     f"{host.label or host.node.name}, chosen as one of its hosts, left the cluster"
                 )
-        reason = why_impossible(self._wanted(), self.nodes)
+        reason = why_impossible(self._wanted(), self.nodes, self.options)
         if self.outlook.can_grow:
             if not self.outlook.refused:
                 return None

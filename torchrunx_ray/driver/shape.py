@@ -63,7 +63,9 @@ def _choose(
     count = hosts if isinstance(hosts, int) else len(candidates)
     if depends_on_nodes and len(candidates) < max(count, 1):
         wanted = [least_needs(options)] * max(count, 1)
-        reason = why_impossible(wanted, nodes) or f"{len(candidates)} of the live nodes match"
+        reason = (
+            why_impossible(wanted, nodes, options) or f"{len(candidates)} of the live nodes match"
+        )
         raise PlacementError(
             f"hostnames={hosts!r} with workers_per_host={workers!r} is decided by the nodes that "
             f"are live: {reason}.",
