@@ -18,7 +18,7 @@ Every class words its own message from the facts that it is given, and keeps the
 import signal as signals
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "AgentFailedError",
@@ -94,7 +94,8 @@ class PayloadError(LaunchError):
     """A value cannot travel between driver and workers.
 
     `path` leads to the part that is to blame, such as `kwargs['cfg'].lock`; `rank` is the rank
-    whose return value it was, None for the function and its arguments.
+    whose return value it was, None for the function and its arguments. `step` tells where the way
+    ended: when it was pickled, unpickled, or fetched from Ray.
     """
 
     def __init__(
@@ -102,33 +103,40 @@ class PayloadError(LaunchError):
         *,
         path: str,
         reason: str,
+        step: Literal["pickle", "unpickle", "fetch"] = "pickle",
         rank: int | None = None,
         hostname: str | None = None,
-        unpacking: bool = False,
         missing_module: str | None = None,
     ) -> None:
         self.path = path
+        self.step = step
         self.rank = rank
         self.hostname = hostname
         whose = "" if rank is None else f" of rank {rank}"
         where = "" if hostname is None else f" on {hostname}"
-        done = "unpickled" if unpacking else "pickled"
-        if unpacking and rank is not None:  # a return value, which the driver unpickles
+        if step == "unpickle" and rank is not None:  # a return value, which the driver unpickles
             whose, where = f"{whose}{where}", " on the driver"
-        if missing_module is not None and rank is not None:
-            advice = f"Make {missing_module} importable in the driver, in the same version."
-        elif missing_module is not None:
-            advice = (
-                f"Is {missing_module} a module of yours? Ship it with "
-                "ray.init(runtime_env={'working_dir': '.'}) or {'py_modules': [...]}, or with "
-                "`ray job submit --working-dir .`. Else install it there, or have Ray do that: "
-                "runtime_env={'pip': [...]}."
-            )
-        elif unpacking:
-            advice = "Is the module it was defined in importable there, in the same version?"
-        else:
-            advice = "Make it inside the function instead, or give its class a __reduce__ or __getstate__."
+        done = {"pickle": "pickled", "unpickle": "unpickled", "fetch": "fetched"}[step]
+        advice = _travel_advice(step, is_value=rank is not None, missing_module=missing_module)
         super().__init__(f"{path}{whose} cannot be {done}{where}: {reason}\n{advice}")
+
+
+def _travel_advice(step: str, *, is_value: bool, missing_module: str | None) -> str:
+    if step == "fetch":
+        return "The task that makes it failed, or Ray has lost it with the node that held it."
+    if step == "pickle":
+        return (
+            "Make it inside the function instead, or give its class a __reduce__ or __getstate__."
+        )
+    if missing_module is None:
+        return "Is the module it was defined in importable there, in the same version?"
+    if is_value:
+        return f"Make {missing_module} importable in the driver, in the same version."
+    return (
+        f"Is {missing_module} a module of yours? Ship it with "
+        "ray.init(runtime_env={'working_dir': '.'}) or {'py_modules': [...]}, or with `ray job submit "
+        "--working-dir .`. Else install it there, or have Ray do that: runtime_env={'pip': [...]}."
+    )
 
 
 class WorkerFailedError(LaunchError):

@@ -19,6 +19,9 @@ from torchrunx_ray.wire.payload import Packed, carry_values_packed
 
 _ray: Any = ray  # most of its functions have no types
 
+VALUES = "values"
+"""The concurrency group of the calls that bring values."""
+
 _POLL_S = 5.0
 
 _LAST_WORDS_S = 1.0
@@ -60,6 +63,7 @@ class Agent:
 
     async def meet(self, listen: bool) -> messages.Met:
         """Claim the agent for a run; with `listen`, hold a port for the run's store."""
+        self._loop = asyncio.get_running_loop()
         if self._rest_ends is not None:
             self._rest_ends.cancel()
             self._rest_ends = None
@@ -82,8 +86,11 @@ class Agent:
     async def clock(self) -> int:
         return now_ns()
 
-    async def start(self, wanted: messages.RunWanted, function: Packed) -> None:
-        """Begin the run; all that comes of it is told through `poll` and `value`."""
+    async def start(self, wanted: messages.RunWanted, function: Packed, *inserted: Packed) -> None:
+        """Begin the run; all that comes of it is told through `poll` and `value`.
+
+        `inserted` are the values of references in the function's arguments.
+        """
         assert self._template is not None
         listening, self._listening = self._listening, None
         run = HostRun(wanted, self._template, self._mailbox, listening, self._ip)
@@ -91,14 +98,23 @@ class Agent:
         if wanted.run_id in self._stopped_early:
             run.stop(0)
         self._stopped_early.clear()
-        await run.start(function)
+        await run.start(function, inserted)
 
     async def poll(self) -> list[messages.Event]:
         """Events as soon as there are some; none after a while."""
         return await self._mailbox.take(_POLL_S)
 
+    @_ray.method(concurrency_group=VALUES)
     async def value(self, local_rank: int) -> Packed | None:
-        """What one worker's function returned, as soon as it has."""
+        """What one worker's function returned, as soon as it has.
+
+        In a loop of its own: Ray copies what is returned in the thread that the method ran in, and
+        a large value would keep the agent from all else.
+        """
+        waiting = asyncio.run_coroutine_threadsafe(self._value(local_rank), self._loop)
+        return await asyncio.wrap_future(waiting)
+
+    async def _value(self, local_rank: int) -> Packed | None:
         assert self._run is not None
         return await self._run.value(local_rank)
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Sequence
 
 from torchrunx_ray.agent import gpus
 from torchrunx_ray.agent.mailbox import Mailbox
@@ -45,7 +46,7 @@ class HostRun:
     def run_id(self) -> str:
         return self._wanted.run_id
 
-    async def start(self, function: Packed) -> None:
+    async def start(self, function: Packed, inserted: Sequence[Packed]) -> None:
         """Return once every worker is forked, or the run has ended without."""
         refused = await self._ready_or_stopped()
         if refused is not None:
@@ -57,7 +58,7 @@ class HostRun:
             if not self._stopping.is_set():
                 self._check(await self._template.fork_store(self._listening))
             self._listening.close()
-        function_fd = await asyncio.to_thread(memory_file, function)
+        function_fd = await asyncio.to_thread(memory_file, function, *inserted)
         for place in self._wanted.places:
             if not self._stopping.is_set():
                 await self._fork(place, function_fd)

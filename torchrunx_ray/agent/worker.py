@@ -8,7 +8,7 @@ from torchrunx_ray.agent.output import Output
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.payload import Packed
+from torchrunx_ray.wire.payload import Packed, map_memory_file
 
 
 class Worker:
@@ -44,8 +44,14 @@ class Worker:
             os.close(self._stderr_theirs)
 
     async def value(self) -> Packed | None:
-        """What the function returned; None where the worker ended without a value."""
-        return await asyncio.shield(self._value)
+        """What the function returned, once; None where the worker ended without a value.
+
+        Afterwards it is Ray's, and its memory file goes.
+        """
+        packed = await asyncio.shield(self._value)
+        self._value = self._loop.create_future()
+        self._value.set_result(None)
+        return packed
 
     def resume_output(self) -> None:
         self._stdout.resume()
@@ -96,7 +102,8 @@ class Worker:
             match message:
                 case messages.Finished():
                     self.has_outcome = True
-                    self._value.set_result(Packed.map_file(fds[0]))
+                    (packed,) = map_memory_file(fds[0])
+                    self._value.set_result(packed)
                     os.close(fds[0])
                     self._mailbox.put(message)
                 case messages.Failed():

@@ -12,9 +12,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.cluster import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.console import Console
-from torchrunx_ray.driver.failures import Failure, Failures, NotJoined, Report
+from torchrunx_ray.driver.failures import ArgumentLost, Failure, Failures, NotJoined, Report
 from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
@@ -36,6 +37,10 @@ _LAST_WORDS_S = 12.0
 
 Longer than a template waits for a process that gives back much memory.
 """
+
+
+_NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
+"""How Ray says, in the error of a call, that not the call itself failed."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Attempt:
         self.broken: set[int] = set(range(len(crew.hosts)))
         """Hosts, by index, whose agent cannot be used again: it has not ended the run."""
 
-    async def go(self, function: Any) -> "list[list[ray.ObjectRef[Any]]] | Failures":
+    async def go(self, call: Call) -> "list[list[ray.ObjectRef[Any]]] | Failures":
         """References to every rank's value, by host, or what failed.
 
         On cancellation, as on failure, it returns only when no worker lives; a second
@@ -80,7 +85,7 @@ class Attempt:
             if len(self._crew.hosts) > 1:
                 await self._compare_clocks()
             self._watching = [
-                asyncio.create_task(self._watch(i, function)) for i in range(len(self._crew.hosts))
+                asyncio.create_task(self._watch(i, call)) for i in range(len(self._crew.hosts))
             ]
             if self._backend is not None:
                 self._later(self._options.timeout, self._check_joined)
@@ -143,20 +148,25 @@ class Attempt:
             argv=tuple(sys.argv),
         )
 
-    async def _watch(self, host_index: int, function: Any) -> None:
+    async def _watch(self, host_index: int, call: Call) -> None:
         """Start one host's workers and hear all that its agent has to say, until it has ended."""
         calls = self._crew.agents[host_index].calls
         # From the first moment, or the last words of an agent that fails while it starts are lost.
         hearing = asyncio.create_task(self._hear_until_ended(host_index))
         hearing.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await self._cluster.answer(calls.start.remote(self._wanted(host_index), function))
+            wanted = self._wanted(host_index)
+            await self._cluster.answer(calls.start.remote(wanted, call.packed, *call.inserted))
             places = self._layout[host_index]
             self._values[host_index] = [calls.value.remote(place.local_rank) for place in places]
             await hearing
         except ClusterLeft as left:
             self._lose(host_index, str(left), "")
         except RayTaskError as error:
+            if _NO_ARGUMENT in str(error):
+                lost = ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
+                self._fail(host_index, None, self._clock_of(host_index), lost)
+                return
             self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
         except RayError as error:
             self._lose(host_index, "the agent died", str(error))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrunx_ray.driver import cluster
+from torchrunx_ray.driver import cluster, references
 from torchrunx_ray.driver.checks import check_function
 from torchrunx_ray.driver.cluster import untyped_ray
 from torchrunx_ray.wire.payload import pack
@@ -13,10 +13,15 @@ from torchrunx_ray.wire.payload import pack
 
 @dataclass(frozen=True)
 class Call:
-    """What a run calls: a reference to the packed function, and a name for the run."""
+    """What a run calls: a reference to the packed function, and a name for the run.
+
+    `inserted` refer to the packed values of the references in its arguments. Ray keeps them all
+    for as long as this object lives.
+    """
 
     run_name: str
     packed: Any
+    inserted: Sequence[Any]
 
 
 def put_call(
@@ -25,9 +30,13 @@ def put_call(
     """Check, pickle, then hand to Ray: what cannot travel fails before any resource is asked for."""
     check_function(func)
     function_name = _name(func)
-    packed = pack([(function_name, func), ("args", tuple(args)), ("kwargs", dict(kwargs))])
+    found = references.Found()
+    packed = pack(
+        [(function_name, func), ("args", tuple(args)), ("kwargs", dict(kwargs))],
+        replace=found.replace,
+    )
     cluster.connect()
-    return Call(unique(name or function_name), untyped_ray.put(packed))
+    return Call(unique(name or function_name), untyped_ray.put(packed), found.packed())
 
 
 def unique(name: str) -> str:

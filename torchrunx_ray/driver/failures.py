@@ -8,6 +8,7 @@ from functools import cached_property
 from torchrunx_ray.errors import (
     AgentFailedError,
     LaunchTimeoutError,
+    PayloadError,
     PreloadError,
     RemoteFailure,
     WorkerFailedError,
@@ -25,8 +26,20 @@ class NotJoined:
     missing: Mapping[int, str]
 
 
+@dataclass(frozen=True)
+class ArgumentLost:
+    """A value that the arguments refer to could not be had."""
+
+    evidence: str
+
+
 Report = (
-    messages.Failed | messages.Died | messages.AgentFailed | messages.TemplateRefused | NotJoined
+    messages.Failed
+    | messages.Died
+    | messages.AgentFailed
+    | messages.TemplateRefused
+    | NotJoined
+    | ArgumentLost
 )
 
 _NOTICE_NS = 100_000_000
@@ -104,6 +117,9 @@ def _exception(failure: Failure) -> BaseException:
             )
         case NotJoined():
             return LaunchTimeoutError(timeout=report.timeout, missing=report.missing)
+        case ArgumentLost():
+            path = "an ObjectRef in the arguments"
+            return PayloadError(path=path, reason=report.evidence, step="fetch")
         case messages.Died():
             assert rank is not None
             assert report.exited.local_rank is not None
@@ -194,3 +210,5 @@ def _summary(report: Report) -> str:
             return report.problem
         case NotJoined():
             return "the process group was not complete in time"
+        case ArgumentLost():
+            return "an ObjectRef in the arguments could not be fetched"

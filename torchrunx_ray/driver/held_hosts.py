@@ -45,7 +45,7 @@ class HeldHosts:
             crew, backend = await self._assemble(call.run_name)
             attempt = Attempt(call.run_name, self._options, crew, backend)
             try:
-                outcome = await attempt.go(call.packed)
+                outcome = await attempt.go(call)
             finally:
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):

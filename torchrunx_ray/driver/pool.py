@@ -10,13 +10,18 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from torchrunx_ray.agent.actor import VALUES
 from torchrunx_ray.agent.actor import Agent as _AgentActor
+from torchrunx_ray.driver import references
 from torchrunx_ray.driver.cluster import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.wire.messages import Met, TemplateWanted
 
 NAMESPACE = "torchrunx_ray"
+
+_MOST_WORKERS = 1000
+"""On one host: so many calls may wait for values; Ray's own bound for an async actor."""
 
 _CLOSING_S = 15.0
 """For an agent to end its processes; one that takes longer is frozen, or cut off."""
@@ -107,12 +112,14 @@ async def acquire(node_id: str, wanted: TemplateWanted, options: Options, name: 
     agent = _resting.take(node_id, wanted, runtime_env)
     if agent is None:
         calls = await in_thread(_create, node_id, wanted, options, name)
+        references.are_packed(calls)
         agent = Agent(node_id, wanted, runtime_env, calls)
     return agent
 
 
 def _create(node_id: str, wanted: TemplateWanted, options: Options, name: str) -> Any:
-    actor_class: Any = untyped_ray.remote(_AgentActor)
+    groups = {VALUES: _MOST_WORKERS}
+    actor_class: Any = untyped_ray.remote(concurrency_groups=groups)(_AgentActor)
     unique = f"{name}-{uuid.uuid4().hex[:8]}"
     return actor_class.options(
         num_cpus=0,

@@ -94,6 +94,6 @@ class LaunchResult(Generic[R]):
                 reason=f"{type(error).__name__}: {error}",
                 rank=rank,
                 hostname=hostname,
-                unpacking=True,
+                step="unpickle",
                 missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
             ) from error

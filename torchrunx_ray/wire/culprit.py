@@ -10,14 +10,16 @@ from torchrunx_ray.wire import pickling
 _DEPTH = 20
 
 
-def find_culprit(parts: Iterable[tuple[str, object]]) -> str:
+def find_culprit(
+    parts: Iterable[tuple[str, object]], replace: pickling.Replace | None = None
+) -> str:
     """The path to the deepest part that cannot be pickled by itself, starting at a named part."""
     path = "the value"
     candidates: Iterable[tuple[str, object]] = parts
     seen: set[int] = set()
     for _ in range(_DEPTH):
         for child_path, child in candidates:
-            if id(child) not in seen and not _can_be_pickled(child):
+            if id(child) not in seen and not _can_be_pickled(child, replace):
                 path = child_path
                 seen.add(id(child))
                 candidates = _parts(child, child_path)
@@ -27,9 +29,9 @@ def find_culprit(parts: Iterable[tuple[str, object]]) -> str:
     return path
 
 
-def _can_be_pickled(value: object) -> bool:
+def _can_be_pickled(value: object, replace: pickling.Replace | None) -> bool:
     try:
-        pickling.dumps(value)
+        pickling.dumps_with_buffers(value, replace)
     except Exception:
         return False
     return True

@@ -1,6 +1,7 @@
 """Values on their way between driver and workers."""
 
 import contextlib
+import functools
 import mmap
 import os
 import pickle
@@ -8,6 +9,7 @@ import struct
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from torchrunx_ray.errors import PayloadError
@@ -19,6 +21,7 @@ _ALIGNMENT = 64
 
 _keep_packed: ContextVar[bool] = ContextVar("_keep_packed", default=False)
 _process_only_carries = False
+_inserted: ContextVar[Sequence[Callable[[], Any]]] = ContextVar("_inserted", default=())
 
 
 class Packed:
@@ -28,74 +31,109 @@ class Packed:
     carries values (an agent, a Ray Client server) and inside `kept_packed()`.
     """
 
-    __slots__ = ("buffers", "stream")
+    __slots__ = ("_owners", "buffers", "stream")
 
     def __init__(
-        self, stream: "bytes | memoryview", buffers: "tuple[memoryview, ...]" = ()
+        self,
+        stream: "bytes | memoryview",
+        buffers: "tuple[memoryview, ...]" = (),
+        owners: Sequence[object] = (),
     ) -> None:
         self.stream = stream
         self.buffers = buffers
+        self._owners = owners
 
-    def unpack(self) -> Any:
-        return pickle.loads(self.stream, buffers=self.buffers)
+    def unpack(self, inserted: "Sequence[Packed]" = ()) -> Any:
+        """The value, with these in the places that `Inserted` holds for them."""
+        token = _inserted.set([functools.cache(packed.unpack) for packed in inserted])
+        try:
+            return pickle.loads(self.stream, buffers=self.buffers)
+        finally:
+            _inserted.reset(token)
+
+    @property
+    def parts(self) -> "list[memoryview]":
+        return [memoryview(part).cast("B") for part in (self.stream, *self.buffers)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         if protocol < 5:  # Ray Client may ask for less than out-of-band buffers need
             return _arrive, (bytes(self.stream), *map(bytes, self.buffers))
         return _arrive, tuple(pickle.PickleBuffer(part) for part in (self.stream, *self.buffers))
 
-    def write_to(self, fd: int) -> None:
-        """Write a memory file that `map_file` reads."""
-        parts = [memoryview(part).cast("B") for part in (self.stream, *self.buffers)]
-        header = struct.pack(f"<{len(parts) + 1}Q", len(parts), *(part.nbytes for part in parts))
-        with open(fd, "wb", buffering=0, closefd=False) as file:
-            _write_all(file.write, memoryview(header))
-            for part in parts:
-                file.seek(_aligned(file.tell()))
-                _write_all(file.write, part)
-            # A trailing empty buffer leaves the file short of the position it stands for.
-            file.truncate(max(file.tell(), os.fstat(fd).st_size))
 
-    @classmethod
-    def map_file(cls, fd: int) -> "Packed":
-        """Map a memory file privately: buffers are writable, and no other process sees it."""
-        mapping = mmap.mmap(fd, os.fstat(fd).st_size, flags=mmap.MAP_PRIVATE)
-        view = memoryview(mapping)
-        (count,) = struct.unpack_from("<Q", view)
-        sizes = struct.unpack_from(f"<{count}Q", view, 8)
-        parts: list[memoryview] = []
-        position = 8 * (count + 1)
-        for size in sizes:
-            position = _aligned(position)
-            parts.append(view[position : position + size])
-            position += size
-        return cls(parts[0], tuple(parts[1:]))
+@dataclass(frozen=True)
+class Inserted:
+    """The place of a value that travels beside the one that refers to it."""
+
+    index: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _insert, (self.index,)
 
 
 def pack(
-    parts: Sequence[tuple[str, object]], *, rank: int | None = None, hostname: str | None = None
+    parts: Sequence[tuple[str, object]],
+    *,
+    rank: int | None = None,
+    hostname: str | None = None,
+    replace: pickling.Replace | None = None,
 ) -> Packed:
     """Pickle one value, or a tuple of several; PayloadError names the part that cannot be."""
     values = tuple(value for _name, value in parts)
-    buffers: list[pickle.PickleBuffer] = []
     try:
-        stream = pickling.dumps(values[0] if len(values) == 1 else values, buffers.append)
+        pickled = pickling.dumps_with_buffers(values[0] if len(values) == 1 else values, replace)
     except Exception as error:
-        path = find_culprit(parts)
+        path = find_culprit(parts, replace)
         reason = f"{type(error).__name__}: {error}"
         raise PayloadError(path=path, reason=reason, rank=rank, hostname=hostname) from error
-    return Packed(stream, tuple(buffer.raw() for buffer in buffers))
+    buffers = tuple(buffer.raw() for buffer in pickled.buffers)
+    return Packed(pickled.stream, buffers, pickled.owners)
 
 
-def memory_file(packed: Packed) -> int:
-    """A new anonymous file that holds `packed`; it is gone with its last descriptor."""
+def memory_file(*values: Packed) -> int:
+    """A new anonymous file that `map_memory_file` reads; it is gone with its last descriptor."""
     fd = os.memfd_create("torchrunx_ray_payload")
     try:
-        packed.write_to(fd)
+        _write(fd, [packed.parts for packed in values])
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def map_memory_file(fd: int) -> list[Packed]:
+    """Map a memory file privately: buffers are writable, and no other process sees it."""
+    view = memoryview(mmap.mmap(fd, os.fstat(fd).st_size, flags=mmap.MAP_PRIVATE))
+    position = 8
+    layout: list[tuple[int, ...]] = []
+    for _ in range(struct.unpack_from("<Q", view)[0]):
+        (count,) = struct.unpack_from("<Q", view, position)
+        layout.append(struct.unpack_from(f"<{count}Q", view, position + 8))
+        position += 8 * (1 + count)
+    values: list[Packed] = []
+    for sizes in layout:
+        parts: list[memoryview] = []
+        for size in sizes:
+            position = _aligned(position)
+            parts.append(view[position : position + size])
+            position += size
+        values.append(Packed(parts[0], tuple(parts[1:])))
+    return values
+
+
+def _write(fd: int, values: "Sequence[Sequence[memoryview]]") -> None:
+    """The number of values, of each the number of its parts and their sizes; then all parts."""
+    table = [len(values)]
+    for parts in values:
+        table += [len(parts), *(part.nbytes for part in parts)]
+    # By write, not through a mapping: that is several times slower on fresh memory.
+    with open(fd, "wb", buffering=0, closefd=False) as file:
+        _write_all(file.write, memoryview(struct.pack(f"<{len(table)}Q", *table)))
+        for part in (part for parts in values for part in parts):
+            file.seek(_aligned(file.tell()))
+            _write_all(file.write, part)
+        # A trailing empty buffer leaves the file short of the position it stands for.
+        file.truncate(max(file.tell(), os.fstat(fd).st_size))
 
 
 @contextlib.contextmanager
@@ -119,6 +157,10 @@ def _arrive(stream: Any, *buffers: Any) -> Any:
     packed = Packed(memoryview(stream), tuple(memoryview(buffer) for buffer in buffers))
     carries = _process_only_carries or "ray.util.client.server.server" in sys.modules
     return packed if carries or _keep_packed.get() else packed.unpack()
+
+
+def _insert(index: int) -> Any:
+    return _inserted.get()[index]()
 
 
 def _aligned(position: int) -> int:

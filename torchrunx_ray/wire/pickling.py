@@ -1,14 +1,72 @@
-"""cloudpickle, with the types that it lacks."""
+"""cloudpickle, with what large values and references to values need beside it."""
 
+import io
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-_cloudpickle: Any = cloudpickle
+from torchrunx_ray.wire import tensors
+
+_CloudPickler: Any = cloudpickle.Pickler
+
+_SMALL = 2048
+"""Bytes of a buffer that stay in the stream; beside it, each costs Ray and us some bookkeeping."""
+
+Replace = Callable[[object], Any]
+"""What to pickle instead of an object: a reduce tuple, or NotImplemented to pickle it as it is."""
 
 
-def dumps(value: object, buffers: Callable[[pickle.PickleBuffer], object] | None = None) -> bytes:
-    """Pickle by cloudpickle; large buffers go to `buffers` instead of into the stream."""
-    return _cloudpickle.dumps(value, protocol=5, buffer_callback=buffers)
+@dataclass(frozen=True)
+class Pickled:
+    """A stream, the large buffers beside it, and what keeps these valid."""
+
+    stream: bytes
+    buffers: tuple[pickle.PickleBuffer, ...]
+    owners: list[object] = field(default_factory=list[object])
+
+
+def dumps(value: object) -> bytes:
+    """All of it in one stream."""
+    file = io.BytesIO()
+    _Pickler(file, None, [], None).dump(value)
+    return file.getvalue()
+
+
+def dumps_with_buffers(value: object, replace: Replace | None = None) -> Pickled:
+    """Large buffers beside the stream, uncopied."""
+    file = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
+    owners: list[object] = []
+
+    def keep_small(buffer: pickle.PickleBuffer) -> bool:
+        if buffer.raw().nbytes <= _SMALL:
+            return True
+        buffers.append(buffer)
+        return False
+
+    _Pickler(file, keep_small, owners, replace).dump(value)
+    return Pickled(file.getvalue(), tuple(buffers), owners)
+
+
+class _Pickler(_CloudPickler):
+    def __init__(
+        self,
+        file: io.BytesIO,
+        buffer_callback: Callable[[pickle.PickleBuffer], bool] | None,
+        owners: list[object],
+        replace: Replace | None,
+    ) -> None:
+        _CloudPickler.__init__(self, file, protocol=5, buffer_callback=buffer_callback)
+        self._owners = owners
+        self._replace = replace
+
+    def reducer_override(self, obj: object) -> Any:
+        reduced: Any = NotImplemented if self._replace is None else self._replace(obj)
+        if reduced is NotImplemented:
+            reduced = tensors.reduce(obj, self._owners)
+        if reduced is NotImplemented:
+            reduced = _CloudPickler.reducer_override(self, obj)
+        return reduced

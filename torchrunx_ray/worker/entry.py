@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
-from torchrunx_ray.wire.payload import Packed
+from torchrunx_ray.wire.payload import map_memory_file
 from torchrunx_ray.worker import group, outcome
 
 
@@ -80,9 +80,9 @@ def _settle_in(argv: Sequence[str]) -> None:
 
 
 def _unpack_function(function_fd: int, hostname: str) -> Callable[[], Any]:
-    packed = Packed.map_file(function_fd)
+    call, *inserted = map_memory_file(function_fd)
     os.close(function_fd)
-    return outcome.unpack_call(packed, hostname)
+    return outcome.unpack_call(call, inserted, hostname)
 
 
 def _end_forked_child(error: BaseException | None) -> NoReturn:

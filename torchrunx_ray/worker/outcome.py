@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchrunx_ray.errors import PayloadError
@@ -18,16 +18,16 @@ _TWICE_NOTE = (
 )
 
 
-def unpack_call(packed: Packed, hostname: str) -> Callable[[], Any]:
+def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Callable[[], Any]:
     """The function with its arguments; PayloadError where they cannot be unpickled here."""
     try:
-        func, args, kwargs = packed.unpack()
+        func, args, kwargs = packed.unpack(inserted)
     except Exception as error:
         raise PayloadError(
             path="the function or its arguments",
             reason=f"{type(error).__name__}: {error}",
             hostname=hostname,
-            unpacking=True,
+            step="unpickle",
             missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
         ) from error
     return lambda: func(*args, **kwargs)
