@@ -57,6 +57,11 @@ def own_mark() -> str:
     return os.environ[MARK]
 
 
+def agent_pid() -> int:
+    """In a worker: of the agent, above keeper and template."""
+    return parent(parent(os.getppid()))
+
+
 def note(path: Path, text: object) -> None:
     """Write a file that whoever waits for it finds whole."""
     unfinished = path.parent.with_name(f"{path.parent.name}.{path.name}.{os.getpid()}")

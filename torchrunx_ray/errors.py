@@ -95,7 +95,7 @@ class PayloadError(LaunchError):
 
     `path` leads to the part that is to blame, such as `kwargs['cfg'].lock`; `rank` is the rank
     whose return value it was, None for the function and its arguments. `step` tells where the way
-    ended: when it was pickled, unpickled, or fetched from Ray.
+    ended: when it was pickled, stored in Ray, fetched from there, or unpickled.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class PayloadError(LaunchError):
         *,
         path: str,
         reason: str,
-        step: Literal["pickle", "unpickle", "fetch"] = "pickle",
+        step: Literal["pickle", "store", "fetch", "unpickle"] = "pickle",
         rank: int | None = None,
         hostname: str | None = None,
         missing_module: str | None = None,
@@ -116,7 +116,7 @@ class PayloadError(LaunchError):
         where = "" if hostname is None else f" on {hostname}"
         if step == "unpickle" and rank is not None:  # a return value, which the driver unpickles
             whose, where = f"{whose}{where}", " on the driver"
-        done = {"pickle": "pickled", "unpickle": "unpickled", "fetch": "fetched"}[step]
+        done = {"store": "stored", "fetch": "fetched"}.get(step, f"{step}d")
         advice = _travel_advice(step, is_value=rank is not None, missing_module=missing_module)
         super().__init__(f"{path}{whose} cannot be {done}{where}: {reason}\n{advice}")
 
@@ -124,6 +124,11 @@ class PayloadError(LaunchError):
 def _travel_advice(step: str, *, is_value: bool, missing_module: str | None) -> str:
     if step == "fetch":
         return "The task that makes it failed, or Ray has lost it with the node that held it."
+    if step == "store":
+        return (
+            "Send less at once, or give the node more: object_store_memory of ray.init or `ray start`, "
+            "and room on the disk that Ray falls back to."
+        )
     if step == "pickle":
         return (
             "Make it inside the function instead, or give its class a __reduce__ or __getstate__."
@@ -257,6 +262,10 @@ def room_table(
 
 def amounts_in_words(amounts: Mapping[str, float]) -> str:
     return ", ".join(f"{_amount(amount)} {name}" for name, amount in sorted(amounts.items()))
+
+
+def bytes_in_words(size: float) -> str:
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 def _amount(amount: float) -> str:

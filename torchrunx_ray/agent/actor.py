@@ -105,17 +105,18 @@ class Agent:
         return await self._mailbox.take(_POLL_S)
 
     @_ray.method(concurrency_group=VALUES)
-    async def value(self, local_rank: int) -> Packed | None:
+    async def value(self, run_id: str, local_rank: int) -> Packed | None:
         """What one worker's function returned, as soon as it has.
 
         In a loop of its own: Ray copies what is returned in the thread that the method ran in, and
         a large value would keep the agent from all else.
         """
-        waiting = asyncio.run_coroutine_threadsafe(self._value(local_rank), self._loop)
+        waiting = asyncio.run_coroutine_threadsafe(self._value(run_id, local_rank), self._loop)
         return await asyncio.wrap_future(waiting)
 
-    async def _value(self, local_rank: int) -> Packed | None:
-        assert self._run is not None
+    async def _value(self, run_id: str, local_rank: int) -> Packed | None:
+        if self._run is None or self._run.run_id != run_id:
+            return None  # that run failed, and this call came late
         return await self._run.value(local_rank)
 
     async def stop(self, run_id: str, grace_s: float) -> None:

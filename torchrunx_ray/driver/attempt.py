@@ -20,6 +20,7 @@ from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
+from torchrunx_ray.driver.results import Value
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.ranks import Place, lay_out
@@ -70,12 +71,13 @@ class Attempt:
         self._stopped: list[str] = []
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
-        self._values: dict[int, list[ray.ObjectRef[Any]]] = {}
+        self._refs: dict[int, list[ray.ObjectRef[Any]]] = {}
+        self._sizes: dict[tuple[int, int], int] = {}
         self.broken: set[int] = set(range(len(crew.hosts)))
         """Hosts, by index, whose agent cannot be used again: it has not ended the run."""
 
-    async def go(self, call: Call) -> "list[list[ray.ObjectRef[Any]]] | Failures":
-        """References to every rank's value, by host, or what failed.
+    async def go(self, call: Call) -> list[list[Value]] | Failures:
+        """Every rank's value, by host, or what failed.
 
         On cancellation, as on failure, it returns only when no worker lives; a second
         cancellation kills them.
@@ -98,9 +100,14 @@ class Attempt:
             await to_the_end(self._console.drain())
         if self._failures:
             return Failures(self._failures, self._stopped)
-        values = [self._values[i] for i in range(len(self._crew.hosts))]
-        await in_thread(_wait_until_stored, [ref for refs in values for ref in refs])
-        return values
+        await in_thread(_wait_until_stored, [ref for refs in self._refs.values() for ref in refs])
+        return [
+            [
+                Value(ref, self._sizes.get((i, k), 0), host.node)
+                for k, ref in enumerate(self._refs[i])
+            ]
+            for i, host in enumerate(self._crew.hosts)
+        ]
 
     async def _compare_clocks(self) -> None:
         """How far each host's clock is ahead of ours, for putting failures in order."""
@@ -158,7 +165,9 @@ class Attempt:
             wanted = self._wanted(host_index)
             await self._cluster.answer(calls.start.remote(wanted, call.packed, *call.inserted))
             places = self._layout[host_index]
-            self._values[host_index] = [calls.value.remote(place.local_rank) for place in places]
+            self._refs[host_index] = [
+                calls.value.remote(self._run_id, place.local_rank) for place in places
+            ]
             await hearing
         except ClusterLeft as left:
             self._lose(host_index, str(left), "")
@@ -203,6 +212,8 @@ class Attempt:
                 await self._print(host_index, event)
             case messages.Joined():
                 self._joined.add(self._layout[host_index][event.local_rank].rank)
+            case messages.Finished():
+                self._sizes[host_index, event.local_rank] = event.size
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
             case messages.Died():

@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+
 from torchrunx_ray.driver import cluster, references
 from torchrunx_ray.driver.checks import check_function
 from torchrunx_ray.driver.cluster import untyped_ray
-from torchrunx_ray.wire.payload import pack
+from torchrunx_ray.errors import PayloadError, bytes_in_words
+from torchrunx_ray.wire.payload import Packed, pack
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,21 @@ def put_call(
         replace=found.replace,
     )
     cluster.connect()
-    return Call(unique(name or function_name), untyped_ray.put(packed), found.packed())
+    return Call(unique(name or function_name), _put(packed), found.packed())
+
+
+def _put(packed: Packed) -> Any:
+    try:
+        return untyped_ray.put(packed)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        here = cluster.context().get_node_id()
+        (store,) = (n.store_size for n in cluster.live_nodes() if n.node_id == here)
+        raise PayloadError(
+            path="the function with its arguments",
+            reason=f"they have {bytes_in_words(packed.size)}; the object store of the driver's node "
+            f"has {bytes_in_words(store)}, and the disk that Ray falls back to is full",
+            step="store",
+        ) from error
 
 
 def unique(name: str) -> str:

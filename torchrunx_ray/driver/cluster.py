@@ -83,6 +83,11 @@ class Node:
         return self.resources.get("CPU", 0)
 
     @property
+    def store_size(self) -> float:
+        """Of its object store, in bytes."""
+        return self.resources.get("object_store_memory", 0)
+
+    @property
     def gpus(self) -> float:
         return self.resources.get("GPU", 0)
 

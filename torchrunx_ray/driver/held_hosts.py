@@ -92,7 +92,9 @@ class HeldHosts:
             agent = self._agents.get(index)
             if agent is None:
                 wanted = template_wanted(self._options, one_worker=host.workers == 1)
-                agent = await pool.acquire(host.node_id, wanted, self._options, f"{name}-{index}")
+                agent = await pool.acquire(
+                    host.node.node_id, wanted, self._options, f"{name}-{index}"
+                )
                 self._agents[index] = agent
             try:
                 met = await agent.meet(listen=index == 0)

@@ -23,7 +23,7 @@ logger = logging.getLogger("torchrunx_ray")
 class Host:
     """One host of a placed session."""
 
-    node_id: str
+    node: Node
     label: str
     workers: int
     gpus_per_worker: float
@@ -49,7 +49,7 @@ class Placement:
     async def is_whole(self) -> bool:
         """Whether all its nodes live, as far as Ray knows."""
         live = {node.node_id for node in await in_thread(cluster.live_nodes)}
-        return all(host.node_id in live for host in self.hosts)
+        return all(host.node.node_id in live for host in self.hosts)
 
     async def remove(self) -> None:
         self._gpu_ids.cancel()
@@ -87,7 +87,7 @@ async def _hosts_of(group: PlacementGroup, shape: Shape) -> list[Host] | None:
         return None
     hostnames = _labels([(nodes[n].hostname, nodes[n].ip) for n in node_ids])
     return [
-        Host(node_id, host.label or hostname, host.workers, shape.gpus_per_worker)
+        Host(nodes[node_id], host.label or hostname, host.workers, shape.gpus_per_worker)
         for node_id, host, hostname in zip(node_ids, shape.hosts, hostnames, strict=True)
     ]
 
@@ -140,6 +140,6 @@ def _in_words(shape: Shape, hosts: Sequence[Host], nodes: Sequence[Node]) -> str
         f"({', '.join(host.label for host in hosts)}): {workers} "
         f"{'worker' if workers == 1 else 'workers'}, {gpus:g} GPUs, backend {shape.backend}"
     )
-    used = {host.node_id for host in hosts}
+    used = {host.node.node_id for host in hosts}
     unused = sum(node.gpus for node in nodes if node.node_id in used) - gpus
     return f"{text}; {unused:g} GPUs of these hosts stay unused" if unused > 0 else text

@@ -1,15 +1,29 @@
 """What a launch returned, fetched when it is asked for."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
-from torchrunx_ray.errors import AgentFailedError, PayloadError
+from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.errors import AgentFailedError, PayloadError, bytes_in_words
 from torchrunx_ray.wire.payload import kept_packed
 
 R = TypeVar("R")
+
+_STORE_IS_FULL = ("OutOfDiskError", "ObjectStoreFullError")
+"""What Ray says when neither the store nor the disk behind it takes a value."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one rank returned: where Ray has it, its size, and its node at that time."""
+
+    ref: "ray.ObjectRef[Any]"
+    size: int
+    node: Node
 
 
 class LaunchResult(Generic[R]):
@@ -19,11 +33,9 @@ class LaunchResult(Generic[R]):
     as long as this object or one of its refs lives, whatever becomes of the workers.
     """
 
-    def __init__(
-        self, hostnames: Sequence[str], refs: "Sequence[Sequence[ray.ObjectRef[R]]]"
-    ) -> None:
+    def __init__(self, hostnames: Sequence[str], values: Sequence[Sequence[Value]]) -> None:
         self._hostnames = tuple(hostnames)
-        self._refs = [list(refs_of_host) for refs_of_host in refs]
+        self._values = values
 
     @property
     def hostnames(self) -> tuple[str, ...]:
@@ -33,7 +45,7 @@ class LaunchResult(Generic[R]):
     def ref(self, rank: int) -> "ray.ObjectRef[R]":
         """The reference to one rank's value: `ray.get` of it is the value, anywhere in the cluster."""
         host_index, local_rank = self._find(rank)
-        return self._refs[host_index][local_rank]
+        return self._values[host_index][local_rank].ref
 
     def rank(self, rank: int) -> R:
         """One rank's value."""
@@ -45,22 +57,22 @@ class LaunchResult(Generic[R]):
         if hostname not in self._hostnames:
             raise KeyError(f"{hostname!r} is no host of this launch; those are {self._hostnames}")
         host_index = self._hostnames.index(hostname)
-        workers = len(self._refs[host_index])
+        workers = len(self._values[host_index])
         if not 0 <= local_rank < workers:
             raise IndexError(f"{hostname} had local ranks 0 to {workers - 1}, not {local_rank}")
-        rank = sum(map(len, self._refs[:host_index])) + local_rank
+        rank = sum(map(len, self._values[:host_index])) + local_rank
         return self._fetch(rank, host_index, local_rank)
 
     @property
     def results(self) -> dict[str, list[R]]:
         """All values, by host and local rank."""
         return {
-            hostname: [self.index(hostname, i) for i in range(len(refs))]
-            for hostname, refs in zip(self._hostnames, self._refs, strict=True)
+            hostname: [self.index(hostname, i) for i in range(len(values))]
+            for hostname, values in zip(self._hostnames, self._values, strict=True)
         }
 
     def __len__(self) -> int:
-        return sum(map(len, self._refs))
+        return sum(map(len, self._values))
 
     def __iter__(self) -> Iterator[R]:
         return (self.rank(rank) for rank in range(len(self)))
@@ -72,18 +84,29 @@ class LaunchResult(Generic[R]):
         if not 0 <= rank < len(self):
             raise IndexError(f"this launch had ranks 0 to {len(self) - 1}, not {rank}")
         local_rank = rank
-        for host_index, refs in enumerate(self._refs):
-            if local_rank < len(refs):
+        for host_index, values in enumerate(self._values):
+            if local_rank < len(values):
                 return host_index, local_rank
-            local_rank -= len(refs)
+            local_rank -= len(values)
         raise AssertionError(rank)
 
     def _fetch(self, rank: int, host_index: int, local_rank: int) -> R:
         hostname = self._hostnames[host_index]
+        value = self._values[host_index][local_rank]
         try:
             with kept_packed():
-                packed: Any = ray.get(self._refs[host_index][local_rank])
+                packed: Any = ray.get(value.ref)
         except RayError as error:
+            if any(kind in str(error) for kind in _STORE_IS_FULL):
+                store = bytes_in_words(value.node.store_size)
+                raise PayloadError(
+                    path="the return value",
+                    reason=f"it has {bytes_in_words(value.size)}; the node's object store has {store}, "
+                    "and the disk that Ray falls back to is full",
+                    step="store",
+                    rank=rank,
+                    hostname=hostname,
+                ) from error
             what = f"the value that rank {rank} returned is lost"
             raise AgentFailedError(hostname=hostname, what=what, evidence=str(error)) from error
         try:

@@ -134,6 +134,8 @@ class Finished:
     """The function returned. Descriptor: a memory file with the value (agent's only)."""
 
     local_rank: int
+    size: int
+    """Bytes of the value."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ class Packed:
     def parts(self) -> "list[memoryview]":
         return [memoryview(part).cast("B") for part in (self.stream, *self.buffers)]
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(part.nbytes for part in self.parts)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         if protocol < 5:  # Ray Client may ask for less than out-of-band buffers need
             return _arrive, (bytes(self.stream), *map(bytes, self.buffers))

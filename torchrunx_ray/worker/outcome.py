@@ -47,7 +47,7 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
     place = wanted.place
     packed = pack([("the return value", value)], rank=place.rank, hostname=wanted.hostname)
     fd = memory_file(packed)
-    channel.send(messages.Finished(place.local_rank), [fd])
+    channel.send(messages.Finished(place.local_rank, packed.size), [fd])
     os.close(fd)
 
 

@@ -1,0 +1,294 @@
+"""Values go in and come out without needless copies, and nothing of them stays behind."""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+import torchrunx_ray as trx
+from tests import processes
+from tests.clusters.raylets import raylets
+
+MIB = 2**20
+
+
+def megabytes(count: int) -> torch.Tensor:
+    return torch.ones(count * MIB, dtype=torch.uint8)
+
+
+def meminfo(key: str) -> int:
+    """Bytes."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def status(pid: int, key: str) -> int:
+    """Bytes."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def test_references_are_resolved_at_any_depth(launcher: trx.Launcher) -> None:
+    @ray.remote(num_cpus=0)
+    def make() -> dict[str, np.ndarray[Any, Any]]:
+        return {"weights": np.ones(10_000)}
+
+    def look(first: Any, *, config: dict[str, Any]) -> tuple[bool, float, float, int]:
+        same = first[0] is config["deep"][1]
+        return same, first[0].sum().item(), config["made"]["weights"].sum(), captured_value()
+
+    def captured_value() -> int:
+        return captured  # pyright: ignore[reportReturnType]  # it is the value there
+
+    tensor = ray.put(torch.ones(10_000))
+    captured = ray.put(42)
+    result = launcher.run(look, [tensor], config={"deep": (0, tensor), "made": make.remote()})
+
+    assert list(result) == [(True, 10_000.0, 10_000.0, 42)] * 2
+
+
+def test_what_a_launch_returned_goes_into_the_next_by_reference(launcher: trx.Launcher) -> None:
+    first = launcher.run(lambda: torch.full((10_000,), float(os.environ["RANK"])))
+    second = launcher.run(lambda a, b: (a - b).sum().item(), first.ref(1), first.ref(0))
+
+    assert list(second) == [10_000.0] * 2
+
+
+def test_values_that_came_by_reference_are_each_ranks_own(launcher: trx.Launcher) -> None:
+    def write(tensor: torch.Tensor) -> float:
+        return tensor.add_(1).sum().item()
+
+    ref = ray.put(torch.zeros(10_000))
+
+    assert list(launcher.run(write, ref)) == [10_000.0] * 2
+    assert ray.get(ref).sum() == 0
+
+
+def test_reference_whose_task_failed_is_told(launcher: trx.Launcher) -> None:
+    @ray.remote(num_cpus=0)
+    def fail() -> None:
+        raise KeyError("in the task")
+
+    with pytest.raises(trx.PayloadError, match="an ObjectRef in the arguments") as caught:
+        launcher.run(print, [fail.remote()])
+    assert "KeyError: 'in the task'" in str(caught.value)
+    assert caught.value.step == "fetch"
+
+
+def test_handle_of_an_actor_is_refused_with_its_path(launcher: trx.Launcher) -> None:
+    class Counter:
+        pass
+
+    actor: Any = ray.remote(num_cpus=0)(Counter)
+
+    with pytest.raises(trx.PayloadError, match=r"^args\[0\]\['counter'\] cannot be pickled: "):
+        launcher.run(print, {"counter": actor.remote()})
+
+
+def test_tensors_arrive_writable_and_arrays_as_rays_views(launcher: trx.Launcher) -> None:
+    result = launcher.run(lambda: (torch.zeros(10_000), np.zeros(10_000)))
+    tensor, array = result.rank(0)
+
+    assert tensor.add_(1).sum() == 10_000
+    assert not array.flags.writeable
+    assert result.rank(0)[0].sum() == 0, "the one in the cluster is as it was"
+
+
+def test_ranks_own_values_share_nothing(launcher: trx.Launcher) -> None:
+    def give_back(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    first, second = launcher.run(give_back, torch.zeros(10_000))
+    first.add_(1)
+
+    assert second.sum() == 0
+
+
+def test_argument_is_held_once_for_all_workers(cluster: None) -> None:
+    """By Ray and by one memory file, whatever the number of workers."""
+    launcher = trx.Launcher(workers_per_host=4, backend=None)
+
+    def use(tensor: torch.Tensor) -> tuple[int, int]:
+        total = int(tensor.sum(dtype=torch.int64))
+        return total, meminfo("Shmem")
+
+    launcher.run(use, megabytes(1))
+    before = meminfo("Shmem")
+    size = 200 * MIB
+    result = launcher.run(use, megabytes(200))
+
+    assert {total for total, _ in result} == {size}
+    assert max(shmem for _, shmem in result) - before < 2.2 * size
+
+
+def test_nothing_of_a_hundred_launches_stays(cluster: None) -> None:
+    launcher = trx.Launcher(workers_per_host=2, backend=None)
+
+    def go(tensor: torch.Tensor, fail: bool) -> tuple[int, torch.Tensor]:
+        if fail and os.environ["RANK"] == "1":
+            raise KeyError
+        return processes.agent_pid(), tensor
+
+    def look(agent: int) -> tuple[int, int, int, list[str]]:
+        files = sorted(name for name in os.listdir("/dev/shm") if "torch" in name)
+        fds = len(os.listdir(f"/proc/{agent}/fd"))
+        return meminfo("Shmem"), status(agent, "RssAnon"), fds, files
+
+    with launcher.session() as session:
+
+        def some_launches(count: int) -> int:
+            agent = 0
+            for i in range(count):
+                if i % 5 == 4:
+                    with pytest.raises(KeyError):
+                        session.run(go, megabytes(5), True)
+                else:
+                    result = session.run(go, megabytes(5), False)
+                    agent = result.rank(0)[0] if i % 5 == 0 else agent
+            return agent
+
+        agent = some_launches(20)
+        shmem, anon, fds, files = look(agent)
+        assert some_launches(100) == agent
+
+        after = look(agent)
+        assert after[0] - shmem < 60 * MIB, "100 launches moved 1500 MiB"
+        assert after[1] - anon < 30 * MIB
+        assert after[2] <= fds + 2
+        assert after[3] == files
+
+
+def test_memory_files_go_when_their_values_are_rays(cluster: None) -> None:
+    def agents_memory_files(agent: int) -> list[str]:
+        maps = Path(f"/proc/{agent}/maps").read_text()
+        return re.findall(r"memfd:torchrunx_ray_\S+", maps)
+
+    with trx.Launcher(workers_per_host=2, backend=None).session() as session:
+        result = session.run(lambda: (processes.agent_pid(), torch.ones(MIB)))
+        agent, _ = result.rank(0)
+        assert processes.wait_until(lambda: not agents_memory_files(agent))
+
+
+def calls_meanwhile(run: "trx.Run[Any]", call: Callable[[], object]) -> float:
+    """The longest that a call took, made again and again while a run goes on."""
+    longest = 0.0
+    while not run.done():
+        begun = time.monotonic()
+        call()
+        longest = max(longest, time.monotonic() - begun)
+    return longest
+
+
+def test_large_value_on_its_way_does_not_block_the_agent(cluster: None) -> None:
+    launcher = trx.Launcher(
+        workers_per_host=1, backend=None, name="unblocked", extra_env_vars={"OWN_AGENT": "1"}
+    )
+    launcher.run(os.getpid)
+    (name,) = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith("unblocked-")
+    ]
+    agent: Any = ray.get_actor(name, namespace="torchrunx_ray")
+    run = launcher.submit(megabytes, 1024)
+
+    assert calls_meanwhile(run, lambda: ray.get(agent.clock.remote())) < 0.2
+    assert run.result().rank(0).shape == (1024 * MIB,)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Cluster]:
+    """A head, where the driver is, and two nodes for workers."""
+    nodes = {"num_cpus": 2, "object_store_memory": 600 * MIB}
+    with raylets({"num_cpus": 0}, nodes, nodes) as cluster:
+        yield cluster
+
+
+def holders(ref: Any) -> set[str]:
+    return set(ray.experimental.get_object_locations([ref])[ref]["node_ids"])
+
+
+def worker_nodes() -> list[str]:
+    return [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+
+
+def test_reference_goes_from_host_to_host_without_the_driver(two_nodes: Cluster) -> None:
+    one, other = worker_nodes()
+    first = trx.Launcher(hostnames=[one], workers_per_host=1, backend=None).run(megabytes, 200)
+    before = status(os.getpid(), "VmRSS")
+    ref = first.ref(0)
+    assert holders(ref) == {one}
+
+    def look(tensor: torch.Tensor) -> tuple[int, bool]:
+        maps = Path(f"/proc/{processes.agent_pid()}/maps").read_text()
+        return len(tensor), "libtorch" in maps
+
+    second = trx.Launcher(hostnames=[other], workers_per_host=2, backend=None).run(look, ref)
+
+    assert list(second) == [(200 * MIB, False)] * 2
+    assert holders(ref) == {one, other}
+    assert status(os.getpid(), "VmRSS") - before < 50 * MIB
+
+
+def test_only_the_value_that_is_asked_for_is_fetched(two_nodes: Cluster) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    launcher = trx.Launcher(hostnames=worker_nodes(), workers_per_host=1, backend=None)
+    result = launcher.run(megabytes, 20)
+    assert all(here not in holders(result.ref(rank)) for rank in (0, 1))
+
+    result.rank(1)
+    assert here in holders(result.ref(1))
+    assert here not in holders(result.ref(0))
+
+
+@pytest.mark.slow
+def test_value_whose_node_has_died_is_told_with_rank_and_host(two_nodes: Cluster) -> None:
+    """Last on these nodes: one of them goes."""
+    doomed = two_nodes.add_node(num_cpus=1)
+    ids = [n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") == 1]
+    result = trx.Launcher(hostnames=ids, workers_per_host=1, backend=None).run(megabytes, 20)
+    two_nodes.remove_node(doomed)
+
+    with pytest.raises(trx.AgentFailedError, match="the value that rank 0 returned is lost") as e:
+        result.rank(0)
+    assert e.value.hostname == ids[0]
+
+
+def test_value_that_neither_store_nor_disk_takes_is_told_with_both_sizes(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import torch, torchrunx_ray as trx
+ray.shutdown()
+full_disk = {"local_fs_capacity_threshold": 0.0}
+ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80 * 2**20,
+         _system_config=full_disk)
+launcher = trx.Launcher(workers_per_host=1, backend=None)
+try:
+    launcher.run(lambda: torch.ones(25 * 2**20)).rank(0)
+except trx.PayloadError as error:
+    print(error.rank, error)
+try:
+    launcher.run(len, torch.ones(25 * 2**20))
+except trx.PayloadError as error:
+    print(error.rank, error)
+"""
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "0 the return value of rank 0 cannot be stored on " in done.stdout
+    assert "it has 100 MiB; the node's object store has 80 MiB" in done.stdout
+    assert "they have 100 MiB; the object store of the driver's node has 80 MiB" in done.stdout

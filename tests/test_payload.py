@@ -1,0 +1,260 @@
+"""Values as they travel: packed, through a memory file, and unpacked."""
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from torchrunx_ray.errors import PayloadError
+from torchrunx_ray.wire.payload import Packed, map_memory_file, memory_file, pack
+
+
+def through_a_file(value: object) -> Any:
+    """As arguments and results travel inside a host."""
+    fd = memory_file(pack([("value", value)]))
+    (packed,) = map_memory_file(fd)
+    os.close(fd)
+    return packed.unpack()
+
+
+def through_ray(value: object) -> Any:
+    """As they travel between hosts: buffers out of band, and read-only where they arrive."""
+    buffers: list[pickle.PickleBuffer] = []
+    stream = pickle.dumps(pack([("value", value)]), protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(stream, buffers=[buffer.raw().toreadonly() for buffer in buffers])
+
+
+ways = pytest.mark.parametrize("travel", [through_a_file, through_ray])
+
+BIG = 10_000
+
+TENSORS: dict[str, Callable[[], torch.Tensor]] = {
+    "plain": lambda: torch.arange(BIG),
+    "small": lambda: torch.arange(3),
+    "0-dim": lambda: torch.tensor(1.5),
+    "empty": lambda: torch.empty(0, 3),
+    "transposed": lambda: torch.randn(100, 100).t(),
+    "strided": lambda: torch.arange(BIG)[10::7],
+    "expanded": lambda: torch.randn(1).expand(BIG),
+    "channels last": lambda: torch.randn(2, 3, 30, 30).to(memory_format=torch.channels_last),
+    "bf16": lambda: torch.randn(BIG).bfloat16(),
+    "fp8": lambda: torch.randn(BIG).to(torch.float8_e4m3fn),
+    "bool": lambda: torch.arange(BIG) % 2 == 0,
+    "complex": lambda: torch.randn(BIG, dtype=torch.complex64),
+    "conjugated": lambda: torch.randn(BIG, dtype=torch.complex64).conj(),
+    "negated view": lambda: torch.randn(BIG, dtype=torch.complex64).conj().imag,
+    "requires_grad": lambda: torch.randn(BIG, requires_grad=True),
+    "not a leaf": lambda: torch.randn(BIG, requires_grad=True) * 2,
+    "sparse coo": lambda: torch.eye(100).to_sparse(),
+    "sparse csr": lambda: torch.eye(100).to_sparse_csr(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.randn(BIG), 0.1, 0, torch.qint8),
+    "parameter": lambda: torch.nn.Parameter(torch.randn(BIG)),
+    "buffer": lambda: torch.nn.Buffer(torch.randn(BIG)),
+    "in shared memory": lambda: torch.randn(BIG).share_memory_(),
+    "with an attribute": lambda: with_attribute(torch.randn(BIG)),
+    "subclass": lambda: torch.randn(BIG).as_subclass(Celsius),
+}
+
+
+class Celsius(torch.Tensor):
+    pass
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.note = "mine"  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        return tensor.int_repr()
+    return tensor.to_dense() if tensor.layout is not torch.strided else tensor
+
+
+@ways
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*")
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+def test_tensors_of_every_kind(travel: Callable[[object], Any], kind: str) -> None:
+    tensor = TENSORS[kind]()
+    arrived = travel(tensor)
+
+    assert type(arrived) is type(tensor)
+    assert (arrived.dtype, arrived.shape, arrived.layout) == (
+        tensor.dtype,
+        tensor.shape,
+        tensor.layout,
+    )
+    assert arrived.requires_grad == tensor.requires_grad
+    assert arrived.__dict__ == tensor.__dict__
+    one, other = dense(arrived), dense(tensor)
+    if tensor.layout is torch.strided:
+        assert arrived.stride() == tensor.stride()
+    if one.dtype is torch.float8_e4m3fn:
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    assert torch.equal(one.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
+
+
+@ways
+def test_tensors_arrive_writable_and_leave_the_senders_alone(
+    travel: Callable[[object], Any],
+) -> None:
+    tensor = torch.zeros(BIG)
+    arrived = travel({"tensor": tensor, "small": torch.zeros(3)})
+    arrived["tensor"].add_(1)
+    arrived["small"].add_(1)
+
+    assert arrived["tensor"].sum() == BIG
+    assert arrived["small"].sum() == 3
+    assert tensor.sum() == 0
+
+
+@ways
+@pytest.mark.parametrize("size", [4, BIG])
+def test_views_of_one_storage_still_share_it(travel: Callable[[object], Any], size: int) -> None:
+    base = torch.zeros(size)
+    tied = torch.nn.Parameter(torch.zeros(size))
+    whole, half, one, other = travel([base, base[: size // 2], tied, tied])
+    half.add_(1)
+
+    assert whole.sum() == size // 2
+    assert one is other
+
+
+@ways
+def test_module_with_optimizer_goes_on_training(travel: Callable[[object], Any]) -> None:
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(4, 64)).square().sum().backward()
+        optimizer.step()
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+    model[0].bias = model[1].weight = torch.nn.Parameter(torch.ones(1, 64)[0:1].squeeze())
+    model[1].weight = torch.nn.Parameter(torch.ones(1, 64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer)
+    arrived_model, arrived_optimizer = travel((model, optimizer))
+    step(model, optimizer)
+    step(arrived_model, arrived_optimizer)
+
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(arrived_model.state_dict()[name], tensor)
+    state, arrived_state = optimizer.state_dict(), arrived_optimizer.state_dict()
+    assert state["param_groups"] == arrived_state["param_groups"]
+    assert torch.equal(state["state"][0]["exp_avg"], arrived_state["state"][0]["exp_avg"])
+
+
+@dataclasses.dataclass
+class Batch:
+    images: torch.Tensor
+    names: list[str]
+
+
+@ways
+def test_containers_and_dataclasses(travel: Callable[[object], Any]) -> None:
+    value = {"batches": [Batch(torch.ones(BIG), ["a"]), None], (1, 2): {3, "x"}}
+    arrived = travel(value)
+
+    assert arrived.keys() == value.keys()
+    assert arrived["batches"][0].names == ["a"]
+    assert torch.equal(arrived["batches"][0].images, torch.ones(BIG))
+    assert arrived["batches"][1] is None
+
+
+@ways
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(BIG),
+        np.arange(3),
+        np.asfortranarray(np.random.rand(100, 100)),
+        np.arange(BIG)[::3],
+        np.array(["a", None, {"b": 1}], dtype=object),
+        np.zeros(BIG, dtype=[("x", "f4"), ("name", "U5")]),
+        np.array(1.5),
+        np.zeros((0, 3)),
+    ],
+    ids=["plain", "small", "fortran", "strided", "object", "structured", "0-dim", "empty"],
+)
+def test_arrays(travel: Callable[[object], Any], array: np.ndarray[Any, Any]) -> None:
+    arrived = travel(array)
+
+    assert arrived.dtype == array.dtype
+    assert arrived.shape == array.shape
+    assert (arrived == array).all()
+
+
+def test_large_buffers_are_not_copied_when_packed() -> None:
+    tensor, array = torch.zeros(BIG), np.zeros(BIG)
+    packed = pack([("value", (tensor, array))])
+    tensor.add_(1)
+    array += 2
+
+    arrived_tensor, arrived_array = packed.unpack()
+    assert arrived_tensor.sum() == BIG
+    assert arrived_array.sum() == 2 * BIG
+    assert len(packed.stream) < 2000
+
+
+def test_packed_tensor_outlives_the_one_that_was_packed() -> None:
+    packed = pack([("value", torch.ones(BIG))])
+    for _ in range(10):
+        torch.zeros(BIG)
+
+    assert packed.unpack().sum() == BIG
+
+
+def test_very_many_small_tensors() -> None:
+    tensors = through_a_file([torch.full((2, 2), float(i)) for i in range(100_000)])
+
+    assert len(tensors) == 100_000
+    assert all(tensors[i][0, 0] == i for i in range(0, 100_000, 997))
+
+
+def test_one_tensor_of_2_gib() -> None:
+    tensor = torch.zeros(2**31 + 5, dtype=torch.uint8)
+    tensor[-1] = 7
+
+    arrived = through_a_file(tensor)
+    assert len(arrived) == 2**31 + 5
+    assert arrived[-1] == 7
+
+
+def test_memory_file_of_several_values_leaves_no_file_and_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    fd = memory_file(Packed(b"a", (memoryview(b""),)), Packed(b"bc"), pack([("value", [1])]))
+    first, second, third = map_memory_file(fd)
+    os.close(fd)
+
+    assert (bytes(first.stream), [bytes(b) for b in first.buffers]) == (b"a", [b""])
+    assert bytes(second.stream) == b"bc"
+    assert third.unpack() == [1]
+    del first, second, third
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_recursion_that_is_too_deep() -> None:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+
+    with pytest.raises(PayloadError, match="excessively deep recursion"):
+        pack([("the return value", value)])
+
+
+class RaisesInReduce:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("in reduce")
+
+
+def test_exception_in_reduce_is_shown_with_the_path() -> None:
+    with pytest.raises(PayloadError, match=r"args\[0\]\['a'\] cannot be pickled: .*in reduce"):
+        pack([("args", ({"a": RaisesInReduce()},))])
