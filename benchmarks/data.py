@@ -1,0 +1,153 @@
+"""How fast values go in and come out, in units of what Ray and one copy cost.
+
+One host, one Ray. The baseline is measured in the same run, in turn with the rest: `ray.put` and
+`ray.get` of the same bytes as a numpy array, and one copy of them. A result is timed from the
+moment the function returns to the moment the driver holds the tensor; an argument from the call to
+the moment the last worker's function begins, less the same for a launch without one.
+
+    python benchmarks/data.py [--samples 5] [--megabytes 512] [--workers 8]
+
+torchrunx is measured beside it where it is installed.
+"""
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+import torchrunx_ray as trx
+
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--workers", type=int, default=8)
+    arguments = parser.parse_args()
+    workers: int = arguments.workers
+    size: int = arguments.megabytes * MIB
+    store = max(4 * size, 80 * MIB)
+    ray.init(
+        address="local", num_cpus=2 * workers, include_dashboard=False, object_store_memory=store
+    )
+    tensor = torch.ones(size, dtype=torch.uint8)
+    kilobyte = torch.ones(1024, dtype=torch.uint8)
+    sessions = {count: open_session(count) for count in (1, workers)}
+    questions: dict[str, Callable[[], float]] = {
+        "baseline: put, get, copy": lambda: baseline(tensor),
+        "result of one rank": lambda: result_of_rank_0(sessions[workers], size),
+        "argument to 1 worker": lambda: argument(sessions[1], tensor),
+        f"argument to {workers} workers": lambda: argument(sessions[workers], tensor),
+        "launch without values": lambda: launch(sessions[workers], None),
+        "launch with 1 KB in and out": lambda: launch(sessions[workers], kilobyte),
+    }
+    if importlib.util.find_spec("torchrunx") is not None:
+        questions["torchrunx: result of one rank"] = lambda: torchrunx_result(size)
+        questions["torchrunx: argument to 1 worker"] = lambda: torchrunx_argument(tensor)
+    times: dict[str, list[float]] = {name: [] for name in questions}
+    for question in questions.values():
+        question()  # first touches of Ray's store
+    for _ in range(arguments.samples):
+        for name, question in questions.items():
+            times[name].append(question())
+    report(times, size)
+
+
+def open_session(workers: int) -> trx.Session:
+    return trx.Launcher(hostnames=1, workers_per_host=workers, backend=None).session()
+
+
+def baseline(tensor: torch.Tensor) -> float:
+    array = tensor.numpy()
+    begun = time.monotonic()
+    copied: Any = np.array(ray.get(ray.put(array)))
+    taken = time.monotonic() - begun
+    assert copied[-1] == 1
+    return taken
+
+
+def result_of_rank_0(session: trx.Session, size: int) -> float:
+    def make() -> tuple[float, torch.Tensor | None]:
+        import os
+
+        value = torch.ones(size, dtype=torch.uint8) if os.environ["RANK"] == "0" else None
+        return time.monotonic(), value
+
+    returned, value = session.run(make).rank(0)
+    taken = time.monotonic() - returned
+    assert value is not None
+    assert value[-1] == 1
+    return taken
+
+
+def argument(session: trx.Session, tensor: torch.Tensor) -> float:
+    return time_to_begin(session, tensor) - time_to_begin(session, None)
+
+
+def time_to_begin(session: trx.Session, value: torch.Tensor | None) -> float:
+    """Until the function has begun, with its argument, on the last worker."""
+
+    def begin(_: torch.Tensor | None) -> float:
+        return time.monotonic()
+
+    called = time.monotonic()
+    return max(session.run(begin, value)) - called
+
+
+def launch(session: trx.Session, value: torch.Tensor | None) -> float:
+    def give_back(value: torch.Tensor | None) -> torch.Tensor | None:
+        return value
+
+    begun = time.monotonic()
+    list(session.run(give_back, value))
+    return time.monotonic() - begun
+
+
+def torchrunx_result(size: int) -> float:
+    def make() -> tuple[float, torch.Tensor]:
+        value = torch.ones(size, dtype=torch.uint8)
+        return time.monotonic(), value
+
+    returned, _ = torchrunx().run(make).rank(0)
+    return time.monotonic() - returned
+
+
+def torchrunx_argument(tensor: torch.Tensor) -> float:
+    def begin(_: torch.Tensor | None) -> float:
+        return time.monotonic()
+
+    def until_begun(value: torch.Tensor | None) -> float:
+        called = time.monotonic()
+        return torchrunx().run(begin, value).rank(0) - called
+
+    return until_begun(tensor) - until_begun(None)
+
+
+def torchrunx() -> Any:
+    module: Any = importlib.import_module("torchrunx")
+    return module.Launcher(hostnames=["localhost"], workers_per_host=1, backend="gloo")
+
+
+def report(times: dict[str, list[float]], size: int) -> None:
+    base = statistics.median(times["baseline: put, get, copy"])
+    print(f"{size // MIB} MiB; seconds")
+    print(f"{'':34}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}{'GB/s':>8}  of the baseline")
+    for name, taken in times.items():
+        median = statistics.median(taken)
+        row = f"{name:34}{median:9.3f}{min(taken):9.3f}{max(taken):9.3f}{len(taken):4}"
+        moved = (
+            "" if name.startswith("launch") else f"{size / median / 1e9:8.2f}  {median / base:.2f}x"
+        )
+        print(row + moved)
+
+
+if __name__ == "__main__":
+    main()
