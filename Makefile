@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := $(VENV)-oldest
 
-.PHONY: demo test test-all check bench format clean
+.PHONY: demo test test-all test-oldest check bench format clean
 
 # A Ray of its own: the machine may have others, or their remains.
 demo: $(READY)
@@ -17,6 +18,13 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/pytest $(ARGS)
 
+# The lowest versions that pyproject.toml allows; several gigabytes, as its torch comes with CUDA. Their own
+# warnings, and what that gloo prints, are not ours to test.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -o filterwarnings=default $(ARGS) \
+		$(addprefix tests/test_,core.py launch.py run.py worker_process.py own_groups.py libraries.py \
+		payload.py data_plane.py hosts.py shapes.py)
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,6 +33,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/data.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -35,5 +44,10 @@ $(READY): pyproject.toml constraints.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt -e .
 	touch $@
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt requirements-dev.txt
+	$(PYTHON) -m venv $(OLDEST) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(OLDEST); }
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -r requirements-dev.txt -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)

@@ -44,8 +44,7 @@ def gpus() -> str:
 
 
 def raylet_pid() -> int:
-    agent = processes.parent(processes.parent(os.getppid()))
-    return processes.parent(agent)
+    return processes.parent(processes.agent_pid())
 
 
 def node_of(raylet: int) -> str:

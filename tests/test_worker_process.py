@@ -272,8 +272,7 @@ def test_workers_do_not_load_ray(launcher: trx.Launcher) -> None:
 
 def test_agent_does_not_load_torch(launcher: trx.Launcher) -> None:
     def look() -> str:
-        agent = processes.parent(processes.parent(os.getppid()))
-        return Path(f"/proc/{agent}/maps").read_text()
+        return Path(f"/proc/{processes.agent_pid()}/maps").read_text()
 
     maps = launcher.run(look).rank(0)
 

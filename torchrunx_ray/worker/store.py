@@ -21,15 +21,6 @@ def serve(listening_fd: int, port: int) -> NoReturn:
         is_master=True,
         wait_for_workers=False,
         master_listen_fd=listening_fd,
-        use_libuv=_libuv_takes_a_socket(),
     )
     while True:
         signal.pause()
-
-
-def _libuv_takes_a_socket() -> bool:
-    """The faster of torch's two store servers learnt it in 2.8."""
-    from torch.version import __version__
-
-    major, minor, *_ = __version__.split(".")
-    return (int(major), int(minor)) >= (2, 8)
