@@ -21,10 +21,18 @@ _HUGE = 4 * 2**20
 _CHUNK = 16 * 2**20
 """Copied at a time, so that other threads get their turn in between."""
 
+_all_come_to_current_device = False
+
 _PyBUF_WRITE = 0x200
 _view_of_memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _view_of_memory.restype = ctypes.py_object
 _view_of_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+
+
+def bring_all_to_current_device() -> None:
+    """For a worker: CUDA tensors among its arguments are for its own device, not the sender's."""
+    global _all_come_to_current_device
+    _all_come_to_current_device = True
 
 
 def reduce(value: Any, owners: list[object]) -> Any:
@@ -92,8 +100,10 @@ def _storage(data: Any, cuda_index: int | None) -> Any:
     else:
         writable = _copy(view) if view.readonly else view
         storage = torch.frombuffer(writable, dtype=torch.uint8).untyped_storage()
-    if cuda_index is not None and cuda_index < torch.cuda.device_count():
-        storage = storage.cuda(cuda_index)
+    if cuda_index is not None and torch.cuda.is_available():
+        index = torch.cuda.current_device() if _all_come_to_current_device else cuda_index
+        if index < torch.cuda.device_count():
+            storage = storage.cuda(index)
     return storage
 
 

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import messages, tensors
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.payload import map_memory_file
 from torchrunx_ray.worker import group, outcome
@@ -80,6 +80,7 @@ def _settle_in(argv: Sequence[str]) -> None:
 
 
 def _unpack_function(function_fd: int, hostname: str) -> Callable[[], Any]:
+    tensors.bring_all_to_current_device()
     call, *inserted = map_memory_file(function_fd)
     os.close(function_fd)
     return outcome.unpack_call(call, inserted, hostname)
