@@ -72,7 +72,24 @@ print(len(result), len(result.hostnames))
     )
 
     assert "\n4 2\n" in out
-    assert "waiting for room in the Ray cluster, 0 s so far; the autoscaler starts" in out
+    assert "waiting for room in the Ray cluster, 0 s so far; the autoscaler " in out
+
+
+def test_cluster_that_has_grown_to_its_end_and_is_busy_is_waited_for(address: str) -> None:
+    """The newer autoscaler refuses such a group as it refuses one that can never be held."""
+    out = drive(
+        address,
+        """
+launcher = trx.Launcher(hostnames=2, workers_per_host=2, gpus_per_worker=1, backend="gloo")
+with launcher.session():
+    run = trx.Launcher(hostnames=1, workers_per_host=2, gpus_per_worker=1, backend="gloo").submit(os.getpid)
+    time.sleep(4)
+    assert not run.done()
+print(len(run.result(timeout=60)), "of the one that waited")
+""",
+    )
+
+    assert "2 of the one that waited" in out
 
 
 @v2_only

@@ -1,5 +1,6 @@
 """Values go in and come out without needless copies, and nothing of them stays behind."""
 
+import concurrent.futures
 import os
 import re
 import subprocess
@@ -85,6 +86,50 @@ def test_reference_whose_task_failed_is_told(launcher: trx.Launcher) -> None:
         launcher.run(print, [fail.remote()])
     assert "KeyError: 'in the task'" in str(caught.value)
     assert caught.value.step == "fetch"
+
+
+def test_reference_inside_of_anothers_value_is_refused(launcher: trx.Launcher) -> None:
+    """It arrived as a reference that nobody could resolve."""
+    with pytest.raises(trx.PayloadError, match="it is an ObjectRef inside of another's value"):
+        launcher.run(print, ray.put([ray.put(1)]))
+
+
+def test_launch_takes_no_hosts_before_its_arguments_are_there(
+    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It held the CPUs that the task of its argument waited for."""
+    gate = tmp_path / "gate"
+
+    @ray.remote(num_cpus=8)
+    def make() -> int:
+        while not gate.exists():
+            time.sleep(0.01)
+        return 42
+
+    launcher = trx.Launcher(hostnames=1, workers_per_host=8, backend=None)
+    run = launcher.submit(lambda value: value, make.remote())
+    assert processes.wait_until(lambda: "waiting for 1 of 1 ObjectRefs" in caplog.text, 10)
+    assert "room in the Ray cluster" not in caplog.text
+    gate.touch()
+
+    assert run.result(timeout=60).rank(7) == 42
+
+
+def test_cancel_does_not_wait_for_an_argument(cluster: None) -> None:
+    """It took 17 s: the agent had not begun, and so did not report its end."""
+
+    @ray.remote(num_cpus=0)
+    def make() -> None:
+        time.sleep(8)
+
+    run = trx.Launcher(hostnames=1, workers_per_host=1, backend=None).submit(print, make.remote())
+    time.sleep(0.3)
+    begun = time.monotonic()
+    run.cancel()
+
+    with pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=10)
+    assert time.monotonic() - begun < 1
 
 
 def test_handle_of_an_actor_is_refused_with_its_path(launcher: trx.Launcher) -> None:

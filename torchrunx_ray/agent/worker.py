@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
@@ -98,13 +99,11 @@ class Worker:
                 self._hang_up()
                 return
             if self.has_outcome:
+                _close_all(fds)
                 continue  # there is one only; a process that the function forked has no say
             match message:
                 case messages.Finished():
-                    self.has_outcome = True
-                    (packed,) = map_memory_file(fds[0])
-                    self._value.set_result(packed)
-                    os.close(fds[0])
+                    self._take_value(fds)
                     self._mailbox.put(message)
                 case messages.Failed():
                     self.has_outcome = self.has_failed = True
@@ -114,6 +113,23 @@ class Worker:
                 case _:
                     raise TypeError(f"a worker does not send {message!r}")
 
+    def _take_value(self, fds: list[int]) -> None:
+        self.has_outcome = True
+        try:
+            (packed,) = map_memory_file(fds[0])
+        except OSError as error:
+            what = "the agent could not map what a worker returned"
+            self._mailbox.put(messages.AgentFailed(now_ns(), what, str(error)))
+        else:
+            self._value.set_result(packed)
+        finally:
+            _close_all(fds)
+
     def _hang_up(self) -> None:
         self._loop.remove_reader(self._channel.fileno())
         self._channel.close()
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -9,6 +9,7 @@ import ray._raylet
 from ray.core.generated import autoscaler_pb2
 
 from torchrunx_ray.driver import cluster
+from torchrunx_ray.driver.cluster import untyped_ray
 
 _raylet: Any = ray._raylet  # Cython, and made at run time: neither has types
 _messages: Any = autoscaler_pb2
@@ -22,7 +23,7 @@ class Outlook:
     """Whether the cluster can grow for a placement group.
 
     `starting` counts the nodes on their way, by node type. `refused`: the autoscaler has looked at
-    the group, and no node that it may start would do.
+    the group, and would start no node for it.
     """
 
     can_grow: bool = False
@@ -32,8 +33,13 @@ class Outlook:
 
 def outlook(group_id: str) -> Outlook:
     """Ask Ray's head about a placement group; no public function tells any of it."""
-    if cluster.is_remote_client() or cluster.was_started_here():
-        return Outlook()
+    if cluster.is_remote_client():
+        ask: Any = untyped_ray.remote(num_cpus=0)(_ask)  # the head is out of reach from here
+        return untyped_ray.get(ask.remote(group_id))
+    return Outlook() if cluster.was_started_here() else _ask(group_id)
+
+
+def _ask(group_id: str) -> Outlook:
     gcs = _raylet.GcsClient(address=cluster.context().gcs_address)
     status = _messages.GetClusterStatusReply.FromString(gcs.get_cluster_status())
     if status.HasField("autoscaling_state"):
@@ -43,7 +49,7 @@ def outlook(group_id: str) -> Outlook:
 
 
 def _of_v2(state: Any, group_id: str) -> Outlook:
-    """Where there is no autoscaler and it only reports, it refuses every group, so no matter."""
+    """Where there is no autoscaler and it only reports, it refuses every group that waits."""
     refused = any(
         request.details.startswith(group_id) for request in state.infeasible_gang_resource_requests
     )

@@ -10,6 +10,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from torchrunx_ray.driver import cluster, references
 from torchrunx_ray.driver.checks import check_function
 from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import PayloadError, bytes_in_words
 from torchrunx_ray.wire.payload import Packed, pack
 
@@ -28,7 +29,7 @@ class Call:
 
 
 def put_call(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options
 ) -> Call:
     """Check, pickle, then hand to Ray: what cannot travel fails before any resource is asked for."""
     check_function(func)
@@ -39,7 +40,8 @@ def put_call(
         replace=found.replace,
     )
     cluster.connect()
-    return Call(unique(name or function_name), _put(packed), found.packed())
+    inserted = found.packed(options.runtime_env)
+    return Call(unique(options.name or function_name), _put(packed), inserted)
 
 
 def _put(packed: Packed) -> Any:

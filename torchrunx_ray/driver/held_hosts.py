@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver import pool
+from torchrunx_ray.driver import pool, references
 from torchrunx_ray.driver.attempt import Attempt, Crew
 from torchrunx_ray.driver.call import Call
+from torchrunx_ray.driver.cluster import Connection
 from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
@@ -42,6 +43,7 @@ class HeldHosts:
     async def run(self, call: Call) -> "LaunchResult[object] | Failures":
         """Run the call on every worker. Runs wait for each other."""
         async with self._turn:
+            await references.wait_for(call.inserted, Connection())
             crew, backend = await self._assemble(call.run_name)
             attempt = Attempt(call.run_name, self._options, crew, backend)
             try:
@@ -139,6 +141,7 @@ async def run_once(options: Options, call: Call) -> "LaunchResult[object] | Fail
     """Hold hosts for one run."""
     hosts = HeldHosts(options)
     try:
+        await references.wait_for(call.inserted, Connection())
         await hosts.open(call.run_name)
         return await hosts.run(call)
     finally:

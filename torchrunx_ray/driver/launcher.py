@@ -30,7 +30,7 @@ class Launcher(Options):
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background; wait for it by the run's `result()`, or await it."""
-        return Run(run_once(self, put_call(func, args, kwargs, self.name)))
+        return Run(run_once(self, put_call(func, args, kwargs, self)))
 
     def session(self) -> Session:
         """Reserve the hosts for several runs. Waits until there is room."""

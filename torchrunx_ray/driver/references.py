@@ -1,12 +1,21 @@
 """ObjectRefs in the arguments of a launch: their values go to the hosts, not through the driver."""
 
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.cluster import Connection, untyped_ray
+from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.wire.payload import Inserted, Packed, pack
+
+logger = logging.getLogger("torchrunx_ray")
+
+_REPORT_EVERY_S = 10
 
 _of_ours: set[bytes] = set()
 """Actors of this driver whose results are Packed, by id."""
@@ -31,19 +40,39 @@ class Found:
         if isinstance(value, _ObjectRef):
             index = self._refs.setdefault(value, len(self._refs))
             return Inserted(index).__reduce__()
-        if isinstance(value, _ActorHandle):
-            raise TypeError(
-                "it is a handle of a Ray actor, and a worker is no process of Ray's; call the actor "
-                "in the driver, or look it up by name in the function after ray.init()"
-            )
+        _refuse_handle(value)
         return NotImplemented
 
-    def packed(self) -> "list[ray.ObjectRef[Any]]":
+    def packed(self, runtime_env: Mapping[str, Any] | None) -> "list[ray.ObjectRef[Any]]":
         """References to the same values, packed.
 
         An agent would otherwise unpickle a value that it is handed, and so import what it needs.
         """
-        return [ref if _is_packed(ref) else _repack(ref) for ref in self._refs]
+        return [ref if _is_packed(ref) else _repack(ref, runtime_env) for ref in self._refs]
+
+
+async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection) -> None:
+    """Return when Ray has the values, or knows that it will not have them."""
+    begun = time.monotonic()
+    reported = -math.inf
+    missing: list[Any] = list(refs)
+    while missing:
+        _, missing = await in_thread(_wait_a_second, missing)
+        connection.check()
+        now = time.monotonic()
+        if missing and now - reported >= _REPORT_EVERY_S:
+            logger.warning(
+                "waiting for %d of %d ObjectRefs in the arguments, whose tasks have not ended, %.0f s "
+                "so far; the launch takes its hosts after them",
+                len(missing),
+                len(refs),
+                now - begun,
+            )
+            reported = now
+
+
+def _wait_a_second(refs: list[Any]) -> tuple[list[Any], list[Any]]:
+    return untyped_ray.wait(refs, num_returns=len(refs), timeout=1, fetch_local=False)
 
 
 def _is_packed(ref: Any) -> bool:
@@ -51,11 +80,30 @@ def _is_packed(ref: Any) -> bool:
     return ref.task_id().actor_id().binary() in _of_ours
 
 
-def _repack(ref: "ray.ObjectRef[Any]") -> Any:
+def _repack(ref: "ray.ObjectRef[Any]", runtime_env: Mapping[str, Any] | None) -> Any:
     """Where Ray runs a task with this argument: on the node that has it."""
-    task: Any = untyped_ray.remote(num_cpus=0)(_pack)
+    environment = dict(runtime_env) if runtime_env else None
+    task: Any = untyped_ray.remote(num_cpus=0, runtime_env=environment)(_pack)
     return task.remote(ref)
 
 
 def _pack(value: object) -> Packed:
-    return pack([("the value of an ObjectRef in the arguments", value)])
+    return pack([("the value of an ObjectRef in the arguments", value)], replace=_refuse)
+
+
+def _refuse(value: Any) -> Any:
+    if isinstance(value, _ObjectRef):
+        raise TypeError(
+            "it is an ObjectRef inside of another's value, and a worker is no process of Ray's; pass "
+            "it by itself"
+        )
+    _refuse_handle(value)
+    return NotImplemented
+
+
+def _refuse_handle(value: Any) -> None:
+    if isinstance(value, _ActorHandle) or type(value).__name__ == "ClientActorHandle":
+        raise TypeError(
+            "it is a handle of a Ray actor, and a worker is no process of Ray's; call the actor in "
+            "the driver, or look it up by name in the function after ray.init()"
+        )

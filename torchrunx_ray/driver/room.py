@@ -131,7 +131,8 @@ class _Room:
                 )
         reason = why_impossible(self._wanted(), self.nodes, self.options)
         if self.outlook.can_grow:
-            if not self.outlook.refused:
+            # It refuses as well what only waits for others while no node may be added.
+            if not self.outlook.refused or (reason is None and not self.infeasible):
                 return None
             refusal = "its autoscaler may start no nodes that would do"
             return f"{refusal}; {reason}" if reason else refusal

@@ -25,7 +25,7 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         cluster.connect()
-        self._name = options.name
+        self._options = options
         self._hosts = HeldHosts(options)
         self._running: set[Run[Any]] = set()
         opening = loop.start(self._hosts.open(unique(options.name or "session")))
@@ -42,7 +42,7 @@ class Session:
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background."""
-        run: Run[R] = Run(self._hosts.run(put_call(func, args, kwargs, self._name)))
+        run: Run[R] = Run(self._hosts.run(put_call(func, args, kwargs, self._options)))
         self._running.add(run)
         run.call_when_done(self._running.discard)
         return run

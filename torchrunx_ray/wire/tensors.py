@@ -24,6 +24,7 @@ _CHUNK = 16 * 2**20
 _all_come_to_current_device = False
 
 _PyBUF_WRITE = 0x200
+_libc: Any = ctypes.CDLL(None)
 _view_of_memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _view_of_memory.restype = ctypes.py_object
 _view_of_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -62,7 +63,7 @@ def _reduce_tensor(torch: Any, tensor: Any) -> Any:
     is_plain = (
         tensor.layout is torch.strided
         and tensor.device.type in ("cpu", "cuda")
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
         and not (tensor.__dict__ or tensor._backward_hooks or any(getattr(tensor, "names", ())))
     )
     if not is_plain:
@@ -92,14 +93,17 @@ def _reduce_storage(storage: Any, owners: list[object]) -> Any:
 
 
 def _storage(data: Any, cuda_index: int | None) -> Any:
-    """A writable storage: on the bytes themselves where these may be written, else on a copy."""
+    """A writable storage: on the bytes themselves where they are a file's mapping, else on a copy.
+
+    A storage on bytes that it does not own cannot be resized.
+    """
     torch: Any = importlib.import_module("torch")
     view = memoryview(data).cast("B")
-    if not view.nbytes:
-        storage = torch.UntypedStorage(0)
+    if view.readonly or view.nbytes <= _SMALL:
+        storage = torch.UntypedStorage(view.nbytes)
+        _copy(view, storage.data_ptr())
     else:
-        writable = _copy(view) if view.readonly else view
-        storage = torch.frombuffer(writable, dtype=torch.uint8).untyped_storage()
+        storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
     if cuda_index is not None and torch.cuda.is_available():
         index = torch.cuda.current_device() if _all_come_to_current_device else cuda_index
         if index < torch.cuda.device_count():
@@ -107,15 +111,19 @@ def _storage(data: Any, cuda_index: int | None) -> Any:
     return storage
 
 
-def _copy(view: memoryview) -> Any:
-    if view.nbytes < _HUGE:
-        return bytearray(view)
-    copy = mmap.mmap(-1, view.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    copy.madvise(mmap.MADV_HUGEPAGE)  # fresh memory comes 5 times faster so
-    target = memoryview(copy)
-    for start in range(0, view.nbytes, _CHUNK):
+def _copy(view: memoryview, address: int) -> None:
+    size = view.nbytes
+    if size == 0:
+        return
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # not every system has it
+    if advice is not None and size >= _HUGE:
+        # Fresh memory comes 5 times faster so. It is advice: whether it is taken does not matter.
+        begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+    target = _view_of_memory(address, size, _PyBUF_WRITE)
+    for start in range(0, size, _CHUNK):
         target[start : start + _CHUNK] = view[start : start + _CHUNK]
-    return copy
 
 
 def _typed_storage(storage: Any, dtype: Any) -> Any:
