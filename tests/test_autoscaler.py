@@ -23,6 +23,8 @@ def address(request: pytest.FixtureRequest) -> Iterator[str]:
         yield address
 
 
+pytestmark = pytest.mark.slow
+
 v2_only = pytest.mark.parametrize("address", ["v2"], indirect=True)
 """The older one does not tell what it refuses."""
 

@@ -311,6 +311,7 @@ def test_value_whose_node_has_died_is_told_with_rank_and_host(two_nodes: Cluster
     assert e.value.hostname == ids[0]
 
 
+@pytest.mark.slow
 def test_value_that_neither_store_nor_disk_takes_is_told_with_both_sizes(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:
