@@ -31,7 +31,7 @@ def test_driver_does_not_load_torch() -> None:
 def test_all_is_exactly_what_is_public() -> None:
     for name in trx.__all__:
         assert getattr(trx, name) is not None
-    submodules = {"driver", "agent", "worker", "wire", "errors"}
+    submodules = {"driver", "agent", "worker", "wire", "errors", "version"}
     imports = {"import_module", "TYPE_CHECKING", "Any"}
     public = {name for name in dir(trx) if not name.startswith("_")}
     assert public - submodules - imports == {n for n in trx.__all__ if n != "__version__"}
