@@ -53,7 +53,9 @@ def test_node_that_was_asked_for_dies_while_the_launch_waits(nodes: Cluster) -> 
     assert wait_until(lambda: group(lambda g: g["state"] == "PENDING") is not None)
     kill_raylet(wanted)
 
-    with pytest.raises(trx.PlacementError, match=f"{wanted}, chosen as one of its hosts, left"):
+    with pytest.raises(
+        trx.PlacementError, match=f"{wanted}, chosen as one of the launch's hosts, left"
+    ):
         waiting.result(timeout=60)
     busy.close()
 
@@ -82,7 +84,7 @@ def test_launch_is_placed_again_when_a_node_dies_before_its_agent_begins(
         kill_raylet(placed["bundles_to_node_id"][0])
 
         assert len(run.result(timeout=100)) == 2
-    assert "a node died before the run began, which is placed again" in caplog.text
+    assert "a node died before the run began; it is placed again" in caplog.text
 
 
 def test_session_goes_on_elsewhere_when_its_node_dies(nodes: Cluster) -> None:

@@ -80,7 +80,7 @@ class HeldHosts:
             except (AgentFailedError, RayError) as error:
                 if await placement.is_whole():
                     raise
-                logger.warning("a node died before the run began, which is placed again: %s", error)
+                logger.warning("a node died before the run began; it is placed again: %s", error)
                 await self._drop(set(self._agents))
                 await placement.remove()
                 self._placement = await place(self._options, name)

@@ -63,7 +63,7 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
         if missing and now - reported >= _REPORT_EVERY_S:
             logger.warning(
                 "waiting for %d of %d ObjectRefs in the arguments, whose tasks have not ended, %.0f s "
-                "so far; the launch takes its hosts after them",
+                "so far; the run begins after them",
                 len(missing),
                 len(refs),
                 now - begun,
@@ -105,5 +105,5 @@ def _refuse_handle(value: Any) -> None:
     if isinstance(value, _ActorHandle) or type(value).__name__ == "ClientActorHandle":
         raise TypeError(
             "it is a handle of a Ray actor, and a worker is no process of Ray's; call the actor in "
-            "the driver, or look it up by name in the function after ray.init()"
+            "the driver, or have the function call ray.init(namespace=...) and look it up by name"
         )

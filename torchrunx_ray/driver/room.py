@@ -49,7 +49,8 @@ async def wait_for_room(
         except Exception as error:  # Ray has no type for it
             connection.check()
             raise PlacementError(
-                f"Somebody else removed the launch's placement group while it waited: {error}"
+                f"Ray no longer knows the launch's placement group (somebody removed it, or its head was "
+                f"started anew): {error}. Launch again."
             ) from None
         finally:
             # The group may be removed while Ray is still asked about it.
@@ -97,6 +98,13 @@ class _Room:
 
     def check(self, waited_s: float, limit_s: float) -> None:
         """Raise where waiting has no end, or has come to its end."""
+        gone = self._host_that_left()
+        if gone is not None:
+            raise self._error(
+                f"{gone}, chosen as one of the launch's hosts, left the cluster while it waited.",
+                "Launch again: hosts are chosen among the nodes that live. If hostnames names it, bring "
+                "it back or leave it out.",
+            )
         never = self._why_never()
         if never is not None:
             raise self._error(
@@ -108,9 +116,11 @@ class _Room:
             raise self._error(
                 f"The Ray cluster had no room for this launch within placement_timeout={limit_s:g} s"
                 + (f"; {starting}." if starting else "."),
-                "Wait longer, or ask for less."
+                "Has the autoscaler reached its max_workers, and does it know a node type that is large "
+                "enough? `ray status` tells. Wait longer, or ask for less."
                 if self.outlook.can_grow
-                else "Others hold what is missing. Wait longer, or ask for less.",
+                else "Others hold what is missing, or an open session of your own: `ray list "
+                "placement-groups` and `ray list actors` tell. Wait longer, or ask for less.",
             )
 
     def report(self, waited_s: float) -> None:
@@ -122,13 +132,14 @@ class _Room:
             room_table(self._wanted(), self._free(), self._total()),
         )
 
-    def _why_never(self) -> str | None:
+    def _host_that_left(self) -> str | None:
         live = {node.node_id for node in self.nodes}
         for host in self.shape.hosts:
             if host.node is not None and host.node.node_id not in live:
-                return (
-                    f"{host.label or host.node.name}, chosen as one of its hosts, left the cluster"
-                )
+                return host.label or host.node.name
+        return None
+
+    def _why_never(self) -> str | None:
         reason = why_impossible(self._wanted(), self.nodes, self.options)
         if self.outlook.can_grow:
             # It refuses as well what only waits for others while no node may be added.

@@ -10,6 +10,11 @@ from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import PlacementError
 from torchrunx_ray.wire.ranks import gpus_held
 
+_NUMBERS_FOR_AN_AUTOSCALER = (
+    "To have an autoscaler start nodes give numbers, as in hostnames=2, workers_per_host=8, "
+    "gpus_per_worker=1: without the last, a node that is not there yet counts as one without GPUs."
+)
+
 
 @dataclass(frozen=True)
 class HostWanted:
@@ -71,7 +76,7 @@ def _choose(
             f"are live: {reason}.",
             wanted=wanted,
             total={node.name: node.resources for node in nodes},
-            advice="Plain numbers for both let an autoscaler start nodes for them.",
+            advice=_NUMBERS_FOR_AN_AUTOSCALER,
         )
     chosen: list[Node | None] = list(candidates[:count])
     chosen += [None] * (count - len(chosen))
@@ -124,7 +129,9 @@ def _workers(options: Options, chosen: Sequence[Node | None]) -> list[int]:
         raise PlacementError(
             f"workers_per_host={workers!r}: {node.hostname} has no {'GPU' if use_gpus else 'CPU'}.",
             total={node.name: node.resources for node in nodes},
-            advice="Say how many workers it shall run, or leave it out of hostnames.",
+            advice="Say how many workers it shall run, or leave it out of hostnames."
+            if not isinstance(options.hostnames, int | str)
+            else _NUMBERS_FOR_AN_AUTOSCALER,
         )
     return counts
 
