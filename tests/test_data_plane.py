@@ -115,7 +115,9 @@ def test_launch_takes_no_hosts_before_its_arguments_are_there(
     assert run.result(timeout=60).rank(7) == 42
 
 
-def test_cancel_does_not_wait_for_an_argument(cluster: None) -> None:
+def test_cancel_does_not_wait_for_an_argument(
+    cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
     """It took 17 s: the agent had not begun, and so did not report its end."""
 
     @ray.remote(num_cpus=0)
@@ -123,7 +125,7 @@ def test_cancel_does_not_wait_for_an_argument(cluster: None) -> None:
         time.sleep(8)
 
     run = trx.Launcher(hostnames=1, workers_per_host=1, backend=None).submit(print, make.remote())
-    time.sleep(0.3)
+    assert processes.wait_until(lambda: "waiting for 1 of 1 ObjectRefs" in caplog.text, 10)
     begun = time.monotonic()
     run.cancel()
 

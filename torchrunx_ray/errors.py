@@ -172,7 +172,7 @@ class WorkerFailedError(LaunchError):
         self.traceback = traceback
         lines = [f"rank {rank} (local rank {local_rank} on {hostname}, pid {pid}) {what}"]
         if peak_memory:
-            lines[0] += f"; its peak memory was {peak_memory / 2**20:.0f} MiB"
+            lines[0] += f"; its peak memory was {bytes_in_words(peak_memory)}"
         if last_lines:
             lines.append("Its last lines of stderr:")
             lines += [f"  {line}" for line in last_lines]

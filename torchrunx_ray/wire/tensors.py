@@ -12,9 +12,6 @@ import pickle
 import sys
 from typing import Any
 
-_SMALL = 2048
-"""Bytes of a storage that stay in the pickle stream: a buffer of its own costs more than its copy."""
-
 _HUGE = 4 * 2**20
 """From here on a copy is given huge pages."""
 
@@ -84,9 +81,8 @@ def _reduce_storage(storage: Any, owners: list[object]) -> Any:
     if cuda_index is not None:
         storage = storage.cpu()
     size: int = storage.nbytes()
-    if size <= _SMALL:
-        data = bytearray(ctypes.string_at(storage.data_ptr(), size)) if size else bytearray()
-        return _storage, (data, cuda_index)
+    if size == 0:
+        return _storage, (bytearray(), cuda_index)
     owners.append(storage)
     view = _view_of_memory(storage.data_ptr(), size, _PyBUF_WRITE)
     return _storage, (pickle.PickleBuffer(view), cuda_index)
@@ -99,7 +95,7 @@ def _storage(data: Any, cuda_index: int | None) -> Any:
     """
     torch: Any = importlib.import_module("torch")
     view = memoryview(data).cast("B")
-    if view.readonly or view.nbytes <= _SMALL:
+    if view.readonly or isinstance(data, bytearray):  # which was small, and in the stream
         storage = torch.UntypedStorage(view.nbytes)
         _copy(view, storage.data_ptr())
     else:
