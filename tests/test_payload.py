@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,51 @@ import pytest
 import torch
 
 from torchrunx_ray.errors import PayloadError
-from torchrunx_ray.wire.payload import Packed, map_memory_file, memory_file, pack
+from torchrunx_ray.wire import memory, messages, transfer
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.memory import Remote
+from torchrunx_ray.wire.messages import StartMethod
+from torchrunx_ray.wire.payload import Packed, pack
+from torchrunx_ray.worker.call import HeldCall, map_file
 
 
-def through_a_file(value: object) -> Any:
-    """As arguments and results travel inside a host."""
-    fd = memory_file(pack([("value", value)]))
-    (packed,) = map_memory_file(fd)
-    os.close(fd)
+def as_a_result(value: object, pid: int | None = None) -> Any:
+    """Out of a worker, into its agent."""
+    pid = os.getpid() if pid is None else pid
+    own_memory = memory.open_own()
+    spans, _offered = transfer.offer(own_memory, pack([("value", value)]))
+    taken = transfer.take(Remote(pid, own_memory), spans)
+    os.close(own_memory)
+    assert taken is not None
+    return taken.unpack()
+
+
+def as_a_result_without_the_right_to_trace(value: object) -> Any:
+    return as_a_result(value, pid=-1)  # as where the kernel refuses the pid
+
+
+def as_an_argument(value: object) -> Any:
+    """Out of an agent, into a template, and so into what is forked from it."""
+    (packed,) = hold([pack([("value", value)])], "fork").values()
     return packed.unpack()
+
+
+def as_a_spawned_workers(value: object) -> Any:
+    call = hold([pack([("value", value)])], "spawn")
+    assert call.fd is not None
+    (packed,) = map_file(call.fd, call.layout)
+    return packed.unpack()
+
+
+def hold(values: list[Packed], start_method: StartMethod) -> HeldCall:
+    call = HeldCall(transfer.Layout.of(values), start_method)
+    fd, address = call.open()
+    if address is None:
+        transfer.place_in_file(fd, values)
+    else:
+        transfer.place(Remote(os.getpid(), fd), address, values)
+    os.close(fd)
+    return call
 
 
 def through_ray(value: object) -> Any:
@@ -30,7 +65,16 @@ def through_ray(value: object) -> Any:
     return pickle.loads(stream, buffers=[buffer.raw().toreadonly() for buffer in buffers])
 
 
-ways = pytest.mark.parametrize("travel", [through_a_file, through_ray])
+ways = pytest.mark.parametrize(
+    "travel",
+    [
+        as_a_result,
+        as_a_result_without_the_right_to_trace,
+        as_an_argument,
+        as_a_spawned_workers,
+        through_ray,
+    ],
+)
 
 BIG = 10_000
 
@@ -213,7 +257,7 @@ def test_packed_tensor_outlives_the_one_that_was_packed() -> None:
 
 
 def test_very_many_small_tensors() -> None:
-    tensors = through_a_file([torch.full((2, 2), float(i)) for i in range(100_000)])
+    tensors = as_a_result([torch.full((2, 2), float(i)) for i in range(100_000)])
 
     assert len(tensors) == 100_000
     assert all(tensors[i][0, 0] == i for i in range(0, 100_000, 997))
@@ -223,22 +267,43 @@ def test_one_tensor_of_2_gib() -> None:
     tensor = torch.zeros(2**31 + 5, dtype=torch.uint8)
     tensor[-1] = 7
 
-    arrived = through_a_file(tensor)
+    arrived = as_a_result(tensor)
     assert len(arrived) == 2**31 + 5
     assert arrived[-1] == 7
 
 
-def test_memory_file_of_several_values_leaves_no_file_and_no_descriptor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_several_values_leave_no_file_and_no_descriptor(start_method: StartMethod) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    fd = memory_file(Packed(b"a", (memoryview(b""),)), Packed(b"bc"), pack([("value", [1])]))
-    first, second, third = map_memory_file(fd)
-    os.close(fd)
+    empty = Packed(b"a", (memoryview(b""),))
+    call = hold([empty, Packed(b"bc"), pack([("value", [1])])], start_method)
+    values = call.values() if call.fd is None else map_file(call.fd, call.layout)
+    first, second, third = values
 
     assert (bytes(first.stream), [bytes(b) for b in first.buffers]) == (b"a", [b""])
     assert bytes(second.stream) == b"bc"
     assert third.unpack() == [1]
-    del first, second, third
+    del first, second, third, values
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_value_of_a_process_that_has_ended_is_not_taken() -> None:
+    offered_by, our_end = Channel.pair()
+    value = torch.ones(2**20)
+    pid = os.fork()
+    if pid == 0:
+        own_memory = memory.open_own()
+        spans, _offered = transfer.offer(own_memory, pack([("value", value)]))
+        offered_by.send(messages.Returned(os.getpid(), spans), [own_memory])
+        os._exit(0)
+    returned, (memory_fd,) = our_end.receive()
+    os.waitpid(pid, 0)
+    offered_by.close()
+    our_end.close()
+
+    assert isinstance(returned, messages.Returned)
+    assert transfer.take(Remote(pid, memory_fd), returned.value) is None
+    os.close(memory_fd)
 
 
 def test_recursion_that_is_too_deep() -> None:

@@ -1,7 +1,6 @@
 """One run's share of one host."""
 
 import asyncio
-import os
 import signal
 import socket
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from torchrunx_ray.agent.worker import Worker
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.payload import Packed, memory_file
+from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.ranks import Place
 
 
@@ -58,11 +57,12 @@ class HostRun:
             if not self._stopping.is_set():
                 self._check(await self._template.fork_store(self._listening))
             self._listening.close()
-        function_fd = await asyncio.to_thread(memory_file, function, *inserted)
+        if not self._stopping.is_set():
+            self._check(await self._template.hold_call((function, *inserted)))
         for place in self._wanted.places:
             if not self._stopping.is_set():
-                await self._fork(place, function_fd)
-        os.close(function_fd)
+                await self._fork(place)
+        self._template.drop_call()
         self._all_forked = True
         for worker in self._workers.values():
             if not worker.is_forked:
@@ -120,7 +120,7 @@ class HostRun:
         stopped.cancel()
         return ready.result() if ready.done() else None
 
-    async def _fork(self, place: Place, function_fd: int) -> None:
+    async def _fork(self, place: Place) -> None:
         wanted = self._wanted
         worker = self._workers[place.local_rank]
         visible, cuda_device = gpus.of_worker(
@@ -138,7 +138,7 @@ class HostRun:
                 cuda_device=cuda_device,
                 argv=wanted.argv,
             ),
-            [*worker.fds, function_fd],
+            worker.fds,
         )
         worker.give_fds_away()
         worker.is_forked = isinstance(answer, messages.Forked)
@@ -149,7 +149,7 @@ class HostRun:
         interface = interface_of(self._ip) if place.hosts > 1 else None
         return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
 
-    def _check(self, answer: messages.Forked | messages.ForkFailed) -> None:
+    def _check(self, answer: messages.Forked | messages.ForkFailed | None) -> None:
         if isinstance(answer, messages.ForkFailed) and not self._stopping.is_set():
             self._stopping.set()
             what = "no process could be forked"

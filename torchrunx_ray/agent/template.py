@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import messages, transfer
+from torchrunx_ray.wire.memory import Remote
+from torchrunx_ray.wire.payload import Packed
+from torchrunx_ray.wire.transfer import Layout
+
+_Reply = messages.CallHeld | messages.Forked | messages.ForkFailed | messages.RunEnded
 
 
 class Template:
@@ -27,9 +32,7 @@ class Template:
         self._mark = keeper.mark
         self._on_exited, self._on_gone = on_exited, on_gone
         self._ready: asyncio.Future[messages.TemplateRefused | None] = self._loop.create_future()
-        self._replies: asyncio.Queue[messages.Forked | messages.ForkFailed | messages.RunEnded] = (
-            asyncio.Queue()
-        )
+        self._replies: asyncio.Queue[tuple[_Reply, list[int]]] = asyncio.Queue()
         self._asking = asyncio.Lock()
         self._closing = False
         self.death: str | None = None
@@ -59,6 +62,24 @@ class Template:
         port: int = listening.getsockname()[1]
         return await self._fork(messages.ForkStore(port), [listening.fileno()])
 
+    async def hold_call(self, values: Sequence[Packed]) -> messages.ForkFailed | None:
+        """Have the function and its arguments where every worker is forked with them."""
+        reply, fds = await self._ask(messages.HoldCall(Layout.of(values)))
+        if not isinstance(reply, messages.CallHeld):
+            return _as_refused(reply)
+        try:
+            if reply.address is None:
+                await asyncio.to_thread(transfer.place_in_file, fds[0], values)
+            else:
+                remote = Remote(reply.pid, fds[0])
+                await asyncio.to_thread(transfer.place, remote, reply.address, values)
+        finally:
+            os.close(fds[0])
+
+    def drop_call(self) -> None:
+        """The last worker is forked."""
+        self._tell(messages.DropCall())
+
     async def fork_worker(
         self, wanted: messages.ForkWorker, fds: Sequence[int]
     ) -> messages.Forked | messages.ForkFailed:
@@ -69,7 +90,7 @@ class Template:
 
     async def end_run(self) -> tuple[int, ...]:
         """Return when nothing of the run lives, but for the pids that are returned."""
-        reply = await self._ask(messages.EndRun())
+        reply, _ = await self._ask(messages.EndRun())
         return reply.left if isinstance(reply, messages.RunEnded) else ()
 
     async def close(self) -> None:
@@ -85,18 +106,14 @@ class Template:
     async def _fork(
         self, message: object, fds: Sequence[int]
     ) -> messages.Forked | messages.ForkFailed:
-        reply = await self._ask(message, fds)
-        if isinstance(reply, messages.RunEnded):
-            return messages.ForkFailed("the template is gone")
-        return reply
+        reply, _ = await self._ask(message, fds)
+        return reply if isinstance(reply, messages.Forked) else _as_refused(reply)
 
-    async def _ask(
-        self, message: object, fds: Sequence[int] = ()
-    ) -> messages.Forked | messages.ForkFailed | messages.RunEnded:
+    async def _ask(self, message: object, fds: Sequence[int] = ()) -> tuple[_Reply, list[int]]:
         """One question at a time: the channel's buffer is small, and a fork quick."""
         async with self._asking:
             if self._gone.is_set():
-                return messages.RunEnded(())
+                return messages.RunEnded(()), []
             self._tell(message, fds)
             return await self._replies.get()
 
@@ -111,7 +128,7 @@ class Template:
     def _listen(self) -> None:
         while True:
             try:
-                message, _ = self._channel.receive()
+                message, fds = self._channel.receive()
             except BlockingIOError:
                 return
             except (EOFError, OSError):
@@ -125,8 +142,13 @@ class Template:
                     self._ready.set_result(message)
                 case messages.Exited():
                     self._on_exited(message)
-                case messages.Forked() | messages.ForkFailed() | messages.RunEnded():
-                    self._replies.put_nowait(message)
+                case (
+                    messages.CallHeld()
+                    | messages.Forked()
+                    | messages.ForkFailed()
+                    | messages.RunEnded()
+                ):
+                    self._replies.put_nowait((message, fds))
                 case _:
                     raise TypeError(f"a template does not send {message!r}")
 
@@ -140,7 +162,7 @@ class Template:
             self.death = _evidence(self._keeper.returncode)
             self._on_gone(self.death)
         self._closing = True
-        self._replies.put_nowait(messages.RunEnded(()))
+        self._replies.put_nowait((messages.RunEnded(()), []))
         if not self._ready.done():
             self._ready.set_result(None)
 
@@ -149,6 +171,11 @@ class Template:
         os.close(self._keeper_fd)
         self._keeper.wait()
         self._keeper_ended.set()
+
+
+def _as_refused(reply: _Reply) -> messages.ForkFailed:
+    gone = messages.ForkFailed("the template is gone")
+    return reply if isinstance(reply, messages.ForkFailed) else gone
 
 
 def _evidence(exit_code_of_keeper: int) -> str:

@@ -1,15 +1,17 @@
 """The agent's hold on one worker: its channel, its output, its outcome."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Sequence
 
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import messages, transfer
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.payload import Packed, map_memory_file
+from torchrunx_ray.wire.memory import Remote
+from torchrunx_ray.wire.payload import Packed
 
 
 class Worker:
@@ -24,6 +26,7 @@ class Worker:
         self._mailbox = mailbox
         self._loop = asyncio.get_running_loop()
         self._value: asyncio.Future[Packed | None] = self._loop.create_future()
+        self._taking: asyncio.Task[None] | None = None
         self._channel, self._theirs = Channel.pair()
         self._channel.set_blocking(False)
         self._loop.add_reader(self._channel.fileno(), self._listen)
@@ -47,7 +50,7 @@ class Worker:
     async def value(self) -> Packed | None:
         """What the function returned, once; None where the worker ended without a value.
 
-        Afterwards it is Ray's, and its memory file goes.
+        Afterwards it is Ray's, and the agent's copy goes.
         """
         packed = await asyncio.shield(self._value)
         self._value = self._loop.create_future()
@@ -98,13 +101,12 @@ class Worker:
                 self._mailbox.put(messages.AgentFailed(now_ns(), what, str(error)))
                 self._hang_up()
                 return
-            if self.has_outcome:
+            if self.has_outcome or self._taking is not None:
                 _close_all(fds)
                 continue  # there is one only; a process that the function forked has no say
             match message:
-                case messages.Finished():
-                    self._take_value(fds)
-                    self._mailbox.put(message)
+                case messages.Returned():
+                    self._taking = asyncio.ensure_future(self._take_value(message, fds[0]))
                 case messages.Failed():
                     self.has_outcome = self.has_failed = True
                     self._mailbox.put(message)
@@ -113,17 +115,23 @@ class Worker:
                 case _:
                     raise TypeError(f"a worker does not send {message!r}")
 
-    def _take_value(self, fds: list[int]) -> None:
-        self.has_outcome = True
+    async def _take_value(self, returned: messages.Returned, memory_fd: int) -> None:
         try:
-            (packed,) = map_memory_file(fds[0])
+            remote = Remote(returned.pid, memory_fd)
+            packed = await asyncio.to_thread(transfer.take, remote, returned.value)
         except OSError as error:
-            what = "the agent could not map what a worker returned"
+            what = "the agent could not copy what a worker returned"
             self._mailbox.put(messages.AgentFailed(now_ns(), what, str(error)))
-        else:
-            self._value.set_result(packed)
+            return
         finally:
-            _close_all(fds)
+            os.close(memory_fd)
+        # A worker that was killed meanwhile has no outcome: its exit status tells.
+        if packed is not None and not self.has_exited:
+            self.has_outcome = True
+            self._value.set_result(packed)
+            self._mailbox.put(messages.Finished(self.local_rank, packed.size))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._channel.send(messages.Taken())
 
     def _hang_up(self) -> None:
         self._loop.remove_reader(self._channel.fileno())

@@ -6,7 +6,9 @@ Descriptors that go with a message stand in its docstring, in their order.
 from dataclasses import dataclass
 from typing import Literal
 
+from torchrunx_ray.wire.memory import Span
 from torchrunx_ray.wire.ranks import Place
+from torchrunx_ray.wire.transfer import Layout
 from torchrunx_ray.wire.versions import Versions
 
 Stream = Literal["stdout", "stderr"]
@@ -103,6 +105,15 @@ class AgentFailed:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """The function returned, and the agent holds its value."""
+
+    local_rank: int
+    size: int
+    """Bytes of the value."""
+
+
+@dataclass(frozen=True)
 class HostEnded:
     """Every worker of the run is gone, and all that it wrote has been sent.
 
@@ -130,12 +141,11 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The function returned. Descriptor: a memory file with the value (agent's only)."""
+class Returned:
+    """The function returned, and the worker holds its value. Descriptor: the worker's memory."""
 
-    local_rank: int
-    size: int
-    """Bytes of the value."""
+    pid: int
+    value: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,14 @@ class Failed:
     exception: bytes | None
     unraisable: str
     in_collective: bool
+
+
+# agent -> worker
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The agent has the value, and the worker may end."""
 
 
 # agent -> template
@@ -179,8 +197,20 @@ class ForkStore:
 
 
 @dataclass(frozen=True)
+class HoldCall:
+    """Make room for the function and its arguments, which every worker is forked with."""
+
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class DropCall:
+    """The last worker is forked."""
+
+
+@dataclass(frozen=True)
 class ForkWorker:
-    """Become one worker. Descriptors: channel to the agent, stdout, stderr, the function."""
+    """Become one worker. Descriptors: channel to the agent, stdout, stderr."""
 
     place: Place
     hostname: str
@@ -224,6 +254,15 @@ class TemplateRefused:
 
 
 @dataclass(frozen=True)
+class CallHeld:
+    """The answer to HoldCall. Descriptor: the template's memory, or the file, to write to."""
+
+    pid: int
+    address: int | None
+    """In memory; None where it is a file."""
+
+
+@dataclass(frozen=True)
 class Forked:
     """The answer to ForkStore and ForkWorker."""
 
@@ -232,7 +271,7 @@ class Forked:
 
 @dataclass(frozen=True)
 class ForkFailed:
-    """The other answer to them: the host gives no more processes or memory."""
+    """The other answer to these: the host gives no more processes or memory."""
 
     reason: str
 

@@ -2,10 +2,7 @@
 
 import contextlib
 import functools
-import mmap
-import os
 import pickle
-import struct
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
@@ -15,9 +12,6 @@ from typing import Any
 from torchrunx_ray.errors import PayloadError
 from torchrunx_ray.wire import pickling
 from torchrunx_ray.wire.culprit import find_culprit
-
-_ALIGNMENT = 64
-"""Of every buffer in a memory file, as numpy and torch kernels like it."""
 
 _keep_packed: ContextVar[bool] = ContextVar("_keep_packed", default=False)
 _process_only_carries = False
@@ -95,52 +89,6 @@ def pack(
     return Packed(pickled.stream, buffers, pickled.owners)
 
 
-def memory_file(*values: Packed) -> int:
-    """A new anonymous file that `map_memory_file` reads; it is gone with its last descriptor."""
-    fd = os.memfd_create("torchrunx_ray_payload")
-    try:
-        _write(fd, [packed.parts for packed in values])
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def map_memory_file(fd: int) -> list[Packed]:
-    """Map a memory file privately: buffers are writable, and no other process sees it."""
-    view = memoryview(mmap.mmap(fd, os.fstat(fd).st_size, flags=mmap.MAP_PRIVATE))
-    position = 8
-    layout: list[tuple[int, ...]] = []
-    for _ in range(struct.unpack_from("<Q", view)[0]):
-        (count,) = struct.unpack_from("<Q", view, position)
-        layout.append(struct.unpack_from(f"<{count}Q", view, position + 8))
-        position += 8 * (1 + count)
-    values: list[Packed] = []
-    for sizes in layout:
-        parts: list[memoryview] = []
-        for size in sizes:
-            position = _aligned(position)
-            parts.append(view[position : position + size])
-            position += size
-        values.append(Packed(parts[0], tuple(parts[1:])))
-    return values
-
-
-def _write(fd: int, values: "Sequence[Sequence[memoryview]]") -> None:
-    """The number of values, of each the number of its parts and their sizes; then all parts."""
-    table = [len(values)]
-    for parts in values:
-        table += [len(parts), *(part.nbytes for part in parts)]
-    # By write, not through a mapping: that is several times slower on fresh memory.
-    with open(fd, "wb", buffering=0, closefd=False) as file:
-        _write_all(file.write, memoryview(struct.pack(f"<{len(table)}Q", *table)))
-        for part in (part for parts in values for part in parts):
-            file.seek(_aligned(file.tell()))
-            _write_all(file.write, part)
-        # A trailing empty buffer leaves the file short of the position it stands for.
-        file.truncate(max(file.tell(), os.fstat(fd).st_size))
-
-
 @contextlib.contextmanager
 def kept_packed() -> Generator[None]:
     """Within, a Packed that is unpickled stays one."""
@@ -166,12 +114,3 @@ def _arrive(stream: Any, *buffers: Any) -> Any:
 
 def _insert(index: int) -> Any:
     return _inserted.get()[index]()
-
-
-def _aligned(position: int) -> int:
-    return -(-position // _ALIGNMENT) * _ALIGNMENT
-
-
-def _write_all(write: "Callable[[memoryview], int | None]", data: memoryview) -> None:
-    while data.nbytes:
-        data = data[write(data) or 0 :]

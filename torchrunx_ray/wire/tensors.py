@@ -7,21 +7,15 @@ tensor arrives; where one is sent it is there already.
 
 import ctypes
 import importlib
-import mmap
 import pickle
 import sys
 from typing import Any
 
-_HUGE = 4 * 2**20
-"""From here on a copy is given huge pages."""
-
-_CHUNK = 16 * 2**20
-"""Copied at a time, so that other threads get their turn in between."""
+from torchrunx_ray.wire import memory
 
 _all_come_to_current_device = False
 
 _PyBUF_WRITE = 0x200
-_libc: Any = ctypes.CDLL(None)
 _view_of_memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _view_of_memory.restype = ctypes.py_object
 _view_of_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -97,7 +91,8 @@ def _storage(data: Any, cuda_index: int | None) -> Any:
     view = memoryview(data).cast("B")
     if view.readonly or isinstance(data, bytearray):  # which was small, and in the stream
         storage = torch.UntypedStorage(view.nbytes)
-        _copy(view, storage.data_ptr())
+        memory.expect_copy(storage.data_ptr(), view.nbytes)
+        memory.copy(view, storage.data_ptr())
     else:
         storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
     if cuda_index is not None and torch.cuda.is_available():
@@ -105,21 +100,6 @@ def _storage(data: Any, cuda_index: int | None) -> Any:
         if index < torch.cuda.device_count():
             storage = storage.cuda(index)
     return storage
-
-
-def _copy(view: memoryview, address: int) -> None:
-    size = view.nbytes
-    if size == 0:
-        return
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # not every system has it
-    if advice is not None and size >= _HUGE:
-        # Fresh memory comes 5 times faster so. It is advice: whether it is taken does not matter.
-        begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
-    target = _view_of_memory(address, size, _PyBUF_WRITE)
-    for start in range(0, size, _CHUNK):
-        target[start : start + _CHUNK] = view[start : start + _CHUNK]
 
 
 def _typed_storage(storage: Any, dtype: Any) -> Any:

@@ -16,20 +16,20 @@ from typing import Any, NoReturn
 
 from torchrunx_ray.wire import messages, tensors
 from torchrunx_ray.wire.channel import Channel
-from torchrunx_ray.wire.payload import map_memory_file
+from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.worker import group, outcome
+from torchrunx_ray.worker.call import map_file
 
 
 def main() -> NoReturn:
     """Where a worker of start_method "spawn" begins, with the descriptors named on its command line."""
-    task_fd, channel_fd, function_fd = (int(argument) for argument in sys.argv[1:])
+    task_fd, channel_fd, call_fd = (int(argument) for argument in sys.argv[1:])
     with open(task_fd, "rb") as file:
-        wanted, sys_path, python_path = pickle.load(file)
+        wanted, layout, sys_path, python_path = pickle.load(file)
     sys.path[:] = sys_path
     restore_python_path(python_path)
-    for fd in (channel_fd, function_fd):
-        os.set_inheritable(fd, False)
-    live(wanted, Channel.from_fd(channel_fd), function_fd)
+    os.set_inheritable(channel_fd, False)
+    live(wanted, Channel.from_fd(channel_fd), map_file(call_fd, layout))
 
 
 def restore_python_path(python_path: str | None) -> None:
@@ -40,7 +40,7 @@ def restore_python_path(python_path: str | None) -> None:
         os.environ["PYTHONPATH"] = python_path
 
 
-def live(wanted: messages.ForkWorker, channel: Channel, function_fd: int) -> NoReturn:
+def live(wanted: messages.ForkWorker, channel: Channel, values: list[Packed]) -> NoReturn:
     """Never returns; whatever happens, one outcome is reported, unless the process dies."""
     _settle_in(wanted.argv)
     local_rank = wanted.place.local_rank
@@ -49,7 +49,7 @@ def live(wanted: messages.ForkWorker, channel: Channel, function_fd: int) -> NoR
     try:
         leave_group = group.join(wanted)
         channel.send(messages.Joined(local_rank))
-        call = _unpack_function(function_fd, wanted.hostname)
+        call = _unpack_call(values, wanted.hostname)
         channel.send(messages.Started(local_rank))
         value = outcome.value_of(call)
         if os.getpid() != worker_pid:
@@ -79,11 +79,11 @@ def _settle_in(argv: Sequence[str]) -> None:
     default._default_context = multiprocessing.get_context("fork")
 
 
-def _unpack_function(function_fd: int, hostname: str) -> Callable[[], Any]:
+def _unpack_call(values: list[Packed], hostname: str) -> Callable[[], Any]:
     tensors.bring_all_to_current_device()
-    call, *inserted = map_memory_file(function_fd)
-    os.close(function_fd)
-    return outcome.unpack_call(call, inserted, hostname)
+    packed, *inserted = values
+    values.clear()  # only what is in use keeps the memory that they lie in
+    return outcome.unpack_call(packed, inserted, hostname)
 
 
 def _end_forked_child(error: BaseException | None) -> NoReturn:

@@ -1,16 +1,17 @@
 """What became of the function, as one message to the agent."""
 
+import contextlib
 import os
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchrunx_ray.errors import PayloadError
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import memory, messages, transfer
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.exceptions import dump_exception
-from torchrunx_ray.wire.payload import Packed, memory_file, pack
+from torchrunx_ray.wire.payload import Packed, pack
 
 _TWICE_NOTE = (
     "torchrunx_ray made a process group before it called the function; launch with backend=None "
@@ -44,11 +45,16 @@ def value_of(call: Callable[[], Any]) -> Any:
 
 
 def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -> None:
-    place = wanted.place
-    packed = pack([("the return value", value)], rank=place.rank, hostname=wanted.hostname)
-    fd = memory_file(packed)
-    channel.send(messages.Finished(place.local_rank, packed.size), [fd])
-    os.close(fd)
+    """Return when the agent has the value, which it copies out of this process's memory."""
+    rank, hostname = wanted.place.rank, wanted.hostname
+    packed = pack([("the return value", value)], rank=rank, hostname=hostname)
+    own_memory = memory.open_own()
+    spans, offered = transfer.offer(own_memory, packed)
+    channel.send(messages.Returned(os.getpid(), spans), [own_memory])
+    os.close(own_memory)
+    with contextlib.suppress(EOFError, ConnectionResetError):  # the agent is gone, and so are we
+        channel.receive()
+    del offered
 
 
 def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseException) -> None:

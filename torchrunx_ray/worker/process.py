@@ -8,7 +8,9 @@ from typing import NoReturn
 
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.transfer import Layout
 from torchrunx_ray.worker import entry, family
+from torchrunx_ray.worker.call import HeldCall
 
 _NOT_RESETTABLE = {signal.SIGKILL, signal.SIGSTOP}
 _PYTHONS_OWN = {signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
@@ -16,21 +18,21 @@ _PYTHONS_OWN = {signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
 
 
 def become_worker(
-    wanted: messages.ForkWorker, fds: list[int], template_pid: int, start_method: str
+    wanted: messages.ForkWorker, fds: list[int], template_pid: int, call: HeldCall
 ) -> NoReturn:
     """Turn a new child of the template into the worker that `wanted` describes.
 
     With start_method "spawn" a fresh interpreter does the rest (see `entry.main`).
     """
-    channel_fd, stdout_fd, stderr_fd, function_fd = fds
+    channel_fd, stdout_fd, stderr_fd = fds
     os.setpgid(0, 0)
     family.die_with(template_pid)
     _reset_signals()
     _take_streams(stdout_fd, stderr_fd)
     os.environ.update(wanted.default_variables | os.environ | wanted.variables)
-    if start_method == "spawn":
-        _exec_fresh_interpreter(wanted, channel_fd, function_fd)
-    entry.live(wanted, Channel.from_fd(channel_fd), function_fd)
+    if call.fd is not None:
+        _exec_fresh_interpreter(wanted, channel_fd, call.fd, call.layout)
+    entry.live(wanted, Channel.from_fd(channel_fd), call.values())
 
 
 def _reset_signals() -> None:
@@ -48,15 +50,15 @@ def _take_streams(stdout_fd: int, stderr_fd: int) -> None:
 
 
 def _exec_fresh_interpreter(
-    wanted: messages.ForkWorker, channel_fd: int, function_fd: int
+    wanted: messages.ForkWorker, channel_fd: int, call_fd: int, layout: Layout
 ) -> NoReturn:
     task_fd = os.memfd_create("torchrunx_ray_spawn")
-    os.write(task_fd, pickle.dumps((wanted, sys.path, os.environ.get("PYTHONPATH"))))
+    os.write(task_fd, pickle.dumps((wanted, layout, sys.path, os.environ.get("PYTHONPATH"))))
     os.lseek(task_fd, 0, os.SEEK_SET)
-    for fd in (task_fd, channel_fd, function_fd):
+    fds = (task_fd, channel_fd, call_fd)
+    for fd in fds:
         os.set_inheritable(fd, True)
     package_parent = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     environment = os.environ | {"PYTHONPATH": package_parent}
-    fds = [str(fd) for fd in (task_fd, channel_fd, function_fd)]
-    command = [sys.executable, "-P", "-m", "torchrunx_ray.worker.entry", *fds]
+    command = [sys.executable, "-P", "-m", "torchrunx_ray.worker.entry", *map(str, fds)]
     os.execve(sys.executable, command, environment)

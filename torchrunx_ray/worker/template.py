@@ -16,6 +16,7 @@ from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.worker import family, preload, store
+from torchrunx_ray.worker.call import HeldCall
 from torchrunx_ray.worker.entry import restore_python_path
 from torchrunx_ray.worker.process import become_worker
 
@@ -52,7 +53,8 @@ def _prepare(setup: messages.TemplateSetup, keeper_pid: int) -> None:
 class _Template:
     def __init__(self, channel: Channel, setup: messages.TemplateSetup) -> None:
         self._channel = channel
-        self._start_method = setup.start_method
+        self._start_method: messages.StartMethod = setup.start_method
+        self._call: HeldCall | None = None
         self._children: dict[int, int | None] = {}
         """Local rank by pid; None is the store."""
         self._child_ended, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -84,19 +86,40 @@ class _Template:
                         family.signal_group(pid, message.signal)
                         if os.getpgid(pid) != pid:  # it left its group
                             os.kill(pid, message.signal)
+            case messages.HoldCall():
+                self._hold_call(message)
+            case messages.DropCall():
+                self._drop_call()
             case messages.EndRun():
+                self._drop_call()
                 left = family.kill_children(self._reap)
                 self._channel.send(messages.RunEnded(tuple(left)))
             case _:
                 raise TypeError(f"a template does not know {message!r}")
 
+    def _hold_call(self, wanted: messages.HoldCall) -> None:
+        try:
+            self._call = HeldCall(wanted.layout, self._start_method)
+        except OSError as error:
+            self._channel.send(messages.ForkFailed(str(error)))
+            return
+        fd, address = self._call.open()
+        self._channel.send(messages.CallHeld(os.getpid(), address), [fd])
+        os.close(fd)
+
+    def _drop_call(self) -> None:
+        if self._call is not None:
+            self._call.drop()
+            self._call = None
+
     def _fork_worker(self, wanted: messages.ForkWorker, fds: list[int]) -> None:
+        assert self._call is not None
         template_pid = os.getpid()
         pid = self._fork(fds)
         if pid == 0:
             try:
                 self._let_go()
-                become_worker(wanted, fds, template_pid, self._start_method)
+                become_worker(wanted, fds, template_pid, self._call)
             finally:  # a child must never run on as a second template
                 _die_with_traceback()
         if pid is not None:
