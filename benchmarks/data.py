@@ -49,16 +49,23 @@ def main() -> None:
         "launch without values": lambda: launch(sessions[workers], None),
         "launch with 1 KB in and out": lambda: launch(sessions[workers], kilobyte),
     }
+    times = measure(questions, arguments.samples)
     if importlib.util.find_spec("torchrunx") is not None:
-        questions["torchrunx: result of one rank"] = lambda: torchrunx_result(size)
-        questions["torchrunx: argument to 1 worker"] = lambda: torchrunx_argument(tensor)
-    times: dict[str, list[float]] = {name: [] for name in questions}
+        # After the rest: for seconds after it the machine's memory comes ten times slower.
+        peers = {
+            "torchrunx: result of one rank": lambda: torchrunx_result(size),
+            "torchrunx: argument to 1 worker": lambda: torchrunx_argument(tensor),
+        }
+        times |= measure(peers, arguments.samples)
+    report(times, size)
+
+
+def measure(questions: dict[str, Callable[[], float]], samples: int) -> dict[str, list[float]]:
+    """All of them in turn, as often as there are samples."""
     for question in questions.values():
         question()  # first touches of Ray's store
-    for _ in range(arguments.samples):
-        for name, question in questions.items():
-            times[name].append(question())
-    report(times, size)
+    rounds = [{name: question() for name, question in questions.items()} for _ in range(samples)]
+    return {name: [times[name] for times in rounds] for name in questions}
 
 
 def open_session(workers: int) -> trx.Session:

@@ -1,9 +1,12 @@
 """Values as they travel: packed, through a memory file, and unpacked."""
 
+import ctypes
 import dataclasses
+import mmap
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -304,6 +307,24 @@ def test_value_of_a_process_that_has_ended_is_not_taken() -> None:
     assert isinstance(returned, messages.Returned)
     assert transfer.take(Remote(pid, memory_fd), returned.value) is None
     os.close(memory_fd)
+
+
+def test_memory_that_only_its_own_process_may_read_travels_as_a_copy() -> None:
+    """As page-locked memory of a GPU's driver; here it is the kernel's own page in the process."""
+    (line,) = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[vvar]")
+    ]
+    address = int(line.partition("-")[0], 16)
+    page = memoryview((ctypes.c_char * mmap.PAGESIZE).from_address(address)).cast("B")
+    own_memory = memory.open_own()
+    with pytest.raises(OSError, match="Input/output error"):
+        os.pread(own_memory, 1, address)
+
+    spans, _offered = transfer.offer(own_memory, Packed(page))
+    taken = transfer.take(Remote(os.getpid(), own_memory), spans)
+    os.close(own_memory)
+    assert taken is not None
+    assert taken.stream.nbytes == mmap.PAGESIZE
 
 
 def test_recursion_that_is_too_deep() -> None:
