@@ -145,7 +145,10 @@ def _travel_advice(step: str, *, is_value: bool, missing_module: str | None) -> 
 
 
 class WorkerFailedError(LaunchError):
-    """A worker ended without an outcome, or with one that cannot be raised on the driver."""
+    """A worker ended without an outcome, or with one that cannot be raised on the driver.
+
+    `stacks` tells what the other workers were doing.
+    """
 
     def __init__(
         self,
@@ -170,6 +173,7 @@ class WorkerFailedError(LaunchError):
         self.peak_memory = peak_memory
         self.last_lines = list(last_lines)
         self.traceback = traceback
+        self.stacks = ""
         lines = [f"rank {rank} (local rank {local_rank} on {hostname}, pid {pid}) {what}"]
         if peak_memory:
             lines[0] += f"; its peak memory was {bytes_in_words(peak_memory)}"
@@ -205,7 +209,8 @@ class LaunchTimeoutError(LaunchError):
 class RemoteFailure(_Travels):
     """Where, and with what traceback, the user's function raised.
 
-    `failures` holds all ranks' failures in order of time, this one first.
+    `failures` holds all ranks' failures in order of time, this one first; `stacks` tells what the
+    other workers were doing.
     """
 
     def __init__(
@@ -224,6 +229,7 @@ class RemoteFailure(_Travels):
         self.pid = pid
         self.traceback = traceback
         self.failures = list(failures)
+        self.stacks = ""
         super().__init__(f"on rank {rank} ({hostname}, pid {pid}):\n{traceback.rstrip()}")
 
 

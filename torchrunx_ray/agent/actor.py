@@ -119,6 +119,12 @@ class Agent:
             return None  # that run failed, and this call came late
         return await self._run.value(local_rank)
 
+    async def stacks(self, run_id: str) -> dict[int, str]:
+        """What a run's workers are doing, by local rank."""
+        if self._run is None or self._run.run_id != run_id:
+            return {}
+        return await self._run.stacks()
+
     async def stop(self, run_id: str, grace_s: float) -> None:
         """End a run. Ray may deliver this before the run's start, whose argument takes time."""
         if self._run is not None and self._run.run_id == run_id:

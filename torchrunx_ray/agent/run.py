@@ -72,6 +72,12 @@ class HostRun:
     async def value(self, local_rank: int) -> Packed | None:
         return await self._workers[local_rank].value()
 
+    async def stacks(self) -> dict[int, str]:
+        """What the workers that live are doing, by local rank."""
+        living = [worker for worker in self._workers.values() if not worker.has_exited]
+        texts = await asyncio.gather(*(worker.stacks() for worker in living))
+        return {worker.local_rank: text for worker, text in zip(living, texts, strict=True)}
+
     def resume_output(self) -> None:
         for worker in self._workers.values():
             worker.resume_output()
@@ -141,7 +147,8 @@ class HostRun:
             worker.fds,
         )
         worker.give_fds_away()
-        worker.is_forked = isinstance(answer, messages.Forked)
+        if isinstance(answer, messages.Forked):
+            worker.was_forked(answer.pid)
         self._check(answer)
 
     def _default_variables(self, place: Place) -> dict[str, str]:

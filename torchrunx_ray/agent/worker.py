@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
+from torchrunx_ray.agent.stacks import Stacks
 from torchrunx_ray.wire import messages, transfer
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
@@ -19,7 +20,6 @@ class Worker:
 
     def __init__(self, local_rank: int, mailbox: Mailbox) -> None:
         self.local_rank = local_rank
-        self.is_forked = False
         self.has_outcome = False
         self.has_failed = False
         self.has_exited = False
@@ -32,13 +32,27 @@ class Worker:
         self._loop.add_reader(self._channel.fileno(), self._listen)
         stdout, self._stdout_theirs = os.pipe()
         stderr, self._stderr_theirs = os.pipe()
+        self._stacks = Stacks(local_rank, mailbox)
+        self._pid: int | None = None
         self._stdout = Output(stdout, local_rank, "stdout", mailbox)
         self._stderr = Output(stderr, local_rank, "stderr", mailbox)
 
     @property
+    def is_forked(self) -> bool:
+        return self._pid is not None
+
+    @property
     def fds(self) -> list[int]:
         """The worker's ends, in the order of `ForkWorker`."""
-        return [self._theirs.fileno(), self._stdout_theirs, self._stderr_theirs]
+        return [
+            self._theirs.fileno(),
+            self._stdout_theirs,
+            self._stderr_theirs,
+            self._stacks.theirs,
+        ]
+
+    def was_forked(self, pid: int) -> None:
+        self._pid = pid
 
     def give_fds_away(self) -> None:
         """Keep none of the worker's ends, so that its death closes them; safe to repeat."""
@@ -46,6 +60,7 @@ class Worker:
             self._theirs.close()
             os.close(self._stdout_theirs)
             os.close(self._stderr_theirs)
+            os.close(self._stacks.theirs)
 
     async def value(self) -> Packed | None:
         """What the function returned, once; None where the worker ended without a value.
@@ -56,6 +71,10 @@ class Worker:
         self._value = self._loop.create_future()
         self._value.set_result(None)
         return packed
+
+    async def stacks(self) -> str:
+        """Its Python stacks; empty where it does not answer."""
+        return "" if self._pid is None else await self._stacks.ask(self._pid)
 
     def resume_output(self) -> None:
         self._stdout.resume()
@@ -81,6 +100,7 @@ class Worker:
             self._listen()
         if self._channel.fileno() >= 0:
             self._hang_up()
+        self._stacks.close()
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
         if not self._value.done():

@@ -21,6 +21,7 @@ from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.results import Value
+from torchrunx_ray.driver.stacks import Stacks, in_words
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.ranks import Place, lay_out
@@ -39,6 +40,12 @@ _LAST_WORDS_S = 12.0
 Longer than a template waits for a process that gives back much memory.
 """
 
+
+_STACKS_S = 3.0
+"""For a host to say what its workers are doing."""
+
+_RETURNED_S = 60.0
+"""How long after the last rank that returned those are named that have not."""
 
 _NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
 """How Ray says, in the error of a call, that not the call itself failed."""
@@ -73,6 +80,11 @@ class Attempt:
         self._watching: list[asyncio.Task[None]] = []
         self._refs: dict[int, list[ray.ObjectRef[Any]]] = {}
         self._sizes: dict[tuple[int, int], int] = {}
+        self._stacks = Stacks({})
+        self._looking: asyncio.Task[None] | None = None
+        self._last_return: asyncio.TimerHandle | None = None
+        self.stacks_at_stop = Stacks({})
+        """What the workers were doing when the run was cancelled."""
         self.broken: set[int] = set(range(len(crew.hosts)))
         """Hosts, by index, whose agent cannot be used again: it has not ended the run."""
 
@@ -95,11 +107,13 @@ class Attempt:
         finally:
             for timer in self._timers:
                 timer.cancel()
+            if self._looking is not None:
+                self._looking.cancel()
             for watching in self._watching:
                 watching.cancel()
             await to_the_end(self._console.drain())
         if self._failures:
-            return Failures(self._failures, self._stopped)
+            return Failures(self._failures, self._stopped, self._stacks)
         await in_thread(_wait_until_stored, [ref for refs in self._refs.values() for ref in refs])
         return [
             [
@@ -108,6 +122,26 @@ class Attempt:
             ]
             for i, host in enumerate(self._crew.hosts)
         ]
+
+    async def stacks(self) -> Stacks:
+        """What the workers that live are doing."""
+        asked = [self._stacks_of(i) for i in range(len(self._crew.hosts))]
+        stacks: dict[int, str] = {}
+        for of_host in await asyncio.gather(*asked):
+            stacks |= of_host
+        return Stacks(stacks)
+
+    async def _stacks_of(self, host_index: int) -> dict[int, str]:
+        """By rank; none of a host that does not answer, which is reported otherwise."""
+        calls = self._crew.agents[host_index].calls
+        try:
+            async with asyncio.timeout(_STACKS_S):
+                texts: dict[int, str] = await self._cluster.answer(
+                    calls.stacks.remote(self._run_id)
+                )
+        except (RayError, ClusterLeft, TimeoutError):
+            return {}
+        return {self._layout[host_index][k].rank: text for k, text in texts.items()}
 
     async def _compare_clocks(self) -> None:
         """How far each host's clock is ahead of ours, for putting failures in order."""
@@ -130,8 +164,11 @@ class Attempt:
                 await asyncio.wait(self._watching)
                 break
             except asyncio.CancelledError as error:
+                if cancelled is None:
+                    self._looking = asyncio.create_task(self._look_and_stop(grace_s))
+                else:
+                    self._stop(grace_s)
                 cancelled = error
-                self._stop(grace_s)
         if cancelled is not None:
             raise cancelled
         for watching in self._watching:
@@ -214,6 +251,7 @@ class Attempt:
                 self._joined.add(self._layout[host_index][event.local_rank].rank)
             case messages.Finished():
                 self._sizes[host_index, event.local_rank] = event.size
+                self._expect_others()
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
             case messages.Died():
@@ -274,11 +312,47 @@ class Attempt:
     def _fail(self, host_index: int, local_rank: int | None, time_ns: int, report: Report) -> None:
         """Take note of a failure, whose time is on its host's clock."""
         if not self._failures:
+            self._looking = asyncio.create_task(self._look())
             self._later(_SETTLING_S, self._stop, self._options.shutdown_timeout)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
         on_our_clock = time_ns - self._clock_offsets_ns[host_index]
         label = self._crew.hosts[host_index].label
         self._failures.append(Failure(on_our_clock, label, rank, report))
+
+    async def _look(self) -> None:
+        """See what the others are doing while they still do it."""
+        self._stacks = await self.stacks()
+
+    async def _look_and_stop(self, grace_s: float) -> None:
+        try:
+            async with asyncio.timeout(_SETTLING_S):
+                self.stacks_at_stop = await self.stacks()
+        except TimeoutError:
+            pass
+        self._stop(grace_s)
+
+    def _expect_others(self) -> None:
+        """A rank has returned: the rest should not take very much longer."""
+        if self._last_return is not None:
+            self._last_return.cancel()
+        loop = asyncio.get_running_loop()
+        self._last_return = loop.call_later(_RETURNED_S, self._name_those_who_run)
+        self._timers.append(self._last_return)
+
+    def _name_those_who_run(self) -> None:
+        async def say() -> None:
+            returned = {self._layout[i][k].rank for i, k in self._sizes}
+            stacks = (await self.stacks()).without(returned)
+            if stacks:
+                logger.warning(
+                    "%s returned at least %.0f s ago; the launch goes on with\n%s",
+                    in_words(returned),
+                    _RETURNED_S,
+                    stacks.summary,
+                )
+
+        if not self._failures:
+            self._saying = asyncio.create_task(say())
 
     def _clock_of(self, host_index: int) -> int:
         return now_ns() + self._clock_offsets_ns[host_index]

@@ -1,10 +1,12 @@
 """From what agents report to the one exception that the driver raises."""
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.errors import (
     AgentFailedError,
     LaunchTimeoutError,
@@ -62,10 +64,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Failures:
-    """All that went wrong in a run, and which ranks the launch then stopped."""
+    """All that went wrong in a run, and what the ranks were doing that the launch then stopped."""
 
     failures: Sequence[Failure]
     stopped: Sequence[str]
+    stacks: Stacks
+    """What the workers were doing when the first failure was heard of."""
 
     @cached_property
     def exception(self) -> BaseException:
@@ -76,10 +80,16 @@ class Failures:
         in_order = _in_order(self.failures)
         exceptions = [_exception(failure) for failure in in_order]
         first = exceptions[0]
+        stacks = self.stacks.without(f.rank for f in self.failures if f.rank is not None)
         if isinstance(first.__cause__, RemoteFailure):
             first.__cause__.failures = exceptions
+            first.__cause__.stacks = str(stacks)
+        elif isinstance(first, WorkerFailedError):
+            first.stacks = str(stacks)
         for line in _consequences(in_order):
             _add_note(first, line)
+        if stacks:
+            _add_note(first, f"When it was heard of:\n{textwrap.indent(stacks.summary, '  ')}")
         if self.stopped:
             _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
         return first

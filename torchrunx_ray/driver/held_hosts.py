@@ -16,6 +16,7 @@ from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host, Placement, place
 from torchrunx_ray.driver.pool import Agent
+from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.errors import AgentFailedError, LaunchError
@@ -40,15 +41,17 @@ class HeldHosts:
         """Take room in the cluster; `name` is for whoever looks at it."""
         self._placement = await place(self._options, name)
 
-    async def run(self, call: Call) -> "LaunchResult[object] | Failures":
+    async def run(self, call: Call, progress: Progress) -> "LaunchResult[object] | Failures":
         """Run the call on every worker. Runs wait for each other."""
         async with self._turn:
             await references.wait_for(call.inserted, Connection())
             crew, backend = await self._assemble(call.run_name)
             attempt = Attempt(call.run_name, self._options, crew, backend)
+            progress.attempt = attempt
             try:
                 outcome = await attempt.go(call)
             finally:
+                progress.attempt, progress.stacks_at_stop = None, attempt.stacks_at_stop
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):
                 return outcome
@@ -137,12 +140,14 @@ async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[
     return done
 
 
-async def run_once(options: Options, call: Call) -> "LaunchResult[object] | Failures":
+async def run_once(
+    options: Options, call: Call, progress: Progress
+) -> "LaunchResult[object] | Failures":
     """Hold hosts for one run."""
     hosts = HeldHosts(options)
     try:
         await references.wait_for(call.inserted, Connection())
         await hosts.open(call.run_name)
-        return await hosts.run(call)
+        return await hosts.run(call, progress)
     finally:
         await to_the_end(hosts.close())

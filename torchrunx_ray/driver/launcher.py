@@ -8,6 +8,7 @@ from torchrunx_ray.driver.call import put_call
 from torchrunx_ray.driver.checks import check_arguments
 from torchrunx_ray.driver.held_hosts import run_once
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.driver.session import Session
@@ -30,7 +31,8 @@ class Launcher(Options):
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background; wait for it by the run's `result()`, or await it."""
-        return Run(run_once(self, put_call(func, args, kwargs, self)))
+        progress = Progress()
+        return Run(run_once(self, put_call(func, args, kwargs, self), progress), progress)
 
     def session(self) -> Session:
         """Reserve the hosts for several runs. Waits until there is room."""

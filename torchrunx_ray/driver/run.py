@@ -7,7 +7,9 @@ from typing import Any, Generic, TypeVar
 
 from torchrunx_ray.driver import loop
 from torchrunx_ray.driver.failures import Failures
+from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.driver.stacks import Stacks
 
 R = TypeVar("R")
 
@@ -21,7 +23,10 @@ class Run(Generic[R]):
     It can be awaited too, from any event loop; cancelling whoever awaits it does not stop it.
     """
 
-    def __init__(self, life: Coroutine[Any, Any, "LaunchResult[Any] | Failures"]) -> None:
+    def __init__(
+        self, life: Coroutine[Any, Any, "LaunchResult[Any] | Failures"], progress: Progress
+    ) -> None:
+        self._progress = progress
         self._ended: concurrent.futures.Future[LaunchResult[R] | Failures] = (
             concurrent.futures.Future()
         )
@@ -36,12 +41,21 @@ class Run(Generic[R]):
         """
         try:
             concurrent.futures.wait([self._ended], timeout)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             self._stop()
+            if stacks := self._progress.stacks_at_stop:
+                interrupt.add_note(f"When it was interrupted:\n{stacks.summary}")
             raise
         if not self._ended.done():
             raise TimeoutError(f"the run goes on after {timeout:g} s; result() waits for it again")
         return _value_of(self._ended.result())
+
+    def stacks(self) -> Stacks:
+        """What the workers are doing now; `print` it.
+
+        None before they are started, nor when they have ended.
+        """
+        return loop.start(self._progress.stacks()).result()
 
     def done(self) -> bool:
         """Whether it has ended and given its hosts back."""

@@ -8,6 +8,7 @@ from torchrunx_ray.driver import cluster, loop
 from torchrunx_ray.driver.call import put_call, unique
 from torchrunx_ray.driver.held_hosts import HeldHosts
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
 
@@ -42,7 +43,8 @@ class Session:
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background."""
-        run: Run[R] = Run(self._hosts.run(put_call(func, args, kwargs, self._options)))
+        call, progress = put_call(func, args, kwargs, self._options), Progress()
+        run: Run[R] = Run(self._hosts.run(call, progress), progress)
         self._running.add(run)
         run.call_when_done(self._running.discard)
         return run

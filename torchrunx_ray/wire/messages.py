@@ -135,7 +135,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Started:
-    """The worker answers SIGUSR2 with its stacks and is about to call the function."""
+    """The worker is about to call the function."""
 
     local_rank: int
 
@@ -210,7 +210,7 @@ class DropCall:
 
 @dataclass(frozen=True)
 class ForkWorker:
-    """Become one worker. Descriptors: channel to the agent, stdout, stderr."""
+    """Become one worker. Descriptors: channel to the agent, stdout, stderr, stacks."""
 
     place: Place
     hostname: str

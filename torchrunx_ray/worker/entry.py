@@ -23,13 +23,14 @@ from torchrunx_ray.worker.call import map_file
 
 def main() -> NoReturn:
     """Where a worker of start_method "spawn" begins, with the descriptors named on its command line."""
-    task_fd, channel_fd, call_fd = (int(argument) for argument in sys.argv[1:])
+    task_fd, channel_fd, stacks_fd, call_fd = (int(argument) for argument in sys.argv[1:])
     with open(task_fd, "rb") as file:
         wanted, layout, sys_path, python_path = pickle.load(file)
     sys.path[:] = sys_path
     restore_python_path(python_path)
-    os.set_inheritable(channel_fd, False)
-    live(wanted, Channel.from_fd(channel_fd), map_file(call_fd, layout))
+    for fd in (channel_fd, stacks_fd):
+        os.set_inheritable(fd, False)
+    live(wanted, Channel.from_fd(channel_fd), stacks_fd, map_file(call_fd, layout))
 
 
 def restore_python_path(python_path: str | None) -> None:
@@ -40,9 +41,11 @@ def restore_python_path(python_path: str | None) -> None:
         os.environ["PYTHONPATH"] = python_path
 
 
-def live(wanted: messages.ForkWorker, channel: Channel, values: list[Packed]) -> NoReturn:
+def live(
+    wanted: messages.ForkWorker, channel: Channel, stacks_fd: int, values: list[Packed]
+) -> NoReturn:
     """Never returns; whatever happens, one outcome is reported, unless the process dies."""
-    _settle_in(wanted.argv)
+    _settle_in(wanted.argv, stacks_fd)
     local_rank = wanted.place.local_rank
     worker_pid = os.getpid()
     leave: Callable[[], None] | None = None
@@ -63,7 +66,7 @@ def live(wanted: messages.ForkWorker, channel: Channel, values: list[Packed]) ->
     _end(leave)
 
 
-def _settle_in(argv: Sequence[str]) -> None:
+def _settle_in(argv: Sequence[str], stacks_fd: int) -> None:
     sys.argv[:] = argv  # a function may parse its script's command line
     # A module of its own: a child that multiprocessing spawns would import the keeper as main.
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -72,7 +75,8 @@ def _settle_in(argv: Sequence[str]) -> None:
         open(fd, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         for fd in (1, 2)
     )
-    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, file=stacks_fd, all_threads=True)
+    faulthandler.enable(file=2)  # where a crash in C code happened
     # The default only: the function may still set another. Where it is not fork (Python 3.14), a
     # DataLoader could not pickle a Dataset class of the user's script.
     default: Any = vars(multiprocessing.context)["_default_context"]  # it has no public name

@@ -24,15 +24,15 @@ def become_worker(
 
     With start_method "spawn" a fresh interpreter does the rest (see `entry.main`).
     """
-    channel_fd, stdout_fd, stderr_fd = fds
+    channel_fd, stdout_fd, stderr_fd, stacks_fd = fds
     os.setpgid(0, 0)
     family.die_with(template_pid)
     _reset_signals()
     _take_streams(stdout_fd, stderr_fd)
     os.environ.update(wanted.default_variables | os.environ | wanted.variables)
     if call.fd is not None:
-        _exec_fresh_interpreter(wanted, channel_fd, call.fd, call.layout)
-    entry.live(wanted, Channel.from_fd(channel_fd), call.values())
+        _exec_fresh_interpreter(wanted, call.layout, (channel_fd, stacks_fd, call.fd))
+    entry.live(wanted, Channel.from_fd(channel_fd), stacks_fd, call.values())
 
 
 def _reset_signals() -> None:
@@ -50,12 +50,12 @@ def _take_streams(stdout_fd: int, stderr_fd: int) -> None:
 
 
 def _exec_fresh_interpreter(
-    wanted: messages.ForkWorker, channel_fd: int, call_fd: int, layout: Layout
+    wanted: messages.ForkWorker, layout: Layout, passed_fds: tuple[int, ...]
 ) -> NoReturn:
     task_fd = os.memfd_create("torchrunx_ray_spawn")
     os.write(task_fd, pickle.dumps((wanted, layout, sys.path, os.environ.get("PYTHONPATH"))))
     os.lseek(task_fd, 0, os.SEEK_SET)
-    fds = (task_fd, channel_fd, call_fd)
+    fds = (task_fd, *passed_fds)
     for fd in fds:
         os.set_inheritable(fd, True)
     package_parent = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
