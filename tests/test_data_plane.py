@@ -255,6 +255,10 @@ def test_large_value_on_its_way_does_not_block_the_agent(cluster: None) -> None:
     assert calls_meanwhile(run, lambda: ray.get(agent.clock.remote())) < 0.2
     assert run.result().rank(0).shape == (1024 * MIB,)
 
+    run = launcher.submit(megabytes, 1024)
+    assert calls_meanwhile(run, run.stacks) < 0.2
+    run.result()
+
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Cluster]:

@@ -524,41 +524,6 @@ def test_local_hostname_can_be_asked_for_in_the_result(cluster: None) -> None:
     assert result.index("localhost", 0) == result.rank(0)
 
 
-def test_ranks_that_do_not_join_are_named(cluster: None) -> None:
-    """A rank that never came to the group left the others to their own, later, timeouts."""
-    launcher = trx.Launcher(
-        workers_per_host=2,
-        timeout=2,
-        preload=("torch", "torch.distributed"),
-        env_file=None,
-        extra_env_vars={"OWN_AGENT_FOR": "joining"},
-    )
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "slow_to_join.py").write_text(
-            "import os, torch.distributed as dist\n"
-            "join = dist.init_process_group\n"
-            "def wait(*args, rank, **kwargs):\n"
-            "    import time\n"
-            "    time.sleep(1000 if rank == 1 else 0)\n"
-            "    return join(*args, rank=rank, **kwargs)\n"
-            "dist.init_process_group = wait\n"
-        )
-        import dataclasses
-
-        slow = dataclasses.replace(
-            launcher,
-            preload=(*launcher.preload, "slow_to_join"),
-            runtime_env={"env_vars": {"PYTHONPATH": folder}},
-        )
-        with pytest.raises(trx.LaunchTimeoutError) as caught:
-            slow.run(os.getpid)
-
-    assert set(caught.value.missing) >= {1}
-    assert "after 2 s the process group is still without" in str(caught.value)
-
-
 def test_file_that_a_run_writes_does_not_cost_the_next_its_template(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,15 +242,6 @@ def test_stdin_is_empty_and_streams_are_line_buffered(launcher: trx.Launcher) ->
     assert launcher.run(look).rank(0) == ("", True, True)
 
 
-def test_stacks_can_be_asked_for(launcher: trx.Launcher, capfd: pytest.CaptureFixture[str]) -> None:
-    def ask_oneself() -> str:
-        os.kill(os.getpid(), signal.SIGUSR2)
-        return "alive"
-
-    assert launcher.run(ask_oneself).rank(0) == "alive"
-    assert "in ask_oneself" in capfd.readouterr().err
-
-
 def test_multiprocessing_forks(launcher: trx.Launcher) -> None:
     def look() -> str | None:
         import multiprocessing

@@ -18,6 +18,7 @@ Every class words its own message from the facts that it is given, and keeps the
 import signal as signals
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = [
@@ -144,10 +145,41 @@ def _travel_advice(step: str, *, is_value: bool, missing_module: str | None) -> 
     )
 
 
+@dataclass(frozen=True)
+class OomKills:
+    """How many processes of a memory cgroup the kernel had killed for want of memory."""
+
+    cgroup: str
+    limit: int | None
+    """Bytes that the cgroup may use."""
+    before: int
+    """When the run began."""
+    after: int
+    """When the worker had died."""
+
+    def in_words(self) -> str:
+        limit = (
+            "no limit of its own" if self.limit is None else f"limit {bytes_in_words(self.limit)}"
+        )
+        where = f"its memory cgroup {self.cgroup} ({limit})"
+        if self.after == self.before:
+            return (
+                f"Nothing shows a lack of memory: {where} counts as many out-of-memory kills as before "
+                f"({self.before}). Who sent the signal, the kernel does not tell: a person, a batch "
+                "system, a watchdog?"
+            )
+        return (
+            f"Out of memory: the kernel's count of out-of-memory kills in {where} rose from "
+            f"{self.before} to {self.after} during the run. Use less (fewer workers on a host, smaller "
+            "batches), or give the host or its container more."
+        )
+
+
 class WorkerFailedError(LaunchError):
     """A worker ended without an outcome, or with one that cannot be raised on the driver.
 
-    `stacks` tells what the other workers were doing.
+    `oom_kills` is the evidence for or against a lack of memory, where a SIGKILL ended it; `stacks`
+    tells what the other workers were doing.
     """
 
     def __init__(
@@ -162,12 +194,14 @@ class WorkerFailedError(LaunchError):
         signal: int | None = None,
         peak_memory: int | None = None,
         last_lines: Sequence[str] = (),
+        oom_kills: OomKills | None = None,
         traceback: str = "",
     ) -> None:
         self.rank = rank
         self.local_rank = local_rank
         self.hostname = hostname
         self.pid = pid
+        self.oom_kills = oom_kills
         self.exit_code = exit_code
         self.signal = signal
         self.peak_memory = peak_memory
@@ -177,6 +211,8 @@ class WorkerFailedError(LaunchError):
         lines = [f"rank {rank} (local rank {local_rank} on {hostname}, pid {pid}) {what}"]
         if peak_memory:
             lines[0] += f"; its peak memory was {bytes_in_words(peak_memory)}"
+        if oom_kills is not None:
+            lines.append(oom_kills.in_words())
         if last_lines:
             lines.append("Its last lines of stderr:")
             lines += [f"  {line}" for line in last_lines]

@@ -1,16 +1,17 @@
 """One run's share of one host."""
 
 import asyncio
+import os
 import signal
 import socket
 from collections.abc import Sequence
 
-from torchrunx_ray.agent import gpus
+from torchrunx_ray.agent import gpus, memory_group
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.network import interface_of
 from torchrunx_ray.agent.template import Template
 from torchrunx_ray.agent.worker import Worker
-from torchrunx_ray.errors import describe_exit
+from torchrunx_ray.errors import OomKills, describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
@@ -36,6 +37,8 @@ class HostRun:
         self._workers: dict[int, Worker] = {
             place.local_rank: Worker(place.local_rank, mailbox) for place in wanted.places
         }
+        self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
+        self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
         self._all_forked = False
         self._template_died = False
         self._stopping = asyncio.Event()
@@ -98,7 +101,7 @@ class HostRun:
     def has_exited(self, exited: messages.Exited) -> None:
         """The template reaped a worker or the store."""
         if exited.local_rank is not None:
-            self._workers[exited.local_rank].ended(exited)
+            self._workers[exited.local_rank].ended(exited, self._oom_kills(exited))
             self._end_if_over()
         elif self._ending is None:
             how = describe_exit(exited.exit_code, exited.signal)
@@ -117,6 +120,15 @@ class HostRun:
         for worker in self._workers.values():
             worker.abandon()
         self._end_if_over()
+
+    def _oom_kills(self, exited: messages.Exited) -> OomKills | None:
+        group = self._memory_group
+        if group is None or exited.signal != signal.SIGKILL:
+            return None
+        before, after = self._oom_kills_before, group.oom_kills
+        if before is None or after is None:
+            return None
+        return OomKills(str(group.path), group.limit, before, after)
 
     async def _ready_or_stopped(self) -> messages.TemplateRefused | None:
         """Ctrl-C must not wait for an import of torch."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.stacks import Stacks
+from torchrunx_ray.errors import OomKills
 from torchrunx_ray.wire import messages, transfer
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
@@ -80,13 +81,13 @@ class Worker:
         self._stdout.resume()
         self._stderr.resume()
 
-    def ended(self, exited: messages.Exited) -> None:
+    def ended(self, exited: messages.Exited, oom_kills: OomKills | None) -> None:
         """It has been reaped and its group killed: what it said before is all there is."""
         self._close_books()
         if self.has_outcome:
             self._mailbox.put(exited)
         else:
-            self._mailbox.put(messages.Died(exited, self._stderr.last_lines))
+            self._mailbox.put(messages.Died(exited, self._stderr.last_lines, oom_kills))
 
     def abandon(self) -> None:
         """It was never forked, or died with its template: nobody will report its end."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
+from torchrunx_ray.driver import memory_monitor
 from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.cluster import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.console import Console
@@ -80,6 +81,8 @@ class Attempt:
         self._watching: list[asyncio.Task[None]] = []
         self._refs: dict[int, list[ray.ObjectRef[Any]]] = {}
         self._sizes: dict[tuple[int, int], int] = {}
+        self._pids: list[dict[int, int]] = [{} for _ in crew.hosts]
+        """Ranks of each host by pid."""
         self._stacks = Stacks({})
         self._looking: asyncio.Task[None] | None = None
         self._last_return: asyncio.TimerHandle | None = None
@@ -208,6 +211,11 @@ class Attempt:
             await hearing
         except ClusterLeft as left:
             self._lose(host_index, str(left), "")
+        except OutOfMemoryError as error:
+            what = "Ray's memory monitor killed the agent"
+            self._lose(
+                host_index, what, memory_monitor.evidence(str(error), self._pids[host_index])
+            )
         except RayTaskError as error:
             if _NO_ARGUMENT in str(error):
                 lost = ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
@@ -247,6 +255,8 @@ class Attempt:
         match event:
             case messages.Printed():
                 await self._print(host_index, event)
+            case messages.Started():
+                self._pids[host_index][event.pid] = self._layout[host_index][event.local_rank].rank
             case messages.Joined():
                 self._joined.add(self._layout[host_index][event.local_rank].rank)
             case messages.Finished():

@@ -143,6 +143,7 @@ def _exception(failure: Failure) -> BaseException:
                 signal=report.exited.signal,
                 peak_memory=report.exited.peak_memory,
                 last_lines=report.last_lines,
+                oom_kills=report.oom_kills,
             )
         case messages.Failed():
             assert rank is not None

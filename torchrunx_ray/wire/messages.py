@@ -6,6 +6,7 @@ Descriptors that go with a message stand in its docstring, in their order.
 from dataclasses import dataclass
 from typing import Literal
 
+from torchrunx_ray.errors import OomKills
 from torchrunx_ray.wire.memory import Span
 from torchrunx_ray.wire.ranks import Place
 from torchrunx_ray.wire.transfer import Layout
@@ -93,6 +94,8 @@ class Died:
 
     exited: Exited
     last_lines: tuple[str, ...]
+    oom_kills: OomKills | None
+    """None where the host does not show them, or no SIGKILL ended the worker."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class Started:
     """The worker is about to call the function."""
 
     local_rank: int
+    pid: int
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def live(
         leave_group = group.join(wanted)
         channel.send(messages.Joined(local_rank))
         call = _unpack_call(values, wanted.hostname)
-        channel.send(messages.Started(local_rank))
+        channel.send(messages.Started(local_rank, worker_pid))
         value = outcome.value_of(call)
         if os.getpid() != worker_pid:
             _end_forked_child(None)

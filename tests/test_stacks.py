@@ -1,0 +1,204 @@
+"""What the workers are doing: on demand, and beside failures."""
+
+import ctypes
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import torchrunx_ray as trx
+from tests import processes
+from torchrunx_ray.driver import attempt
+from torchrunx_ray.driver.stacks import Stacks, in_words
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def wait_for_stacks(run: "trx.Run[Any]", what: str) -> Stacks:
+    """As soon as they show this."""
+    seen: list[Stacks] = []
+
+    def shows() -> bool:
+        seen.append(run.stacks())
+        return what in str(seen[-1])
+
+    assert processes.wait_until(shows, 30), str(seen[-1])
+    return seen[-1]
+
+
+@pytest.fixture
+def waiting_for_one(cluster: None) -> "Iterator[trx.Run[None]]":
+    """Four ranks, three of them in a collective that rank 1 does not join."""
+
+    def wait_for_one() -> None:
+        if rank() == 1:
+            time.sleep(1000)
+        dist.all_reduce(torch.ones(1))
+
+    run = trx.Launcher(workers_per_host=4).submit(wait_for_one)
+    yield run
+    run.cancel()
+    run.wait()
+
+
+def test_equal_stacks_are_one_group(waiting_for_one: "trx.Run[None]") -> None:
+    stacks = wait_for_stacks(waiting_for_one, "ranks 0, 2-3: all_reduce (test_stacks.py:")
+
+    lone = stacks.summary.splitlines()[1]
+    assert lone.startswith("rank 1: wait_for_one (test_stacks.py:")
+    assert set(stacks.by_rank) == {0, 1, 2, 3}
+    assert f"wait_for_one ({__file__}:" in str(stacks)
+    assert [ranks for ranks, _frames in stacks.groups] == [[0, 2, 3], [1]]
+
+
+def test_asking_does_not_disturb_a_run(cluster: None) -> None:
+    def train() -> float:
+        total = torch.ones(1)
+        for _ in range(2000):
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+        return total.item()
+
+    run = trx.Launcher(workers_per_host=2).submit(train)
+    asked = 0
+    while not run.done():
+        run.stacks()
+        asked += 1
+
+    assert list(run.result()) == [1.0, 1.0]
+    assert asked > 10
+
+
+def test_rank_that_holds_the_gil_in_c_answers(launcher: trx.Launcher) -> None:
+    def parked() -> None:
+        if rank() == 0:
+            nothing_comes, _ours = os.pipe()
+            ctypes.PyDLL(None).read(nothing_comes, ctypes.create_string_buffer(1), 1)
+        time.sleep(1000)
+
+    run = launcher.submit(parked)
+    stacks = wait_for_stacks(run, "parked")
+    if len(stacks.groups) == 1:  # one of them had not got so far
+        stacks = run.stacks()
+    assert f"parked ({__file__}:" in str(stacks)
+    assert "no answer" not in str(stacks)
+    run.cancel()
+    run.wait()
+
+
+def test_there_are_none_before_and_after_the_workers(launcher: trx.Launcher) -> None:
+    run = launcher.submit(os.getpid)
+    assert not run.stacks()
+    run.result()
+    assert not run.stacks()
+    assert str(run.stacks()) == ""
+
+
+def test_worker_that_takes_no_such_signal_does_not_answer_and_lives(cluster: None) -> None:
+    def refuse() -> str:
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # by which it would be killed
+        time.sleep(2)
+        return "alive"
+
+    run = trx.Launcher(workers_per_host=1, backend=None).submit(refuse)
+    wait_for_stacks(run, "no answer")
+    assert run.result().rank(0) == "alive"
+
+
+def test_ranks_are_shown_as_ranges() -> None:
+    assert in_words([3]) == "rank 3"
+    assert in_words([7, 0, 2, 3, 4, 9, 8]) == "ranks 0, 2-4, 7-9"
+
+
+def test_failure_tells_what_the_others_were_doing(launcher: trx.Launcher) -> None:
+    def train() -> None:
+        if rank() == 1:
+            time.sleep(0.5)
+            raise ValueError("bad batch")
+        time.sleep(1000)
+
+    with pytest.raises(ValueError, match="bad batch") as caught:
+        launcher.run(train)
+
+    assert any("rank 0: train (test_stacks.py:" in note for note in caught.value.__notes__)
+    cause = caught.value.__cause__
+    assert isinstance(cause, trx.RemoteFailure)
+    assert f"train ({__file__}:" in cause.stacks
+    assert "rank 1" not in cause.stacks
+
+
+def test_death_tells_what_the_others_were_doing(launcher: trx.Launcher) -> None:
+    def train() -> None:
+        if rank() == 1:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1000)
+
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(train)
+
+    assert caught.value.stacks.startswith("rank 0: train (test_stacks.py:")
+    assert any("rank 0: train (test_stacks.py:" in note for note in caught.value.__notes__)
+
+
+def test_ranks_that_do_not_join_are_named_with_what_holds_them(
+    cluster: None, tmp_path: Path
+) -> None:
+    """A rank that never came to the group left the others to their own, later, timeouts."""
+    (tmp_path / "slow_to_join.py").write_text(
+        "import os, time, torch.distributed as dist\n"
+        "join = dist.init_process_group\n"
+        "def hang(*args, rank, **kwargs):\n"
+        "    time.sleep(1000 if rank == 1 else 0)\n"
+        "    return join(*args, rank=rank, **kwargs)\n"
+        "dist.init_process_group = hang\n"
+    )
+    launcher = trx.Launcher(
+        workers_per_host=2,
+        timeout=2,
+        preload=("torch", "torch.distributed", "slow_to_join"),
+        runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
+    )
+    with pytest.raises(trx.LaunchTimeoutError) as caught:
+        launcher.run(os.getpid)
+
+    assert set(caught.value.missing) >= {1}
+    assert "after 2 s the process group is still without" in str(caught.value)
+    assert any("rank 1: hang (slow_to_join.py:4)" in note for note in caught.value.__notes__)
+
+
+def test_ranks_that_go_on_long_after_others_are_named(
+    launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attempt, "_RETURNED_S", 0.3)
+
+    def straggle() -> None:
+        if rank() == 1:
+            time.sleep(2)
+
+    with caplog.at_level(logging.WARNING, "torchrunx_ray"):
+        launcher.run(straggle)
+
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("rank 0 returned at least 0 s ago; the launch goes on with\nrank 1: ")
+    assert "straggle (test_stacks.py:" in said
+
+
+def test_stacks_asked_for_by_others_are_shown_as_output(
+    launcher: trx.Launcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def ask_oneself() -> str:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return "alive"
+
+    assert launcher.run(ask_oneself).rank(0) == "alive"
+    assert "in ask_oneself" in capfd.readouterr().err

@@ -1,0 +1,74 @@
+"""The memory cgroup that a process lives in, and what the kernel killed there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_NO_LIMIT = 2**60
+"""cgroup v1 writes "none" as a number close to the largest."""
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """A folder of cgroup v1's memory controller, or of cgroup v2."""
+
+    path: Path
+
+    @property
+    def oom_kills(self) -> int | None:
+        """How many of its processes the kernel has killed for want of memory."""
+        for name in ("memory.events", "memory.oom_control"):
+            for line in self._read(name).splitlines():
+                key, _, value = line.partition(" ")
+                if key == "oom_kill":
+                    return int(value)
+        return None
+
+    @property
+    def limit(self) -> int | None:
+        """In bytes."""
+        text = self._read("memory.max") or self._read("memory.limit_in_bytes")
+        limit = int(text) if text.strip().isdigit() else _NO_LIMIT
+        return limit if limit < _NO_LIMIT else None
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text()
+        except OSError:
+            return ""
+
+
+def of_process(pid: int, proc: Path = Path("/proc")) -> MemoryGroup | None:
+    """None where the host does not show it."""
+    try:
+        membership = (proc / str(pid) / "cgroup").read_text()
+        mounts = (proc / str(pid) / "mountinfo").read_text()
+    except OSError:
+        return None
+    paths = [line.split(":", 2)[1:] for line in membership.splitlines()]
+    for controllers, path in sorted(paths, reverse=True):  # v2, which names none, last
+        is_v2 = controllers == ""
+        if not (is_v2 or "memory" in controllers.split(",")):
+            continue
+        for root, mount_point in _mounts(mounts, is_v2):
+            # In a container the mount shows a part of the tree, and the path may begin above it.
+            inside = path.removeprefix(root) if root != "/" else path
+            for folder in (Path(mount_point, inside.lstrip("/")), Path(mount_point)):
+                group = MemoryGroup(folder)
+                if group.oom_kills is not None:
+                    return group
+    return None
+
+
+def _mounts(mountinfo: str, is_v2: bool) -> list[tuple[str, str]]:
+    """Root and mount point of what is mounted of the controller."""
+    found: list[tuple[str, str]] = []
+    for line in mountinfo.splitlines():
+        place, _, kind = line.partition(" - ")
+        root, mount_point = place.split()[3:5]
+        fields = kind.split()
+        is_memory = "memory" in fields[-1].split(",")
+        if (is_v2 and fields[0] == "cgroup2") or (
+            fields[0] == "cgroup" and is_memory and not is_v2
+        ):
+            found.append((root, mount_point))
+    return found

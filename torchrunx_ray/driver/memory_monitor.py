@@ -1,0 +1,27 @@
+"""What Ray's memory monitor tells when it has killed an agent to protect its node."""
+
+import re
+from collections.abc import Mapping
+
+_PROCESS = re.compile(r"^(\d+)\t([\d.]+)\t", re.MULTILINE)
+
+
+def evidence(report: str, ranks: Mapping[int, int]) -> str:
+    """The monitor picks a process of Ray's; what used the memory is most often a worker.
+
+    `ranks` are those of the host, by pid.
+    """
+    memory = {int(pid): float(gigabytes) for pid, gigabytes in _PROCESS.findall(report)}
+    of_workers = [
+        f"rank {rank} (pid {pid}) {memory[pid]:.1f} GB"
+        for pid, rank in ranks.items()
+        if pid in memory
+    ]
+    workers = ", ".join(of_workers) or "none of them is among the largest processes"
+    said = "\n".join(report.strip().splitlines()[:2])
+    return (
+        "the node ran short of memory, and of its processes Ray ends its own first. The workers had: "
+        f"{workers}.\nUse less (fewer workers on a host, smaller batches), or give the node more; the "
+        "monitor's threshold is RAY_memory_usage_threshold, in the environment that Ray is started in."
+        f"\nRay says: {said}"
+    )
