@@ -10,7 +10,6 @@ import ray
 from torchrunx_ray.agent import host
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.mailbox import Mailbox
-from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Template
 from torchrunx_ray.wire import messages, versions
@@ -49,7 +48,6 @@ class Agent:
         self._keeper = self._start_keeper() if wanted.env_file is None else None
         self._template: Template | None = None
         self._mailbox = Mailbox(self._resume_output)
-        self._template_output: list[Output] = []
         self._run: HostRun | None = None
         self._stopped_early: set[str] = set()
         self._listening: socket.socket | None = None
@@ -188,11 +186,7 @@ class Agent:
         if self._keeper is None:
             return
         keeper, self._keeper = self._keeper, None
-        self._template = Template(keeper, self._worker_exited, self._template_gone)
-        self._template_output = [
-            Output(keeper.stdout_fd, None, "stdout", self._mailbox),
-            Output(keeper.stderr_fd, None, "stderr", self._mailbox),
-        ]
+        self._template = Template(keeper, self._mailbox, self._worker_exited, self._template_gone)
 
     def _watch_raylet(self) -> None:
         """Ray itself tells of a killed raylet only after 15 to 30 s."""
@@ -216,8 +210,8 @@ class Agent:
         os._exit(1)
 
     def _resume_output(self) -> None:
-        for output in self._template_output:
-            output.resume()
+        if self._template is not None:
+            self._template.resume_output()
         if self._run is not None:
             self._run.resume_output()
 

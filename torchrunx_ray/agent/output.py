@@ -14,6 +14,9 @@ _LONGEST_LINE = 16 * 2**20
 """What has no newline for longer is passed on in pieces: the agent's memory is bounded."""
 _KEPT_LINES = 20
 _KEPT_BYTES = 8 * 1024
+_LONG_LINE = 400
+"""Of a line that is kept."""
+_CRASH = "Fatal Python error"
 
 
 class Output:
@@ -36,7 +39,12 @@ class Output:
 
     @property
     def last_lines(self) -> tuple[str, ...]:
-        return tuple(self._tail.decode(errors="backslashreplace").splitlines()[-_KEPT_LINES:])
+        """More of them where they tell of a crash, whose place stands first."""
+        lines = self._tail.decode(errors="backslashreplace").splitlines()
+        crash = next((i for i, line in enumerate(lines) if line.startswith(_CRASH)), len(lines))
+        return tuple(
+            line[:_LONG_LINE] for line in lines[min(crash, max(0, len(lines) - _KEPT_LINES)) :]
+        )
 
     def resume(self) -> None:
         if self._fd is not None:

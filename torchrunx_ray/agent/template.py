@@ -7,6 +7,8 @@ import socket
 from collections.abc import Callable, Sequence
 
 from torchrunx_ray.agent.keeper import Keeper
+from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages, transfer
@@ -23,6 +25,7 @@ class Template:
     def __init__(
         self,
         keeper: Keeper,
+        mailbox: Mailbox,
         on_exited: Callable[[messages.Exited], None],
         on_gone: Callable[[str], None],
     ) -> None:
@@ -41,8 +44,14 @@ class Template:
         self._gone = asyncio.Event()
         self._keeper_fd = os.pidfd_open(self._keeper.pid)
         self._loop.add_reader(self._keeper_fd, self._reap_keeper)
+        self._stdout = Output(keeper.stdout_fd, None, "stdout", mailbox)
+        self._stderr = Output(keeper.stderr_fd, None, "stderr", mailbox)
         self._channel.set_blocking(False)
         self._loop.add_reader(self._channel.fileno(), self._listen)
+
+    def resume_output(self) -> None:
+        self._stdout.resume()
+        self._stderr.resume()
 
     @property
     def is_whole(self) -> bool:
@@ -156,10 +165,13 @@ class Template:
         await self._keeper_ended.wait()
         kill_marked(self._mark)
         self._channel.close()
+        self._stdout.drain_and_close()
+        self._stderr.drain_and_close()
         self._gone.set()
         refused = self._ready.done() and self._ready.result() is not None
         if not self._closing and not refused:
-            self.death = _evidence(self._keeper.returncode)
+            how, said = _evidence(self._keeper.returncode), self._stderr.last_lines
+            self.death = "\n  ".join([f"{how}. Its last lines of stderr:", *said]) if said else how
             self._on_gone(self.death)
         self._closing = True
         self._replies.put_nowait((messages.RunEnded(()), []))

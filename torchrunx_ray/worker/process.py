@@ -1,5 +1,6 @@
 """From a fresh fork to a process of its own that runs as a worker."""
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -36,6 +37,7 @@ def become_worker(
 
 
 def _reset_signals() -> None:
+    faulthandler.disable()  # or the worker's own enable would find it enabled, without handlers
     for signum in signal.valid_signals() - _NOT_RESETTABLE:
         signal.signal(signum, _PYTHONS_OWN.get(signum, signal.SIG_DFL))
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,6 +5,7 @@ fork is a whole copy, and is a subreaper, so that a daemon that a worker's child
 with the run. When the agent is gone it kills everything below itself and ends.
 """
 
+import faulthandler
 import os
 import select
 import signal
@@ -24,6 +25,7 @@ from torchrunx_ray.worker.process import become_worker
 def main(channel: Channel) -> NoReturn:
     """Live as a template until the agent closes the channel or dies."""
     family.become_subreaper()
+    faulthandler.enable(file=2)  # an import may crash
     try:
         setup, _ = channel.receive()
         assert isinstance(setup, messages.TemplateSetup)
