@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tests.clusters.started import ray_start
@@ -56,26 +56,26 @@ def _take_down() -> None:
 class TwoHosts:
     environment: dict[str, str]
 
-    def drive(self, script: str) -> "subprocess.CompletedProcess[str]":
+    def drive(self, script: str, timeout_s: float = 110) -> "subprocess.CompletedProcess[str]":
         """A driver on the first host; `ray` and `trx` are imported, and Ray is joined."""
         head = "import os, ray, torchrunx_ray as trx\nray.init(log_to_driver=False)\n"
-        return self.run("-c", head + script)
+        return self.run("-c", head + script, timeout_s=timeout_s)
 
-    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    def run(self, *arguments: str, timeout_s: float = 110) -> "subprocess.CompletedProcess[str]":
         """Python on the first host."""
         return subprocess.run(
             ["ip", "netns", "exec", "trxh1", sys.executable, *arguments],
             env={**self.environment, "RAY_ADDRESS": f"{IPS['trxh1']}:6379"},
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=timeout_s,
             check=False,
         )
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[TwoHosts]:
-    """A head on one of them, and a raylet on the other."""
+def two_hosts(of_other_host: Mapping[str, str] | None = None) -> Iterator[TwoHosts]:
+    """A head on one of them, and a raylet on the other, with this in its environment."""
     head, other = (
         (["ip", "netns", "exec", host], [f"--node-ip-address={address}", "--num-cpus=4"])
         for host, address in IPS.items()
@@ -90,7 +90,12 @@ def two_hosts() -> Iterator[TwoHosts]:
         )
         of_other = (f"--address={IPS['trxh1']}:6379",)
         stack.enter_context(
-            ray_start(*other[1], *of_other, environment=hosts.environment, prefix=other[0])
+            ray_start(
+                *other[1],
+                *of_other,
+                environment={**hosts.environment, **(of_other_host or {})},
+                prefix=other[0],
+            )
         )
         wait = "import time\nwhile len(ray.nodes()) < 2: time.sleep(0.1)"
         assert hosts.drive(wait).returncode == 0

@@ -1,7 +1,7 @@
 """One attempt of a run: workers start, the first failure or every value comes back."""
 
 import asyncio
-import contextlib
+import dataclasses
 import logging
 import signal
 import sys
@@ -42,6 +42,8 @@ Longer than a template waits for a process that gives back much memory.
 """
 
 
+_CLOCK_READINGS = 5
+
 _STACKS_S = 3.0
 """For a host to say what its workers are doing."""
 
@@ -74,7 +76,9 @@ class Attempt:
         self._layout = lay_out([host.workers for host in crew.hosts])
         self._clock_offsets_ns = [0] * len(crew.hosts)
         self._joined: set[int] = set()
-        self._failures: list[Failure] = []
+        self._failures: list[tuple[int, Failure]] = []
+        """With their hosts, on whose clocks their times are."""
+        self._comparing: asyncio.Task[None] | None = None
         self._stopped_at_ns: int | None = None
         self._stopped: list[str] = []
         self._timers: list[asyncio.TimerHandle] = []
@@ -100,7 +104,7 @@ class Attempt:
         self._console = Console(len(self._places()))
         try:
             if len(self._crew.hosts) > 1:
-                await self._compare_clocks()
+                self._comparing = asyncio.create_task(self._compare_clocks())
             self._watching = [
                 asyncio.create_task(self._watch(i, call)) for i in range(len(self._crew.hosts))
             ]
@@ -110,13 +114,20 @@ class Attempt:
         finally:
             for timer in self._timers:
                 timer.cancel()
-            if self._looking is not None:
-                self._looking.cancel()
+            for asking in (self._looking, self._comparing):
+                if asking is not None:
+                    asking.cancel()
             for watching in self._watching:
                 watching.cancel()
             await to_the_end(self._console.drain())
         if self._failures:
-            return Failures(self._failures, self._stopped, self._stacks)
+            on_our_clock = [
+                dataclasses.replace(
+                    failure, time_ns=failure.time_ns - self._clock_offsets_ns[host_index]
+                )
+                for host_index, failure in self._failures
+            ]
+            return Failures(on_our_clock, self._stopped, self._stacks)
         await in_thread(_wait_until_stored, [ref for refs in self._refs.values() for ref in refs])
         return [
             [
@@ -148,17 +159,24 @@ class Attempt:
 
     async def _compare_clocks(self) -> None:
         """How far each host's clock is ahead of ours, for putting failures in order."""
-        with contextlib.suppress(
-            RayError, ClusterLeft
-        ):  # of an agent that just died is heard soon enough
-            offsets = [self._clock_offset_ns(agent) for agent in self._crew.agents]
-            self._clock_offsets_ns = list(await asyncio.gather(*offsets))
+        await asyncio.gather(*map(self._compare_clock, range(len(self._crew.hosts))))
 
-    async def _clock_offset_ns(self, agent: Agent) -> int:
-        asked_ns = now_ns()
-        theirs_ns: int = await self._cluster.answer(agent.calls.clock.remote())
-        # Half the round trip is the best guess of when the agent read its clock.
-        return theirs_ns - (asked_ns + now_ns()) // 2
+    async def _compare_clock(self, host_index: int) -> None:
+        best_ns: int | None = None
+        try:
+            for _ in range(_CLOCK_READINGS):
+                asked_ns = now_ns()
+                theirs_ns: int = await self._cluster.answer(
+                    self._crew.agents[host_index].calls.clock.remote()
+                )
+                took_ns = now_ns() - asked_ns
+                # Half the round trip is the best guess of when the agent read its clock, and the
+                # shortest one the closest.
+                if best_ns is None or took_ns < best_ns:
+                    best_ns = took_ns
+                    self._clock_offsets_ns[host_index] = theirs_ns - asked_ns - took_ns // 2
+        except (RayError, ClusterLeft):
+            pass  # of an agent that just died is heard soon enough
 
     async def _until_ended(self) -> None:
         cancelled: asyncio.CancelledError | None = None
@@ -325,9 +343,8 @@ class Attempt:
             self._looking = asyncio.create_task(self._look())
             self._later(_SETTLING_S, self._stop, self._options.shutdown_timeout)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
-        on_our_clock = time_ns - self._clock_offsets_ns[host_index]
         label = self._crew.hosts[host_index].label
-        self._failures.append(Failure(on_our_clock, label, rank, report))
+        self._failures.append((host_index, Failure(time_ns, label, rank, report)))
 
     async def _look(self) -> None:
         """See what the others are doing while they still do it."""
