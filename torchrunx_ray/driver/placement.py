@@ -9,7 +9,7 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from torchrunx_ray.driver import cluster, placement_group
+from torchrunx_ray.driver import cluster, orphans, placement_group
 from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
 from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
@@ -64,7 +64,8 @@ async def place(options: Options, name: str) -> Placement:
     shape = resolve(options, nodes, cluster.context().get_node_id())
     await placement_group.see_own_release(shape, nodes)
     connection.check()
-    group = await placement_group.create(options, shape, name)
+    orphans.sweep()
+    group = await placement_group.create(options, shape, orphans.group_name(name))
     try:
         hosts = None
         while hosts is None:

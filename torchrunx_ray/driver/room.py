@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
-from torchrunx_ray.driver import cluster
+from torchrunx_ray.driver import cluster, orphans
 from torchrunx_ray.driver.autoscaler import Outlook, outlook
 from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
 from torchrunx_ray.driver.fit import why_impossible
@@ -63,6 +63,7 @@ async def wait_for_room(
         room.check(now - begun, limit_s)
         if now - reported >= _REPORT_EVERY_S:
             room.report(now - begun)
+            orphans.sweep()
             reported = now
         pause_s = _LOOK_S
 

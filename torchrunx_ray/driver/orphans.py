@@ -1,0 +1,62 @@
+"""Placement groups whose launch is gone.
+
+Ray removes those of a driver or an actor that has ended, but not those of a task that was killed:
+they would hold their CPUs and GPUs until the job ends, also against the task's own retry.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+import ray._private.state as ray_state
+
+from torchrunx_ray.driver import cluster
+from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.loop import in_thread
+
+logger = logging.getLogger("torchrunx_ray")
+
+_SHORT = 12
+"""Characters of Ray's ids that are distinct enough."""
+
+_sweeping: set[asyncio.Task[None]] = set()
+
+
+def group_name(name: str) -> str:
+    """What a placement group is called: inside a Ray task or actor also after its process."""
+    context = cluster.context()
+    if context.worker.mode != untyped_ray.WORKER_MODE:
+        return name
+    return f"{name}@{context.get_node_id()[:_SHORT]}.{context.get_worker_id()[:_SHORT]}"
+
+
+def sweep() -> None:
+    """Begin to remove the groups of launches whose process has died, on whatever node."""
+    task = asyncio.create_task(in_thread(_sweep))
+    _sweeping.add(task)
+    task.add_done_callback(_has_swept)
+
+
+def _has_swept(task: "asyncio.Task[None]") -> None:
+    _sweeping.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        logger.debug("no look for placement groups of dead launches: %s", task.exception())
+
+
+def _sweep() -> None:
+    groups: dict[str, Any] = untyped_ray.util.placement_group_table()
+    owned = {
+        group["name"]: group["name"].rpartition("@")[2]
+        for group in groups.values()
+        if "@" in group["name"] and group["state"] != "REMOVED"
+    }
+    if not owned:
+        return
+    state: Any = ray_state  # Ray has no public list of its workers that needs no dashboard
+    workers = {worker[:_SHORT] for worker in state.workers()}
+    nodes = {node.node_id[:_SHORT] for node in cluster.live_nodes()}
+    for name, owner in owned.items():
+        node, _, worker = owner.partition(".")
+        if len(node) == len(worker) == _SHORT and not (node in nodes and worker in workers):
+            logger.info("removing the placement group of a launch that has died: %s", name)
+            untyped_ray.util.remove_placement_group(untyped_ray.util.get_placement_group(name))
