@@ -11,7 +11,7 @@ from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
-from torchrunx_ray.wire import messages, transfer
+from torchrunx_ray.wire import family, messages, transfer
 from torchrunx_ray.wire.memory import Remote
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.transfer import Layout
@@ -164,6 +164,7 @@ class Template:
     async def _has_gone(self) -> None:
         await self._keeper_ended.wait()
         kill_marked(self._mark)
+        await asyncio.to_thread(family.kill_children)  # what lost template and keeper came to us
         self._channel.close()
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()

@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 
+from torchrunx_ray.wire import family
 from torchrunx_ray.wire.channel import Channel
-from torchrunx_ray.worker import family
 
 
 def main() -> int:

@@ -7,10 +7,10 @@ import signal
 import sys
 from typing import NoReturn
 
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import family, messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.transfer import Layout
-from torchrunx_ray.worker import entry, family
+from torchrunx_ray.worker import entry
 from torchrunx_ray.worker.call import HeldCall
 
 _NOT_RESETTABLE = {signal.SIGKILL, signal.SIGSTOP}

@@ -13,10 +13,10 @@ import sys
 import traceback
 from typing import NoReturn
 
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import family, messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.worker import family, preload, store
+from torchrunx_ray.worker import preload, store
 from torchrunx_ray.worker.call import HeldCall
 from torchrunx_ray.worker.entry import restore_python_path
 from torchrunx_ray.worker.process import become_worker
