@@ -1,12 +1,11 @@
-"""Values as they travel: packed, through a memory file, and unpacked."""
+"""Values as they travel: packed, from memory to memory, and unpacked."""
 
-import ctypes
 import dataclasses
-import mmap
 import os
 import pickle
+import signal
+import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,19 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.memory import Remote
 from torchrunx_ray.wire.messages import StartMethod
 from torchrunx_ray.wire.payload import Packed, pack
-from torchrunx_ray.worker.call import HeldCall, map_file
+from torchrunx_ray.worker.call import HeldCall
+
+
+def always() -> bool:
+    return True
 
 
 def as_a_result(value: object, pid: int | None = None) -> Any:
     """Out of a worker, into its agent."""
-    pid = os.getpid() if pid is None else pid
+    packed = pack([("value", value)])
     own_memory = memory.open_own()
-    spans, _offered = transfer.offer(own_memory, pack([("value", value)]))
-    taken = transfer.take(Remote(pid, own_memory), spans)
+    remote = Remote(os.getpid() if pid is None else pid, own_memory, always)
+    taken = transfer.take(remote, transfer.offer(packed))
     os.close(own_memory)
     assert taken is not None
     return taken.unpack()
@@ -43,21 +46,18 @@ def as_an_argument(value: object) -> Any:
     return packed.unpack()
 
 
-def as_a_spawned_workers(value: object) -> Any:
-    call = hold([pack([("value", value)])], "spawn")
-    assert call.fd is not None
-    (packed,) = map_file(call.fd, call.layout)
+def as_a_file(value: object) -> Any:
+    """For workers that are spawned, and where memory cannot be reached from outside."""
+    (packed,) = hold([pack([("value", value)])], "spawn").values()
     return packed.unpack()
 
 
 def hold(values: list[Packed], start_method: StartMethod) -> HeldCall:
     call = HeldCall(transfer.Layout.of(values), start_method)
-    fd, address = call.open()
-    if address is None:
-        transfer.place_in_file(fd, values)
+    if call.address is None:
+        transfer.place_in_file(call.fd, values)
     else:
-        transfer.place(Remote(os.getpid(), fd), address, values)
-    os.close(fd)
+        transfer.place(Remote(os.getpid(), call.fd, always), call.address, values)
     return call
 
 
@@ -74,7 +74,7 @@ ways = pytest.mark.parametrize(
         as_a_result,
         as_a_result_without_the_right_to_trace,
         as_an_argument,
-        as_a_spawned_workers,
+        as_a_file,
         through_ray,
     ],
 )
@@ -276,55 +276,62 @@ def test_one_tensor_of_2_gib() -> None:
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_several_values_leave_no_file_and_no_descriptor(start_method: StartMethod) -> None:
+@pytest.mark.parametrize("use", [True, False])
+def test_several_values_leave_no_file_and_no_descriptor(
+    start_method: StartMethod, use: bool
+) -> None:
     before = len(os.listdir("/proc/self/fd"))
     empty = Packed(b"a", (memoryview(b""),))
     call = hold([empty, Packed(b"bc"), pack([("value", [1])])], start_method)
-    values = call.values() if call.fd is None else map_file(call.fd, call.layout)
-    first, second, third = values
-
-    assert (bytes(first.stream), [bytes(b) for b in first.buffers]) == (b"a", [b""])
-    assert bytes(second.stream) == b"bc"
-    assert third.unpack() == [1]
-    del first, second, third, values
+    if use:
+        first, second, third = call.values()
+        assert (bytes(first.stream), [bytes(b) for b in first.buffers]) == (b"a", [b""])
+        assert bytes(second.stream) == b"bc"
+        assert third.unpack() == [1]
+        del first, second, third
+    else:
+        call.drop()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_value_of_a_process_that_has_ended_is_not_taken() -> None:
+@pytest.mark.parametrize("way", ["ended", "unwanted"])
+def test_value_of_a_process_that_has_ended_is_not_taken(way: str) -> None:
     offered_by, our_end = Channel.pair()
     value = torch.ones(2**20)
     pid = os.fork()
     if pid == 0:
+        packed = pack([("value", value)])
         own_memory = memory.open_own()
-        spans, _offered = transfer.offer(own_memory, pack([("value", value)]))
-        offered_by.send(messages.Returned(os.getpid(), spans), [own_memory])
+        returned = messages.Returned(os.getpid(), transfer.offer(packed))
+        offered_by.send(returned, [own_memory])
+        os.read(0, 1) if way == "unwanted" else None
         os._exit(0)
     returned, (memory_fd,) = our_end.receive()
-    os.waitpid(pid, 0)
+    assert isinstance(returned, messages.Returned)
+    assert not isinstance(returned.value, transfer.Layout)
+    if way == "ended":
+        os.waitpid(pid, 0)
+    remote = Remote(pid, memory_fd, lambda: way == "ended")
+
+    assert transfer.take(remote, returned.value) is None
+    if way == "unwanted":
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     offered_by.close()
     our_end.close()
-
-    assert isinstance(returned, messages.Returned)
-    assert transfer.take(Remote(pid, memory_fd), returned.value) is None
     os.close(memory_fd)
 
 
-def test_memory_that_only_its_own_process_may_read_travels_as_a_copy() -> None:
-    """As page-locked memory of a GPU's driver; here it is the kernel's own page in the process."""
-    (line,) = [
-        line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[vvar]")
-    ]
-    address = int(line.partition("-")[0], 16)
-    page = memoryview((ctypes.c_char * mmap.PAGESIZE).from_address(address)).cast("B")
-    own_memory = memory.open_own()
-    with pytest.raises(OSError, match="Input/output error"):
-        os.pread(own_memory, 1, address)
+def test_copy_works_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an atexit function, or at a limit of the host."""
+    tensor = torch.arange(10_000_000)
 
-    spans, _offered = transfer.offer(own_memory, Packed(page))
-    taken = transfer.take(Remote(os.getpid(), own_memory), spans)
-    os.close(own_memory)
-    assert taken is not None
-    assert taken.stream.nbytes == mmap.PAGESIZE
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert torch.equal(as_a_result(tensor), tensor)
+    assert torch.equal(through_ray(tensor), tensor)
 
 
 def test_recursion_that_is_too_deep() -> None:

@@ -61,7 +61,7 @@ class HostRun:
                 self._check(await self._template.fork_store(self._listening))
             self._listening.close()
         if not self._stopping.is_set():
-            self._check(await self._template.hold_call((function, *inserted)))
+            self._check(await self._template.hold_call((function, *inserted), self._is_wanted))
         for place in self._wanted.places:
             if not self._stopping.is_set():
                 await self._fork(place)
@@ -120,6 +120,9 @@ class HostRun:
         for worker in self._workers.values():
             worker.abandon()
         self._end_if_over()
+
+    def _is_wanted(self) -> bool:
+        return not self._stopping.is_set()
 
     def _oom_kills(self, exited: messages.Exited) -> OomKills | None:
         group = self._memory_group
@@ -189,6 +192,8 @@ class HostRun:
             self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
+        for worker in self._workers.values():
+            await worker.until_taken()
         left = await self._template.end_run() if self._template.is_ready else ()
         self._mailbox.put(messages.HostEnded(left))
 

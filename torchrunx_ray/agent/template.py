@@ -71,8 +71,13 @@ class Template:
         port: int = listening.getsockname()[1]
         return await self._fork(messages.ForkStore(port), [listening.fileno()])
 
-    async def hold_call(self, values: Sequence[Packed]) -> messages.ForkFailed | None:
-        """Have the function and its arguments where every worker is forked with them."""
+    async def hold_call(
+        self, values: Sequence[Packed], is_wanted: Callable[[], bool]
+    ) -> messages.ForkFailed | None:
+        """Have the function and its arguments where every worker is forked with them.
+
+        Give up when they are not wanted any more.
+        """
         reply, fds = await self._ask(messages.HoldCall(Layout.of(values)))
         if not isinstance(reply, messages.CallHeld):
             return _as_refused(reply)
@@ -80,7 +85,7 @@ class Template:
             if reply.address is None:
                 await asyncio.to_thread(transfer.place_in_file, fds[0], values)
             else:
-                remote = Remote(reply.pid, fds[0])
+                remote = Remote(reply.pid, fds[0], is_wanted)
                 await asyncio.to_thread(transfer.place, remote, reply.address, values)
         finally:
             os.close(fds[0])

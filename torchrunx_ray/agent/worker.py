@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.memory import Remote
 from torchrunx_ray.wire.payload import Packed
+from torchrunx_ray.wire.transfer import Layout
 
 
 class Worker:
@@ -77,6 +79,11 @@ class Worker:
         """Its Python stacks; empty where it does not answer."""
         return "" if self._pid is None else await self._stacks.ask(self._pid)
 
+    async def until_taken(self) -> None:
+        """Wait for a copy of its value that is still under way."""
+        if self._taking is not None:
+            await asyncio.wait([self._taking])
+
     def resume_output(self) -> None:
         self._stdout.resume()
         self._stderr.resume()
@@ -113,7 +120,7 @@ class Worker:
                 message, fds = self._channel.receive()
             except BlockingIOError:
                 return
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # the latter where it left something unread
                 # Not its death: that is the exit status, which the template reports.
                 self._hang_up()
                 return
@@ -122,7 +129,7 @@ class Worker:
                 self._mailbox.put(messages.AgentFailed(now_ns(), what, str(error)))
                 self._hang_up()
                 return
-            if self.has_outcome or self._taking is not None:
+            if self.has_outcome:
                 _close_all(fds)
                 continue  # there is one only; a process that the function forked has no say
             match message:
@@ -136,23 +143,49 @@ class Worker:
                 case _:
                     raise TypeError(f"a worker does not send {message!r}")
 
-    async def _take_value(self, returned: messages.Returned, memory_fd: int) -> None:
+    async def _take_value(self, returned: messages.Returned, fd: int) -> None:
+        """Copy the value, and tell the worker that it may end; or else what is wrong."""
         try:
-            remote = Remote(returned.pid, memory_fd)
-            packed = await asyncio.to_thread(transfer.take, remote, returned.value)
+            packed = await asyncio.to_thread(self._copy, returned, fd)
         except OSError as error:
-            what = "the agent could not copy what a worker returned"
-            self._mailbox.put(messages.AgentFailed(now_ns(), what, str(error)))
+            if isinstance(returned.value, Layout) or error.errno == errno.ENOMEM:
+                self._cannot_take(error)
+            else:
+                self._answer(messages.NotReadable())
             return
-        finally:
-            os.close(memory_fd)
-        # A worker that was killed meanwhile has no outcome: its exit status tells.
-        if packed is not None and not self.has_exited:
+        except Exception as error:  # no memory, or no thread
+            self._cannot_take(error)
+            return
+        self._listen()  # a signal handler may have raised in the worker meanwhile
+        if packed is not None and self._is_wanted():
             self.has_outcome = True
             self._value.set_result(packed)
             self._mailbox.put(messages.Finished(self.local_rank, packed.size))
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._channel.send(messages.Taken())
+            self._answer(messages.Taken())
+
+    def _copy(self, returned: messages.Returned, fd: int) -> Packed | None:
+        """In a thread."""
+        if isinstance(returned.value, Layout):
+            return transfer.map_file(fd, returned.value)[0]
+        try:
+            return transfer.take(Remote(returned.pid, fd, self._is_wanted), returned.value)
+        finally:
+            os.close(fd)
+
+    def _is_wanted(self) -> bool:
+        """A worker that was killed, or failed after all, has no value: its end tells."""
+        return not (self.has_exited or self.has_outcome)
+
+    def _cannot_take(self, error: Exception) -> None:
+        if self._is_wanted():
+            what = f"the agent could not copy what local rank {self.local_rank} returned"
+            evidence = f"{type(error).__name__}: {error}"
+            self._mailbox.put(messages.AgentFailed(now_ns(), what, evidence))
+
+    def _answer(self, message: object) -> None:
+        if self._channel.fileno() >= 0:
+            with contextlib.suppress(OSError):  # it has ended
+                self._channel.send(message)
 
     def _hang_up(self) -> None:
         self._loop.remove_reader(self._channel.fileno())

@@ -6,10 +6,9 @@ and one at a time, where fresh memory has huge pages and takes several threads.
 """
 
 import ctypes
-import functools
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,11 @@ from typing import Any
 _HUGE = 4 * 2**20
 """From here on fresh memory is given huge pages."""
 
-_CHUNK = 16 * 2**20
-"""Copied at a time by a thread."""
+_BATCH = 16 * 2**20
+"""Bytes moved at a time by a thread."""
+
+_MOST_IN_BATCH = 1024
+"""Pieces of memory that one system call takes."""
 
 _THREADS = min(4, os.cpu_count() or 1)
 """One does not fill the memory's bandwidth; the workers compute beside them."""
@@ -32,49 +34,71 @@ class Span:
     size: int
 
 
+Move = tuple[int, int, int]
+"""An address of this process, an address or position elsewhere, and how many bytes to move."""
+
+
 @dataclass(frozen=True)
 class Remote:
     """The memory of another process, by its pid and by the descriptor that it handed out.
 
     The short way, by pid, takes half the time and a right to trace that not every host gives; the
-    descriptor always does. Both methods return False where the process has ended.
+    descriptor always does. Both methods return False where the process has ended, or `is_wanted`
+    says no; OSError where that memory cannot be reached from outside.
     """
 
     pid: int
     fd: int
+    is_wanted: Callable[[], bool]
 
-    def read(self, parts: "Iterable[tuple[memoryview, int]]") -> bool:
-        """Fill each view from an address there."""
-        return _in_chunks(self._read, parts)
+    def read(self, moves: Iterable[Move]) -> bool:
+        """Copy from there to here."""
+        return _in_batches(
+            lambda batch: self._move(_libc.process_vm_readv, os.preadv, batch), moves
+        )
 
-    def write(self, parts: "Iterable[tuple[memoryview, int]]") -> bool:
-        """Copy each view to an address there."""
-        return _in_chunks(self._write, parts)
+    def write(self, moves: Iterable[Move]) -> bool:
+        """Copy from here to there."""
+        return _in_batches(
+            lambda batch: self._move(_libc.process_vm_writev, os.pwritev, batch), moves
+        )
 
-    def _read(self, view: memoryview, address: int) -> int:
-        moved = self._by_pid(_libc.process_vm_readv, view, address)
-        return os.preadv(self.fd, [view], address) if moved is None else moved
-
-    def _write(self, view: memoryview, address: int) -> int:
-        moved = self._by_pid(_libc.process_vm_writev, view, address)
-        return os.pwrite(self.fd, view, address) if moved is None else moved
-
-    def _by_pid(self, call: Any, view: memoryview, address: int) -> int | None:
-        """None where that way is closed."""
-        if not os.pread(self.fd, 1, address):
-            return 0  # it has ended, and its pid may be another's
-        ours = _IoVector(address_of(view), view.nbytes)
-        theirs = _IoVector(address, view.nbytes)
-        moved: int = call(self.pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
-        return moved if moved > 0 else None
+    def _move(self, by_pid: Any, by_fd: "_ByDescriptor", batch: Sequence[Move]) -> bool:
+        # Without this look the pid may be another's, to whom it went when the process ended.
+        if not (self.is_wanted() and os.pread(self.fd, 1, batch[0][1])):
+            return False
+        ours = _io_vectors((here, size) for here, _there, size in batch)
+        theirs = _io_vectors((there, size) for _here, there, size in batch)
+        count, total = len(batch), sum(size for _here, _there, size in batch)
+        if by_pid(self.pid, ours, count, theirs, count, 0) == total:
+            return True
+        return all(_move_all(by_fd, self.fd, *move) for move in batch)
 
 
 def open_own() -> int:
     """A descriptor with which any process can read and write this one's memory by address.
 
-    It shows what is mapped at the time, and nothing once this process has ended.
+    It shows what is mapped at the time, and nothing once this process has ended. OSError in one
+    that has no /proc, or may not be looked at (see prctl's PR_SET_DUMPABLE).
     """
     return os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+
+
+def write_file(fd: int, moves: Iterable[Move]) -> None:
+    """Copy from here to positions in a file."""
+    for move in moves:
+        _move_all(os.pwritev, fd, *move)
+
+
+def copy(source: memoryview, address: int) -> None:
+    """To an address of this process."""
+
+    def move(batch: Sequence[Move]) -> bool:
+        for here, there, size in batch:
+            ctypes.memmove(there, here, size)  # without the GIL
+        return True
+
+    _in_batches(move, [(address_of(source), address, source.nbytes)])
 
 
 def allocate(size: int) -> mmap.mmap:
@@ -96,27 +120,6 @@ def expect_copy(address: int, size: int) -> None:
         _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
 
-def write_file(fd: int, parts: "Iterable[tuple[memoryview, int]]") -> None:
-    """Copy each view to a position in a file."""
-    _in_chunks(lambda view, position: os.pwrite(fd, view, position), parts)
-
-
-def copy(view: memoryview, address: int) -> None:
-    """To an address of this process."""
-    if view.nbytes <= _CHUNK:
-        _move(view, address)
-    else:
-        _in_chunks(_move, [(view, address)])
-
-
-def is_readable(own_memory: int, view: memoryview) -> bool:
-    """Whether `read` will do: page-locked memory of a GPU's driver cannot be read from outside."""
-    try:
-        return view.nbytes == 0 or len(os.pread(own_memory, 1, address_of(view))) == 1
-    except OSError:
-        return False
-
-
 def address_of(buffer: object) -> int:
     """Also of a read-only one, which ctypes' own `addressof` refuses."""
     held = _Buffer()
@@ -127,41 +130,54 @@ def address_of(buffer: object) -> int:
         _release_buffer(ctypes.byref(held))
 
 
-def _move(view: memoryview, address: int) -> int:
-    ctypes.memmove(address, address_of(view), view.nbytes)  # without the GIL
-    return view.nbytes
+def view(address: int, size: int) -> memoryview:
+    """Writable memory of this process; whoever uses it sees to it that it stays."""
+    return _view_of_memory(address, size, _PyBUF_WRITE)
 
 
-def _in_chunks(
-    move: Callable[[memoryview, int], int], parts: "Iterable[tuple[memoryview, int]]"
-) -> bool:
-    """False where `move` had nowhere to move from or to."""
-    chunks = list(_chunks(parts))
-    if sum(view.nbytes for view, _address in chunks) <= _CHUNK:
-        return all(_move_all(move, *chunk) for chunk in chunks)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return all(pool.map(functools.partial(_move_all, move), *zip(*chunks, strict=True)))
+_ByDescriptor = Callable[[int, Sequence[memoryview], int], int]
 
 
-def _chunks(parts: "Iterable[tuple[memoryview, int]]") -> "Iterator[tuple[memoryview, int]]":
-    for view, address in parts:
-        for begin in range(0, view.nbytes, _CHUNK):
-            yield view[begin : begin + _CHUNK], address + begin
-
-
-def _move_all(move: Callable[[memoryview, int], int], view: memoryview, address: int) -> bool:
-    while view.nbytes:
-        moved = move(view, address)
+def _move_all(by_fd: _ByDescriptor, fd: int, here: int, there: int, size: int) -> bool:
+    while size:
+        moved = by_fd(fd, [view(here, size)], there)
         if moved == 0:
             return False
-        view, address = view[moved:], address + moved
+        here, there, size = here + moved, there + moved, size - moved
     return True
 
 
-class _IoVector(ctypes.Structure):
-    """The C library's iovec."""
+def _in_batches(move: Callable[[Sequence[Move]], bool], moves: Iterable[Move]) -> bool:
+    batches = list(_batches(moves))
+    if len(batches) > 1:
+        try:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                return all(pool.map(move, batches))
+        except RuntimeError:
+            pass  # no thread can be started: a limit of the host, or the interpreter is ending
+    return all(map(move, batches))
 
-    _fields_ = (("address", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+def _batches(moves: Iterable[Move]) -> Iterator[list[Move]]:
+    batch: list[Move] = []
+    room = _BATCH
+    for here, there, size in moves:
+        done = 0
+        while done < size:
+            piece = min(size - done, room)
+            batch.append((here + done, there + done, piece))
+            done, room = done + piece, room - piece
+            if room == 0 or len(batch) == _MOST_IN_BATCH:
+                yield batch
+                batch, room = [], _BATCH
+    if batch:
+        yield batch
+
+
+def _io_vectors(pieces: Iterable[tuple[int, int]]) -> Any:
+    """The C library's iovecs: address and size, of each piece."""
+    flat = [number for piece in pieces for number in piece]
+    return (ctypes.c_size_t * len(flat))(*flat)
 
 
 class _Buffer(ctypes.Structure):
@@ -187,3 +203,7 @@ _get_buffer: Any = ctypes.pythonapi.PyObject_GetBuffer
 _get_buffer.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
 _release_buffer: Any = ctypes.pythonapi.PyBuffer_Release
 _release_buffer.argtypes = (ctypes.c_void_p,)
+_PyBUF_WRITE = 0x200
+_view_of_memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of_memory.restype = ctypes.py_object
+_view_of_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)

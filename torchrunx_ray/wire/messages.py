@@ -146,10 +146,11 @@ class Started:
 
 @dataclass(frozen=True)
 class Returned:
-    """The function returned, and the worker holds its value. Descriptor: the worker's memory."""
+    """The function returned. Descriptor: the worker's memory, or a file with the value."""
 
     pid: int
-    value: tuple[Span, ...]
+    value: tuple[Span, ...] | Layout
+    """Where it lies in the worker's memory, or in the file."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,11 @@ class Failed:
 @dataclass(frozen=True)
 class Taken:
     """The agent has the value, and the worker may end."""
+
+
+@dataclass(frozen=True)
+class NotReadable:
+    """The agent cannot read the worker's memory, and asks for a file."""
 
 
 # agent -> template

@@ -5,7 +5,6 @@ Only the storages are taken over from torch, so that whatever is made of storage
 tensor arrives; where one is sent it is there already.
 """
 
-import ctypes
 import importlib
 import pickle
 import sys
@@ -14,11 +13,6 @@ from typing import Any
 from torchrunx_ray.wire import memory
 
 _all_come_to_current_device = False
-
-_PyBUF_WRITE = 0x200
-_view_of_memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of_memory.restype = ctypes.py_object
-_view_of_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 
 
 def bring_all_to_current_device() -> None:
@@ -78,7 +72,7 @@ def _reduce_storage(storage: Any, owners: list[object]) -> Any:
     if size == 0:
         return _storage, (bytearray(), cuda_index)
     owners.append(storage)
-    view = _view_of_memory(storage.data_ptr(), size, _PyBUF_WRITE)
+    view = memory.view(storage.data_ptr(), size)
     return _storage, (pickle.PickleBuffer(view), cuda_index)
 
 

@@ -2,11 +2,12 @@
 
 import itertools
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torchrunx_ray.wire import memory
-from torchrunx_ray.wire.memory import Remote, Span
+from torchrunx_ray.wire.memory import Move, Remote, Span
 from torchrunx_ray.wire.payload import Packed
 
 _ALIGNMENT = 64
@@ -49,25 +50,21 @@ class Layout:
         return list(itertools.accumulate(padded, initial=0))
 
 
-def offer(own_memory: int, packed: Packed) -> tuple[tuple[Span, ...], Packed]:
-    """Where a value of this process lies, for `take`; valid for as long as the Packed is kept.
-
-    What cannot be read from outside is copied for that.
-    """
-    parts = [
-        part if memory.is_readable(own_memory, part) else memoryview(bytes(part))
-        for part in packed.parts
-    ]
-    spans = tuple(Span(memory.address_of(part), part.nbytes) for part in parts)
-    return spans, Packed(parts[0], tuple(parts[1:]), owners=[packed])
+def offer(packed: Packed) -> tuple[Span, ...]:
+    """Where a value of this process lies, for `take`; valid for as long as the Packed is kept."""
+    return tuple(Span(memory.address_of(part), part.nbytes) for part in packed.parts)
 
 
 def take(remote: Remote, spans: Sequence[Span]) -> Packed | None:
     """A copy of a value that another process offers; None where that has ended."""
     layout = Layout((tuple(span.size for span in spans),))
-    (packed,) = layout.values_in(memory.allocate(layout.size))
-    addresses = [span.address for span in spans]
-    return packed if remote.read(zip(packed.parts, addresses, strict=True)) else None
+    taken = memory.allocate(layout.size)
+    base = memory.address_of(taken)
+    moves = (
+        (base + offset, span.address, span.size)
+        for offset, span in zip(layout.offsets, spans, strict=True)
+    )
+    return layout.values_in(taken)[0] if remote.read(moves) else None
 
 
 def place(remote: Remote, base: int, values: Sequence[Packed]) -> None:
@@ -75,14 +72,30 @@ def place(remote: Remote, base: int, values: Sequence[Packed]) -> None:
 
     Where that process has ended, whoever watches it will tell.
     """
-    remote.write(_placed(base, values))
+    remote.write(_moves(base, values))
 
 
 def place_in_file(fd: int, values: Sequence[Packed]) -> None:
     """Copy values into a file, in their `Layout`."""
-    memory.write_file(fd, _placed(0, values))
+    memory.write_file(fd, _moves(0, values))
 
 
-def _placed(base: int, values: Sequence[Packed]) -> "Iterator[tuple[memoryview, int]]":
+def new_file(layout: Layout) -> int:
+    """A file in memory, without a name in any folder, with room for these values."""
+    fd = os.memfd_create("torchrunx_ray_values")
+    os.ftruncate(fd, layout.size)
+    return fd
+
+
+def map_file(fd: int, layout: Layout) -> list[Packed]:
+    """Map a file privately: the values are writable, and no other process sees it. Closes it."""
+    try:
+        return layout.values_in(mmap.mmap(fd, layout.size, flags=mmap.MAP_PRIVATE))
+    finally:
+        os.close(fd)
+
+
+def _moves(base: int, values: Sequence[Packed]) -> Iterator[Move]:
     parts = itertools.chain.from_iterable(packed.parts for packed in values)
-    return zip(parts, (base + offset for offset in Layout.of(values).offsets), strict=True)
+    for part, offset in zip(parts, Layout.of(values).offsets, strict=True):
+        yield memory.address_of(part), base + offset, part.nbytes

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from torchrunx_ray.wire import messages, tensors
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.payload import Packed
+from torchrunx_ray.wire.transfer import map_file
 from torchrunx_ray.worker import group, outcome
-from torchrunx_ray.worker.call import map_file
 
 
 def main() -> NoReturn:

@@ -1,6 +1,5 @@
 """What became of the function, as one message to the agent."""
 
-import contextlib
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,12 +10,18 @@ from torchrunx_ray.wire import memory, messages, transfer
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.exceptions import dump_exception
+from torchrunx_ray.wire.memory import Span
 from torchrunx_ray.wire.payload import Packed, pack
+from torchrunx_ray.wire.transfer import Layout
 
 _TWICE_NOTE = (
     "torchrunx_ray made a process group before it called the function; launch with backend=None "
     "to make your own, or destroy_process_group() first."
 )
+
+
+_offered: list[Packed] = []
+"""What the agent may be reading right now."""
 
 
 def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Callable[[], Any]:
@@ -45,16 +50,42 @@ def value_of(call: Callable[[], Any]) -> Any:
 
 
 def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -> None:
-    """Return when the agent has the value, which it copies out of this process's memory."""
+    """Return when the agent has the value, which it copies out of this process's memory.
+
+    Where it cannot (page-locked memory of a GPU's driver, a process that may not be looked at) it
+    gets a file.
+    """
     rank, hostname = wanted.place.rank, wanted.hostname
     packed = pack([("the return value", value)], rank=rank, hostname=hostname)
-    own_memory = memory.open_own()
-    spans, offered = transfer.offer(own_memory, packed)
-    channel.send(messages.Returned(os.getpid(), spans), [own_memory])
-    os.close(own_memory)
-    with contextlib.suppress(EOFError, ConnectionResetError):  # the agent is gone, and so are we
-        channel.receive()
-    del offered
+    # A signal handler may raise meanwhile; the agent still reads until it has heard of that.
+    _offered.append(packed)
+    try:
+        own_memory = memory.open_own()
+    except OSError:
+        answer = _send(channel, *_as_file(packed))
+    else:
+        answer = _send(channel, transfer.offer(packed), own_memory)
+    if isinstance(answer, messages.NotReadable):
+        _send(channel, *_as_file(packed))
+    _offered.clear()
+
+
+def _as_file(packed: Packed) -> tuple[Layout, int]:
+    layout = Layout.of([packed])
+    fd = transfer.new_file(layout)
+    transfer.place_in_file(fd, [packed])
+    return layout, fd
+
+
+def _send(channel: Channel, value: tuple[Span, ...] | Layout, fd: int) -> object:
+    """What the agent answers; None where it is gone, which is this process's end."""
+    channel.send(messages.Returned(os.getpid(), value), [fd])
+    os.close(fd)
+    try:
+        answer, _ = channel.receive()
+    except (EOFError, ConnectionResetError):
+        return None
+    return answer
 
 
 def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseException) -> None:

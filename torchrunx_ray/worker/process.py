@@ -19,7 +19,11 @@ _PYTHONS_OWN = {signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
 
 
 def become_worker(
-    wanted: messages.ForkWorker, fds: list[int], template_pid: int, call: HeldCall
+    wanted: messages.ForkWorker,
+    fds: list[int],
+    template_pid: int,
+    call: HeldCall,
+    start_method: messages.StartMethod,
 ) -> NoReturn:
     """Turn a new child of the template into the worker that `wanted` describes.
 
@@ -31,7 +35,7 @@ def become_worker(
     _reset_signals()
     _take_streams(stdout_fd, stderr_fd)
     os.environ.update(wanted.default_variables | os.environ | wanted.variables)
-    if call.fd is not None:
+    if start_method == "spawn":
         _exec_fresh_interpreter(wanted, call.layout, (channel_fd, stacks_fd, call.fd))
     entry.live(wanted, Channel.from_fd(channel_fd), stacks_fd, call.values())
 

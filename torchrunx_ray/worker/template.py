@@ -101,13 +101,11 @@ class _Template:
 
     def _hold_call(self, wanted: messages.HoldCall) -> None:
         try:
-            self._call = HeldCall(wanted.layout, self._start_method)
+            self._call = call = HeldCall(wanted.layout, self._start_method)
         except OSError as error:
             self._channel.send(messages.ForkFailed(str(error)))
-            return
-        fd, address = self._call.open()
-        self._channel.send(messages.CallHeld(os.getpid(), address), [fd])
-        os.close(fd)
+        else:
+            self._channel.send(messages.CallHeld(os.getpid(), call.address), [call.fd])
 
     def _drop_call(self) -> None:
         if self._call is not None:
@@ -121,7 +119,7 @@ class _Template:
         if pid == 0:
             try:
                 self._let_go()
-                become_worker(wanted, fds, template_pid, self._call)
+                become_worker(wanted, fds, template_pid, self._call, self._start_method)
             finally:  # a child must never run on as a second template
                 _die_with_traceback()
         if pid is not None:
