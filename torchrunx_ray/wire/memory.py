@@ -26,14 +26,6 @@ _THREADS = min(4, os.cpu_count() or 1)
 """One does not fill the memory's bandwidth; the workers compute beside them."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """A piece of some process's memory."""
-
-    address: int
-    size: int
-
-
 Move = tuple[int, int, int]
 """An address of this process, an address or position elsewhere, and how many bytes to move."""
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchrunx_ray.errors import OomKills
-from torchrunx_ray.wire.memory import Span
 from torchrunx_ray.wire.ranks import Place
-from torchrunx_ray.wire.transfer import Layout
+from torchrunx_ray.wire.transfer import Layout, Spans
 from torchrunx_ray.wire.versions import Versions
 
 Stream = Literal["stdout", "stderr"]
@@ -149,7 +148,7 @@ class Returned:
     """The function returned. Descriptor: the worker's memory, or a file with the value."""
 
     pid: int
-    value: tuple[Span, ...] | Layout
+    value: Spans | Layout
     """Where it lies in the worker's memory, or in the file."""
 
 

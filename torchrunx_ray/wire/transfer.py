@@ -1,5 +1,6 @@
 """Values between the processes of one host."""
 
+import array
 import itertools
 import mmap
 import os
@@ -7,11 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torchrunx_ray.wire import memory
-from torchrunx_ray.wire.memory import Move, Remote, Span
+from torchrunx_ray.wire.memory import Move, Remote
 from torchrunx_ray.wire.payload import Packed
 
 _ALIGNMENT = 64
 """Of every buffer, as numpy and torch kernels like it."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the parts of a value lie in some process's memory; there may be very many."""
+
+    addresses: "array.array[int]"
+    sizes: "array.array[int]"
 
 
 @dataclass(frozen=True)
@@ -50,20 +59,20 @@ class Layout:
         return list(itertools.accumulate(padded, initial=0))
 
 
-def offer(packed: Packed) -> tuple[Span, ...]:
+def offer(packed: Packed) -> Spans:
     """Where a value of this process lies, for `take`; valid for as long as the Packed is kept."""
-    return tuple(Span(memory.address_of(part), part.nbytes) for part in packed.parts)
+    parts = packed.parts
+    addresses = array.array("Q", map(memory.address_of, parts))
+    return Spans(addresses, array.array("Q", (part.nbytes for part in parts)))
 
 
-def take(remote: Remote, spans: Sequence[Span]) -> Packed | None:
+def take(remote: Remote, spans: Spans) -> Packed | None:
     """A copy of a value that another process offers; None where that has ended."""
-    layout = Layout((tuple(span.size for span in spans),))
+    layout = Layout((tuple(spans.sizes),))
     taken = memory.allocate(layout.size)
     base = memory.address_of(taken)
-    moves = (
-        (base + offset, span.address, span.size)
-        for offset, span in zip(layout.offsets, spans, strict=True)
-    )
+    here = (base + offset for offset in layout.offsets)
+    moves = zip(here, spans.addresses, spans.sizes, strict=True)
     return layout.values_in(taken)[0] if remote.read(moves) else None
 
 

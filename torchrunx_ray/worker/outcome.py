@@ -10,9 +10,8 @@ from torchrunx_ray.wire import memory, messages, transfer
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.exceptions import dump_exception
-from torchrunx_ray.wire.memory import Span
 from torchrunx_ray.wire.payload import Packed, pack
-from torchrunx_ray.wire.transfer import Layout
+from torchrunx_ray.wire.transfer import Layout, Spans
 
 _TWICE_NOTE = (
     "torchrunx_ray made a process group before it called the function; launch with backend=None "
@@ -77,7 +76,7 @@ def _as_file(packed: Packed) -> tuple[Layout, int]:
     return layout, fd
 
 
-def _send(channel: Channel, value: tuple[Span, ...] | Layout, fd: int) -> object:
+def _send(channel: Channel, value: Spans | Layout, fd: int) -> object:
     """What the agent answers; None where it is gone, which is this process's end."""
     channel.send(messages.Returned(os.getpid(), value), [fd])
     os.close(fd)
