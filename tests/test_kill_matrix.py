@@ -31,8 +31,9 @@ MIB = 2**20
 MARK = uuid.uuid4().hex
 
 DRIVER = """
-import json, os, subprocess, sys, time
+import os, subprocess, sys
 from pathlib import Path
+import kill_matrix_preload
 import ray
 import torchrunx_ray as trx
 
@@ -40,10 +41,7 @@ folder, moment = Path(sys.argv[1]), sys.argv[2]
 
 def announce(moment_now):
     if moment_now == moment:
-        note = {"pid": os.getpid(), "rank": int(os.environ["RANK"])}
-        (folder / f".{os.getpid()}").write_text(json.dumps(note))
-        (folder / f".{os.getpid()}").rename(folder / f"{os.getpid()}.json")
-        time.sleep(0.05 if moment == "reporting" else 3)
+        kill_matrix_preload.announce(0.05 if moment == "reporting" else 3)
 
 class Reporting:
     def __reduce__(self):
@@ -84,18 +82,24 @@ import torch.distributed as dist
 folder, moment = Path(os.environ["KILL_MATRIX_FOLDER"]), os.environ["KILL_MATRIX_MOMENT"]
 join = dist.init_process_group
 
-def announce():
-    note = {"pid": os.getpid(), "rank": int(os.environ.get("RANK", "-1"))}
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+def announce(then_sleep_s):
+    template = os.getppid() if "RANK" in os.environ else os.getpid()
+    keeper = parent(template)
+    above = {"template": template, "keeper": keeper, "agent": parent(keeper)}
+    note = {"pid": os.getpid(), "rank": int(os.environ.get("RANK", "-1")), **above}
     (folder / f".{os.getpid()}").write_text(json.dumps(note))
     (folder / f".{os.getpid()}").rename(folder / f"{os.getpid()}.json")
-    time.sleep(3)
+    time.sleep(then_sleep_s)
 
 def join_late(*args, **kwargs):
-    announce()
+    announce(3)
     join(*args, **kwargs)
 
-if moment == "importing":
-    announce()
+if moment == "importing" and "KILL_MATRIX_DRIVER" not in os.environ:
+    announce(3)
 if moment == "forming":
     dist.init_process_group = join_late
 """
@@ -192,12 +196,19 @@ def test_nothing_is_left(
     with (tmp_path / "said").open("wb") as said:
         driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(folder), moment],
-            env={**os.environ, "CLUSTER": machine.cluster.address},
+            env={
+                **os.environ,
+                "CLUSTER": machine.cluster.address,
+                "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}",
+                "KILL_MATRIX_FOLDER": str(folder),
+                "KILL_MATRIX_MOMENT": moment,
+                "KILL_MATRIX_DRIVER": "",
+            },
             stdout=said,
             stderr=subprocess.STDOUT,
         )
     announced = wait_for_notes(folder, 1 if moment == "importing" else 2)
-    for pid in find(machine, victims, moment, announced, driver.pid):
+    for pid in find(machine, victims, announced, driver.pid):
         kill(pid)
     killed_at = time.monotonic()
 
@@ -229,40 +240,39 @@ def launch_again() -> int:
     return len(trx.Launcher(hostnames=1, workers_per_host=2, linger=0).run(os.getpid))
 
 
-def wait_for_notes(folder: Path, count: int) -> list[int]:
-    """The pids of who announced the moment, by rank."""
+def wait_for_notes(folder: Path, count: int) -> list[dict[str, int]]:
+    """Who announced the moment, by rank."""
     assert processes.wait_until(lambda: len(list(folder.glob("*.json"))) == count, 30)
     notes = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    return [note["pid"] for note in sorted(notes, key=lambda note: note["rank"])]
+    return sorted(notes, key=lambda note: note["rank"])
 
 
 def find(
-    machine: Machine, victims: Sequence[str], moment: str, announced: list[int], driver: int
+    machine: Machine, victims: Sequence[str], announced: list[dict[str, int]], driver: int
 ) -> list[int]:
-    template = announced[0] if moment == "importing" else processes.parent(announced[0])
-    keeper = processes.parent(template)
+    above = announced[0]
+    workers = [note["pid"] for note in announced]
     found: dict[str, Callable[[], list[int]]] = {
         "driver": lambda: [driver],
         "raylet": lambda: [machine.raylet_pid()],
-        "agent": lambda: [processes.parent(keeper)],
-        "keeper": lambda: [keeper],
-        "template": lambda: [template],
-        "store": lambda: [pid for pid in children(template) if is_store(pid, announced)],
-        "worker": lambda: announced[-1:],
-        "all workers": lambda: announced,
+        "agent": lambda: [above["agent"]],
+        "keeper": lambda: [above["keeper"]],
+        "template": lambda: [above["template"]],
+        "store": lambda: [pid for pid in children(above["template"]) if is_store(pid, workers)],
+        "worker": lambda: workers[-1:],
+        "all workers": lambda: workers,
         "children": lambda: [
             pid
-            for pid in [*children(template), *(c for w in announced for c in children(w))]
-            if "sleep" in processes.command_line(pid)
+            for parent in (above["template"], *workers)
+            for pid in children(parent)
+            if "sleep" in words_or_none(pid)
         ],
     }
-    pids = [pid for victim in victims for pid in found[victim]()]
-    assert pids
-    return pids
+    return [pid for victim in victims for pid in found[victim]()]
 
 
 def is_store(pid: int, workers: Sequence[int]) -> bool:
-    return pid not in workers and "keeper" in processes.command_line(pid)
+    return pid not in workers and "keeper" in words_or_none(pid)
 
 
 def children(parent: int) -> list[int]:
@@ -274,6 +284,13 @@ def parent_or_none(pid: int) -> int | None:
         return processes.parent(pid)
     except OSError:
         return None
+
+
+def words_or_none(pid: int) -> str:
+    try:
+        return processes.command_line(pid)
+    except OSError:
+        return ""
 
 
 def pids() -> list[int]:

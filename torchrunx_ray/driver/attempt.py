@@ -42,6 +42,9 @@ Longer than a template waits for a process that gives back much memory.
 """
 
 
+_ENDING_S = 0.8
+"""For an agent that ends itself to say that its workers are gone."""
+
 _CLOCK_READINGS = 5
 
 _STACKS_S = 3.0
@@ -230,6 +233,7 @@ class Attempt:
         except ClusterLeft as left:
             self._lose(host_index, str(left), "")
         except OutOfMemoryError as error:
+            self._crew.agents[host_index].is_gone = True
             what = "Ray's memory monitor killed the agent"
             self._lose(
                 host_index, what, memory_monitor.evidence(str(error), self._pids[host_index])
@@ -241,6 +245,7 @@ class Attempt:
                 return
             self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
         except RayError as error:
+            self._crew.agents[host_index].is_gone = True
             self._lose(host_index, "the agent died", str(error))
         finally:
             hearing.cancel()
@@ -286,6 +291,8 @@ class Attempt:
                 self._has_died(host_index, event)
             case messages.AgentFailed():
                 self._fail(host_index, None, event.time_ns, event)
+                if event.is_ending:
+                    self._later(_ENDING_S, self._forget, host_index)
             case messages.TemplateRefused():
                 self._fail(host_index, None, self._clock_of(host_index), event)
             case messages.HostEnded():
@@ -397,6 +404,11 @@ class Attempt:
             if not watching.done() and self._cluster.is_ours():
                 agent.calls.stop.remote(self._run_id, grace_s)
         self._later(grace_s + _LAST_WORDS_S, self._give_up)
+
+    def _forget(self, host_index: int) -> None:
+        """Its agent has said that it ends; whether it still hears us, Ray tells much later."""
+        self._crew.agents[host_index].is_gone = True
+        self._watching[host_index].cancel()
 
     def _give_up(self) -> None:
         """A host that does not even report the end of killed workers is not waited for."""

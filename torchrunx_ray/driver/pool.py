@@ -36,6 +36,8 @@ class Agent:
     runtime_env: str
     calls: Any
     is_new: bool = True
+    is_gone: bool = False
+    """Ray says so; it would be asked in vain for seconds."""
     rests_until: float = 0
     connection: Connection = field(default_factory=Connection)
 
@@ -64,8 +66,9 @@ class Agent:
         if not self.connection.is_ours():
             return  # Ray has ended it with this driver's other actors
         try:
-            async with asyncio.timeout(_CLOSING_S):
-                await self.connection.answer(self.calls.close.remote())
+            if not self.is_gone:
+                async with asyncio.timeout(_CLOSING_S):
+                    await self.connection.answer(self.calls.close.remote())
         except ClusterLeft:
             return
         except (RayError, TimeoutError):

@@ -104,6 +104,8 @@ class AgentFailed:
     time_ns: int
     what: str
     evidence: str
+    is_ending: bool = False
+    """The agent ends itself a moment later."""
 
 
 @dataclass(frozen=True)
