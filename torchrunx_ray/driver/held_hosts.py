@@ -35,6 +35,7 @@ class HeldHosts:
         self._options = options
         self._placement: Placement | None = None
         self._agents: dict[int, Agent] = {}
+        self._has_run = False
         self._turn = asyncio.Lock()
 
     async def open(self, name: str) -> None:
@@ -46,6 +47,7 @@ class HeldHosts:
         async with self._turn:
             await references.wait_for(call.inserted, Connection())
             crew, backend = await self._assemble(call.run_name)
+            self._has_run = True
             attempt = Attempt(call.run_name, self._options, crew, backend)
             progress.attempt = attempt
             try:
@@ -76,6 +78,8 @@ class HeldHosts:
                 raise RuntimeError("the session is closed")
             placement, hosts = self._placement, self._placement.hosts
             try:
+                if self._has_run:
+                    await placement.check()
                 met = await _all_or_first_error(
                     [self._meet(i, host, name) for i, host in enumerate(hosts)]
                 )

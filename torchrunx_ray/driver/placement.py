@@ -15,6 +15,7 @@ from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.room import wait_for_room
 from torchrunx_ray.driver.shape import Shape, resolve
+from torchrunx_ray.errors import PlacementError
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -50,6 +51,16 @@ class Placement:
         """Whether all its nodes live, as far as Ray knows."""
         live = {node.node_id for node in await in_thread(cluster.live_nodes)}
         return all(host.node.node_id in live for host in self.hosts)
+
+    async def check(self) -> None:
+        """PlacementError where somebody else has removed it."""
+        table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, self._group)
+        if table.get("state", "REMOVED") == "REMOVED":
+            raise PlacementError(
+                "the placement group of the session was removed, by ray.util.remove_placement_group or "
+                "by a head of Ray that was started anew. What it held may be others' by now: open a "
+                "new session."
+            )
 
     async def remove(self) -> None:
         self._gpu_ids.cancel()

@@ -1,0 +1,225 @@
+"""How long after a failure the driver knows, beside others on the same functions.
+
+One host, 2 workers, gloo; the failing rank is 1, and rank 0 waits in an all_reduce ("collective") or
+sleeps ("asleep"). Times are from the failure to the exception on the driver, in seconds. Ctrl-C is
+timed to the KeyboardInterrupt.
+
+    python benchmarks/failures.py [--samples 10] [--peers torchrun,torchrunx,ray-train]
+
+Peers are measured in the same run, in turn with the rest, where they are installed. torchrunx gets
+`--patience` seconds for its process group, since it takes as long as that to tell.
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.cluster_utils import Cluster
+
+import torchrunx_ray as trx
+
+
+def fail(how: str, peer: str, folder: str, patience_s: float) -> None:
+    """What every rank of every launcher runs."""
+    rank = int(os.environ["RANK"])
+    if rank == 1:
+        time.sleep(0.3)
+        Path(folder, "at").write_text(str(time.time()))
+        if how == "raise":
+            raise ValueError("the first failure")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if peer == "collective":
+        dist.all_reduce(torch.ones(1))
+    time.sleep(patience_s)
+
+
+def ours(session: trx.Session, how: str, peer: str, patience_s: float) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            session.run(fail, how, peer, folder, patience_s)
+        except (ValueError, trx.WorkerFailedError):
+            return time.time() - float(Path(folder, "at").read_text())
+    raise AssertionError("it did not fail")
+
+
+def killed(launcher: trx.Launcher, victim: str, kill_raylet: Callable[[], None]) -> float:
+    """SIGKILL of what stands above the workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = launcher.submit(announce, folder)
+        note = Path(folder, "above")
+        while not note.exists():
+            time.sleep(0.005)
+        time.sleep(0.3)
+        begun = time.time()
+        if victim == "raylet":
+            kill_raylet()
+        else:
+            os.kill(
+                int(note.read_text().split()[("template", "agent").index(victim)]), signal.SIGKILL
+            )
+        try:
+            run.result()
+        except trx.AgentFailedError:
+            return time.time() - begun
+    raise AssertionError("it did not fail")
+
+
+def announce(folder: str) -> None:
+    def parent(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    if os.environ["RANK"] == "0":
+        template = os.getppid()
+        Path(folder, "unfinished").write_text(f"{template} {parent(parent(template))}")
+        Path(folder, "unfinished").rename(Path(folder, "above"))
+    time.sleep(1000)
+
+
+def interrupted(session: trx.Session) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+
+        def press() -> None:
+            while not Path(folder, "above").exists():
+                time.sleep(0.005)
+            time.sleep(0.3)
+            pressed.append(time.time())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        pressed: list[float] = []
+        threading.Thread(target=press).start()
+        try:
+            session.run(announce, folder)
+        except KeyboardInterrupt:
+            return time.time() - pressed[0]
+    raise AssertionError("it was not interrupted")
+
+
+PEER_SCRIPT = """
+import datetime, os, sys, time
+import torch.distributed as dist
+sys.path.insert(0, {here!r})
+from failures import fail
+
+{launch}
+"""
+
+LAUNCHES = {
+    "torchrun": """
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds={patience_s}))
+fail({how!r}, {peer!r}, {folder!r}, {patience_s})
+""",
+    "torchrunx": """
+import torchrunx
+launcher = torchrunx.Launcher(
+    hostnames=["localhost"], workers_per_host=2, backend="gloo", worker_timeout=int({patience_s})
+)
+if __name__ == "__main__":
+    launcher.run(fail, {how!r}, {peer!r}, {folder!r}, {patience_s})
+""",
+    "ray-train": """
+import ray
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+def train():
+    import ray.train
+    os.environ["RANK"] = str(ray.train.get_context().get_world_rank())
+    fail({how!r}, {peer!r}, {folder!r}, {patience_s})
+TorchTrainer(
+    train, scaling_config=ScalingConfig(num_workers=2), torch_config=TorchConfig(backend="gloo")
+).fit()
+""",
+}
+
+
+def peers(name: str, how: str, peer: str, patience_s: float) -> float:
+    """From the failure to the end of the launcher's process, which reports it."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        values = {"how": how, "peer": peer, "folder": folder, "patience_s": patience_s}
+        launch = LAUNCHES[name].format(**values)
+        here = str(Path(__file__).parent)
+        script.write_text(PEER_SCRIPT.format(here=here, launch=launch))
+        by_torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [sys.executable, *(by_torchrun if name == "torchrun" else []), str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        ended = time.time()
+        if not Path(folder, "at").exists():
+            raise RuntimeError(f"{name} did not come to the failure:\n{done.stderr[-2000:]}")
+        return ended - float(Path(folder, "at").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--peer-samples", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=30)
+    parser.add_argument("--peers", default="torchrun,torchrunx,ray-train")
+    arguments = parser.parse_args()
+    patience_s: float = arguments.patience
+    cases = [("raise", "collective"), ("raise", "asleep"), ("kill", "collective")]
+
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2, include_dashboard=False)
+    ray.init(cluster.address, log_to_driver=False)
+    launcher = trx.Launcher(hostnames=1, workers_per_host=2)
+    nodes: list[Any] = []
+
+    def kill_raylet() -> None:
+        (raylet,) = nodes[-1].all_processes["raylet"]
+        os.kill(raylet.process.pid, signal.SIGKILL)
+
+    def of_raylet() -> float:
+        nodes.append(cluster.add_node(num_cpus=2, resources={"doomed": 1}))
+        doomed = trx.Launcher(hostnames=1, workers_per_host=2, resources_per_host={"doomed": 1})
+        try:
+            return killed(doomed, "raylet", kill_raylet)
+        finally:
+            cluster.remove_node(nodes[-1], allow_graceful=False)
+
+    times: dict[str, list[float]] = {}
+    with launcher.session() as session:
+        session.run(os.getpid)
+        for sample in range(arguments.samples):
+            for how, peer in cases:
+                name = f"{how}, peer {peer}"
+                times.setdefault(name, []).append(ours(session, how, peer, patience_s))
+                for other in filter(None, arguments.peers.split(",")):
+                    is_here = other == "torchrun" or importlib.util.find_spec(other.split("-")[0])
+                    if is_here and sample < arguments.peer_samples:
+                        key = f"{name}: {other}"
+                        times.setdefault(key, []).append(peers(other, how, peer, patience_s))
+            times.setdefault("Ctrl-C", []).append(interrupted(session))
+    for _ in range(arguments.samples):
+        for victim in ("template", "agent"):
+            name = f"SIGKILL of the {victim}"
+            times.setdefault(name, []).append(killed(launcher, victim, kill_raylet))
+        times.setdefault("SIGKILL of the raylet", []).append(of_raylet())
+    report(times)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def report(times: dict[str, list[float]]) -> None:
+    print(f"{'seconds':44}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}")
+    for name, taken in sorted(times.items()):
+        if taken:
+            median = statistics.median(taken)
+            print(f"{name:44}{median:9.2f}{min(taken):9.2f}{max(taken):9.2f}{len(taken):4}")
+
+
+if __name__ == "__main__":
+    main()
