@@ -16,6 +16,17 @@ from tests.processes import wait_until
 os.environ.pop("RAY_ADDRESS", None)
 
 
+SHOWN_AT_END = pytest.StashKey[list[str]]()
+"""What tests have to show beside whether they passed."""
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for text in config.stash.get(SHOWN_AT_END, []):
+        terminalreporter.write_line(text)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--address", default="local", help="of the cluster that most tests share")
 

@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster
 import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
+from tests.conftest import SHOWN_AT_END
 
 pytestmark = pytest.mark.slow
 
@@ -167,8 +168,7 @@ def machine(
             launch_again()  # first touches of Ray's store
             yield machine
             machine.cluster.remove_node(machine.node)
-    report: Any = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    report.write_line("\n" + matrix(machine.outcomes))
+    pytestconfig.stash.setdefault(SHOWN_AT_END, []).append(matrix(machine.outcomes))
 
 
 def matrix(outcomes: dict[tuple[str, str], str]) -> str:

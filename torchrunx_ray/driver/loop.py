@@ -4,11 +4,14 @@ import asyncio
 import concurrent.futures
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_STEP_S = 0.2
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -17,6 +20,21 @@ _loop: asyncio.AbstractEventLoop | None = None
 def start(coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
     """Run a coroutine in the background; cancelling the future cancels it."""
     return asyncio.run_coroutine_threadsafe(coroutine, running())
+
+
+def wait(future: "concurrent.futures.Future[Any]", timeout: float | None = None) -> bool:
+    """Wait in the user's thread; whether it is done.
+
+    In steps, for Ctrl-C: the kernel may hand the signal to any thread of the process, and Python
+    acts on it only when its main thread wakes.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while not future.done():
+        left_s = _STEP_S if deadline is None else min(_STEP_S, deadline - time.monotonic())
+        if left_s <= 0:
+            break
+        concurrent.futures.wait([future], left_s)
+    return future.done()
 
 
 async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -40,7 +40,7 @@ class Run(Generic[R]):
         and raises KeyboardInterrupt when nothing of it is left; a second one kills it.
         """
         try:
-            concurrent.futures.wait([self._ended], timeout)
+            loop.wait(self._ended, timeout)
         except KeyboardInterrupt as interrupt:
             self._stop()
             if stacks := self._progress.stacks_at_stop:
@@ -55,7 +55,9 @@ class Run(Generic[R]):
 
         None before they are started, nor when they have ended.
         """
-        return loop.start(self._progress.stacks()).result()
+        asked = loop.start(self._progress.stacks())
+        loop.wait(asked)
+        return asked.result()
 
     def done(self) -> bool:
         """Whether it has ended and given its hosts back."""
@@ -70,7 +72,7 @@ class Run(Generic[R]):
 
     def wait(self) -> None:
         """Return when the run has ended, in whatever way."""
-        concurrent.futures.wait([self._ended])
+        loop.wait(self._ended)
 
     def call_when_done(self, call: "Callable[[Run[Any]], object]") -> None:
         """Call it with this run, in some thread, once it has ended."""

@@ -31,6 +31,7 @@ class Session:
         self._running: set[Run[Any]] = set()
         opening = loop.start(self._hosts.open(unique(options.name or "session")))
         try:
+            loop.wait(opening)
             opening.result()
         except BaseException:
             opening.cancel()
@@ -59,7 +60,9 @@ class Session:
                 run.cancel()
             raise
         finally:
-            loop.start(self._hosts.close()).result()
+            closing = loop.start(self._hosts.close())
+            loop.wait(closing)
+            closing.result()
 
     def __enter__(self) -> "Session":
         return self
