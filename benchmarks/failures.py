@@ -110,7 +110,6 @@ def interrupted(session: trx.Session) -> float:
 PEER_SCRIPT = """
 import datetime, os, sys, time
 import torch.distributed as dist
-sys.path.insert(0, {here!r})
 from failures import fail
 
 {launch}
@@ -145,6 +144,10 @@ TorchTrainer(
 }
 
 
+NEEDS = {"torchrun": "torch", "torchrunx": "torchrunx", "ray-train": "pyarrow"}
+"""A module that is there where the peer is installed."""
+
+
 def peers(name: str, how: str, peer: str, patience_s: float) -> float:
     """From the failure to the end of the launcher's process, which reports it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -152,10 +155,12 @@ def peers(name: str, how: str, peer: str, patience_s: float) -> float:
         values = {"how": how, "peer": peer, "folder": folder, "patience_s": patience_s}
         launch = LAUNCHES[name].format(**values)
         here = str(Path(__file__).parent)
-        script.write_text(PEER_SCRIPT.format(here=here, launch=launch))
+        script.write_text(PEER_SCRIPT.format(launch=launch))
         by_torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [sys.executable, *(by_torchrun if name == "torchrun" else []), str(script)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path}  # torchrunx imports `fail` elsewhere
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         ended = time.time()
         if not Path(folder, "at").exists():
             raise RuntimeError(f"{name} did not come to the failure:\n{done.stderr[-2000:]}")
@@ -198,7 +203,7 @@ def main() -> None:
                 name = f"{how}, peer {peer}"
                 times.setdefault(name, []).append(ours(session, how, peer, patience_s))
                 for other in filter(None, arguments.peers.split(",")):
-                    is_here = other == "torchrun" or importlib.util.find_spec(other.split("-")[0])
+                    is_here = importlib.util.find_spec(NEEDS[other])
                     if is_here and sample < arguments.peer_samples:
                         key = f"{name}: {other}"
                         times.setdefault(key, []).append(peers(other, how, peer, patience_s))

@@ -49,7 +49,8 @@ def jobs() -> Iterator[Jobs]:
         of_dashboard = ("--include-dashboard=true", f"--dashboard-port={dashboard}")
         with ray_start(*of_head, *of_dashboard, environment=environment):
             jobs = Jobs(f"http://127.0.0.1:{dashboard}", environment)
-            assert wait_until(lambda: jobs.run("list").returncode == 0, 60)
+            # Its job agent comes up some seconds after the dashboard.
+            assert wait_until(lambda: jobs.run("submit", "--", "true").returncode == 0, 60)
             yield jobs
 
 
