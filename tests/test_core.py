@@ -7,6 +7,7 @@ each.
 import concurrent.futures
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import torchrunx_ray as trx
-from tests.processes import is_alive, of_pool, own_mark, wait_until
+from tests.processes import is_alive, of_pool, own_mark, parent, wait_until
 
 
 class OwnError(Exception):
@@ -138,6 +139,63 @@ def test_death_of_the_last_rank_is_named(launcher: trx.Launcher) -> None:
         error = caught.value
         last = 2 * len(hostnames) - 1
         assert (error.rank, error.hostname, error.signal) == (last, hostnames[-1], signal.SIGKILL)
+
+
+def end_on_the_last(how: str) -> object:
+    if dist.get_rank() < dist.get_world_size() - 1:
+        time.sleep(1000)
+    time.sleep(0.3)  # until all are at it
+    template = os.getppid()
+    if how == "exit":
+        os._exit(0)
+    elif how == "lock raised":
+        error = OwnError("no", 1)
+        error.lock = threading.Lock()  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+    elif how == "lock returned":
+        return threading.Lock()
+    elif how == "template":
+        os.kill(template, signal.SIGKILL)
+    elif how == "agent":
+        os.kill(parent(parent(template)), signal.SIGKILL)
+    time.sleep(1000)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "said"),
+    [
+        ("exit", trx.WorkerFailedError, "ended with exit code 0 before its function returned"),
+        (
+            "lock raised",
+            trx.WorkerFailedError,
+            "raised tests.test_core.OwnError: no 1 (shown as text",
+        ),
+        ("lock returned", trx.PayloadError, "the return value of rank LAST"),
+        ("template", trx.AgentFailedError, "the template process, from which workers are forked"),
+        ("agent", trx.AgentFailedError, "the agent died"),
+    ],
+)
+def test_every_kind_of_failure_on_the_last_host_is_told_soon_and_leaves_nothing(
+    launcher: trx.Launcher, how: str, error: type[Exception], said: str
+) -> None:
+    result = launcher.run(own_mark)
+    last = len(result) - 1
+    begun = time.monotonic()
+    with pytest.raises(error) as caught:
+        launcher.run(end_on_the_last, how)
+
+    assert time.monotonic() - begun < 4
+    assert said.replace("LAST", str(last)) in str(caught.value)
+    assert result.hostnames[-1] in str(caught.value)
+    notes = getattr(caught.value, "__notes__", [])
+    others_live = how not in ("template", "agent") or len(result.hostnames) > 1
+    assert any("When it was heard of:" in note for note in notes) is others_live
+    ended = {"template", "agent"} & {how}
+    for rank, mark in enumerate(result):
+        expected = 0 if ended and rank >= last - 1 else 2  # else keeper and template
+        assert wait_until(lambda: len(of_pool(mark)) == expected, 5)  # noqa: B023
+    assert len(launcher.run(place)) == last + 1
 
 
 def test_failure_ends_ranks_that_wait_for_ever(launcher: trx.Launcher) -> None:

@@ -1,6 +1,8 @@
 """What the driver raises when something goes wrong, and that nothing is left of the launch."""
 
+import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +88,65 @@ def test_failure_stops_ranks_that_would_never_return(launcher: trx.Launcher) -> 
 
     assert time.monotonic() - begun < 1
     assert caught.value.__notes__[-1].startswith("Stopped by the launch after that: rank 1 on ")
+
+
+def test_exception_group_arrives_as_itself(launcher: trx.Launcher) -> None:
+    def fail() -> None:
+        raise ExceptionGroup("two things", [TwoArguments("one", 1), KeyError("other")])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        launcher.run(fail)
+
+    first, second = caught.value.exceptions
+    assert (type(first), str(first)) == (TwoArguments, "one (1)")
+    assert (type(second), second.args) == (KeyError, ("other",))
+    assert isinstance(caught.value.__cause__, trx.RemoteFailure)
+
+
+def test_equal_failures_are_one_line(cluster: None) -> None:
+    def fail() -> None:
+        if dist.get_rank() > 0:
+            time.sleep(0.05)
+        raise ValueError(f"shard {dist.get_rank()}")
+
+    with pytest.raises(ValueError, match="shard 0") as caught:
+        trx.Launcher(workers_per_host=4).run(fail)
+
+    (line,) = [note for note in caught.value.__notes__ if " s later, " in note]
+    assert {f"rank {rank} on" for rank in (1, 2, 3)} <= set(re.findall(r"rank \d on", line))
+    assert isinstance(caught.value.__cause__, trx.RemoteFailure)
+    assert len(caught.value.__cause__.failures) == 4
+
+
+@pytest.mark.parametrize("failure", ["raise", "kill"])
+def test_rank_that_is_parked_in_c_and_deaf_neither_delays_nor_survives(
+    cluster: None, failure: str, tmp_path: Path
+) -> None:
+    """As a rank in NCCL whose peer has gone."""
+
+    def fail_or_park() -> None:
+        if dist.get_rank() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            nothing_comes, _ours = os.pipe()
+            (tmp_path / str(os.getpid())).touch()
+            ctypes.PyDLL(None).read(nothing_comes, ctypes.create_string_buffer(1), 1)
+        while not any(tmp_path.iterdir()):
+            time.sleep(0.01)
+        time.sleep(0.1)
+        if failure == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise TwoArguments("first", 1)
+
+    launcher = trx.Launcher(workers_per_host=2, shutdown_timeout=1)
+    launcher.run(os.getpid)
+    begun = time.monotonic()
+    with pytest.raises((TwoArguments, trx.WorkerFailedError)) as caught:
+        launcher.run(fail_or_park)
+
+    assert time.monotonic() - begun < 0.3 + 1 + 1
+    assert any("rank 0: fail_or_park (test_failures.py:" in note for note in caught.value.__notes__)
+    (parked,) = tmp_path.iterdir()
+    assert not processes.is_alive(int(parked.name))
 
 
 def test_exception_that_cannot_be_pickled_is_shown_as_text(launcher: trx.Launcher) -> None:

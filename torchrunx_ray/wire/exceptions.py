@@ -10,7 +10,7 @@ from torchrunx_ray.wire import pickling
 
 def dump_exception(error: BaseException) -> bytes:
     """Pickle an exception so that it loads again here; raises what makes that impossible."""
-    data = pickling.dumps(_ByParts(error) if _has_constructor_of_its_own(error) else error)
+    data = pickling.dumps(error, _by_parts)
     loaded = pickle.loads(data)
     if type(loaded) is not type(error):
         raise TypeError(f"it comes back as {type(loaded).__qualname__}")
@@ -32,12 +32,8 @@ def _has_constructor_of_its_own(error: BaseException) -> bool:
     return isinstance(kind.__init__, types.FunctionType) and not own_reduce
 
 
-class _ByParts:
-    """Pickles as a call that makes the exception without its constructor."""
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        error = self._error
-        return made_without_constructor, (type(error), error.args, dict(error.__dict__))
+def _by_parts(value: object) -> Any:
+    """A call that makes the exception without its constructor, also one inside of another."""
+    if isinstance(value, BaseException) and _has_constructor_of_its_own(value):
+        return made_without_constructor, (type(value), value.args, dict(value.__dict__))
+    return NotImplemented

@@ -28,10 +28,10 @@ class Pickled:
     owners: list[object] = field(default_factory=list[object])
 
 
-def dumps(value: object) -> bytes:
+def dumps(value: object, replace: Replace | None = None) -> bytes:
     """All of it in one stream."""
     file = io.BytesIO()
-    _Pickler(file, None, [], None).dump(value)
+    _Pickler(file, None, [], replace).dump(value)
     return file.getvalue()
 
 
