@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import torchrunx_ray as trx
 from tests import processes
-from torchrunx_ray.driver import attempt
+from torchrunx_ray.driver import lookout
 from torchrunx_ray.driver.stacks import Stacks, in_words
 
 
@@ -179,7 +179,7 @@ def test_ranks_that_do_not_join_are_named_with_what_holds_them(
 def test_ranks_that_go_on_long_after_others_are_named(
     launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(attempt, "_RETURNED_S", 0.3)
+    monkeypatch.setattr(lookout, "_RETURNED_S", 0.3)
 
     def straggle() -> None:
         if rank() == 1:

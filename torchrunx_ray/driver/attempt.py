@@ -14,15 +14,17 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from torchrunx_ray.driver import memory_monitor
 from torchrunx_ray.driver.call import Call
+from torchrunx_ray.driver.clocks import Clocks
 from torchrunx_ray.driver.cluster import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.console import Console
 from torchrunx_ray.driver.failures import ArgumentLost, Failure, Failures, NotJoined, Report
+from torchrunx_ray.driver.lookout import Lookout
 from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.results import Value
-from torchrunx_ray.driver.stacks import Stacks, in_words
+from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.ranks import Place, lay_out
@@ -44,14 +46,6 @@ Longer than a template waits for a process that gives back much memory.
 
 _ENDING_S = 0.8
 """For an agent that ends itself to say that its workers are gone."""
-
-_CLOCK_READINGS = 5
-
-_STACKS_S = 3.0
-"""For a host to say what its workers are doing."""
-
-_RETURNED_S = 60.0
-"""How long after the last rank that returned those are named that have not."""
 
 _NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
 """How Ray says, in the error of a call, that not the call itself failed."""
@@ -77,7 +71,8 @@ class Attempt:
         self._backend = backend
         self._cluster = Connection()
         self._layout = lay_out([host.workers for host in crew.hosts])
-        self._clock_offsets_ns = [0] * len(crew.hosts)
+        self._clocks = Clocks(crew.agents)
+        self._lookout = Lookout(run_id, crew.agents, self._layout)
         self._joined: set[int] = set()
         self._failures: list[tuple[int, Failure]] = []
         """With their hosts, on whose clocks their times are."""
@@ -92,7 +87,6 @@ class Attempt:
         """Ranks of each host by pid."""
         self._stacks = Stacks({})
         self._looking: asyncio.Task[None] | None = None
-        self._last_return: asyncio.TimerHandle | None = None
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
         self.broken: set[int] = set(range(len(crew.hosts)))
@@ -106,8 +100,7 @@ class Attempt:
         """
         self._console = Console(len(self._places()))
         try:
-            if len(self._crew.hosts) > 1:
-                self._comparing = asyncio.create_task(self._compare_clocks())
+            self._comparing = asyncio.create_task(self._clocks.compare())
             self._watching = [
                 asyncio.create_task(self._watch(i, call)) for i in range(len(self._crew.hosts))
             ]
@@ -115,6 +108,7 @@ class Attempt:
                 self._later(self._options.timeout, self._check_joined)
             await self._until_ended()
         finally:
+            self._lookout.close()
             for timer in self._timers:
                 timer.cancel()
             for asking in (self._looking, self._comparing):
@@ -126,7 +120,7 @@ class Attempt:
         if self._failures:
             on_our_clock = [
                 dataclasses.replace(
-                    failure, time_ns=failure.time_ns - self._clock_offsets_ns[host_index]
+                    failure, time_ns=self._clocks.on_ours(host_index, failure.time_ns)
                 )
                 for host_index, failure in self._failures
             ]
@@ -142,44 +136,7 @@ class Attempt:
 
     async def stacks(self) -> Stacks:
         """What the workers that live are doing."""
-        asked = [self._stacks_of(i) for i in range(len(self._crew.hosts))]
-        stacks: dict[int, str] = {}
-        for of_host in await asyncio.gather(*asked):
-            stacks |= of_host
-        return Stacks(stacks)
-
-    async def _stacks_of(self, host_index: int) -> dict[int, str]:
-        """By rank; none of a host that does not answer, which is reported otherwise."""
-        calls = self._crew.agents[host_index].calls
-        try:
-            async with asyncio.timeout(_STACKS_S):
-                texts: dict[int, str] = await self._cluster.answer(
-                    calls.stacks.remote(self._run_id)
-                )
-        except (RayError, ClusterLeft, TimeoutError):
-            return {}
-        return {self._layout[host_index][k].rank: text for k, text in texts.items()}
-
-    async def _compare_clocks(self) -> None:
-        """How far each host's clock is ahead of ours, for putting failures in order."""
-        await asyncio.gather(*map(self._compare_clock, range(len(self._crew.hosts))))
-
-    async def _compare_clock(self, host_index: int) -> None:
-        best_ns: int | None = None
-        try:
-            for _ in range(_CLOCK_READINGS):
-                asked_ns = now_ns()
-                theirs_ns: int = await self._cluster.answer(
-                    self._crew.agents[host_index].calls.clock.remote()
-                )
-                took_ns = now_ns() - asked_ns
-                # Half the round trip is the best guess of when the agent read its clock, and the
-                # shortest one the closest.
-                if best_ns is None or took_ns < best_ns:
-                    best_ns = took_ns
-                    self._clock_offsets_ns[host_index] = theirs_ns - asked_ns - took_ns // 2
-        except (RayError, ClusterLeft):
-            pass  # of an agent that just died is heard soon enough
+        return await self._lookout.stacks()
 
     async def _until_ended(self) -> None:
         cancelled: asyncio.CancelledError | None = None
@@ -241,7 +198,7 @@ class Attempt:
         except RayTaskError as error:
             if _NO_ARGUMENT in str(error):
                 lost = ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
-                self._fail(host_index, None, self._clock_of(host_index), lost)
+                self._fail(host_index, None, self._clocks.now_on(host_index), lost)
                 return
             self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
         except RayError as error:
@@ -284,7 +241,7 @@ class Attempt:
                 self._joined.add(self._layout[host_index][event.local_rank].rank)
             case messages.Finished():
                 self._sizes[host_index, event.local_rank] = event.size
-                self._expect_others()
+                self._lookout.has_returned(self._layout[host_index][event.local_rank].rank)
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
             case messages.Died():
@@ -294,7 +251,7 @@ class Attempt:
                 if event.is_ending:
                     self._later(_ENDING_S, self._forget, host_index)
             case messages.TemplateRefused():
-                self._fail(host_index, None, self._clock_of(host_index), event)
+                self._fail(host_index, None, self._clocks.now_on(host_index), event)
             case messages.HostEnded():
                 self._has_ended(host_index, event)
             case _:
@@ -311,7 +268,7 @@ class Attempt:
     def _has_died(self, host_index: int, died: messages.Died) -> None:
         exited = died.exited
         assert exited.local_rank is not None
-        died_at_ns = exited.time_ns - self._clock_offsets_ns[host_index]
+        died_at_ns = self._clocks.on_ours(host_index, exited.time_ns)
         by_us = self._stopped_at_ns is not None and died_at_ns > self._stopped_at_ns
         if by_us and exited.signal in (signal.SIGTERM, signal.SIGKILL):
             rank = self._layout[host_index][exited.local_rank].rank
@@ -338,15 +295,16 @@ class Attempt:
         if missing:
             host_index = next(p.host_index for p in self._places() if p.rank in missing)
             not_joined = NotJoined(self._options.timeout, missing)
-            self._fail(host_index, None, self._clock_of(host_index), not_joined)
+            self._fail(host_index, None, self._clocks.now_on(host_index), not_joined)
 
     def _lose(self, host_index: int, what: str, evidence: str) -> None:
-        time_ns = self._clock_of(host_index)
+        time_ns = self._clocks.now_on(host_index)
         self._fail(host_index, None, time_ns, messages.AgentFailed(time_ns, what, evidence))
 
     def _fail(self, host_index: int, local_rank: int | None, time_ns: int, report: Report) -> None:
         """Take note of a failure, whose time is on its host's clock."""
         if not self._failures:
+            self._lookout.close()
             self._looking = asyncio.create_task(self._look())
             self._later(_SETTLING_S, self._stop, self._options.shutdown_timeout)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
@@ -364,32 +322,6 @@ class Attempt:
         except TimeoutError:
             pass
         self._stop(grace_s)
-
-    def _expect_others(self) -> None:
-        """A rank has returned: the rest should not take very much longer."""
-        if self._last_return is not None:
-            self._last_return.cancel()
-        loop = asyncio.get_running_loop()
-        self._last_return = loop.call_later(_RETURNED_S, self._name_those_who_run)
-        self._timers.append(self._last_return)
-
-    def _name_those_who_run(self) -> None:
-        async def say() -> None:
-            returned = {self._layout[i][k].rank for i, k in self._sizes}
-            stacks = (await self.stacks()).without(returned)
-            if stacks:
-                logger.warning(
-                    "%s returned at least %.0f s ago; the launch goes on with\n%s",
-                    in_words(returned),
-                    _RETURNED_S,
-                    stacks.summary,
-                )
-
-        if not self._failures:
-            self._saying = asyncio.create_task(say())
-
-    def _clock_of(self, host_index: int) -> int:
-        return now_ns() + self._clock_offsets_ns[host_index]
 
     def _later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(delay_s, call, *args))

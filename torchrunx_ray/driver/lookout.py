@@ -1,0 +1,80 @@
+"""Sees what a run's workers are doing."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.cluster import ClusterLeft
+from torchrunx_ray.driver.pool import Agent
+from torchrunx_ray.driver.stacks import Stacks, in_words
+from torchrunx_ray.wire.ranks import Place
+
+logger = logging.getLogger("torchrunx_ray")
+
+_STACKS_S = 3.0
+"""For a host to say what its workers are doing."""
+
+_RETURNED_S = 60.0
+"""How long after the last rank that returned those are named that have not."""
+
+
+class Lookout:
+    """Asks the agents; and says by itself who runs on long after others have returned."""
+
+    def __init__(
+        self, run_id: str, agents: Sequence[Agent], layout: Sequence[Sequence[Place]]
+    ) -> None:
+        self._run_id = run_id
+        self._agents = agents
+        self._layout = layout
+        self._returned: set[int] = set()
+        self._last_return: asyncio.TimerHandle | None = None
+        self._saying: asyncio.Task[None] | None = None
+
+    async def stacks(self) -> Stacks:
+        """What the workers that live are doing."""
+        stacks: dict[int, str] = {}
+        asked = (self._stacks_of(i, agent) for i, agent in enumerate(self._agents))
+        for of_host in await asyncio.gather(*asked):
+            stacks |= of_host
+        return Stacks(stacks)
+
+    def has_returned(self, rank: int) -> None:
+        """The rest should not take very much longer."""
+        self._returned.add(rank)
+        self.close()
+        loop = asyncio.get_running_loop()
+        self._last_return = loop.call_later(_RETURNED_S, self._look_for_others)
+
+    def close(self) -> None:
+        """Say nothing more."""
+        if self._last_return is not None:
+            self._last_return.cancel()
+        if self._saying is not None:
+            self._saying.cancel()
+
+    def _look_for_others(self) -> None:
+        self._saying = asyncio.create_task(self._name_others())
+
+    async def _name_others(self) -> None:
+        stacks = (await self.stacks()).without(self._returned)
+        if stacks:
+            logger.warning(
+                "%s returned at least %.0f s ago; the launch goes on with\n%s",
+                in_words(self._returned),
+                _RETURNED_S,
+                stacks.summary,
+            )
+
+    async def _stacks_of(self, host_index: int, agent: Agent) -> dict[int, str]:
+        """By rank; none of a host that does not answer, which is reported otherwise."""
+        try:
+            async with asyncio.timeout(_STACKS_S):
+                texts: dict[int, str] = await agent.connection.answer(
+                    agent.calls.stacks.remote(self._run_id)
+                )
+        except (RayError, ClusterLeft, TimeoutError):
+            return {}
+        return {self._layout[host_index][k].rank: text for k, text in texts.items()}
