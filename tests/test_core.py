@@ -185,7 +185,7 @@ def test_every_kind_of_failure_on_the_last_host_is_told_soon_and_leaves_nothing(
     with pytest.raises(error) as caught:
         launcher.run(end_on_the_last, how)
 
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 6
     assert said.replace("LAST", str(last)) in str(caught.value)
     assert result.hostnames[-1] in str(caught.value)
     notes = getattr(caught.value, "__notes__", [])

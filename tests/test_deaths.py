@@ -13,6 +13,8 @@ import pytest
 import torchrunx_ray as trx
 from torchrunx_ray.agent import memory_group
 
+pytestmark = pytest.mark.slow
+
 RunScript = Callable[[str], "subprocess.CompletedProcess[str]"]
 
 MIB = 2**20

@@ -21,6 +21,8 @@ from ray.exceptions import RayError
 import torchrunx_ray as trx
 from tests.processes import of_pool, wait_until
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import os, signal, sys, time, traceback
 import ray
