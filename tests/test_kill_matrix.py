@@ -128,6 +128,7 @@ CASES = [
         for pair in (
             ("keeper", "template"),
             ("keeper", "agent"),
+            ("keeper", "driver"),
             ("template", "agent"),
             ("agent", "driver"),
             ("agent", "raylet"),

@@ -26,7 +26,6 @@ def test_room_of_a_killed_task_is_given_back_to_the_next_launch(
     living = trx.Launcher(workers_per_host=1, placement_timeout=1)
     with pytest.raises(trx.PlacementError):
         living.run(os.getpid)
-    assert any(tmp_path.iterdir()), "a launch that lives keeps what it has"
     (driver,) = tmp_path.iterdir()
     os.kill(int(driver.name), signal.SIGKILL)
     with pytest.raises(ray.exceptions.WorkerCrashedError):

@@ -51,6 +51,7 @@ def waiting_for_one(cluster: None) -> "Iterator[trx.Run[None]]":
 
 
 def test_equal_stacks_are_one_group(waiting_for_one: "trx.Run[None]") -> None:
+    wait_for_stacks(waiting_for_one, "rank 1: wait_for_one (test_stacks.py:")
     stacks = wait_for_stacks(waiting_for_one, "ranks 0, 2-3: all_reduce (test_stacks.py:")
 
     lone = stacks.summary.splitlines()[1]
@@ -78,18 +79,21 @@ def test_asking_does_not_disturb_a_run(cluster: None) -> None:
     assert asked > 10
 
 
-def test_rank_that_holds_the_gil_in_c_answers(launcher: trx.Launcher) -> None:
-    def parked() -> None:
+def test_rank_that_holds_the_gil_in_c_answers(launcher: trx.Launcher, tmp_path: Path) -> None:
+    def park(libc: ctypes.PyDLL, descriptor: int) -> None:
+        libc.read(descriptor, ctypes.create_string_buffer(1), 1)
+
+    def train(folder: Path) -> None:
         if rank() == 0:
             nothing_comes, _ours = os.pipe()
-            ctypes.PyDLL(None).read(nothing_comes, ctypes.create_string_buffer(1), 1)
+            libc = ctypes.PyDLL(None)
+            (folder / "parking").touch()
+            park(libc, nothing_comes)
         time.sleep(1000)
 
-    run = launcher.submit(parked)
-    stacks = wait_for_stacks(run, "parked")
-    if len(stacks.groups) == 1:  # one of them had not got so far
-        stacks = run.stacks()
-    assert f"parked ({__file__}:" in str(stacks)
+    run = launcher.submit(train, tmp_path)
+    assert processes.wait_until(lambda: any(tmp_path.iterdir()), 30)
+    stacks = wait_for_stacks(run, "rank 0: park (test_stacks.py:")
     assert "no answer" not in str(stacks)
     run.cancel()
     run.wait()
@@ -103,15 +107,37 @@ def test_there_are_none_before_and_after_the_workers(launcher: trx.Launcher) -> 
     assert str(run.stacks()) == ""
 
 
-def test_worker_that_takes_no_such_signal_does_not_answer_and_lives(cluster: None) -> None:
+def test_worker_that_takes_no_such_signal_does_not_answer_and_lives(
+    cluster: None, tmp_path: Path
+) -> None:
     def refuse() -> str:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # by which it would be killed
-        time.sleep(2)
+        (tmp_path / "deaf").touch()
+        time.sleep(1)
         return "alive"
 
     run = trx.Launcher(workers_per_host=1, backend=None).submit(refuse)
-    wait_for_stacks(run, "no answer")
+    assert processes.wait_until(lambda: any(tmp_path.iterdir()), 30)
+    assert "rank 0: no answer" in run.stacks().summary
     assert run.result().rank(0) == "alive"
+
+
+def test_one_rank_that_does_not_answer_does_not_cost_the_others_answers(
+    launcher: trx.Launcher, tmp_path: Path
+) -> None:
+    def train() -> None:
+        (tmp_path / str(os.getpid())).touch()
+        if rank() == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(6)
+
+    run = launcher.submit(train)
+    assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    stacks = wait_for_stacks(run, "rank 0: no answer")
+    assert "rank 1: train (test_stacks.py:" in stacks.summary
+    for path in tmp_path.iterdir():
+        os.kill(int(path.name), signal.SIGCONT)
+    run.result()
 
 
 def test_ranks_are_shown_as_ranges() -> None:

@@ -1,6 +1,7 @@
 """What is different where hosts have addresses of their own; the rest is in test_core.py."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +68,64 @@ print(list(launcher.run(lambda: os.environ["GLOO_SOCKET_IFNAME"])))
     )
 
     assert out == "['mine', 'mine']\n"
+
+
+def test_rank_of_the_other_host_that_does_not_join_is_named(
+    run: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "late_on_one_host.py").write_text(
+        "import os, time, torch.distributed as dist\n"
+        "join = dist.init_process_group\n"
+        "def hang(*args, **kwargs):\n"
+        "    time.sleep(1000 if os.environ['GROUP_RANK'] == '1' else 0)\n"
+        "    join(*args, **kwargs)\n"
+        "dist.init_process_group = hang\n"
+    )
+    out = run(
+        f"""
+launcher = trx.Launcher(
+    hostnames=["10.77.0.11", "10.77.0.12"], workers_per_host=1, timeout=3,
+    preload=("torch", "torch.distributed", "late_on_one_host"),
+    runtime_env={{"env_vars": {{"PYTHONPATH": "{tmp_path}"}}}},
+)
+try:
+    launcher.run(os.getpid)
+except trx.LaunchTimeoutError as error:
+    print(error.missing.get(1), error, *error.__notes__)
+"""
+    )
+
+    assert out.startswith("10.77.0.12 after 3 s the process group is still without "), out
+    assert "rank 1: hang (late_on_one_host.py:4)" in out
+
+
+def test_raylet_of_the_other_host_that_is_killed_is_named_soon(
+    run: Callable[[str], str],
+) -> None:
+    """The last test here: that host is lost afterwards."""
+    out = run(
+        """
+import signal, time
+
+def parent(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+def kill_raylet():
+    if os.environ["RANK"] == "1":
+        time.sleep(0.5)
+        os.kill(parent(parent(parent(os.getppid()))), signal.SIGKILL)
+    time.sleep(1000)
+
+launcher = trx.Launcher(hostnames=["10.77.0.11", "10.77.0.12"], workers_per_host=1)
+launcher.run(os.getpid)
+begun = time.monotonic()
+try:
+    launcher.run(kill_raylet)
+except trx.AgentFailedError as error:
+    print(error.hostname, time.monotonic() - begun < 0.5 + 1.5, error, *error.__notes__)
+"""
+    )
+
+    assert out.startswith("10.77.0.12 True the raylet, Ray's process for the node (pid "), out
+    assert "rank 0: kill_raylet (<string>:" in out

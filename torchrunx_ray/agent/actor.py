@@ -11,7 +11,7 @@ from torchrunx_ray.agent import host
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.run import HostRun
-from torchrunx_ray.agent.template import Template
+from torchrunx_ray.agent.template import Death, Template
 from torchrunx_ray.wire import family, messages, versions
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed, carry_values_packed
@@ -118,11 +118,11 @@ class Agent:
             return None  # that run failed, and this call came late
         return await self._run.value(local_rank)
 
-    async def stacks(self, run_id: str) -> dict[int, str]:
-        """What a run's workers are doing, by local rank."""
+    async def stacks(self, run_id: str, within_s: float) -> dict[int, str]:
+        """What a run's workers are doing, by local rank; empty of those that do not tell in time."""
         if self._run is None or self._run.run_id != run_id:
             return {}
-        return await self._run.stacks()
+        return await self._run.stacks(within_s)
 
     async def stop(self, run_id: str, grace_s: float) -> None:
         """End a run. Ray may deliver this before the run's start, whose argument takes time."""
@@ -200,6 +200,7 @@ class Agent:
         assert self._raylet_fd is not None
         loop.remove_reader(self._raylet_fd)
         what = f"the raylet, Ray's process for the node (pid {pid}), ended"
+        self._leaving = True
         self._mailbox.put(messages.AgentFailed(now_ns(), what, "", is_ending=True))
         self._ending = asyncio.ensure_future(self._end_with_raylet())
 
@@ -220,6 +221,6 @@ class Agent:
         if self._run is not None:
             self._run.has_exited(exited)
 
-    def _template_gone(self, evidence: str) -> None:
+    def _template_gone(self, death: Death) -> None:
         if self._run is not None:
-            self._run.template_is_gone(evidence)
+            self._run.template_is_gone(death)

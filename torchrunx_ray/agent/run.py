@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torchrunx_ray.agent import gpus, memory_group
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.network import interface_of
-from torchrunx_ray.agent.template import Template
+from torchrunx_ray.agent.template import Death, Template
 from torchrunx_ray.agent.worker import Worker
 from torchrunx_ray.errors import OomKills, describe_exit
 from torchrunx_ray.wire import messages
@@ -75,10 +75,10 @@ class HostRun:
     async def value(self, local_rank: int) -> Packed | None:
         return await self._workers[local_rank].value()
 
-    async def stacks(self) -> dict[int, str]:
-        """What the workers that live are doing, by local rank."""
+    async def stacks(self, within_s: float) -> dict[int, str]:
+        """What the workers that live are doing, by local rank; empty where one does not tell."""
         living = [worker for worker in self._workers.values() if not worker.has_exited]
-        texts = await asyncio.gather(*(worker.stacks() for worker in living))
+        texts = await asyncio.gather(*(worker.stacks(within_s) for worker in living))
         return {worker.local_rank: text for worker, text in zip(living, texts, strict=True)}
 
     def resume_output(self) -> None:
@@ -107,11 +107,12 @@ class HostRun:
             how = describe_exit(exited.exit_code, exited.signal)
             self._fail(f"the process that serves the store (pid {exited.pid}) {how}", "")
 
-    def template_is_gone(self, evidence: str) -> None:
+    def template_is_gone(self, death: Death) -> None:
         """The kernel killed the workers with it; nobody will report them."""
         if self._ending is None and not self._template_died:
             self._template_died = True
-            self._fail("the template process, from which workers are forked, died", evidence)
+            what = "the template process, from which workers are forked, died"
+            self._mailbox.put(messages.AgentFailed(death.time_ns, what, death.evidence))
             self.everything_is_gone()
 
     def everything_is_gone(self) -> None:

@@ -8,17 +8,14 @@ from pathlib import Path
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.wire.messages import Printed
 
-_ANSWER_S = 1.0
-"""For a worker to begin its answer: one that swaps, or is stopped, may not."""
-
-_PAUSE_S = 0.1
+_PAUSE_S = 0.05
 """Without a word for so long the answer is taken as it is: faulthandler says nothing at its end."""
 
 _LAST_FRAME = b" in _run_module_as_main\n"
 """Where the main thread's stack ends, which comes last."""
 
 
-class Stacks:
+class StackReader:
     """Asks one worker by SIGUSR2: faulthandler answers also while C code holds the GIL.
 
     What comes unasked, since somebody else sent that signal, is shown as what the worker printed.
@@ -29,27 +26,29 @@ class Stacks:
         self._mailbox = mailbox
         self._loop = asyncio.get_running_loop()
         self._fd, self.theirs = os.pipe()
-        self._answer: bytearray | None = None
+        self._answer = b""
+        self._is_asked = False
+        """Until the answer has come, also when nobody waits for it any more."""
         self._said_more = asyncio.Event()
         self._turn = asyncio.Lock()
         self._closed = False
         os.set_blocking(self._fd, False)
         self._loop.add_reader(self._fd, self._read)
 
-    async def ask(self, pid: int) -> str:
+    async def ask(self, pid: int, within_s: float) -> str:
         """All threads' stacks, as faulthandler prints them; empty where it does not answer."""
         async with self._turn:
             if self._closed or not _handles_usr2(pid):
                 return ""
-            self._answer = bytearray()
+            self._answer, self._is_asked = b"", True
             try:
                 os.kill(pid, signal.SIGUSR2)
-                await self._until_whole(self._answer)
-                return self._answer.decode(errors="backslashreplace")
             except ProcessLookupError:
                 return ""
-            finally:
-                self._answer = None
+            await self._until_whole(within_s)
+            if self._answer:
+                self._is_asked = False
+            return self._answer.decode(errors="backslashreplace")
 
     def close(self) -> None:
         if not self._closed:
@@ -58,26 +57,32 @@ class Stacks:
             os.close(self._fd)
             self._said_more.set()
 
-    async def _until_whole(self, answer: bytearray) -> None:
-        wait_s = _ANSWER_S
-        while not (self._closed or answer.endswith(_LAST_FRAME)):
+    async def _until_whole(self, within_s: float) -> None:
+        deadline = self._loop.time() + within_s
+        while not (self._closed or self._answer.endswith(_LAST_FRAME)):
+            pause_s = _PAUSE_S if self._answer else within_s
             self._said_more.clear()
             try:
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout_at(min(deadline, self._loop.time() + pause_s)):
                     await self._said_more.wait()
             except TimeoutError:
                 return
-            wait_s = _PAUSE_S
 
     def _read(self) -> None:
         data = os.read(self._fd, 2**16)
         if not data:
             self.close()
-        elif self._answer is None:
-            self._mailbox.put(Printed(self._local_rank, "stderr", data))
-        else:
-            self._answer += data
+            return
+        self._answer += data
+        if self._is_asked:
+            if not self._turn.locked() and self._answer.endswith(_LAST_FRAME):
+                self._answer, self._is_asked = b"", False  # nobody waits for it any more
             self._said_more.set()
+            return
+        lines, newline, rest = self._answer.rpartition(b"\n")
+        self._answer = rest
+        if newline:
+            self._mailbox.put(Printed(self._local_rank, "stderr", lines + newline))
 
 
 def _handles_usr2(pid: int) -> bool:

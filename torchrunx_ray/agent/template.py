@@ -1,10 +1,12 @@
 """The agent's hold on its template process, through the keeper."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.mailbox import Mailbox
@@ -12,6 +14,7 @@ from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import family, messages, transfer
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.memory import Remote
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.transfer import Layout
@@ -19,15 +22,23 @@ from torchrunx_ray.wire.transfer import Layout
 _Reply = messages.CallHeld | messages.Forked | messages.ForkFailed | messages.RunEnded
 
 
+@dataclass(frozen=True)
+class Death:
+    """How and when a template ended that nobody asked to."""
+
+    time_ns: int
+    evidence: str
+
+
 class Template:
-    """Talks to a template. `on_gone(evidence)` is called when it ended unasked."""
+    """Talks to a template. `on_gone` is called when it ended unasked."""
 
     def __init__(
         self,
         keeper: Keeper,
         mailbox: Mailbox,
         on_exited: Callable[[messages.Exited], None],
-        on_gone: Callable[[str], None],
+        on_gone: Callable[[Death], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._keeper = keeper.process
@@ -38,8 +49,9 @@ class Template:
         self._replies: asyncio.Queue[tuple[_Reply, list[int]]] = asyncio.Queue()
         self._asking = asyncio.Lock()
         self._closing = False
-        self.death: str | None = None
+        self.death: Death | None = None
         """How it ended, where nobody asked it to."""
+        self._gone_at_ns = 0
         self._keeper_ended = asyncio.Event()
         self._gone = asyncio.Event()
         self._keeper_fd = os.pidfd_open(self._keeper.pid)
@@ -146,6 +158,7 @@ class Template:
             except BlockingIOError:
                 return
             except (EOFError, OSError):
+                self._gone_at_ns = now_ns()
                 self._loop.remove_reader(self._channel.fileno())
                 self._cleaning = asyncio.ensure_future(self._has_gone())
                 return
@@ -168,8 +181,12 @@ class Template:
 
     async def _has_gone(self) -> None:
         await self._keeper_ended.wait()
-        kill_marked(self._mark)
-        await asyncio.to_thread(family.kill_children)  # what lost template and keeper came to us
+        with contextlib.suppress(
+            OSError
+        ):  # such as no more descriptors: the end is told all the same
+            kill_marked(self._mark)
+            # What lost template and keeper came to us.
+            await asyncio.to_thread(family.kill_children)
         self._channel.close()
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
@@ -177,7 +194,8 @@ class Template:
         refused = self._ready.done() and self._ready.result() is not None
         if not self._closing and not refused:
             how, said = _evidence(self._keeper.returncode), self._stderr.last_lines
-            self.death = "\n  ".join([f"{how}. Its last lines of stderr:", *said]) if said else how
+            lines = [f"{how}. Its last lines of stderr:", *said] if said else [how]
+            self.death = Death(self._gone_at_ns, "\n  ".join(lines))
             self._on_gone(self.death)
         self._closing = True
         self._replies.put_nowait((messages.RunEnded(()), []))

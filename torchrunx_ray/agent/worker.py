@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
-from torchrunx_ray.agent.stacks import Stacks
+from torchrunx_ray.agent.stacks import StackReader
 from torchrunx_ray.errors import OomKills
 from torchrunx_ray.wire import messages, transfer
 from torchrunx_ray.wire.channel import Channel
@@ -35,7 +35,7 @@ class Worker:
         self._loop.add_reader(self._channel.fileno(), self._listen)
         stdout, self._stdout_theirs = os.pipe()
         stderr, self._stderr_theirs = os.pipe()
-        self._stacks = Stacks(local_rank, mailbox)
+        self._stacks = StackReader(local_rank, mailbox)
         self._pid: int | None = None
         self._stdout = Output(stdout, local_rank, "stdout", mailbox)
         self._stderr = Output(stderr, local_rank, "stderr", mailbox)
@@ -75,9 +75,9 @@ class Worker:
         self._value.set_result(None)
         return packed
 
-    async def stacks(self) -> str:
+    async def stacks(self, within_s: float) -> str:
         """Its Python stacks; empty where it does not answer."""
-        return "" if self._pid is None else await self._stacks.ask(self._pid)
+        return "" if self._pid is None else await self._stacks.ask(self._pid, within_s)
 
     async def until_taken(self) -> None:
         """Wait for a copy of its value that is still under way."""
@@ -156,7 +156,8 @@ class Worker:
         except Exception as error:  # no memory, or no thread
             self._cannot_take(error)
             return
-        self._listen()  # a signal handler may have raised in the worker meanwhile
+        if self._channel.fileno() >= 0:
+            self._listen()  # a signal handler may have raised in the worker meanwhile
         if packed is not None and self._is_wanted():
             self.has_outcome = True
             self._value.set_result(packed)

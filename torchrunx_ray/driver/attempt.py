@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from torchrunx_ray.driver import memory_monitor
 from torchrunx_ray.driver.call import Call
@@ -47,6 +47,12 @@ Longer than a template waits for a process that gives back much memory.
 _ENDING_S = 0.8
 """For an agent that ends itself to say that its workers are gone."""
 
+_STACKS_S = 2.0
+"""For the workers to say what they are doing, when somebody asks."""
+
+_LOOK_S = 0.2
+"""The same when the run was cancelled: whoever pressed Ctrl-C waits."""
+
 _NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
 """How Ray says, in the error of a call, that not the call itself failed."""
 
@@ -74,8 +80,8 @@ class Attempt:
         self._clocks = Clocks(crew.agents)
         self._lookout = Lookout(run_id, crew.agents, self._layout)
         self._joined: set[int] = set()
-        self._failures: list[tuple[int, Failure]] = []
-        """With their hosts, on whose clocks their times are."""
+        self._failures: list[tuple[int | None, Failure]] = []
+        """With the hosts on whose clocks their times are; None for the driver's."""
         self._comparing: asyncio.Task[None] | None = None
         self._stopped_at_ns: int | None = None
         self._stopped: list[str] = []
@@ -119,7 +125,9 @@ class Attempt:
             await to_the_end(self._console.drain())
         if self._failures:
             on_our_clock = [
-                dataclasses.replace(
+                failure
+                if host_index is None
+                else dataclasses.replace(
                     failure, time_ns=self._clocks.on_ours(host_index, failure.time_ns)
                 )
                 for host_index, failure in self._failures
@@ -136,7 +144,7 @@ class Attempt:
 
     async def stacks(self) -> Stacks:
         """What the workers that live are doing."""
-        return await self._lookout.stacks()
+        return await self._lookout.stacks(_STACKS_S)
 
     async def _until_ended(self) -> None:
         cancelled: asyncio.CancelledError | None = None
@@ -189,20 +197,20 @@ class Attempt:
             await hearing
         except ClusterLeft as left:
             self._lose(host_index, str(left), "")
+        except RayTaskError as error:
+            if _NO_ARGUMENT in str(error):
+                lost = ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
+                self._fail(host_index, None, None, lost)
+                return
+            self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
         except OutOfMemoryError as error:
             self._crew.agents[host_index].is_gone = True
             what = "Ray's memory monitor killed the agent"
             self._lose(
                 host_index, what, memory_monitor.evidence(str(error), self._pids[host_index])
             )
-        except RayTaskError as error:
-            if _NO_ARGUMENT in str(error):
-                lost = ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
-                self._fail(host_index, None, self._clocks.now_on(host_index), lost)
-                return
-            self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
         except RayError as error:
-            self._crew.agents[host_index].is_gone = True
+            self._crew.agents[host_index].is_gone = isinstance(error, RayActorError)
             self._lose(host_index, "the agent died", str(error))
         finally:
             hearing.cancel()
@@ -251,7 +259,7 @@ class Attempt:
                 if event.is_ending:
                     self._later(_ENDING_S, self._forget, host_index)
             case messages.TemplateRefused():
-                self._fail(host_index, None, self._clocks.now_on(host_index), event)
+                self._fail(host_index, None, None, event)
             case messages.HostEnded():
                 self._has_ended(host_index, event)
             case _:
@@ -295,32 +303,32 @@ class Attempt:
         if missing:
             host_index = next(p.host_index for p in self._places() if p.rank in missing)
             not_joined = NotJoined(self._options.timeout, missing)
-            self._fail(host_index, None, self._clocks.now_on(host_index), not_joined)
+            self._fail(host_index, None, None, not_joined)
 
     def _lose(self, host_index: int, what: str, evidence: str) -> None:
-        time_ns = self._clocks.now_on(host_index)
-        self._fail(host_index, None, time_ns, messages.AgentFailed(time_ns, what, evidence))
+        self._fail(host_index, None, None, messages.AgentFailed(now_ns(), what, evidence))
 
-    def _fail(self, host_index: int, local_rank: int | None, time_ns: int, report: Report) -> None:
-        """Take note of a failure, whose time is on its host's clock."""
+    def _fail(
+        self, host_index: int, local_rank: int | None, time_ns: int | None, report: Report
+    ) -> None:
+        """Take note of a failure, whose time is on its host's clock; None for one that we see now."""
         if not self._failures:
             self._lookout.close()
             self._looking = asyncio.create_task(self._look())
             self._later(_SETTLING_S, self._stop, self._options.shutdown_timeout)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
         label = self._crew.hosts[host_index].label
-        self._failures.append((host_index, Failure(time_ns, label, rank, report)))
+        if time_ns is None:
+            self._failures.append((None, Failure(now_ns(), label, rank, report)))
+        else:
+            self._failures.append((host_index, Failure(time_ns, label, rank, report)))
 
     async def _look(self) -> None:
         """See what the others are doing while they still do it."""
-        self._stacks = await self.stacks()
+        self._stacks = await self._lookout.stacks(_SETTLING_S)
 
     async def _look_and_stop(self, grace_s: float) -> None:
-        try:
-            async with asyncio.timeout(_SETTLING_S):
-                self.stacks_at_stop = await self.stacks()
-        except TimeoutError:
-            pass
+        self.stacks_at_stop = await self._lookout.stacks(_LOOK_S)
         self._stop(grace_s)
 
     def _later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:

@@ -20,17 +20,13 @@ class Clocks:
         self._ahead_ns = [0] * len(agents)
 
     async def compare(self) -> None:
-        """An agent that just died is heard of otherwise."""
+        """Ask every agent; one that just died is heard of otherwise."""
         if len(self._agents) > 1:
             await asyncio.gather(*map(self._compare, range(len(self._agents))))
 
     def on_ours(self, host_index: int, time_ns: int) -> int:
         """A time that was read on a host, on the driver's clock."""
         return time_ns - self._ahead_ns[host_index]
-
-    def now_on(self, host_index: int) -> int:
-        """What a host's clock shows now."""
-        return now_ns() + self._ahead_ns[host_index]
 
     async def _compare(self, host_index: int) -> None:
         agent = self._agents[host_index]

@@ -35,19 +35,22 @@ class HeldHosts:
         self._options = options
         self._placement: Placement | None = None
         self._agents: dict[int, Agent] = {}
-        self._has_run = False
         self._turn = asyncio.Lock()
 
     async def open(self, name: str) -> None:
         """Take room in the cluster; `name` is for whoever looks at it."""
         self._placement = await place(self._options, name)
 
-    async def run(self, call: Call, progress: Progress) -> "LaunchResult[object] | Failures":
-        """Run the call on every worker. Runs wait for each other."""
+    async def run(
+        self, call: Call, progress: Progress, *, is_fresh: bool = False
+    ) -> "LaunchResult[object] | Failures":
+        """Run the call on every worker. Runs wait for each other.
+
+        `is_fresh`: the room was taken a moment ago, and nobody can have taken it away.
+        """
         async with self._turn:
             await references.wait_for(call.inserted, Connection())
-            crew, backend = await self._assemble(call.run_name)
-            self._has_run = True
+            crew, backend = await self._assemble(call.run_name, is_fresh=is_fresh)
             attempt = Attempt(call.run_name, self._options, crew, backend)
             progress.attempt = attempt
             try:
@@ -71,14 +74,14 @@ class HeldHosts:
             if placement is not None:
                 await placement.remove()
 
-    async def _assemble(self, name: str) -> tuple[Crew, str | None]:
+    async def _assemble(self, name: str, *, is_fresh: bool) -> tuple[Crew, str | None]:
         """An agent on every host; where a host's node has died, on hosts that are placed anew."""
         while True:
             if self._placement is None:
                 raise RuntimeError("the session is closed")
             placement, hosts = self._placement, self._placement.hosts
             try:
-                if self._has_run:
+                if not is_fresh:
                     await placement.check()
                 met = await _all_or_first_error(
                     [self._meet(i, host, name) for i, host in enumerate(hosts)]
@@ -152,6 +155,6 @@ async def run_once(
     try:
         await references.wait_for(call.inserted, Connection())
         await hosts.open(call.run_name)
-        return await hosts.run(call, progress)
+        return await hosts.run(call, progress, is_fresh=True)
     finally:
         await to_the_end(hosts.close())

@@ -13,8 +13,11 @@ from torchrunx_ray.wire.ranks import Place
 
 logger = logging.getLogger("torchrunx_ray")
 
-_STACKS_S = 3.0
-"""For a host to say what its workers are doing."""
+_STACKS_S = 2.0
+"""For the workers to say what they are doing."""
+
+_ROUND_TRIP_S = 0.1
+"""For the question and the answer between driver and agent."""
 
 _RETURNED_S = 60.0
 """How long after the last rank that returned those are named that have not."""
@@ -33,12 +36,22 @@ class Lookout:
         self._last_return: asyncio.TimerHandle | None = None
         self._saying: asyncio.Task[None] | None = None
 
-    async def stacks(self) -> Stacks:
-        """What the workers that live are doing."""
+    async def stacks(self, within_s: float) -> Stacks:
+        """What the workers that live are doing, as far as they tell in that time."""
+        asked = [
+            asyncio.create_task(self._stacks_of(i, agent, within_s))
+            for i, agent in enumerate(self._agents)
+            if agent.connection.is_ours() and not agent.is_gone
+        ]
+        if asked:
+            # A worker that does not answer takes its agent all of the time; the answer then comes.
+            await asyncio.wait(asked, timeout=within_s + _ROUND_TRIP_S)
         stacks: dict[int, str] = {}
-        asked = (self._stacks_of(i, agent) for i, agent in enumerate(self._agents))
-        for of_host in await asyncio.gather(*asked):
-            stacks |= of_host
+        for of_host in asked:
+            if of_host.done():
+                stacks |= of_host.result()
+            else:
+                of_host.cancel()
         return Stacks(stacks)
 
     def has_returned(self, rank: int) -> None:
@@ -59,7 +72,7 @@ class Lookout:
         self._saying = asyncio.create_task(self._name_others())
 
     async def _name_others(self) -> None:
-        stacks = (await self.stacks()).without(self._returned)
+        stacks = (await self.stacks(_STACKS_S)).without(self._returned)
         if stacks:
             logger.warning(
                 "%s returned at least %.0f s ago; the launch goes on with\n%s",
@@ -68,13 +81,12 @@ class Lookout:
                 stacks.summary,
             )
 
-    async def _stacks_of(self, host_index: int, agent: Agent) -> dict[int, str]:
-        """By rank; none of a host that does not answer, which is reported otherwise."""
+    async def _stacks_of(self, host_index: int, agent: Agent, within_s: float) -> dict[int, str]:
+        """By rank; none of a host that cannot be asked, which is reported otherwise."""
         try:
-            async with asyncio.timeout(_STACKS_S):
-                texts: dict[int, str] = await agent.connection.answer(
-                    agent.calls.stacks.remote(self._run_id)
-                )
-        except (RayError, ClusterLeft, TimeoutError):
+            texts: dict[int, str] = await agent.connection.answer(
+                agent.calls.stacks.remote(self._run_id, within_s)
+            )
+        except (RayError, ClusterLeft):
             return {}
         return {self._layout[host_index][k].rank: text for k, text in texts.items()}

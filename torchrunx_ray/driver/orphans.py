@@ -9,6 +9,8 @@ import logging
 from typing import Any
 
 import ray._private.state as ray_state
+from ray import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from torchrunx_ray.driver import cluster
 from torchrunx_ray.driver.cluster import untyped_ray
@@ -24,9 +26,9 @@ _sweeping: set[asyncio.Task[None]] = set()
 
 def group_name(name: str) -> str:
     """What a placement group is called: inside a Ray task or actor also after its process."""
-    context = cluster.context()
-    if context.worker.mode != untyped_ray.WORKER_MODE:
+    if untyped_ray._private.worker.global_worker.mode != untyped_ray.WORKER_MODE:
         return name
+    context = cluster.context()
     return f"{name}@{context.get_node_id()[:_SHORT]}.{context.get_worker_id()[:_SHORT]}"
 
 
@@ -46,8 +48,8 @@ def _has_swept(task: "asyncio.Task[None]") -> None:
 def _sweep() -> None:
     groups: dict[str, Any] = untyped_ray.util.placement_group_table()
     owned = {
-        group["name"]: group["name"].rpartition("@")[2]
-        for group in groups.values()
+        group_id: group["name"]
+        for group_id, group in groups.items()
         if "@" in group["name"] and group["state"] != "REMOVED"
     }
     if not owned:
@@ -55,8 +57,9 @@ def _sweep() -> None:
     state: Any = ray_state  # Ray has no public list of its workers that needs no dashboard
     workers = {worker[:_SHORT] for worker in state.workers()}
     nodes = {node.node_id[:_SHORT] for node in cluster.live_nodes()}
-    for name, owner in owned.items():
-        node, _, worker = owner.partition(".")
+    for group_id, name in owned.items():
+        node, _, worker = name.rpartition("@")[2].partition(".")
         if len(node) == len(worker) == _SHORT and not (node in nodes and worker in workers):
-            logger.info("removing the placement group of a launch that has died: %s", name)
-            untyped_ray.util.remove_placement_group(untyped_ray.util.get_placement_group(name))
+            # By its id: names are found in the namespace of their job only.
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
+            logger.info("removed the placement group of a launch that has died: %s", name)

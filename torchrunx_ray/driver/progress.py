@@ -5,8 +5,8 @@ from typing import Protocol
 from torchrunx_ray.driver.stacks import Stacks
 
 
-class Asked(Protocol):
-    """What can say what the workers are doing."""
+class HasStacks(Protocol):
+    """An attempt, as far as the user of its run may ask it."""
 
     async def stacks(self) -> Stacks: ...
 
@@ -18,7 +18,7 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.attempt: Asked | None = None
+        self.attempt: HasStacks | None = None
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
 

@@ -51,18 +51,28 @@ class Session:
         return run
 
     def close(self) -> None:
-        """Give the hosts back, after the runs that were submitted; Ctrl-C cancels these."""
-        try:
-            for run in list(self._running):
-                run.wait()
-        except KeyboardInterrupt:
-            for run in list(self._running):
-                run.cancel()
-            raise
-        finally:
-            closing = loop.start(self._hosts.close())
-            loop.wait(closing)
-            closing.result()
+        """Give the hosts back, after the runs that were submitted.
+
+        Ctrl-C cancels these, a second one kills them.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        for _ in range(3):
+            try:
+                for run in list(self._running):
+                    run.wait()
+                closing = loop.start(self._hosts.close())
+                loop.wait(closing)
+                closing.result()
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+                self._cancel_all()
+        if interrupt is not None:
+            raise interrupt
+
+    def _cancel_all(self) -> None:
+        for run in list(self._running):
+            run.cancel()
 
     def __enter__(self) -> "Session":
         return self
@@ -74,6 +84,5 @@ class Session:
         traceback: types.TracebackType | None,
     ) -> None:
         if error is not None:
-            for run in list(self._running):
-                run.cancel()
+            self._cancel_all()
         self.close()
