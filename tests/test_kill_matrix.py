@@ -128,7 +128,6 @@ CASES = [
         for pair in (
             ("keeper", "template"),
             ("keeper", "agent"),
-            ("keeper", "driver"),
             ("template", "agent"),
             ("agent", "driver"),
             ("agent", "raylet"),
