@@ -43,10 +43,14 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Jobs]:
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="trx") as folder:
         of_head = ("--head", f"--port={port}", "--num-cpus=4", f"--temp-dir={folder}")
-        of_dashboard = ("--include-dashboard=true", f"--dashboard-port={dashboard}")
+        of_dashboard = (
+            "--include-dashboard=true",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={agent}",  # other Rays of this machine have the default
+        )
         with ray_start(*of_head, *of_dashboard, environment=environment):
             jobs = Jobs(f"http://127.0.0.1:{dashboard}", environment)
             # Its job agent comes up some seconds after the dashboard.
