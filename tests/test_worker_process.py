@@ -45,8 +45,9 @@ def test_signal_mask_is_empty_and_dispositions_are_pythons_own(launcher: trx.Lau
         assert signals(blocked) == set()
         # 32 and 33 are glibc's own, which nobody may reset.
         assert signals(ignored) - {32, 33} == {signal.SIGPIPE, signal.SIGXFSZ}
-        # Ctrl-C, and the request for stacks.
-        assert signals(caught) - {32, 33} == {signal.SIGINT, signal.SIGUSR2}
+        # Ctrl-C, the request for stacks, and crashes, whose place faulthandler tells.
+        crashes = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
+        assert signals(caught) - {32, 33} == {signal.SIGINT, signal.SIGUSR2, *crashes}
 
 
 def test_worker_leads_its_process_group_below_the_template(launcher: trx.Launcher) -> None:
@@ -95,8 +96,8 @@ def test_worker_has_no_descriptors_but_its_own(launcher: trx.Launcher) -> None:
     assert fds.pop(0) == "/dev/null"
     assert fds.pop(1).startswith("pipe:")
     assert fds.pop(2).startswith("pipe:")
-    (channel,) = fds.values()
-    assert channel.startswith("socket:")
+    kinds = sorted(name.partition(":")[0] for name in fds.values())
+    assert kinds == ["pipe", "socket"], "for stacks, and the channel to the agent"
 
 
 def test_worker_knows_its_rank_as_torchrunx_and_torchrun_tell_it(launcher: trx.Launcher) -> None:
