@@ -200,7 +200,6 @@ class Agent:
         assert self._raylet_fd is not None
         loop.remove_reader(self._raylet_fd)
         what = f"the raylet, Ray's process for the node (pid {pid}), ended"
-        self._leaving = True
         self._mailbox.put(messages.AgentFailed(now_ns(), what, "", is_ending=True))
         self._ending = asyncio.ensure_future(self._end_with_raylet())
 
