@@ -57,9 +57,16 @@ def own_mark() -> str:
     return os.environ[MARK]
 
 
+def above(worker: int) -> dict[str, int]:
+    """The pids of what stands above a worker."""
+    template = parent(worker)
+    keeper = parent(template)
+    return {"agent": parent(keeper), "keeper": keeper, "template": template}
+
+
 def agent_pid() -> int:
-    """In a worker: of the agent, above keeper and template."""
-    return parent(parent(os.getppid()))
+    """In a worker: of its agent."""
+    return above(os.getpid())["agent"]
 
 
 def note(path: Path, text: object) -> None:

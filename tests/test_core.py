@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import torchrunx_ray as trx
-from tests.processes import is_alive, of_pool, own_mark, parent, wait_until
+from tests.processes import above, is_alive, of_pool, own_mark, wait_until
 
 
 class OwnError(Exception):
@@ -145,7 +145,6 @@ def end_on_the_last(how: str) -> object:
     if dist.get_rank() < dist.get_world_size() - 1:
         time.sleep(1000)
     time.sleep(0.3)  # until all are at it
-    template = os.getppid()
     if how == "exit":
         os._exit(0)
     elif how == "lock raised":
@@ -154,10 +153,8 @@ def end_on_the_last(how: str) -> object:
         raise error
     elif how == "lock returned":
         return threading.Lock()
-    elif how == "template":
-        os.kill(template, signal.SIGKILL)
-    elif how == "agent":
-        os.kill(parent(parent(template)), signal.SIGKILL)
+    elif how in ("template", "agent"):
+        os.kill(above(os.getpid())[how], signal.SIGKILL)
     time.sleep(1000)
     return None
 

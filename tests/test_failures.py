@@ -302,13 +302,6 @@ def test_semaphores_of_a_killed_pool_do_not_stay(launcher: trx.Launcher) -> None
     assert semaphores() - before == set()
 
 
-def above(worker: int) -> dict[str, int]:
-    """The pids of what stands above a worker."""
-    template = processes.parent(worker)
-    keeper = processes.parent(template)
-    return {"agent": processes.parent(keeper), "keeper": keeper, "template": template}
-
-
 @pytest.mark.parametrize(
     "victims", [("keeper",), ("template",), ("agent",), ("keeper", "template")], ids="+".join
 )
@@ -326,7 +319,7 @@ def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path)
     worker = next(tmp_path.iterdir())
     mark = worker.read_text()
     begun = time.monotonic()
-    pids = above(int(worker.name))
+    pids = processes.above(int(worker.name))
     for victim in victims:
         os.kill(pids[victim], signal.SIGKILL)
 
@@ -351,7 +344,7 @@ def test_workers_die_even_when_all_above_them_are_killed_at_once(
     run = trx.Launcher(workers_per_host=2, linger=0).submit(announce_and_sleep)
     assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
     workers = [int(path.name) for path in tmp_path.iterdir()]
-    for victim in above(workers[0]).values():
+    for victim in processes.above(workers[0]).values():
         os.kill(victim, signal.SIGKILL)
 
     with pytest.raises(trx.AgentFailedError):
@@ -440,7 +433,7 @@ def test_frozen_agent_is_named_and_the_run_goes_on_when_it_wakes(
 
     run = launcher.submit(announce_and_wait)
     assert processes.wait_until((tmp_path / "1").exists, 30)
-    agent = above(int((tmp_path / "1").read_text()))["agent"]
+    agent = processes.above(int((tmp_path / "1").read_text()))["agent"]
     os.kill(agent, signal.SIGSTOP)
     try:
         assert processes.wait_until(lambda: "has not answered for 15 s" in caplog.text, 25)

@@ -28,7 +28,6 @@ from tests.conftest import SHOWN_AT_END
 
 pytestmark = pytest.mark.slow
 
-MIB = 2**20
 MARK = uuid.uuid4().hex
 
 DRIVER = """
@@ -312,7 +311,6 @@ class Traces:
     groups: list[str]
     free: dict[str, float]
     shared_memory: list[str]
-    shmem: int
     temporary: list[str]
     objects: int
     knows_store: bool = True
@@ -320,14 +318,11 @@ class Traces:
     @classmethod
     def now(cls) -> "Traces":
         groups: dict[str, Any] = ray.util.placement_group_table()
-        meminfo = Path("/proc/meminfo").read_text().splitlines()
-        (shmem,) = (int(line.split()[1]) for line in meminfo if line.startswith("Shmem:"))
         return cls(
             processes=dict(started_processes()),
             groups=[g["name"] for g in groups.values() if g["state"] != "REMOVED"],
             free={k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")},
             shared_memory=[name for name in os.listdir("/dev/shm") if "plasma" not in name],
-            shmem=shmem * 1024,
             temporary=os.listdir(os.environ["TMPDIR"]),
             objects=objects_in_store(),
         )
@@ -347,8 +342,6 @@ class Traces:
         left += [f"a temporary {name}" for name in set(now.temporary) - set(self.temporary)]
         if now.free != {"CPU": 2.0}:
             left.append(f"free: {now.free}")
-        if self.knows_store and now.shmem - self.shmem > 600 * MIB:  # the store keeps its pages
-            left.append(f"{(now.shmem - self.shmem) / MIB:.0f} MiB of shared memory")
         if now.objects > self.objects:
             left.append(f"{now.objects} objects in Ray's store")
         return left

@@ -13,10 +13,7 @@ from tests import processes
 
 
 def tree() -> dict[str, int]:
-    """In a worker: everybody above it."""
-    template = os.getppid()
-    keeper = processes.parent(template)
-    return {"template": template, "keeper": keeper, "agent": processes.parent(keeper)}
+    return processes.above(os.getpid())
 
 
 def kill(victim: str) -> None:

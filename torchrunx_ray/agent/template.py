@@ -181,9 +181,7 @@ class Template:
 
     async def _has_gone(self) -> None:
         await self._keeper_ended.wait()
-        with contextlib.suppress(
-            OSError
-        ):  # such as no more descriptors: the end is told all the same
+        with contextlib.suppress(OSError):  # out of descriptors: the end is told all the same
             kill_marked(self._mark)
             # What lost template and keeper came to us.
             await asyncio.to_thread(family.kill_children)

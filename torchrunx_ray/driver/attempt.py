@@ -47,11 +47,8 @@ Longer than a template waits for a process that gives back much memory.
 _ENDING_S = 0.8
 """For an agent that ends itself to say that its workers are gone."""
 
-_STACKS_S = 2.0
-"""For the workers to say what they are doing, when somebody asks."""
-
 _LOOK_S = 0.2
-"""The same when the run was cancelled: whoever pressed Ctrl-C waits."""
+"""For the workers to say what they are doing when the run was cancelled: a person waits."""
 
 _NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
 """How Ray says, in the error of a call, that not the call itself failed."""
@@ -144,7 +141,7 @@ class Attempt:
 
     async def stacks(self) -> Stacks:
         """What the workers that live are doing."""
-        return await self._lookout.stacks(_STACKS_S)
+        return await self._lookout.stacks()
 
     async def _until_ended(self) -> None:
         cancelled: asyncio.CancelledError | None = None

@@ -36,7 +36,7 @@ class Lookout:
         self._last_return: asyncio.TimerHandle | None = None
         self._saying: asyncio.Task[None] | None = None
 
-    async def stacks(self, within_s: float) -> Stacks:
+    async def stacks(self, within_s: float = _STACKS_S) -> Stacks:
         """What the workers that live are doing, as far as they tell in that time."""
         asked = [
             asyncio.create_task(self._stacks_of(i, agent, within_s))
@@ -72,7 +72,7 @@ class Lookout:
         self._saying = asyncio.create_task(self._name_others())
 
     async def _name_others(self) -> None:
-        stacks = (await self.stacks(_STACKS_S)).without(self._returned)
+        stacks = (await self.stacks()).without(self._returned)
         if stacks:
             logger.warning(
                 "%s returned at least %.0f s ago; the launch goes on with\n%s",

@@ -1,6 +1,5 @@
 """The function and its arguments, once per host, for every worker's own use."""
 
-import mmap
 import os
 
 from torchrunx_ray.wire import memory, transfer
@@ -18,25 +17,9 @@ class HeldCall:
 
     def __init__(self, layout: Layout, start_method: StartMethod) -> None:
         self.layout = layout
-        self._memory: mmap.mmap | None = None
-        self._file: int | None = None
-        self._own_memory: int | None = None
-        if start_method == "fork":
-            try:
-                self._own_memory = memory.open_own()
-            except OSError:
-                pass
-        if self._own_memory is None:
-            self._file = transfer.new_file(layout)
-        else:
-            self._memory = memory.allocate(layout.size)
-
-    @property
-    def fd(self) -> int:
+        self._memory = None if start_method == "spawn" else memory.allocate(layout.size)
+        self.fd = self._open()
         """What the agent writes to: the file, or this process's memory from `address` on."""
-        fd = self._file if self._own_memory is None else self._own_memory
-        assert fd is not None
-        return fd
 
     @property
     def address(self) -> int | None:
@@ -45,16 +28,21 @@ class HeldCall:
 
     def values(self) -> list[Packed]:
         """In a forked worker, once: they keep the memory, this no longer does."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            return transfer.map_file(file, self.layout)
+        if self._memory is None:
+            return transfer.map_file(self.fd, self.layout)
         held, self._memory = self._memory, None
-        assert held is not None
-        assert self._own_memory is not None
-        os.close(self._own_memory)
+        os.close(self.fd)
         return self.layout.values_in(held)
 
     def drop(self) -> None:
         os.close(self.fd)
         if self._memory is not None:
             self._memory.close()
+
+    def _open(self) -> int:
+        if self._memory is not None:
+            try:
+                return memory.open_own()
+            except OSError:
+                self._memory = None
+        return transfer.new_file(self.layout)
