@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,42 @@ def test_asking_does_not_disturb_a_run(cluster: None) -> None:
     assert asked > 10
 
 
+def test_asking_in_the_middle_of_a_call_does_not_crash_the_worker(cluster: None) -> None:
+    """faulthandler's signal handler, asked alone, crashed one of a few hundred times."""
+
+    def call() -> str:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            sorted(range(100), key=lambda number: number)
+        return "alive"
+
+    run = trx.Launcher(workers_per_host=1, backend=None).submit(call)
+    wait_for_stacks(run, "call (test_stacks.py:")
+    asked = 0
+    while not run.done():
+        run.stacks()
+        asked += 1
+
+    assert run.result().rank(0) == "alive"
+    assert asked > 200
+
+
+def test_main_thread_is_seen_among_very_many(launcher: trx.Launcher) -> None:
+    """faulthandler shows a hundred threads, the main one not among them."""
+
+    def train() -> None:
+        ends = threading.Event()
+        for _ in range(150):
+            threading.Thread(target=ends.wait, daemon=True).start()
+        time.sleep(1000)
+
+    run = launcher.submit(train)
+    stacks = wait_for_stacks(run, "train (test_stacks.py:")
+    assert stacks.by_rank[0].count("Thread 0x") <= 151
+    run.cancel()
+    run.wait()
+
+
 def test_rank_that_holds_the_gil_in_c_answers(launcher: trx.Launcher, tmp_path: Path) -> None:
     def park(libc: ctypes.PyDLL, descriptor: int) -> None:
         libc.read(descriptor, ctypes.create_string_buffer(1), 1)
@@ -107,13 +144,12 @@ def test_there_are_none_before_and_after_the_workers(launcher: trx.Launcher) -> 
     assert str(run.stacks()) == ""
 
 
-def test_worker_that_takes_no_such_signal_does_not_answer_and_lives(
-    cluster: None, tmp_path: Path
-) -> None:
+def test_worker_that_cannot_answer_and_takes_no_signal_lives(cluster: None, tmp_path: Path) -> None:
     def refuse() -> str:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # by which it would be killed
+        libc = ctypes.PyDLL(None)  # keeps the GIL
         (tmp_path / "deaf").touch()
-        time.sleep(1)
+        libc.usleep(2_500_000)
         return "alive"
 
     run = trx.Launcher(workers_per_host=1, backend=None).submit(refuse)
@@ -215,8 +251,34 @@ def test_ranks_that_go_on_long_after_others_are_named(
         launcher.run(straggle)
 
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("rank 0 returned at least 0 s ago; the launch goes on with\nrank 1: ")
+    assert said.startswith("rank 0 returned at least 0 s ago; the launch goes on with:\nrank 1: ")
     assert "straggle (test_stacks.py:" in said
+
+
+def test_rank_that_returned_and_does_not_end_is_named(
+    launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lookout, "_RETURNED_S", 0.3)
+
+    def leave_a_thread() -> None:
+        if rank() == 1:
+            threading.Thread(target=time.sleep, args=(2,)).start()
+
+    with caplog.at_level(logging.WARNING, "torchrunx_ray"):
+        launcher.run(leave_a_thread)
+
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "the launch waits for their processes to end:\nrank 1: is past the function" in said
+
+
+def test_rank_whose_value_is_copied_is_shown_so(launcher: trx.Launcher) -> None:
+    def make_much() -> torch.Tensor | None:
+        return torch.ones(2**28) if rank() == 1 else None
+
+    run = launcher.submit(make_much)
+    wait_for_stacks(run, "rank 1: has returned, and its value is being copied")
+    run.cancel()
+    run.wait()
 
 
 def test_stacks_asked_for_by_others_are_shown_as_output(

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ray.exceptions import RayError
 
@@ -72,14 +72,12 @@ class Lookout:
         self._saying = asyncio.create_task(self._name_others())
 
     async def _name_others(self) -> None:
-        stacks = (await self.stacks()).without(self._returned)
-        if stacks:
-            logger.warning(
-                "%s returned at least %.0f s ago; the launch goes on with\n%s",
-                in_words(self._returned),
-                _RETURNED_S,
-                stacks.summary,
-            )
+        stacks = await self.stacks()
+        running = stacks.without(self._returned)
+        if running:
+            _warn(self._returned, "the launch goes on with", running)
+        elif stacks:
+            _warn(self._returned, "the launch waits for their processes to end", stacks)
 
     async def _stacks_of(self, host_index: int, agent: Agent, within_s: float) -> dict[int, str]:
         """By rank; none of a host that cannot be asked, which is reported otherwise."""
@@ -90,3 +88,13 @@ class Lookout:
         except (RayError, ClusterLeft):
             return {}
         return {self._layout[host_index][k].rank: text for k, text in texts.items()}
+
+
+def _warn(returned: Iterable[int], what: str, stacks: Stacks) -> None:
+    logger.warning(
+        "%s returned at least %.0f s ago; %s:\n%s",
+        in_words(returned),
+        _RETURNED_S,
+        what,
+        stacks.summary,
+    )

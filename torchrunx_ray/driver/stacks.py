@@ -8,6 +8,12 @@ from pathlib import PurePath
 
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<function>.*)')
 _OURS = "/torchrunx_ray/worker/"
+_AFTER_THE_FUNCTION = {
+    "_hand_over": "has returned, and its value is being copied",
+    "_end": "is past the function, and is ending",
+}
+"""What a worker is doing in these functions of ours, which no other process runs."""
+
 _LIBRARY = re.compile(r"/site-packages/|/dist-packages/|/lib/python3[^/]*/|^<frozen ")
 
 
@@ -86,9 +92,12 @@ def _main_thread(text: str) -> tuple[Frame, ...]:
     block = text.rstrip().rpartition("\n\n")[2]
     frames: list[Frame] = []
     for match in _FRAME.finditer(block):
-        if _OURS in match["file"] and frames:
+        frame = Frame(match["function"], match["file"], match["line"])
+        if _OURS in frame.file and frame.function in _AFTER_THE_FUNCTION:
+            return (*frames, frame)
+        if _OURS in frame.file and frames:
             break
-        frames.append(Frame(match["function"], match["file"], match["line"]))
+        frames.append(frame)
     return tuple(frames)
 
 
@@ -96,5 +105,9 @@ def _where(frames: tuple[Frame, ...]) -> str:
     """The last call, at the place in the user's own code that led to it."""
     if not frames:
         return "no answer (it has not begun, is ending, or is held by the kernel)"
+    if _OURS in frames[-1].file and frames[-1].function in _AFTER_THE_FUNCTION:
+        return (
+            f"{_AFTER_THE_FUNCTION[frames[-1].function]}: {frames[0].function} ({frames[0].place})"
+        )
     own = next((frame for frame in frames if not _LIBRARY.search(frame.file)), frames[0])
     return f"{frames[0].function} ({own.place})"

@@ -14,6 +14,9 @@ from torchrunx_ray.wire.versions import Versions
 Stream = Literal["stdout", "stderr"]
 StartMethod = Literal["fork", "spawn"]
 
+END_OF_STACKS = b"\0"
+"""After what a worker answers to the byte by which it is asked for its stacks."""
+
 
 # driver -> agent
 

@@ -6,7 +6,6 @@ import faulthandler
 import multiprocessing.context
 import os
 import pickle
-import signal
 import sys
 import threading
 import traceback
@@ -18,7 +17,7 @@ from torchrunx_ray.wire import messages, tensors
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.transfer import map_file
-from torchrunx_ray.worker import group, outcome
+from torchrunx_ray.worker import group, outcome, stacks
 
 
 def main() -> NoReturn:
@@ -75,7 +74,7 @@ def _settle_in(argv: Sequence[str], stacks_fd: int) -> None:
         open(fd, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         for fd in (1, 2)
     )
-    faulthandler.register(signal.SIGUSR2, file=stacks_fd, all_threads=True)
+    stacks.answer_on(stacks_fd)
     faulthandler.enable(file=2)  # where a crash in C code happened
     # The default only: the function may still set another. Where it is not fork (Python 3.14), a
     # DataLoader could not pickle a Dataset class of the user's script.

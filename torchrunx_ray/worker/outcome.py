@@ -61,11 +61,11 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
     try:
         own_memory = memory.open_own()
     except OSError:
-        answer = _send(channel, *_as_file(packed))
+        answer = _hand_over(channel, *_as_file(packed))
     else:
-        answer = _send(channel, transfer.offer(packed), own_memory)
+        answer = _hand_over(channel, transfer.offer(packed), own_memory)
     if isinstance(answer, messages.NotReadable):
-        _send(channel, *_as_file(packed))
+        _hand_over(channel, *_as_file(packed))
     _offered.clear()
 
 
@@ -76,7 +76,7 @@ def _as_file(packed: Packed) -> tuple[Layout, int]:
     return layout, fd
 
 
-def _send(channel: Channel, value: Spans | Layout, fd: int) -> object:
+def _hand_over(channel: Channel, value: Spans | Layout, fd: int) -> object:
     """What the agent answers; None where it is gone, which is this process's end."""
     channel.send(messages.Returned(os.getpid(), value), [fd])
     os.close(fd)
