@@ -1,9 +1,10 @@
 """Real Ray for every test: one local cluster for the session, others where a test needs one."""
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from tests.processes import wait_until
 # A cluster that somebody else started on this machine is not ours to test on.
 os.environ.pop("RAY_ADDRESS", None)
 
+# Most tests look at other things than log files.
+os.environ["TORCHRUNX_LOG_DIR"] = ""
+
 
 SHOWN_AT_END = pytest.StashKey[list[str]]()
 """What tests have to show beside whether they passed."""
@@ -25,6 +29,18 @@ def pytest_terminal_summary(
 ) -> None:
     for text in config.stash.get(SHOWN_AT_END, []):
         terminalreporter.write_line(text)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Without the handlers that pytest gives the root logger, where a test asks for that."""
+    handlers = logging.root.handlers
+    if item.get_closest_marker("unconfigured_logging"):
+        logging.root.handlers = []
+    try:
+        return (yield)
+    finally:
+        logging.root.handlers = handlers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

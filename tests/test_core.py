@@ -5,6 +5,7 @@ each.
 """
 
 import concurrent.futures
+import dataclasses
 import os
 import signal
 import threading
@@ -208,6 +209,7 @@ def test_failure_ends_ranks_that_wait_for_ever(launcher: trx.Launcher) -> None:
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.unconfigured_logging
 def test_every_ranks_lines_arrive_whole(
     launcher: trx.Launcher, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +217,7 @@ def test_every_ranks_lines_arrive_whole(
         for i in range(100):
             print(f"rank {dist.get_rank()} line {i}")
 
-    size = len(launcher.run(write))
+    size = len(dataclasses.replace(launcher, console_ranks="all").run(write))
 
     lines = capfd.readouterr().out.splitlines()
     for rank in range(size):

@@ -281,6 +281,7 @@ def test_rank_whose_value_is_copied_is_shown_so(launcher: trx.Launcher) -> None:
     run.wait()
 
 
+@pytest.mark.unconfigured_logging
 def test_stacks_asked_for_by_others_are_shown_as_output(
     launcher: trx.Launcher, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,11 @@ from torchrunx_ray.version import __version__
 
 if TYPE_CHECKING:
     from torchrunx_ray.driver.launcher import Launcher, launch
+    from torchrunx_ray.driver.logs.handlers import (
+        add_filter_to_handler,
+        file_handler,
+        stream_handler,
+    )
     from torchrunx_ray.driver.results import LaunchResult
     from torchrunx_ray.driver.run import Run
     from torchrunx_ray.driver.session import Session
@@ -41,7 +46,10 @@ __all__ = [
     "Session",
     "WorkerFailedError",
     "__version__",
+    "add_filter_to_handler",
+    "file_handler",
     "launch",
+    "stream_handler",
 ]
 
 # Loaded on first use: workers import this package, and must not import ray.
@@ -49,6 +57,9 @@ _HOMES = {
     "Launcher": "torchrunx_ray.driver.launcher",
     "launch": "torchrunx_ray.driver.launcher",
     "LaunchResult": "torchrunx_ray.driver.results",
+    "add_filter_to_handler": "torchrunx_ray.driver.logs.handlers",
+    "file_handler": "torchrunx_ray.driver.logs.handlers",
+    "stream_handler": "torchrunx_ray.driver.logs.handlers",
     "Run": "torchrunx_ray.driver.run",
     "Session": "torchrunx_ray.driver.session",
 }

@@ -99,9 +99,13 @@ class Agent:
         self._stopped_early.clear()
         await run.start(function, inserted)
 
-    async def poll(self) -> list[messages.Event]:
+    async def poll(self, with_output: bool) -> list[messages.Event]:
         """Events as soon as there are some; none after a while."""
-        return await self._mailbox.take(_POLL_S)
+        return await self._mailbox.take(_POLL_S, with_output=with_output)
+
+    async def nudge(self) -> None:
+        """Have a poll that is under way return."""
+        self._mailbox.nudge()
 
     @_ray.method(concurrency_group=VALUES)
     async def value(self, run_id: str, local_rank: int) -> Packed | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.environment import MARK
 from torchrunx_ray.wire.messages import TemplateSetup, TemplateWanted
 
@@ -19,6 +20,7 @@ class Keeper:
 
     def __init__(self, environment: Mapping[str, str], cwd: str, wanted: TemplateWanted) -> None:
         self.mark = uuid.uuid4().hex
+        self.begun_ns = now_ns()
         self.channel, theirs = Channel.pair()
         self.stdout_fd, stdout = os.pipe()
         self.stderr_fd, stderr = os.pipe()

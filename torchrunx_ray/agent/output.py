@@ -1,4 +1,4 @@
-"""One stream of output of a worker or of the template, cut into whole lines."""
+"""One stream of what a worker or the template says, cut into whole lines."""
 
 import asyncio
 import fcntl
@@ -7,6 +7,7 @@ import struct
 import termios
 
 from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import Printed, Stream
 
 _CHUNK = 256 * 1024
@@ -32,6 +33,8 @@ class Output:
         self._mailbox = mailbox
         self._partial: list[bytes] = []
         self._partial_bytes = 0
+        self._is_redrawn = False
+        """The line that has not ended: a progress bar is passed on as it comes."""
         self._tail = b""
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
@@ -40,7 +43,8 @@ class Output:
     @property
     def last_lines(self) -> tuple[str, ...]:
         """More of them where they tell of a crash, whose place stands first."""
-        lines = self._tail.decode(errors="backslashreplace").splitlines()
+        text = self._tail.decode(errors="backslashreplace").removesuffix("\n")
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if text]
         crash = next((i for i, line in enumerate(lines) if line.startswith(_CRASH)), len(lines))
         return tuple(
             line[:_LONG_LINE] for line in lines[min(crash, max(0, len(lines) - _KEPT_LINES)) :]
@@ -75,13 +79,13 @@ class Output:
             return 0
         whole, newline, rest = data.rpartition(b"\n")
         if newline:
-            self._put(b"".join([*self._partial, whole, newline]))
-            self._partial, self._partial_bytes = [], 0
+            self._put_all(whole, newline)
+            self._is_redrawn = False
         self._partial.append(rest)
         self._partial_bytes += len(rest)
-        if self._partial_bytes > _LONGEST_LINE:
-            self._put(b"".join(self._partial))
-            self._partial, self._partial_bytes = [], 0
+        self._is_redrawn = self._is_redrawn or b"\r" in rest
+        if (self._is_redrawn and rest) or self._partial_bytes > _LONGEST_LINE:
+            self._put_all()
         if self._mailbox.is_full:
             self._loop.remove_reader(self._fd)
         return len(data)
@@ -92,9 +96,13 @@ class Output:
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         self._fd = None
-        if rest := b"".join(self._partial):
-            self._put(rest + b"\n")
+        if self._is_redrawn or any(self._partial):
+            self._put_all(b"\n")
+
+    def _put_all(self, *more: bytes) -> None:
+        self._put(b"".join([*self._partial, *more]))
+        self._partial, self._partial_bytes = [], 0
 
     def _put(self, data: bytes) -> None:
         self._tail = (self._tail + data[-_KEPT_BYTES:])[-_KEPT_BYTES:]
-        self._mailbox.put(Printed(self._local_rank, self._stream, data))
+        self._mailbox.put(Printed(self._local_rank, self._stream, data, now_ns()))

@@ -56,6 +56,8 @@ class HostRun:
             self._stopping.set()
         elif self._template.death is not None:
             self.template_is_gone(self._template.death)
+        if self._template.loaded is not None:
+            self._mailbox.put(self._template.loaded)
         if self._listening is not None:
             if not self._stopping.is_set():
                 self._check(await self._template.fork_store(self._listening))
@@ -159,6 +161,7 @@ class HostRun:
                 timeout=wanted.timeout,
                 cuda_device=cuda_device,
                 argv=wanted.argv,
+                log_level=wanted.log_level,
             ),
             worker.fds,
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import END_OF_STACKS, Printed
 
 _LAST_FRAME = b" in _run_module_as_main\n"
@@ -86,7 +87,7 @@ class StackReader:
         else:
             lines, newline, self._answer = answer.rpartition(b"\n")
             if newline:
-                self._mailbox.put(Printed(self._local_rank, "stderr", lines + newline))
+                self._mailbox.put(Printed(self._local_rank, "stderr", lines + newline, now_ns()))
 
 
 def _handles_usr2(pid: int) -> bool:

@@ -44,6 +44,8 @@ class Template:
         self._keeper = keeper.process
         self._channel = keeper.channel
         self._mark = keeper.mark
+        self._begun_ns = keeper.begun_ns
+        self.loaded: messages.TemplateLoaded | None = None
         self._on_exited, self._on_gone = on_exited, on_gone
         self._ready: asyncio.Future[messages.TemplateRefused | None] = self._loop.create_future()
         self._replies: asyncio.Queue[tuple[_Reply, list[int]]] = asyncio.Queue()
@@ -164,6 +166,7 @@ class Template:
                 return
             match message:
                 case messages.TemplateReady():
+                    self.loaded = messages.TemplateLoaded(self._begun_ns, now_ns())
                     self._ready.set_result(None)
                 case messages.TemplateRefused():
                     self._ready.set_result(message)

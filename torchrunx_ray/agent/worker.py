@@ -35,10 +35,12 @@ class Worker:
         self._loop.add_reader(self._channel.fileno(), self._listen)
         stdout, self._stdout_theirs = os.pipe()
         stderr, self._stderr_theirs = os.pipe()
+        records, self._records_theirs = os.pipe()
         self._stacks = StackReader(local_rank, mailbox)
         self._pid: int | None = None
         self._stdout = Output(stdout, local_rank, "stdout", mailbox)
         self._stderr = Output(stderr, local_rank, "stderr", mailbox)
+        self._records = Output(records, local_rank, "records", mailbox)
 
     @property
     def is_forked(self) -> bool:
@@ -51,6 +53,7 @@ class Worker:
             self._theirs.fileno(),
             self._stdout_theirs,
             self._stderr_theirs,
+            self._records_theirs,
             self._stacks.theirs,
         ]
 
@@ -63,6 +66,7 @@ class Worker:
             self._theirs.close()
             os.close(self._stdout_theirs)
             os.close(self._stderr_theirs)
+            os.close(self._records_theirs)
             os.close(self._stacks.theirs)
 
     async def value(self) -> Packed | None:
@@ -87,6 +91,7 @@ class Worker:
     def resume_output(self) -> None:
         self._stdout.resume()
         self._stderr.resume()
+        self._records.resume()
 
     def ended(self, exited: messages.Exited, oom_kills: OomKills | None) -> None:
         """It has been reaped and its group killed: what it said before is all there is."""
@@ -111,6 +116,7 @@ class Worker:
         self._stacks.close()
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
+        self._records.drain_and_close()
         if not self._value.done():
             self._value.set_result(None)
 
@@ -161,7 +167,7 @@ class Worker:
         if packed is not None and self._is_wanted():
             self.has_outcome = True
             self._value.set_result(packed)
-            self._mailbox.put(messages.Finished(self.local_rank, packed.size))
+            self._mailbox.put(messages.Finished(self.local_rank, returned.time_ns, packed.size))
             self._answer(messages.Taken())
 
     def _copy(self, returned: messages.Returned, fd: int) -> Packed | None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,8 +17,10 @@ from torchrunx_ray.driver import memory_monitor
 from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.clocks import Clocks
 from torchrunx_ray.driver.cluster import ClusterLeft, Connection, untyped_ray
-from torchrunx_ray.driver.console import Console
 from torchrunx_ray.driver.failures import ArgumentLost, Failure, Failures, NotJoined, Report
+from torchrunx_ray.driver.history import History
+from torchrunx_ray.driver.logs.run_logs import RunLogs
+from torchrunx_ray.driver.logs.speaker import Speaker
 from torchrunx_ray.driver.lookout import Lookout
 from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
@@ -67,13 +70,23 @@ class Crew:
 class Attempt:
     """Everything that belongs to one try at a run: addresses, failures, hosts that ended."""
 
-    def __init__(self, run_id: str, options: Options, crew: Crew, backend: str | None) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        options: Options,
+        crew: Crew,
+        backend: str | None,
+        history: History,
+    ) -> None:
         self._run_id = run_id
         self._options = options
         self._crew = crew
         self._backend = backend
         self._cluster = Connection()
         self._layout = lay_out([host.workers for host in crew.hosts])
+        self._history = history
+        history.hostnames = [host.label for host in crew.hosts]
+        history.places = self._places()
         self._clocks = Clocks(crew.agents)
         self._lookout = Lookout(run_id, crew.agents, self._layout)
         self._joined: set[int] = set()
@@ -92,6 +105,8 @@ class Attempt:
         self._looking: asyncio.Task[None] | None = None
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
+        self.log_directory: Path | None = None
+        """With the default files, once something was written to them."""
         self.broken: set[int] = set(range(len(crew.hosts)))
         """Hosts, by index, whose agent cannot be used again: it has not ended the run."""
 
@@ -101,7 +116,7 @@ class Attempt:
         On cancellation, as on failure, it returns only when no worker lives; a second
         cancellation kills them.
         """
-        self._console = Console(len(self._places()))
+        self._logs = RunLogs(self._options, self._speakers())
         try:
             self._comparing = asyncio.create_task(self._clocks.compare())
             self._watching = [
@@ -119,7 +134,8 @@ class Attempt:
                     asking.cancel()
             for watching in self._watching:
                 watching.cancel()
-            await to_the_end(self._console.drain())
+            await to_the_end(self._logs.drain())
+            self.log_directory = self._logs.directory
         if self._failures:
             on_our_clock = [
                 failure
@@ -176,6 +192,7 @@ class Attempt:
             gpu_ids=self._crew.gpu_ids[host_index],
             gpus_per_worker=host.gpus_per_worker,
             argv=tuple(sys.argv),
+            log_level=self._logs.level,
         )
 
     async def _watch(self, host_index: int, call: Call) -> None:
@@ -186,7 +203,7 @@ class Attempt:
         hearing.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             wanted = self._wanted(host_index)
-            await self._cluster.answer(calls.start.remote(wanted, call.packed, *call.inserted))
+            await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
             places = self._layout[host_index]
             self._refs[host_index] = [
                 calls.value.remote(self._run_id, place.local_rank) for place in places
@@ -215,7 +232,7 @@ class Attempt:
     async def _hear_until_ended(self, host_index: int) -> None:
         while True:
             for event in await self._poll(host_index):
-                await self._hear(host_index, event)
+                self._hear(host_index, event)
                 if isinstance(event, messages.HostEnded):
                     return
 
@@ -223,10 +240,22 @@ class Attempt:
         """What an agent has to say, which it is asked for all the time; says when it does not."""
         label = self._crew.hosts[host_index].label
         silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent, label)
+        calls = self._crew.agents[host_index].calls
+        has_room = self._logs.has_room
+        # What else there is to say must not wait for a terminal that takes no more output.
+        nudging = None if has_room else asyncio.create_task(self._nudge(calls))
         try:
-            return await self._cluster.answer(self._crew.agents[host_index].calls.poll.remote())
+            return await self._cluster.ask(calls.poll, has_room)
         finally:
             silent.cancel()
+            if nudging is not None:
+                nudging.cancel()
+
+    async def _nudge(self, calls: Any) -> None:
+        """End a poll that did not ask for output, as soon as there is room for it."""
+        await self._logs.until_room()
+        if self._cluster.is_ours():
+            calls.nudge.remote()
 
     def _say_silent(self, label: str) -> None:
         logger.warning(
@@ -236,10 +265,13 @@ class Attempt:
             _SILENT_S,
         )
 
-    async def _hear(self, host_index: int, event: messages.Event) -> None:
+    def _hear(self, host_index: int, event: messages.Event) -> None:
+        self._note(host_index, event)
         match event:
             case messages.Printed():
-                await self._print(host_index, event)
+                who = self._speaker(host_index, event.local_rank)
+                time_ns = self._clocks.on_ours(host_index, event.time_ns)
+                self._logs.put(who, event.stream, event.data, time_ns / 1e9)
             case messages.Started():
                 self._pids[host_index][event.pid] = self._layout[host_index][event.local_rank].rank
             case messages.Joined():
@@ -262,13 +294,19 @@ class Attempt:
             case _:
                 pass  # the steps of a worker that is well
 
-    async def _print(self, host_index: int, printed: messages.Printed) -> None:
-        label = self._crew.hosts[host_index].label
-        if printed.local_rank is None:
-            who = f"{label}:template"
-        else:
-            who = f"{label}:{self._layout[host_index][printed.local_rank].rank}"
-        await self._console.put(who, printed.stream, printed.data)
+    def _note(self, host_index: int, event: messages.Event) -> None:
+        local_rank: int | None = getattr(event, "local_rank", None)
+        rank = None if local_rank is None else self._layout[host_index][local_rank].rank
+        self._history.hear(host_index, rank, event, -self._clocks.on_ours(host_index, 0))
+
+    def _speaker(self, host_index: int, local_rank: int | None) -> Speaker:
+        rank = None if local_rank is None else self._layout[host_index][local_rank].rank
+        return Speaker(self._crew.hosts[host_index].label, local_rank, rank, host_index == 0)
+
+    def _speakers(self) -> list[Speaker]:
+        hosts = range(len(self._crew.hosts))
+        templates = [self._speaker(host_index, None) for host_index in hosts]
+        return templates + [self._speaker(p.host_index, p.local_rank) for p in self._places()]
 
     def _has_died(self, host_index: int, died: messages.Died) -> None:
         exited = died.exited

@@ -4,6 +4,7 @@ Every message names the option, the value, and what is expected. Values are Any 
 annotation does not keep a caller from giving something else.
 """
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ def check_options(given: Mapping[str, Any]) -> None:
     _check_choices(given)
     _check_environment(given)
     _check_names(given)
+    _check_output(given)
 
 
 def check_function(func: object) -> None:
@@ -167,6 +169,29 @@ def _check_names(given: Mapping[str, Any]) -> None:
     expected = "None, or a text that is not empty"
     _require(name is None or isinstance(name, str), "name", name, expected, TypeError)
     _require(name != "", "name", name, expected)
+
+
+def _check_output(given: Mapping[str, Any]) -> None:
+    handlers = given["log_handlers"]
+    expected = '"auto", None, a list of handlers of logging, or a function that makes one'
+    if isinstance(handlers, str):
+        _require(handlers == "auto", "log_handlers", handlers, expected)
+    elif handlers is not None and not callable(handlers):
+        _require(_is_sequence(handlers), "log_handlers", handlers, expected, TypeError)
+        for handler in handlers:
+            is_one = isinstance(handler, logging.Handler)
+            _require(is_one, "log_handlers", handlers, expected, TypeError)
+    ranks = given["console_ranks"]
+    expected = '"all", or a list of ranks such as (0, 1)'
+    if isinstance(ranks, str):
+        _require(ranks == "all", "console_ranks", ranks, expected)
+    else:
+        _require(_is_sequence(ranks), "console_ranks", ranks, expected, TypeError)
+        for rank in ranks:
+            _require_int("console_ranks", rank, 0, expected)
+    progress = given["progress"]
+    is_switch = progress is None or isinstance(progress, bool)
+    _require(is_switch, "progress", progress, "None, True or False", TypeError)
 
 
 def _require(

@@ -34,7 +34,7 @@ class Clocks:
         try:
             for _ in range(_READINGS):
                 asked_ns = now_ns()
-                theirs_ns: int = await agent.connection.answer(agent.calls.clock.remote())
+                theirs_ns: int = await agent.connection.ask(agent.calls.clock)
                 took_ns = now_ns() - asked_ns
                 # Half the round trip is the best guess of when the agent read its clock, and the
                 # shortest one the closest.

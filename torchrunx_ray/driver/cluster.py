@@ -32,9 +32,13 @@ class Connection:
     def __init__(self) -> None:
         self._worker_id: str = context().get_worker_id()
 
-    async def answer(self, ref: "ray.ObjectRef[Any]") -> Any:
-        """Await Ray, which answers nothing more once the driver has called ray.shutdown()."""
-        answer = asyncio.ensure_future(ref)
+    async def ask(self, method: Any, *args: Any) -> Any:
+        """What an actor's method, or a remote function, returns.
+
+        Ray answers nothing more once the driver has called ray.shutdown().
+        """
+        self.check()
+        answer = asyncio.ensure_future(method.remote(*args))
         try:
             while not answer.done():
                 await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)

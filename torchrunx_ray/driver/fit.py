@@ -57,6 +57,20 @@ def why_impossible(
     return None
 
 
+def unplaced(
+    wanted: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]]
+) -> list[Mapping[str, float]]:
+    """The bundles that find no node of their own among what is free."""
+    left, missing = list(free), list[Mapping[str, float]]()
+    for bundle in wanted:
+        node = next((node for node in left if _is_in(bundle, node)), None)
+        if node is None:
+            missing.append(bundle)
+        else:
+            left.remove(node)
+    return missing
+
+
 def _has_labels(node: Node, options: Options) -> bool:
     return all(
         _selects(wanted, node.labels.get(key))
@@ -65,7 +79,11 @@ def _has_labels(node: Node, options: Options) -> bool:
 
 
 def _fits(bundle: Mapping[str, float], node: Node) -> bool:
-    return all(node.resources.get(name, 0) >= amount for name, amount in bundle.items())
+    return _is_in(bundle, node.resources)
+
+
+def _is_in(bundle: Mapping[str, float], resources: Mapping[str, float]) -> bool:
+    return all(resources.get(name, 0) >= amount for name, amount in bundle.items())
 
 
 def _selects(wanted: str, label: str | None) -> bool:

@@ -21,6 +21,7 @@ from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire import versions
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import Met
 
 T = TypeVar("T")
@@ -37,9 +38,9 @@ class HeldHosts:
         self._agents: dict[int, Agent] = {}
         self._turn = asyncio.Lock()
 
-    async def open(self, name: str) -> None:
-        """Take room in the cluster; `name` is for whoever looks at it."""
-        self._placement = await place(self._options, name)
+    async def open(self, progress: Progress) -> None:
+        """Take room in the cluster."""
+        self._placement = await place(self._options, progress)
 
     async def run(
         self, call: Call, progress: Progress, *, is_fresh: bool = False
@@ -50,17 +51,20 @@ class HeldHosts:
         """
         async with self._turn:
             await references.wait_for(call.inserted, Connection())
-            crew, backend = await self._assemble(call.run_name, is_fresh=is_fresh)
-            attempt = Attempt(call.run_name, self._options, crew, backend)
+            progress.history.placed_ns = now_ns()
+            crew, backend = await self._assemble(progress, is_fresh=is_fresh)
+            progress.history.met_ns = now_ns()
+            attempt = Attempt(call.run_name, self._options, crew, backend, progress.history)
             progress.attempt = attempt
             try:
                 outcome = await attempt.go(call)
             finally:
                 progress.attempt, progress.stacks_at_stop = None, attempt.stacks_at_stop
+                progress.log_directory = attempt.log_directory
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):
                 return outcome
-            return LaunchResult([host.label for host in crew.hosts], outcome)
+            return LaunchResult([host.label for host in crew.hosts], outcome, progress.history)
 
     async def close(self) -> None:
         """Agents rest or end, and the room is given back. Safe to repeat."""
@@ -74,7 +78,7 @@ class HeldHosts:
             if placement is not None:
                 await placement.remove()
 
-    async def _assemble(self, name: str, *, is_fresh: bool) -> tuple[Crew, str | None]:
+    async def _assemble(self, progress: Progress, *, is_fresh: bool) -> tuple[Crew, str | None]:
         """An agent on every host; where a host's node has died, on hosts that are placed anew."""
         while True:
             if self._placement is None:
@@ -84,7 +88,7 @@ class HeldHosts:
                 if not is_fresh:
                     await placement.check()
                 met = await _all_or_first_error(
-                    [self._meet(i, host, name) for i, host in enumerate(hosts)]
+                    [self._meet(i, host, progress.name) for i, host in enumerate(hosts)]
                 )
                 gpu_ids = await placement.gpu_ids()
             except (AgentFailedError, RayError) as error:
@@ -93,7 +97,7 @@ class HeldHosts:
                 logger.warning("a node died before the run began; it is placed again: %s", error)
                 await self._drop(set(self._agents))
                 await placement.remove()
-                self._placement = await place(self._options, name)
+                self._placement = await place(self._options, progress)
                 continue
             agents = [self._agents[i] for i in range(len(hosts))]
             return Crew(hosts, agents, met, gpu_ids), placement.backend
@@ -154,7 +158,7 @@ async def run_once(
     hosts = HeldHosts(options)
     try:
         await references.wait_for(call.inserted, Connection())
-        await hosts.open(call.run_name)
+        await hosts.open(progress)
         return await hosts.run(call, progress, is_fresh=True)
     finally:
         await to_the_end(hosts.close())

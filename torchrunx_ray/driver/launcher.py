@@ -12,6 +12,7 @@ from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.driver.session import Session
+from torchrunx_ray.driver.told import told
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,8 +32,9 @@ class Launcher(Options):
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background; wait for it by the run's `result()`, or await it."""
-        progress = Progress()
-        return Run(run_once(self, put_call(func, args, kwargs, self), progress), progress)
+        call = put_call(func, args, kwargs, self)
+        progress = Progress(call.run_name)
+        return Run(told(run_once(self, call, progress), progress, self), progress)
 
     def session(self) -> Session:
         """Reserve the hosts for several runs. Waits until there is room."""

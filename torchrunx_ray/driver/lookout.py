@@ -82,8 +82,8 @@ class Lookout:
     async def _stacks_of(self, host_index: int, agent: Agent, within_s: float) -> dict[int, str]:
         """By rank; none of a host that cannot be asked, which is reported otherwise."""
         try:
-            texts: dict[int, str] = await agent.connection.answer(
-                agent.calls.stacks.remote(self._run_id, within_s)
+            texts: dict[int, str] = await agent.connection.ask(
+                agent.calls.stacks, self._run_id, within_s
             )
         except (RayError, ClusterLeft):
             return {}

@@ -1,7 +1,8 @@
 """The options of a launch."""
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -46,6 +47,14 @@ class Options:
     """More of them: patterns, NAME=value strings, or a mapping."""
     env_file: str | os.PathLike[str] | None = None
     """A file on each host that bash sources for the workers' environment."""
+    log_handlers: (
+        Sequence[logging.Handler] | Callable[[], Sequence[logging.Handler]] | Literal["auto"] | None
+    ) = "auto"
+    """Who takes the workers' output: files and the driver's console or loggers ("auto"), nobody (None), or exactly these handlers, also given by a function that makes them."""
+    console_ranks: Sequence[int] | Literal["all"] = (0,)
+    """Whose output "auto" brings to the driver."""
+    progress: bool | None = None
+    """Show how far a run is. None: on a terminal, in a notebook and in a job's log."""
     preload: Sequence[str] = ("torch", "torch.distributed")
     """Modules that are imported once per host, before workers are forked."""
     start_method: StartMethod = "fork"

@@ -13,6 +13,7 @@ from torchrunx_ray.driver import cluster, orphans, placement_group
 from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
 from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.room import wait_for_room
 from torchrunx_ray.driver.shape import Shape, resolve
 from torchrunx_ray.errors import PlacementError
@@ -68,7 +69,7 @@ class Placement:
             await placement_group.remove(self._group)
 
 
-async def place(options: Options, name: str) -> Placement:
+async def place(options: Options, progress: Progress) -> Placement:
     """Reserve room for the launch; PlacementError where there is none in time."""
     connection = Connection()
     nodes = await in_thread(cluster.live_nodes)
@@ -76,11 +77,11 @@ async def place(options: Options, name: str) -> Placement:
     await placement_group.see_own_release(shape, nodes)
     connection.check()
     orphans.sweep()
-    group = await placement_group.create(options, shape, orphans.group_name(name))
+    group = await placement_group.create(options, shape, orphans.group_name(progress.name))
     try:
         hosts = None
         while hosts is None:
-            await wait_for_room(group, options, shape, connection)
+            await wait_for_room(group, options, shape, connection, progress)
             hosts = await _hosts_of(group, shape)
     except BaseException:
         if connection.is_ours():
@@ -135,7 +136,7 @@ async def _gpu_ids_of(
         ),
         runtime_env=dict(options.runtime_env) if options.runtime_env else None,
     )(_own_gpu_ids)
-    ids: list[str] = await Connection().answer(ask.remote())
+    ids: list[str] = await Connection().ask(ask)
     return tuple(sorted(ids, key=lambda i: (not i.isdigit(), int(i) if i.isdigit() else 0, i)))
 
 

@@ -44,7 +44,7 @@ class Agent:
     async def meet(self, *, listen: bool) -> Met | None:
         """Claim it for a run. None: it ended while it rested; RayError: it never began."""
         try:
-            met: Met = await self.connection.answer(self.calls.meet.remote(listen))
+            met: Met = await self.connection.ask(self.calls.meet, listen)
         except RayError:
             if self.is_new:
                 raise
@@ -68,7 +68,7 @@ class Agent:
         try:
             if not self.is_gone:
                 async with asyncio.timeout(_CLOSING_S):
-                    await self.connection.answer(self.calls.close.remote())
+                    await self.connection.ask(self.calls.close)
         except ClusterLeft:
             return
         except (RayError, TimeoutError):

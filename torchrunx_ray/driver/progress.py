@@ -1,7 +1,10 @@
 """How far a run is."""
 
+import time
+from pathlib import Path
 from typing import Protocol
 
+from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.stacks import Stacks
 
 
@@ -12,15 +15,61 @@ class HasStacks(Protocol):
 
 
 class Progress:
-    """What the user of a run may ask for while it goes on, or when it was stopped.
+    """What the user of a run may ask for, and is shown, while it goes on, or when it was stopped.
 
     Written in the background loop by whoever carries the run on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.history = History()
         self.attempt: HasStacks | None = None
+        self.attempt_number = 1
+        self.waiting_for = ""
+        """While it waits for room: for what."""
+        self.log_directory: Path | None = None
+        """With the run's default files, when it has ended and something was written to them."""
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
 
     async def stacks(self) -> Stacks:
         return Stacks({}) if self.attempt is None else await self.attempt.stacks()
+
+    @property
+    def phase(self) -> str:
+        """What is going on, in words that change only when that does."""
+        history = self.history
+        if history.placed_ns is None:
+            return f"placing {self.waiting_for}".strip()
+        if history.met_ns is None:
+            return "starting agents"
+        ranks = len(history.places)
+        if len(history.started) < ranks:
+            return f"starting {ranks} {_workers(ranks)}"
+        if len(history.finished) < ranks:
+            attempt = f", attempt {self.attempt_number}" if self.attempt_number > 1 else ""
+            return f"running {ranks} {_workers(ranks)}{attempt}"
+        return "collecting results"
+
+    @property
+    def status(self) -> str:
+        """The same with counts and times."""
+        history = self.history
+        ranks, returned = len(history.places), len(history.finished)
+        if history.met_ns is not None and len(history.started) < ranks:
+            text = f"starting {len(history.started)}/{ranks} workers"
+        elif 0 < returned < ranks:
+            text = f"{self.phase}, {returned} returned"
+        else:
+            text = self.phase
+        return f"{_clock(time.time() - history.begun_ns / 1e9)} {self.name}: {text}"
+
+
+def _workers(count: int) -> str:
+    return "worker" if count == 1 else "workers"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"

@@ -1,5 +1,6 @@
 """What a launch returned, fetched when it is asked for."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -8,6 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.history import History
 from torchrunx_ray.errors import AgentFailedError, PayloadError, bytes_in_words
 from torchrunx_ray.wire.payload import kept_packed
 
@@ -33,14 +35,26 @@ class LaunchResult(Generic[R]):
     as long as this object or one of its refs lives, whatever becomes of the workers.
     """
 
-    def __init__(self, hostnames: Sequence[str], values: Sequence[Sequence[Value]]) -> None:
+    def __init__(
+        self, hostnames: Sequence[str], values: Sequence[Sequence[Value]], history: History
+    ) -> None:
         self._hostnames = tuple(hostnames)
         self._values = values
+        self._history = history
 
     @property
     def hostnames(self) -> tuple[str, ...]:
         """The hosts, in the order of their ranks."""
         return self._hostnames
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of each phase of the launch, one after the other, and "total"."""
+        return self._history.seconds
+
+    def timeline(self, path: str | os.PathLike[str]) -> None:
+        """Write when each rank was in which phase, as a trace for ui.perfetto.dev."""
+        self._history.write_trace(path)
 
     def ref(self, rank: int) -> "ray.ObjectRef[R]":
         """The reference to one rank's value: `ray.get` of it is the value, anywhere in the cluster."""

@@ -13,11 +13,12 @@ from ray.util.placement_group import PlacementGroup
 from torchrunx_ray.driver import cluster, orphans
 from torchrunx_ray.driver.autoscaler import Outlook, outlook
 from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
-from torchrunx_ray.driver.fit import why_impossible
+from torchrunx_ray.driver.fit import unplaced, why_impossible
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.shape import Shape
-from torchrunx_ray.errors import PlacementError, room_table
+from torchrunx_ray.errors import PlacementError, amounts_in_words, room_table
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -32,7 +33,11 @@ _REPORT_EVERY_S = 10
 
 
 async def wait_for_room(
-    group: PlacementGroup, options: Options, shape: Shape, connection: Connection
+    group: PlacementGroup,
+    options: Options,
+    shape: Shape,
+    connection: Connection,
+    progress: Progress,
 ) -> None:
     """Return when the group is placed; PlacementError when it cannot be, or is not in time."""
     limit_s = math.inf if options.placement_timeout is None else options.placement_timeout
@@ -61,6 +66,7 @@ async def wait_for_room(
         now = time.monotonic()
         room = await _Room.now(group, options, shape)
         room.check(now - begun, limit_s)
+        progress.waiting_for = room.in_brief()
         if now - reported >= _REPORT_EVERY_S:
             room.report(now - begun)
             orphans.sweep()
@@ -132,6 +138,16 @@ class _Room:
             f"; {starting}" if starting else "",
             room_table(self._wanted(), self._free(), self._total()),
         )
+
+    def in_brief(self) -> str:
+        """As in "1/2 hosts, waiting for 8 GPU on 1 more host"."""
+        wanted = self._wanted()
+        missing = unplaced(wanted, list(self.free_by_node.values()))
+        text = f"{len(wanted) - len(missing)}/{len(wanted)} hosts"
+        if not missing:
+            return text  # what is free is so in parts, or only just now
+        more = "1 more host" if len(missing) == 1 else f"{len(missing)} more hosts"
+        return f"{text}, waiting for {amounts_in_words(missing[0])} on {more}"
 
     def _host_that_left(self) -> str | None:
         live = {node.node_id for node in self.nodes}

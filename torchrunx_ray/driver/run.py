@@ -48,7 +48,7 @@ class Run(Generic[R]):
             raise
         if not self._ended.done():
             raise TimeoutError(f"the run goes on after {timeout:g} s; result() waits for it again")
-        return _value_of(self._ended.result())
+        return self._value_of(self._ended.result())
 
     def stacks(self) -> Stacks:
         """What the workers are doing now; `print` it.
@@ -80,7 +80,7 @@ class Run(Generic[R]):
 
     def __await__(self) -> Generator[Any, None, LaunchResult[R]]:
         ended = asyncio.shield(asyncio.wrap_future(self._ended))
-        return _value_of((yield from ended.__await__()))
+        return self._value_of((yield from ended.__await__()))
 
     def _stop(self) -> None:
         for _ in range(2):
@@ -108,10 +108,12 @@ class Run(Generic[R]):
         else:
             self._ended.set_result(task.result())
 
-
-def _value_of(outcome: "LaunchResult[R] | Failures") -> LaunchResult[R]:
-    if isinstance(outcome, Failures):
-        # Made and raised in the user's thread: his exceptions may be of any kind, even such as an
-        # event loop understands otherwise, and bring imports along.
-        raise outcome.exception
-    return outcome
+    def _value_of(self, outcome: "LaunchResult[R] | Failures") -> LaunchResult[R]:
+        if isinstance(outcome, Failures):
+            # Made and raised in the user's thread: his exceptions may be of any kind, even such as
+            # an event loop understands otherwise, and bring imports along.
+            error = outcome.exception
+            if self._progress.log_directory is not None:
+                error.add_note(f"All output of this launch: {self._progress.log_directory}")
+            raise error
+        return outcome

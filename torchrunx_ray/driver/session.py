@@ -11,6 +11,8 @@ from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
+from torchrunx_ray.driver.status import shown
+from torchrunx_ray.driver.told import told
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,7 +31,7 @@ class Session:
         self._options = options
         self._hosts = HeldHosts(options)
         self._running: set[Run[Any]] = set()
-        opening = loop.start(self._hosts.open(unique(options.name or "session")))
+        opening = loop.start(self._open())
         try:
             loop.wait(opening)
             opening.result()
@@ -44,8 +46,10 @@ class Session:
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background."""
-        call, progress = put_call(func, args, kwargs, self._options), Progress()
-        run: Run[R] = Run(self._hosts.run(call, progress), progress)
+        call = put_call(func, args, kwargs, self._options)
+        progress = Progress(call.run_name)
+        life = told(self._hosts.run(call, progress), progress, self._options)
+        run: Run[R] = Run(life, progress)
         self._running.add(run)
         run.call_when_done(self._running.discard)
         return run
@@ -69,6 +73,11 @@ class Session:
                 self._cancel_all()
         if interrupt is not None:
             raise interrupt
+
+    async def _open(self) -> None:
+        progress = Progress(unique(self._options.name or "session"))
+        with shown(progress, self._options.progress):
+            await self._hosts.open(progress)
 
     def _cancel_all(self) -> None:
         for run in list(self._running):

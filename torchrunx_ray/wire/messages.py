@@ -11,7 +11,9 @@ from torchrunx_ray.wire.ranks import Place
 from torchrunx_ray.wire.transfer import Layout, Spans
 from torchrunx_ray.wire.versions import Versions
 
-Stream = Literal["stdout", "stderr"]
+Stream = Literal["stdout", "stderr", "records"]
+"""What a worker says: as text, or through `logging`, as lines that `wire.records` reads."""
+
 StartMethod = Literal["fork", "spawn"]
 
 END_OF_STACKS = b"\0"
@@ -49,6 +51,7 @@ class RunWanted:
     gpu_ids: tuple[str, ...]
     gpus_per_worker: float
     argv: tuple[str, ...]
+    log_level: int
 
 
 # agent -> driver
@@ -71,11 +74,23 @@ class Met:
 
 @dataclass(frozen=True)
 class Printed:
-    """Whole lines that a worker wrote to one of its streams (None: to its template's)."""
+    """What a worker wrote to one of its streams (None: its template to its own).
+
+    Whole lines; only a line that is drawn anew after a carriage return comes as it is written.
+    """
 
     local_rank: int | None
     stream: Stream
     data: bytes
+    time_ns: int
+
+
+@dataclass(frozen=True)
+class TemplateLoaded:
+    """The template of the run's workers is there; perhaps since an earlier run."""
+
+    begun_ns: int
+    loaded_ns: int
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,7 @@ class Finished:
     """The function returned, and the agent holds its value."""
 
     local_rank: int
+    time_ns: int
     size: int
     """Bytes of the value."""
 
@@ -138,6 +154,7 @@ class Joined:
     """The worker is in the process group, if the run has one."""
 
     local_rank: int
+    time_ns: int
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,7 @@ class Started:
 
     local_rank: int
     pid: int
+    time_ns: int
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,7 @@ class Returned:
     """The function returned. Descriptor: the worker's memory, or a file with the value."""
 
     pid: int
+    time_ns: int
     value: Spans | Layout
     """Where it lies in the worker's memory, or in the file."""
 
@@ -224,7 +243,7 @@ class DropCall:
 
 @dataclass(frozen=True)
 class ForkWorker:
-    """Become one worker. Descriptors: channel to the agent, stdout, stderr, stacks."""
+    """Become one worker. Descriptors: channel to the agent, stdout, stderr, records, stacks."""
 
     place: Place
     hostname: str
@@ -235,6 +254,8 @@ class ForkWorker:
     timeout: float
     cuda_device: int | None
     argv: tuple[str, ...]
+    log_level: int
+    """Of the root logger, from where on somebody takes the records."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +319,7 @@ class RunEnded:
 
 
 Event = (
-    Printed | Joined | Started | Finished | Failed | Exited | Died | TemplateRefused | AgentFailed
-    | HostEnded
+    Printed | TemplateLoaded | Joined | Started | Finished | Failed | Exited | Died | TemplateRefused
+    | AgentFailed | HostEnded
 )  # fmt: skip
 """What a poll of an agent brings to the driver."""

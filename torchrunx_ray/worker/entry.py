@@ -15,21 +15,23 @@ from typing import Any, NoReturn
 
 from torchrunx_ray.wire import messages, tensors
 from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.transfer import map_file
-from torchrunx_ray.worker import group, outcome, stacks
+from torchrunx_ray.worker import group, logs, names, outcome, stacks
 
 
 def main() -> NoReturn:
     """Where a worker of start_method "spawn" begins, with the descriptors named on its command line."""
-    task_fd, channel_fd, stacks_fd, call_fd = (int(argument) for argument in sys.argv[1:])
+    task_fd, channel_fd, records_fd, stacks_fd, call_fd = map(int, sys.argv[1:])
     with open(task_fd, "rb") as file:
         wanted, layout, sys_path, python_path = pickle.load(file)
     sys.path[:] = sys_path
     restore_python_path(python_path)
-    for fd in (channel_fd, stacks_fd):
+    for fd in (channel_fd, records_fd, stacks_fd):
         os.set_inheritable(fd, False)
-    live(wanted, Channel.from_fd(channel_fd), stacks_fd, map_file(call_fd, layout))
+    channel = Channel.from_fd(channel_fd)
+    live(wanted, channel, records_fd, stacks_fd, map_file(call_fd, layout))
 
 
 def restore_python_path(python_path: str | None) -> None:
@@ -41,18 +43,25 @@ def restore_python_path(python_path: str | None) -> None:
 
 
 def live(
-    wanted: messages.ForkWorker, channel: Channel, stacks_fd: int, values: list[Packed]
+    wanted: messages.ForkWorker,
+    channel: Channel,
+    records_fd: int,
+    stacks_fd: int,
+    values: list[Packed],
 ) -> NoReturn:
     """Never returns; whatever happens, one outcome is reported, unless the process dies."""
-    _settle_in(wanted.argv, stacks_fd)
+    _settle_in(wanted.argv)
+    logs.take_records(records_fd, wanted.log_level)
+    stacks.answer_on(stacks_fd)
+    names.threads_are_ours()
     local_rank = wanted.place.local_rank
     worker_pid = os.getpid()
     leave: Callable[[], None] | None = None
     try:
         leave_group = group.join(wanted)
-        channel.send(messages.Joined(local_rank))
+        channel.send(messages.Joined(local_rank, now_ns()))
         call = _unpack_call(values, wanted.hostname)
-        channel.send(messages.Started(local_rank, worker_pid))
+        channel.send(messages.Started(local_rank, worker_pid, now_ns()))
         value = outcome.value_of(call)
         if os.getpid() != worker_pid:
             _end_forked_child(None)
@@ -65,7 +74,7 @@ def live(
     _end(leave)
 
 
-def _settle_in(argv: Sequence[str], stacks_fd: int) -> None:
+def _settle_in(argv: Sequence[str]) -> None:
     sys.argv[:] = argv  # a function may parse its script's command line
     # A module of its own: a child that multiprocessing spawns would import the keeper as main.
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -74,7 +83,6 @@ def _settle_in(argv: Sequence[str], stacks_fd: int) -> None:
         open(fd, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         for fd in (1, 2)
     )
-    stacks.answer_on(stacks_fd)
     faulthandler.enable(file=2)  # where a crash in C code happened
     # The default only: the function may still set another. Where it is not fork (Python 3.14), a
     # DataLoader could not pickle a Dataset class of the user's script.

@@ -22,6 +22,15 @@ class _ResolverState(ctypes.Structure):
     ]
 
 
+_threads_of_ours = 1
+
+
+def threads_are_ours() -> None:
+    """Those that there are now never write to stderr."""
+    global _threads_of_ours
+    _threads_of_ours = _threads()
+
+
 def never_ask_dns() -> None:
     """From now on, look-ups of names in any thread of this process use /etc/hosts only."""
     configure = _glibc_function("__nss_configure_lookup")
@@ -44,12 +53,14 @@ def without_dns() -> Generator[None]:
     state = state_of().contents
     servers, state.nscount = state.nscount, 0
     try:
-        with (
-            _stderr_shut() if len(os.listdir("/proc/self/task")) == 1 else contextlib.nullcontext()
-        ):
+        with _stderr_shut() if _threads() <= _threads_of_ours else contextlib.nullcontext():
             yield
     finally:
         state.nscount = servers
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _glibc_function(name: str) -> Any:

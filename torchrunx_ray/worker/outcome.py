@@ -55,17 +55,18 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
     gets a file.
     """
     rank, hostname = wanted.place.rank, wanted.hostname
+    time_ns = now_ns()
     packed = pack([("the return value", value)], rank=rank, hostname=hostname)
     # A signal handler may raise meanwhile; the agent still reads until it has heard of that.
     _offered.append(packed)
     try:
         own_memory = memory.open_own()
     except OSError:
-        answer = _hand_over(channel, *_as_file(packed))
+        answer = _hand_over(channel, time_ns, *_as_file(packed))
     else:
-        answer = _hand_over(channel, transfer.offer(packed), own_memory)
+        answer = _hand_over(channel, time_ns, transfer.offer(packed), own_memory)
     if isinstance(answer, messages.NotReadable):
-        _hand_over(channel, *_as_file(packed))
+        _hand_over(channel, time_ns, *_as_file(packed))
     _offered.clear()
 
 
@@ -76,9 +77,9 @@ def _as_file(packed: Packed) -> tuple[Layout, int]:
     return layout, fd
 
 
-def _hand_over(channel: Channel, value: Spans | Layout, fd: int) -> object:
+def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -> object:
     """What the agent answers; None where it is gone, which is this process's end."""
-    channel.send(messages.Returned(os.getpid(), value), [fd])
+    channel.send(messages.Returned(os.getpid(), time_ns, value), [fd])
     os.close(fd)
     try:
         answer, _ = channel.receive()

@@ -29,15 +29,15 @@ def become_worker(
 
     With start_method "spawn" a fresh interpreter does the rest (see `entry.main`).
     """
-    channel_fd, stdout_fd, stderr_fd, stacks_fd = fds
+    channel_fd, stdout_fd, stderr_fd, records_fd, stacks_fd = fds
     os.setpgid(0, 0)
     family.die_with(template_pid)
     _reset_signals()
     _take_streams(stdout_fd, stderr_fd)
     os.environ.update(wanted.default_variables | os.environ | wanted.variables)
     if start_method == "spawn":
-        _exec_fresh_interpreter(wanted, call.layout, (channel_fd, stacks_fd, call.fd))
-    entry.live(wanted, Channel.from_fd(channel_fd), stacks_fd, call.values())
+        _exec_fresh_interpreter(wanted, call.layout, (channel_fd, records_fd, stacks_fd, call.fd))
+    entry.live(wanted, Channel.from_fd(channel_fd), records_fd, stacks_fd, call.values())
 
 
 def _reset_signals() -> None:

@@ -2,10 +2,13 @@
 
 import os
 import sys
+from typing import Any
 
 import pytest
 
 import torchrunx_ray as trx
+
+pytestmark = pytest.mark.unconfigured_logging
 
 
 def test_one_workers_lines_arrive_verbatim(
@@ -24,9 +27,19 @@ def test_one_workers_lines_arrive_verbatim(
     assert err == "to stderr\n"
 
 
-def test_lines_of_several_workers_say_whose_they_are(
+def test_rank_0_is_shown_unless_others_are_asked_for(
     launcher: trx.Launcher, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    launcher.run(lambda: print("hello from", os.environ["RANK"]))
+
+    assert capfd.readouterr().out == "hello from 0\n"
+
+
+@pytest.mark.parametrize("ranks", ["all", (0, 1)])
+def test_lines_of_several_workers_say_whose_they_are(
+    cluster: None, ranks: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launcher = trx.Launcher(workers_per_host=2, console_ranks=ranks)
     (hostname,) = launcher.run(lambda: print("hello")).hostnames
 
     out = capfd.readouterr().out

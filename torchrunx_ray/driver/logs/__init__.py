@@ -1,0 +1,1 @@
+"""What becomes of the output of workers and templates, in the driver."""

@@ -1,0 +1,86 @@
+"""Handlers of `logging` for one worker's output, to be given to a launch."""
+
+import logging
+import os
+import sys
+
+_FORMAT = logging.Formatter("%(asctime)s:%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+
+
+def add_filter_to_handler(
+    handler: logging.Handler,
+    hostname: str | None = None,
+    local_rank: int | None = None,
+    *,
+    rank: int | None = None,
+    log_level: int | str = logging.NOTSET,
+) -> None:
+    """Let a handler of a launch take one worker's output only, from a level on.
+
+    The worker is named by host and local rank, or by `rank`, since hostnames are unknown where Ray
+    chooses them. A hostname without local rank stands for what the host's template prints, and
+    neither for everybody.
+    """
+    if rank is not None and (hostname is not None or local_rank is not None):
+        raise ValueError("give rank, or hostname and local_rank, not both")
+    if local_rank is not None and hostname is None:
+        raise ValueError(f"local_rank={local_rank} needs a hostname; or give rank")
+    handler.addFilter(Only(hostname, local_rank, rank))
+    handler.setLevel(log_level)
+
+
+def file_handler(
+    hostname: str | None = None,
+    local_rank: int | None = None,
+    file_path: str | os.PathLike[str] = "",
+    *,
+    rank: int | None = None,
+    log_level: int | str = logging.NOTSET,
+) -> logging.Handler:
+    """One worker's output into a file; who is meant is said as in `add_filter_to_handler`."""
+    if not os.fspath(file_path):
+        raise ValueError("file_path: expected the file to write to")
+    handler = logging.FileHandler(file_path, delay=True)
+    handler.setFormatter(_FORMAT)
+    add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
+    return handler
+
+
+def stream_handler(
+    hostname: str | None = None,
+    local_rank: int | None = None,
+    *,
+    rank: int | None = None,
+    log_level: int | str = logging.NOTSET,
+) -> logging.Handler:
+    """One worker's output on the driver's stdout; who is meant is said as in `add_filter_to_handler`."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        logging.Formatter(
+            "%(asctime)s:%(levelname)s:%(hostname)s[%(local_rank)s]: %(message)s",
+            "%Y-%m-%d %H:%M:%S",
+        )
+    )
+    add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
+    return handler
+
+
+class Only(logging.Filter):
+    """Passes one worker's output."""
+
+    def __init__(self, hostname: str | None, local_rank: int | None, rank: int | None) -> None:
+        super().__init__()
+        self._hostname, self._local_rank, self._rank = hostname, local_rank, rank
+
+    def passes(self, hostname: str, local_rank: int | None, rank: int | None) -> bool:
+        if self._rank is not None:
+            return rank == self._rank
+        return self._hostname is None or (hostname, local_rank) == (
+            self._hostname,
+            self._local_rank,
+        )
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """What comes from no worker has no host, and passes only where all do."""
+        fields = vars(record)
+        return self.passes(fields.get("hostname", ""), fields.get("local_rank"), fields.get("rank"))

@@ -1,0 +1,35 @@
+"""What workers say, as records of the driver's `logging`."""
+
+import logging
+import os
+from typing import Any
+
+from torchrunx_ray.driver.logs.speaker import Speaker
+from torchrunx_ray.wire.records import WorkerRecord
+
+
+def new_record(
+    who: Speaker, level: int, level_name: str, created: float, text: str
+) -> logging.LogRecord:
+    """Of the logger that is named after the worker."""
+    record = logging.LogRecord(who.logger_name, level, who.label, 0, text, None, None)
+    record.created = created
+    record.msecs = float(int(created % 1 * 1000))
+    record.levelname = level_name
+    fields: dict[str, Any] = vars(record)
+    fields["hostname"], fields["local_rank"], fields["rank"] = (
+        who.hostname,
+        who.local_rank,
+        who.rank,
+    )
+    return record
+
+
+def as_log_record(who: Speaker, record: WorkerRecord) -> logging.LogRecord:
+    """As it was made in the worker, under the worker's logger here; `worker_logger` is its own."""
+    made = new_record(who, record.level, record.level_name, record.created, record.text)
+    made.pathname, made.lineno, made.funcName = record.path, record.line, record.function or ""
+    made.filename = os.path.basename(record.path)
+    made.module = os.path.splitext(made.filename)[0]
+    vars(made)["worker_logger"] = record.logger
+    return made

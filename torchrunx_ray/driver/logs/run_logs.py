@@ -1,0 +1,147 @@
+"""One run's output on its way from the agents to where the options want it."""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchrunx_ray.driver.logs.lines import LineCutter
+from torchrunx_ray.driver.logs.speaker import Sink, Speaker
+from torchrunx_ray.driver.logs.to_console import ToConsole
+from torchrunx_ray.driver.logs.to_files import ToFiles, default_files
+from torchrunx_ray.driver.logs.to_handlers import ToHandlers
+from torchrunx_ray.driver.logs.to_loggers import ToLoggers, driver_has_configured_logging
+from torchrunx_ray.driver.options import Options
+from torchrunx_ray.wire.messages import Stream
+from torchrunx_ray.wire.records import from_line
+
+logger = logging.getLogger("torchrunx_ray")
+
+_MOST_BYTES = 16 * 2**20
+"""May wait for a slow terminal or handler before the agents are asked for no more."""
+
+
+class RunLogs:
+    """Writes in a thread of its own: a slow terminal stops the workers, not the driver's loop."""
+
+    def __init__(self, options: Options, speakers: Sequence[Speaker]) -> None:
+        self._speakers = speakers
+        self._sinks: list[Sink] = []
+        self._console: ToConsole | None = None
+        self._files: ToFiles | None = None
+        self._levels: list[int] = []
+        self._open_sinks(options)
+        self._cutters: defaultdict[tuple[Speaker, Stream], LineCutter] = defaultdict(LineCutter)
+        self._queue: queue.SimpleQueue[tuple[Speaker, Stream, bytes, float] | None] = (
+            queue.SimpleQueue()
+        )
+        self._waiting_bytes = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._loop = asyncio.get_running_loop()
+        self._done = asyncio.Event()
+        threading.Thread(target=self._write_all, name="torchrunx_ray output", daemon=True).start()
+
+    @property
+    def level(self) -> int:
+        """From which on somebody takes what `logging` says in a worker."""
+        return min(self._levels, default=logging.CRITICAL)
+
+    @property
+    def directory(self) -> Path | None:
+        """Of the default files, once something was written."""
+        return None if self._files is None else self._files.directory
+
+    @property
+    def has_room(self) -> bool:
+        return self._has_room.is_set()
+
+    async def until_room(self) -> None:
+        await self._has_room.wait()
+
+    def put(self, who: Speaker, stream: Stream, data: bytes, time_s: float) -> None:
+        """Queue what somebody said; it is bounded by whoever asks `has_room` before."""
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes > _MOST_BYTES:
+            self._has_room.clear()
+        self._queue.put((who, stream, data, time_s))
+
+    async def drain(self) -> None:
+        """Return when all that was put is written."""
+        self._queue.put(None)
+        await self._done.wait()
+
+    def _open_sinks(self, options: Options) -> None:
+        given = options.log_handlers
+        if given is None:
+            return
+        if not isinstance(given, str):
+            handlers = given() if callable(given) else given
+            sink = ToHandlers(list(handlers), are_ours=callable(given))
+            self._sinks.append(sink)
+            self._levels.append(sink.level)
+            return
+        if (files := default_files()) is not None:
+            self._files = files
+            self._sinks.append(files)
+            self._levels.append(files.level)
+        ranks = options.console_ranks
+        shown = [who for who in self._speakers if who.rank is not None]
+        if not isinstance(ranks, str):
+            shown = [who for who in shown if who.rank in ranks]
+        taken = {*shown, *(who for who in self._speakers if who.rank is None and who.is_first_host)}
+        if driver_has_configured_logging():
+            self._sinks.append(ToLoggers(taken.__contains__))
+        else:
+            self._console = ToConsole(taken.__contains__, shows_many=len(shown) > 1)
+            self._sinks.append(self._console)
+        self._levels += [who.logger_level() or logging.INFO for who in taken]
+
+    def _write_all(self) -> None:
+        while (said := self._queue.get()) is not None:
+            try:
+                self._write(*said)
+            except Exception:
+                # The driver's stream is closed, or an object of the user's that cannot write.
+                # There is nowhere left to say so, and the run goes on without it.
+                pass
+            finally:
+                self._tell_loop(self._was_written, len(said[2]))
+        for sink in self._sinks:
+            sink.close()
+        self._tell_loop(self._done.set)
+
+    def _write(self, who: Speaker, stream: Stream, data: bytes, time_s: float) -> None:
+        cutter = self._cutters[who, stream]
+        text = cutter.decode(data)
+        lines = cutter.cut(text)
+        if stream == "records":
+            for line in lines.splitlines():
+                self._write_record(who, line, time_s)
+            return
+        for sink in self._sinks:
+            if isinstance(sink, ToConsole) and sink.is_verbatim(who):
+                sink.as_written(who, stream, text, lines, cutter.drawn)
+            elif lines:
+                sink.text(who, stream, lines, time_s)
+
+    def _write_record(self, who: Speaker, line: str, time_s: float) -> None:
+        record = from_line(line)
+        for sink in self._sinks:
+            if record is None:
+                sink.text(who, "stderr", line + "\n", time_s)
+            else:
+                sink.record(who, record)
+
+    def _was_written(self, size: int) -> None:
+        self._waiting_bytes -= size
+        if self._waiting_bytes <= _MOST_BYTES:
+            self._has_room.set()
+
+    def _tell_loop(self, call: object, *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter ends
+            self._loop.call_soon_threadsafe(call, *args)  # pyright: ignore

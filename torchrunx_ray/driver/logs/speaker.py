@@ -1,0 +1,56 @@
+"""Who says something, and whoever takes it."""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torchrunx_ray.wire.records import WorkerRecord
+
+ROOT = "torchrunx_ray"
+"""The logger above those of hosts and workers."""
+
+TextStream = Literal["stdout", "stderr"]
+
+LEVELS: dict[TextStream, int] = {"stdout": logging.INFO, "stderr": logging.ERROR}
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A worker; or, with no local rank, a host's template, of which nothing but imports prints."""
+
+    hostname: str
+    local_rank: int | None
+    rank: int | None
+    is_first_host: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.hostname}:{'template' if self.rank is None else self.rank}"
+
+    @property
+    def logger_name(self) -> str:
+        name = f"{ROOT}.{self.hostname}"
+        return name if self.local_rank is None else f"{name}.{self.local_rank}"
+
+    def logger_level(self) -> int:
+        """What is set for its logger, or for the next one above up to ours; NOTSET where nothing is.
+
+        The root logger's own level is for what this process says, not for what workers print.
+        """
+        host = logging.getLogger(f"{ROOT}.{self.hostname}")
+        for logger in (logging.getLogger(self.logger_name), host, logging.getLogger(ROOT)):
+            if logger.level:
+                return logger.level
+        return logging.NOTSET
+
+
+class Sink(Protocol):
+    """Takes what is said, in one thread per run."""
+
+    def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
+        """Whole lines."""
+        ...
+
+    def record(self, who: Speaker, record: WorkerRecord) -> None: ...
+
+    def close(self) -> None: ...

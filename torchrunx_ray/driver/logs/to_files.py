@@ -1,0 +1,102 @@
+"""The default files: one for each worker, and one for each host's template."""
+
+import logging
+import os
+from datetime import datetime
+from pathlib import Path
+
+from torchrunx_ray.driver.logs.speaker import LEVELS, Speaker, TextStream
+from torchrunx_ray.wire.records import WorkerRecord
+
+logger = logging.getLogger("torchrunx_ray")
+
+_DIRECTORY = "TORCHRUNX_LOG_DIR"
+_LEVEL = "TORCHRUNX_LOG_LEVEL"
+
+
+class ToFiles:
+    """Lines with time and level, in a directory of the run's own.
+
+    Directory and files are made when there is something to write. No file stays open: a driver may
+    have thousands of workers. What cannot be written is reported once.
+    """
+
+    def __init__(self, parent: str) -> None:
+        self._parent = Path(parent).absolute()
+        self.level = _level()
+        self.directory: Path | None = None
+        self._is_broken = False
+
+    def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
+        if LEVELS[stream] >= self._level_for(who):
+            head = _head(time_s, logging.getLevelName(LEVELS[stream]))
+            # Hundreds of thousands of lines per second come this way.
+            self._append(who, head + lines[:-1].replace("\n", "\n" + head) + "\n")
+
+    def record(self, who: Speaker, record: WorkerRecord) -> None:
+        if record.least_level >= self._level_for(who):
+            head = _head(record.created, record.level_name)
+            self._append(who, f"{head}{text_with_logger(record)}\n")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _level_for(self, who: Speaker) -> int:
+        return max(self.level, who.logger_level())
+
+    def _append(self, who: Speaker, text: str) -> None:
+        if self._is_broken:
+            return
+        name = who.hostname if who.local_rank is None else f"{who.hostname}[{who.local_rank}]"
+        try:
+            if self.directory is None:
+                self.directory = _new_directory(self._parent)
+            with open(self.directory / f"{name}.log", "ab") as file:
+                file.write(text.encode(errors="backslashreplace"))
+        except OSError as error:
+            self._is_broken = True
+            logger.warning(
+                "The log files of this launch cannot be written: %s. It goes on without; set %s to a "
+                'directory that can be, or to "" for no files.',
+                error,
+                _DIRECTORY,
+            )
+
+
+def default_files() -> ToFiles | None:
+    """As the environment says where; None where it says nowhere."""
+    parent = os.environ.get(_DIRECTORY, "torchrunx_logs")
+    return ToFiles(parent) if parent else None
+
+
+def text_with_logger(record: WorkerRecord) -> str:
+    """The message after its logger's name, where the function has not set a format of its own."""
+    is_plain = record.is_configured or record.logger == "root"
+    return record.text if is_plain else f"{record.logger}: {record.text}"
+
+
+def _level() -> int:
+    name = os.environ.get(_LEVEL, "") or "INFO"
+    level = int(name) if name.isdigit() else logging.getLevelNamesMapping().get(name.upper())
+    if level is None:
+        logger.warning("%s=%s is no level of logging, such as DEBUG; INFO is used", _LEVEL, name)
+        return logging.INFO
+    return level
+
+
+def _head(time_s: float, level_name: str) -> str:
+    return f"{datetime.fromtimestamp(time_s):%Y-%m-%d %H:%M:%S}:{level_name}: "
+
+
+def _new_directory(parent: Path) -> Path:
+    """Named after the time; another launch in the same second gets another one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.now().replace(microsecond=0)
+    for microsecond in range(1_000_000):
+        directory = parent / now.replace(microsecond=microsecond).isoformat()
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        return directory
+    raise FileExistsError(f"{parent} has a million directories of this second")

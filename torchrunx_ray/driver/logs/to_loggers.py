@@ -1,0 +1,58 @@
+"""A sink for a driver that has configured logging: its own loggers decide."""
+
+import logging
+from collections.abc import Callable, Iterator
+
+from torchrunx_ray.driver.logs.log_record import as_log_record, new_record
+from torchrunx_ray.driver.logs.speaker import LEVELS, ROOT, Speaker, TextStream
+from torchrunx_ray.wire.records import WorkerRecord
+
+logger = logging.getLogger("torchrunx_ray")
+
+
+def driver_has_configured_logging() -> bool:
+    return bool(logging.root.handlers or logging.getLogger(ROOT).handlers)
+
+
+class ToLoggers:
+    """Under `torchrunx_ray.<hostname>.<local_rank>`, as if the driver had said it."""
+
+    def __init__(self, takes: Callable[[Speaker], bool]) -> None:
+        self._takes = takes
+        self._has_failed = False
+
+    level = logging.INFO
+
+    def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
+        level = LEVELS[stream]
+        if self._takes(who) and self._is_enabled(who, level):
+            name = logging.getLevelName(level)
+            self._hand(
+                who,
+                (new_record(who, level, name, time_s, line) for line in lines[:-1].split("\n")),
+            )
+
+    def record(self, who: Speaker, record: WorkerRecord) -> None:
+        if self._takes(who) and self._is_enabled(who, record.least_level):
+            self._hand(who, iter([as_log_record(who, record)]))
+
+    def close(self) -> None:
+        """They are the driver's."""
+
+    def _is_enabled(self, who: Speaker, level: int) -> bool:
+        return (
+            level >= (who.logger_level() or logging.INFO) and level > logging.root.manager.disable
+        )
+
+    def _hand(self, who: Speaker, records: Iterator[logging.LogRecord]) -> None:
+        target = logging.getLogger(who.logger_name)
+        if target.disabled:
+            return
+        for record in records:
+            try:
+                if target.filter(record):
+                    target.callHandlers(record)
+            except Exception as error:
+                if not self._has_failed:
+                    self._has_failed = True
+                    logger.warning("a handler of logging failed on what workers say: %r", error)

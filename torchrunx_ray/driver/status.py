@@ -1,0 +1,89 @@
+"""Shows how far a run is, where someone looks."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Generator
+from typing import Any
+
+from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.driver.progress import Progress
+from torchrunx_ray.driver.screen import can_be_live, has_rich, screen
+
+_LIVE_AFTER_S = 0.5
+"""A status line is no help to a launch that is over before it is read."""
+
+_LINE_AFTER_S = 2.0
+"""The same, for what stays to be read: for as long a phase must have gone on."""
+
+_LOOK_S = 0.5
+
+_WAITING_S = 30.0
+"""How often a launch that waits for room says so again."""
+
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the driver of a job."""
+
+
+@contextlib.contextmanager
+def shown(progress: Progress, wanted: bool | None) -> Generator[None, None, None]:
+    """As a line at a terminal's foot; in a notebook, a job's log, or where asked for, as plain lines."""
+    is_wanted = _someone_looks() if wanted is None else wanted
+    if not is_wanted:
+        yield
+    elif can_be_live() and has_rich():
+        yield from _live(progress)
+    else:
+        yield from _lines(progress)
+
+
+def _live(progress: Progress) -> Generator[None, None, None]:
+    over = threading.Event()
+
+    def show() -> None:
+        if not over.wait(_LIVE_AFTER_S):
+            screen.add_status(progress, lambda: progress.status)
+            if over.is_set():  # just now
+                screen.remove_status(progress)
+
+    # Not in the loop: it takes an import.
+    threading.Thread(target=show, name="torchrunx_ray status", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        screen.remove_status(progress)
+
+
+def _lines(progress: Progress) -> Generator[None, None, None]:
+    saying = asyncio.ensure_future(_say_phases(progress))
+    try:
+        yield
+    finally:
+        saying.cancel()
+
+
+async def _say_phases(progress: Progress) -> None:
+    now = asyncio.get_running_loop().time
+    phase, since, said, said_at = "", now(), "", now()
+    while True:
+        if progress.phase != phase:
+            phase, since = progress.phase, now()
+        is_news = phase != said and now() - since >= _LINE_AFTER_S
+        still_waits = progress.history.placed_ns is None and now() - said_at >= _WAITING_S
+        if is_news or still_waits:
+            said, said_at = phase, now()
+            await in_thread(screen.write, "stderr", f"{progress.status}\n")
+        await asyncio.sleep(_LOOK_S)
+
+
+def _someone_looks() -> bool:
+    return can_be_live() or _is_notebook() or _IN_JOB in os.environ
+
+
+def _is_notebook() -> bool:
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"

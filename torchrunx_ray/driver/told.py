@@ -1,0 +1,42 @@
+"""A run's life as it is told: its status while it goes on, and a summary at its end."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from torchrunx_ray.driver.failures import Failures
+from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.progress import Progress
+from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.driver.status import shown
+from torchrunx_ray.wire.clock import now_ns
+
+logger = logging.getLogger("torchrunx_ray")
+
+Outcome = LaunchResult[Any] | Failures
+
+
+async def told(life: Coroutine[Any, Any, Outcome], progress: Progress, options: Options) -> Outcome:
+    """Live the life, and tell of it."""
+    how = "failed"
+    try:
+        with shown(progress, options.progress):
+            outcome = await life
+        how = "failed" if isinstance(outcome, Failures) else "done"
+        return outcome
+    except asyncio.CancelledError:
+        how = "stopped"
+        raise
+    finally:
+        progress.history.ended_ns = now_ns()
+        logger.info("%s %s", progress.name, _summary(progress, how))
+
+
+def _summary(progress: Progress, how: str) -> str:
+    seconds = progress.history.seconds
+    total = seconds.pop("total")
+    phases = ", ".join(f"{phase} {took:.2f}" for phase, took in seconds.items())
+    logs = f"; logs in {progress.log_directory}" if progress.log_directory else ""
+    after = "in" if how == "done" else "after"
+    return f"{how} {after} {total:.2f} s ({phases}){logs}"
