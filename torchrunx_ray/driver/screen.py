@@ -40,9 +40,9 @@ class Screen:
             if self._live is None or not _target(stream).isatty():
                 self.write(stream, text)
                 return
+            self._drawn = drawn
             if lines:
                 self.write(stream, lines)
-            self._drawn = drawn
 
     def has_colours(self, stream: TextStream) -> bool:
         """See no-color.org."""

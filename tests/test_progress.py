@@ -1,0 +1,205 @@
+"""What is shown of a run while it goes on, and what is known of it afterwards."""
+
+import json
+import logging
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import torchrunx_ray as trx
+
+BEGIN = """
+import sys
+{before}
+import os, time, ray
+import torchrunx_ray as trx
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+"""
+
+SPEAKING = """
+def speak():
+    for i in range(6):
+        sys.stderr.write(f"\\rdrawn {i}")
+        sys.stderr.flush()
+        time.sleep(0.5)
+    sys.stderr.write("\\n")
+    print("line of", os.environ["RANK"])
+
+trx.launch(speak, workers_per_host=2, backend=None, name="shown", **OPTIONS)
+print("after")
+"""
+
+
+def on_a_terminal(script: str, folder: Path, **variables: str) -> str:
+    """All that appears on a terminal of 100 columns."""
+    (folder / "script.py").write_text(script)
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm-256color", **variables}
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 65536)
+        except OSError:  # the terminal's other end is closed
+            break
+        shown += data
+    os.close(ours)
+    assert process.wait(60) == 0, shown.decode()
+    return shown.decode()
+
+
+def after_ray_started(shown: str) -> str:
+    """And before it ends, with a code of colorama's."""
+    return shown.rpartition("Started a local Ray instance.")[2].removesuffix("\x1b[0m")
+
+
+@pytest.mark.slow
+def test_terminal_has_a_status_line_beside_the_output(tmp_path: Path) -> None:
+    script = BEGIN.format(before="OPTIONS = {}") + SPEAKING
+    shown = after_ray_started(on_a_terminal(script, tmp_path))
+
+    assert "shown-" in shown
+    assert ": running 2 workers" in shown
+    assert "drawn 3" in shown
+    assert "drawn 5\r\n" in shown
+    assert shown.count("line of 0") == 1
+    assert "line of 1" not in shown
+    assert shown.endswith("after\r\n")
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is there again
+    assert "running" not in shown.rpartition("\x1b[?25h")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "options"),
+    [("", {"progress": False}), ("sys.modules['rich'] = None", {})],
+    ids=["progress=False", "without rich"],
+)
+def test_terminal_without_a_status_line_is_the_functions(
+    before: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    script = BEGIN.format(before=f"{before}\nOPTIONS = {options}") + SPEAKING
+    shown = after_ray_started(on_a_terminal(script, tmp_path))
+
+    assert "".join(f"\rdrawn {i}" for i in range(3)) in shown
+    assert "\rdrawn 5" in shown
+    assert ("running 2 workers" in shown) is (options == {})
+    assert "\x1b[" not in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_ranks_have_colours_on_a_terminal(
+    variables: dict[str, str], coloured: bool, tmp_path: Path
+) -> None:
+    options = {"console_ranks": "all", "progress": False}
+    script = BEGIN.format(before=f"OPTIONS = {options}") + SPEAKING
+    shown = on_a_terminal(script, tmp_path, **variables)
+
+    lines = [line for line in shown.splitlines() if "line of" in line]
+    assert len(lines) == 2
+    assert len({line.partition("m[")[0] for line in lines}) == 2  # each rank has its own
+    assert all(("\x1b[" in line) is coloured for line in lines)
+
+
+def test_plain_lines_say_what_takes_long(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import time, torchrunx_ray as trx
+launcher = trx.Launcher(workers_per_host=2, backend=None, name="shown", progress=True)
+launcher.run(time.sleep, 4)
+launcher.run(time.sleep, 0)
+"""
+    )
+    assert done.stdout == ""
+    (said,) = [line for line in done.stderr.splitlines() if "running" in line]
+    assert said.endswith(": running 2 workers"), said
+    assert "shown-" in said
+
+
+@pytest.mark.slow
+def test_nothing_is_shown_where_nobody_looks(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import time, torchrunx_ray as trx
+trx.Launcher(workers_per_host=2, backend=None, name="shown").run(time.sleep, 4)
+"""
+    )
+    assert "shown-" not in done.stdout + done.stderr
+
+
+def test_launch_that_waits_says_for_what(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import time, torchrunx_ray as trx
+session = trx.Launcher(workers_per_host=3, backend=None).session()
+run = trx.Launcher(workers_per_host=2, backend=None, progress=True).submit(time.sleep, 0)
+time.sleep(4)
+session.close()
+run.result()
+"""
+    )
+    assert "placing 0/1 hosts, waiting for 2 CPU on 1 more host" in done.stderr, done.stderr
+    assert "waiting for room in the Ray cluster" in done.stderr
+    assert "1 of 4 CPU" in done.stderr
+
+
+def test_summary_tells_the_phases_and_where_the_logs_are(
+    cluster: None, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
+    with caplog.at_level(logging.INFO, "torchrunx_ray"):
+        trx.Launcher(workers_per_host=1, backend=None, name="told").run(print, "hello")
+
+    (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("told-")]
+    (directory,) = tmp_path.iterdir()
+    assert " done in " in said
+    assert "template import" in said
+    assert said.endswith(f"logs in {directory}")
+
+
+def test_timings_are_those_of_the_run(launcher: trx.Launcher) -> None:
+    launcher.run(os.getpid)
+    begun = time.monotonic()
+    timings = launcher.run(time.sleep, 0.5).timings
+    took_s = time.monotonic() - begun
+
+    phases = ["place", "agents", "template import", "process group", "run", "results"]
+    assert list(timings) == [*phases, "total"]
+    assert sum(timings[phase] for phase in phases) == pytest.approx(timings["total"])
+    assert 0.5 <= timings["run"] < timings["total"] <= took_s
+    assert timings["template import"] == 0  # it was there
+
+
+def test_timeline_is_a_trace_of_every_rank(launcher: trx.Launcher, tmp_path: Path) -> None:
+    result = launcher.run(time.sleep, 0.2)
+    result.timeline(tmp_path / "trace.json")
+
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert {"driver", *result.hostnames, "template", "rank 0", "rank 1"} <= names
+    spans = [e for e in events if e["ph"] == "X"]
+    assert all(span["dur"] >= 0 for span in spans)
+    runs = [span for span in spans if span["name"] == "run" and span["pid"] > 0]
+    assert {span["tid"] for span in runs} == {1, 2}
+    assert all(0.2e6 <= span["dur"] < 2e6 for span in runs)
