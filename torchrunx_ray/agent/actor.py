@@ -10,6 +10,7 @@ import ray
 from torchrunx_ray.agent import host
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Death, Template
 from torchrunx_ray.wire import family, messages, versions
@@ -48,7 +49,8 @@ class Agent:
         # An env_file may take its time; `meet` sources it without blocking the loop.
         self._keeper = self._start_keeper() if wanted.env_file is None else None
         self._template: Template | None = None
-        self._mailbox = Mailbox(self._resume_output)
+        self._metrics = Metrics()
+        self._mailbox = Mailbox(self._resume_output, self._metrics.hear)
         self._run: HostRun | None = None
         self._stopped_early: set[str] = set()
         self._listening: socket.socket | None = None
@@ -92,6 +94,7 @@ class Agent:
         """
         assert self._template is not None
         listening, self._listening = self._listening, None
+        self._metrics.begins(now_ns())
         run = HostRun(wanted, self._template, self._mailbox, listening, self._ip)
         self._run = run
         if wanted.run_id in self._stopped_early:

@@ -14,12 +14,14 @@ class Mailbox:
 
     It takes all it is given. `on_room` is called when output may be read again after `is_full`
     was true, so that whoever reads it stops in between: workers then block in their writes.
+    `on_event` hears of each event as it comes.
     A driver that cannot take more output still hears of all else, but not of the run's end, which
     tells that all output has come.
     """
 
-    def __init__(self, on_room: Callable[[], None]) -> None:
+    def __init__(self, on_room: Callable[[], None], on_event: Callable[[Event], None]) -> None:
         self._on_room = on_room
+        self._on_event = on_event
         self._events: list[Event] = []
         self._output: list[Event] = []
         self._bytes = 0
@@ -31,6 +33,7 @@ class Mailbox:
         return self._bytes >= _FULL_AT_BYTES
 
     def put(self, event: Event) -> None:
+        self._on_event(event)
         if isinstance(event, Printed | HostEnded):
             self._output.append(event)
         else:

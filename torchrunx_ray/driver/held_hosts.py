@@ -109,7 +109,7 @@ class HeldHosts:
             if agent is None:
                 wanted = template_wanted(self._options, one_worker=host.workers == 1)
                 agent = await pool.acquire(
-                    host.node.node_id, wanted, self._options, f"{name}-{index}"
+                    host.node.node_id, wanted, self._options, f"{name}-{host.label}"
                 )
                 self._agents[index] = agent
             try:

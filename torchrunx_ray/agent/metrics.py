@@ -1,0 +1,67 @@
+"""What an agent counts for Ray's metrics, which Prometheus reads from every node."""
+
+from ray.util.metrics import Counter, Gauge
+
+from torchrunx_ray.wire import messages
+
+_FAILURES: dict[type[messages.Event], str] = {
+    messages.Failed: "exception",
+    messages.Died: "death",
+    messages.AgentFailed: "agent",
+    messages.TemplateRefused: "preload",
+}
+
+
+class Metrics:
+    """Of one agent, from the events of its runs."""
+
+    def __init__(self) -> None:
+        self._runs = Counter("torchrunx_ray_runs", "Runs that began on this host.")
+        self._failures = Counter(
+            "torchrunx_ray_failures", "What failed: exception, death, agent or preload.", ("kind",)
+        )
+        self._running = Gauge("torchrunx_ray_workers_running", "Workers in their function.")
+        self._seconds = Counter(
+            "torchrunx_ray_seconds",
+            "Of this host's workers and template: template import, process group, run.",
+            ("phase",),
+        )
+        self._began_ns = 0
+        self._started_ns: dict[int, int] = {}
+
+    def begins(self, time_ns: int) -> None:
+        """A run."""
+        self._runs.inc()
+        self._began_ns = time_ns
+        self._started_ns = {}
+
+    def hear(self, event: messages.Event) -> None:
+        kind = _FAILURES.get(type(event))
+        if kind is not None:
+            self._failures.inc(tags={"kind": kind})
+        match event:
+            case messages.TemplateLoaded() if event.loaded_ns > self._began_ns:
+                self._took("template import", event.loaded_ns - event.begun_ns)
+                self._began_ns = event.loaded_ns
+            case messages.Started():
+                self._took("process group", event.time_ns - self._began_ns)
+                self._started_ns[event.local_rank] = event.time_ns
+                self._running.set(len(self._started_ns))
+            case messages.Finished() | messages.Failed():
+                self._ends(event.local_rank, event.time_ns)
+            case messages.Died() if event.exited.local_rank is not None:
+                self._ends(event.exited.local_rank, event.exited.time_ns)
+            case messages.HostEnded():
+                self._running.set(0)
+            case _:
+                pass
+
+    def _ends(self, local_rank: int, time_ns: int) -> None:
+        started_ns = self._started_ns.pop(local_rank, None)
+        if started_ns is not None:
+            self._took("run", time_ns - started_ns)
+            self._running.set(len(self._started_ns))
+
+    def _took(self, phase: str, time_ns: int) -> None:
+        if time_ns > 0:
+            self._seconds.inc(time_ns / 1e9, tags={"phase": phase})
