@@ -13,6 +13,8 @@ from torchrunx_ray.wire.messages import Printed, Stream
 _CHUNK = 256 * 1024
 _LONGEST_LINE = 16 * 2**20
 """What has no newline for longer is passed on in pieces: the agent's memory is bounded."""
+_PAUSE_S = 0.004
+"""Between two reads: one for every line would keep a core from the workers."""
 _KEPT_LINES = 20
 _KEPT_BYTES = 8 * 1024
 _LONG_LINE = 400
@@ -38,7 +40,7 @@ class Output:
         self._tail = b""
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
-        self._loop.add_reader(fd, self._read_some)
+        self.resume()
 
     @property
     def last_lines(self) -> tuple[str, ...]:
@@ -51,8 +53,8 @@ class Output:
         )
 
     def resume(self) -> None:
-        if self._fd is not None:
-            self._loop.add_reader(self._fd, self._read_some)
+        if self._fd is not None and not self._mailbox.is_full:
+            self._loop.add_reader(self._fd, self._read_and_pause)
 
     def drain_and_close(self) -> None:
         """Take what is in the pipe now, without waiting for whoever else may hold it open."""
@@ -67,6 +69,12 @@ class Output:
             return 0
         (count,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.FIONREAD, b"\0" * 4))
         return count
+
+    def _read_and_pause(self) -> None:
+        self._read_some()
+        if self._fd is not None:
+            self._loop.remove_reader(self._fd)
+            self._loop.call_later(_PAUSE_S, self.resume)
 
     def _read_some(self) -> int:
         assert self._fd is not None
@@ -86,8 +94,6 @@ class Output:
         self._is_redrawn = self._is_redrawn or b"\r" in rest
         if (self._is_redrawn and rest) or self._partial_bytes > _LONGEST_LINE:
             self._put_all()
-        if self._mailbox.is_full:
-            self._loop.remove_reader(self._fd)
         return len(data)
 
     def _close(self) -> None:
