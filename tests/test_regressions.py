@@ -2,11 +2,14 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+import gc
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch.distributed as dist
 
 import torchrunx_ray as trx
 from tests import processes
+from tests.traces import objects_in_store
 
 
 def sleep_until(gate: Path) -> str:
@@ -645,3 +649,36 @@ def test_parts_of_a_gpu_never_span_two(
 
     assert gpus_held(per_worker, workers) == held
     assert [first_gpu(per_worker, i) for i in range(workers) if per_worker] == firsts
+
+
+@pytest.mark.parametrize("how", ["return", "raise", "agent", "cancel"])
+def test_what_ended_leaves_rays_store_before_python_collects_garbage(
+    cluster: None, how: str, tmp_path: Path
+) -> None:
+    """Reference cycles kept arguments (killed agent, cancelled run), and values (in a session)."""
+
+    def end(large: torch.Tensor) -> torch.Tensor:
+        processes.note(tmp_path / str(os.getpid()), "")
+        if how == "raise":
+            raise ValueError
+        if how == "agent":
+            os.kill(processes.agent_pid(), signal.SIGKILL)
+        while how != "return":
+            time.sleep(0.01)
+        return large
+
+    with trx.Launcher(workers_per_host=1).session() as session:
+        gc.collect()  # what other tests left
+        before = objects_in_store()
+        gc.disable()
+        try:
+            run = session.submit(end, torch.zeros(2**20))
+            assert processes.wait_until(lambda: any(tmp_path.iterdir()), 30)
+            if how == "cancel":
+                run.cancel()
+            with contextlib.suppress(ValueError, trx.AgentFailedError, CancelledError):
+                run.result(timeout=30)
+            del run
+            assert processes.wait_until(lambda: objects_in_store() <= before, 5)
+        finally:
+            gc.enable()

@@ -172,7 +172,10 @@ class Attempt:
                     self._stop(grace_s)
                 cancelled = error
         if cancelled is not None:
-            raise cancelled
+            try:
+                raise cancelled
+            finally:
+                del cancelled  # it refers to this frame, and must not wait for Python's gc
         for watching in self._watching:
             if not watching.cancelled():
                 watching.result()
@@ -228,6 +231,7 @@ class Attempt:
             self._lose(host_index, "the agent died", str(error))
         finally:
             hearing.cancel()
+            del hearing
 
     async def _hear_until_ended(self, host_index: int) -> None:
         while True:

@@ -50,6 +50,7 @@ class Connection:
             raise
         finally:
             answer.cancel()
+            del answer  # a failure refers to this frame, and must not wait for Python's gc
 
     def check(self) -> None:
         if not self.is_ours():

@@ -76,7 +76,8 @@ class Run(Generic[R]):
 
     def call_when_done(self, call: "Callable[[Run[Any]], object]") -> None:
         """Call it with this run, in some thread, once it has ended."""
-        self._ended.add_done_callback(lambda _: call(self))
+        once = [self]  # a future keeps its callbacks, and a run keeps its future
+        self._ended.add_done_callback(lambda _: call(once.pop()))
 
     def __await__(self) -> Generator[Any, None, LaunchResult[R]]:
         ended = asyncio.shield(asyncio.wrap_future(self._ended))
