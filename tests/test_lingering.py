@@ -1,0 +1,83 @@
+"""Agents that wait for another run after a failed one: for how long, and with what."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchrunx_ray as trx
+from tests.clusters.raylets import raylets
+from tests.processes import wait_until
+from tests.traces import MARK, Traces
+from tests.victims import MAY_RAISE, Driven
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+
+CPUS = 4
+LINGER_S = 3
+WHOLE = {"worker": 2, "template": 2, "agent": 1}
+"""How many of two agents live on, and serve another run, when one of these was killed."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Of a driver that finds a cluster of a head, on which no worker has room, and two nodes."""
+    with pytest.MonkeyPatch.context() as ours:
+        ours.setenv(MARK, uuid.uuid4().hex)
+        ours.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        with raylets({"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 2}) as cluster:
+            launch_again()  # first touches of Ray's store
+            yield {**os.environ, "CLUSTER": cluster.address}
+
+
+@pytest.mark.parametrize("victim", WHOLE)
+def test_agents_stay_for_their_time_and_hold_nothing(
+    environment: dict[str, str], victim: str, tmp_path: Path
+) -> None:
+    before = Traces.now()
+    driven = Driven("running", tmp_path, environment, hostnames=2, linger=LINGER_S, stays=True)
+    assert outcome_of_killing(victim, driven) == MAY_RAISE[victim], driven.said
+
+    assert wait_until(lambda: left(before, driven) == (WHOLE[victim], []), 3), left(before, driven)
+    assert wait_until(lambda: left(before, driven) == (0, []), LINGER_S + 3), left(before, driven)
+    driven.leave()
+    assert wait_until(lambda: before.missing_from(Traces.now(), CPUS) == [])
+    assert launch_again() == 4
+
+
+@pytest.mark.parametrize("victim", ["worker", "driver"])
+def test_agents_go_at_once_with_their_driver(
+    environment: dict[str, str], victim: str, tmp_path: Path
+) -> None:
+    before = Traces.now()
+    driven = Driven("running", tmp_path, environment, hostnames=2, linger=1000, stays=True)
+    assert outcome_of_killing(victim, driven) == MAY_RAISE[victim], driven.said
+    if victim == "worker":
+        assert left(before, driven)[0] == 2
+    driven.leave()
+
+    assert wait_until(lambda: before.missing_from(Traces.now(), CPUS) == [], 5), (
+        before.missing_from(Traces.now(), CPUS)
+    )
+    assert launch_again() == 4
+
+
+def launch_again() -> int:
+    return len(trx.Launcher(hostnames=2, workers_per_host=2, linger=0).run(os.getpid))
+
+
+def outcome_of_killing(victim: str, driven: Driven) -> str:
+    driven.kill([victim])
+    outcome, _took_s = driven.wait_for_outcome()
+    return outcome
+
+
+def left(before: Traces, driven: Driven) -> tuple[int, list[str]]:
+    """How many agents, and what else than these, their keepers and templates, and the driver."""
+    lines = before.missing_from(Traces.now(), CPUS)
+    agents = [line for line in lines if "ray::Agent" in line]
+    expected = ("ray::Agent", "torchrunx_ray.worker.keeper", f"process {driven.process.pid} ")
+    others = [line for line in lines if not any(words in line for words in expected)]
+    return len(agents), others
