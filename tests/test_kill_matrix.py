@@ -18,7 +18,7 @@ from tests import processes
 from tests.clusters.raylets import raylets
 from tests.conftest import SHOWN_AT_END
 from tests.traces import MARK, Traces
-from tests.victims import MAY_RAISE, Driven, may_also
+from tests.victims import MAY_RAISE, Driven, matrix, may_also
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -75,16 +75,7 @@ def machine(
             launch_again()  # first touches of Ray's store
             yield machine
             machine.cluster.remove_node(machine.node)
-    pytestconfig.stash.setdefault(SHOWN_AT_END, []).append(matrix(machine.outcomes))
-
-
-def matrix(outcomes: dict[tuple[str, str], str]) -> str:
-    victims = list(dict.fromkeys(victim for victim, _ in outcomes))
-    lines = [f"{'killed':22}" + "".join(f"{moment:>22}" for moment in MOMENTS)]
-    for victim in victims:
-        cells = (outcomes.get((victim, moment), "-") for moment in MOMENTS)
-        lines.append(f"{victim:22}" + "".join(f"{cell:>22}" for cell in cells))
-    return "\n".join(lines)
+    pytestconfig.stash.setdefault(SHOWN_AT_END, []).append(matrix(machine.outcomes, MOMENTS))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +97,7 @@ def test_nothing_is_left(
         machine.renew_node()
     assert outcome in {*(MAY_RAISE[victim] for victim in victims), *may_also(moment)}, driven.said
     # Of an agent that died with its raylet Ray tells only what it makes of the silence.
-    assert took_s < (8 if outcome == "returned" or victims == ("agent", "raylet") else 3), (
+    assert took_s < (8 if victims == ("agent", "raylet") else 4 if outcome == "returned" else 2), (
         driven.said
     )
     assert_nothing_is_left(before, raylet_was_renewed="raylet" in victims)

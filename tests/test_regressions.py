@@ -682,3 +682,16 @@ def test_what_ended_leaves_rays_store_before_python_collects_garbage(
             assert processes.wait_until(lambda: objects_in_store() <= before, 5)
         finally:
             gc.enable()
+
+
+def test_keeper_is_not_in_the_group_that_ray_ends_with_the_agent(launcher: trx.Launcher) -> None:
+    """Ray's SIGTERM had it kill the template at its work, and SIGKILL came 0.2 s later.
+
+    Daemons of a worker that took longer to die were left.
+    """
+
+    def groups() -> tuple[int, int]:
+        above = processes.above(os.getpid())
+        return os.getpgid(above["keeper"]), above["keeper"]
+
+    assert all(group == keeper for group, keeper in launcher.run(groups))

@@ -110,7 +110,9 @@ def pids() -> list[int]:
 
 
 def _is_of_ray(line: str) -> bool:
-    return "/ray/" in line or ("ray::" in line and "ray::Agent" not in line)
+    return any(words in line for words in ("/ray/", "-m ray.scripts", "ray::")) and (
+        "ray::Agent" not in line
+    )
 
 
 def objects_in_store() -> int:

@@ -24,7 +24,7 @@ folder, moment, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]
 
 def announce(moment_now):
     if moment_now == moment:
-        victims_preload.announce(0.05 if moment == "reporting" else 3)
+        victims_preload.announce()
 
 class Reporting:
     def __reduce__(self):
@@ -69,7 +69,7 @@ join = dist.init_process_group
 def parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
-def announce(then_sleep_s):
+def announce():
     template = os.getppid() if "RANK" in os.environ else os.getpid()
     keeper = parent(template)
     agent = parent(keeper)
@@ -77,14 +77,18 @@ def announce(then_sleep_s):
     note = {"pid": os.getpid(), "rank": int(os.environ.get("RANK", "-1")), **above}
     (folder / f".{os.getpid()}").write_text(json.dumps(note))
     (folder / f".{os.getpid()}").rename(folder / f"{os.getpid()}.json")
-    time.sleep(then_sleep_s)
+    if moment == "reporting":
+        time.sleep(0.05)  # and report while the victims are killed
+    else:
+        while not (folder / "go on").exists():
+            time.sleep(0.01)
 
 def join_late(*args, **kwargs):
-    announce(3)
+    announce()
     join(*args, **kwargs)
 
 if moment == "importing" and "VICTIMS_DRIVER" not in os.environ:
-    announce(3)
+    announce()
 if moment == "forming":
     dist.init_process_group = join_late
 """
@@ -107,6 +111,16 @@ def may_also(moment: str) -> list[str]:
     if moment == "importing":
         return ["AgentFailedError"]  # a keeper takes a template along that cannot hear of its end
     return ["returned"] if moment in ("reporting", "tearing down") else []
+
+
+def matrix(outcomes: Mapping[tuple[str, str], str], moments: Sequence[str]) -> str:
+    """What came of each victim at each moment, for people."""
+    victims = list(dict.fromkeys(victim for victim, _ in outcomes))
+    lines = [f"{'killed':22}" + "".join(f"{moment:>22}" for moment in moments)]
+    for victim in victims:
+        cells = (outcomes.get((victim, moment), "-") for moment in moments)
+        lines.append(f"{victim:22}" + "".join(f"{cell:>22}" for cell in cells))
+    return "\n".join(lines)
 
 
 class Driven:
@@ -160,7 +174,11 @@ class Driven:
     def wait_for_outcome(self) -> tuple[str, float]:
         """What the launch raised, or that it returned; and how long after the kill."""
         outcome = self._folder / "outcome"
-        assert processes.wait_until(lambda: outcome.exists() or self._has_ended(), 20), self.said
+        if not processes.wait_until(lambda: outcome.exists() or self._has_ended(), 1):
+            (self._folder / "go on").touch()
+            assert processes.wait_until(lambda: outcome.exists() or self._has_ended(), 20), (
+                self.said
+            )
         took_s = time.monotonic() - self._killed_at
         return outcome.read_text() if outcome.exists() else "killed", took_s
 

@@ -5,8 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 from tests.clusters.started import ray_start
 
@@ -52,9 +51,33 @@ def _take_down() -> None:
     subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True, check=False)
 
 
-@dataclass
 class TwoHosts:
-    environment: dict[str, str]
+    """A raylet on each, that of the first being the head's."""
+
+    def __init__(self, stack: contextlib.ExitStack, of_other_host: Mapping[str, str]) -> None:
+        self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        self.of_driver = {**self.environment, "RAY_ADDRESS": f"{IPS['trxh1']}:6379"}
+        self._of_other_host = {**self.environment, **of_other_host}
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trx"))
+        stack.enter_context(_network())
+        head = ("--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}")
+        stack.enter_context(_raylet("trxh1", head, self.environment))
+        self._other = stack.enter_context(contextlib.ExitStack())
+        self._raylets = 1
+        self.start_other_host()
+
+    def start_other_host(self) -> None:
+        """Its raylet, in place of one that was killed; Ray knows of that end when this returns."""
+        self._other.close()
+        address = f"--address={IPS['trxh1']}:6379"
+        self._other.enter_context(_raylet("trxh2", (address,), self._of_other_host))
+        self._raylets += 1
+        done = self.drive(
+            "import time\n"
+            f"while len(ray.nodes()) < {self._raylets} or sum(n['Alive'] for n in ray.nodes()) != 2:\n"
+            "    time.sleep(0.1)"
+        )
+        assert done.returncode == 0, done.stderr
 
     def drive(self, script: str, timeout_s: float = 110) -> "subprocess.CompletedProcess[str]":
         """A driver on the first host; `ray` and `trx` are imported, and Ray is joined."""
@@ -64,8 +87,8 @@ class TwoHosts:
     def run(self, *arguments: str, timeout_s: float = 110) -> "subprocess.CompletedProcess[str]":
         """Python on the first host."""
         return subprocess.run(
-            ["ip", "netns", "exec", "trxh1", sys.executable, *arguments],
-            env={**self.environment, "RAY_ADDRESS": f"{IPS['trxh1']}:6379"},
+            [*inside("trxh1"), sys.executable, *arguments],
+            env=self.of_driver,
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -76,27 +99,17 @@ class TwoHosts:
 @contextlib.contextmanager
 def two_hosts(of_other_host: Mapping[str, str] | None = None) -> Iterator[TwoHosts]:
     """A head on one of them, and a raylet on the other, with this in its environment."""
-    head, other = (
-        (["ip", "netns", "exec", host], [f"--node-ip-address={address}", "--num-cpus=4"])
-        for host, address in IPS.items()
-    )
-    hosts = TwoHosts({**os.environ, "RAY_AUTH_MODE": "disabled"})
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trx"))
-        stack.enter_context(_network())
-        of_head = ("--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}")
-        stack.enter_context(
-            ray_start(*head[1], *of_head, environment=hosts.environment, prefix=head[0])
-        )
-        of_other = (f"--address={IPS['trxh1']}:6379",)
-        stack.enter_context(
-            ray_start(
-                *other[1],
-                *of_other,
-                environment={**hosts.environment, **(of_other_host or {})},
-                prefix=other[0],
-            )
-        )
-        wait = "import time\nwhile len(ray.nodes()) < 2: time.sleep(0.1)"
-        assert hosts.drive(wait).returncode == 0
-        yield hosts
+        yield TwoHosts(stack, of_other_host or {})
+
+
+def _raylet(
+    host: str, arguments: Sequence[str], environment: Mapping[str, str]
+) -> contextlib.AbstractContextManager[None]:
+    address = (f"--node-ip-address={IPS[host]}", "--num-cpus=4")
+    return ray_start(*address, *arguments, environment=environment, prefix=inside(host))
+
+
+def inside(host: str) -> list[str]:
+    """What a command begins with that runs on this host."""
+    return ["ip", "netns", "exec", host]

@@ -34,6 +34,8 @@ class Keeper:
             stdout=stdout,
             stderr=stderr,
             pass_fds=[theirs.fileno()],
+            # Ray ends a dead agent's group, which would be before the keeper has ended its own.
+            process_group=0,
         )
         theirs.close()
         os.close(stdout)
