@@ -18,7 +18,7 @@ from tests import processes
 from tests.clusters.two_hosts import IPS, TwoHosts, inside, namespaces_are_possible, two_hosts
 from tests.conftest import SHOWN_AT_END
 from tests.traces import MARK, Traces
-from tests.victims import MAY_RAISE, Driven, matrix, may_also
+from tests.victims import MAY_RAISE, Driven, is_soon, matrix, may_also
 
 pytestmark = [
     pytest.mark.slow,
@@ -144,7 +144,7 @@ def test_nothing_is_left_on_either_host(
     if is_raylet:
         hosts.start_other_host()
     assert outcome in {MAY_RAISE[victim], *may_also(moment)}, driven.said
-    assert took_s < (4 if outcome == "returned" else 2), driven.said
+    assert is_soon(took_s, outcome, moment), driven.said
 
     def left() -> list[str]:
         return before.missing_from(observer.traces(), CPUS, raylet_was_renewed=is_raylet)
