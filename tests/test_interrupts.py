@@ -32,8 +32,26 @@ phase = sys.argv[1]
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 before = signal.getsignal(signal.SIGINT)
 
+class PickledLast:
+    def __reduce__(self):
+        print("at it", flush=True)
+        return str, ()
+
+def linger_at_exit():
+    print("at it", flush=True)
+    time.sleep(1000)
+
 def train():
     print("mark", os.environ["TORCHRUNX_RAY_POOL"], flush=True)
+    if phase == "collecting":
+        if os.environ["RANK"] == "1":
+            time.sleep(1000)
+        import torch
+        return torch.ones(2**30, dtype=torch.uint8), PickledLast()
+    if phase == "tearing down":
+        import atexit
+        atexit.register(linger_at_exit)
+        return
     if phase == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if phase == "deaf and parked":
@@ -130,10 +148,13 @@ def terminal(phase: str, folder: Path) -> Iterator[Terminal]:
 AT_IT = {"placing": "waiting for room"}
 
 
-@pytest.mark.parametrize("phase", ["placing", "importing", "forming", "running", "session"])
+@pytest.mark.parametrize(
+    "phase",
+    ["placing", "importing", "forming", "running", "session", "collecting", "tearing down"],
+)
 def test_ctrl_c_ends_every_phase_within_a_second(phase: str, tmp_path: Path) -> None:
     with terminal(phase, tmp_path) as driver:
-        times = 2 if phase in ("running", "session") else 1
+        times = 2 if phase in ("running", "session", "tearing down") else 1
         driver.wait_for(AT_IT.get(phase, "at it"), 40, times)
         driver.press_ctrl_c()
         assert driver.wait_for("INTERRUPTED", 5) < 1
