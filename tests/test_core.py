@@ -183,7 +183,7 @@ def test_every_kind_of_failure_on_the_last_host_is_told_soon_and_leaves_nothing(
     with pytest.raises(error) as caught:
         launcher.run(end_on_the_last, how)
 
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 0.3 + 2
     assert said.replace("LAST", str(last)) in str(caught.value)
     assert result.hostnames[-1] in str(caught.value)
     notes = getattr(caught.value, "__notes__", [])
@@ -206,7 +206,7 @@ def test_failure_ends_ranks_that_wait_for_ever(launcher: trx.Launcher) -> None:
     begun = time.monotonic()
     with pytest.raises(OwnError):
         launcher.run(fail_on_the_last)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 2
 
 
 @pytest.mark.unconfigured_logging

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.slow
 RunScript = Callable[[str], "subprocess.CompletedProcess[str]"]
 
 MIB = 2**20
+
+NOTE_TIME = "open({!r}, 'a').write(str(time.monotonic()) + chr(10))"
+"""For whoever is about to crash; the first line is the first one's."""
 
 
 @pytest.fixture
@@ -160,27 +164,35 @@ def test_crash_while_the_users_module_is_imported_is_the_workers(
     run_script: RunScript, code: str, tmp_path: Path
 ) -> None:
     (tmp_path / "crashing.py").write_text(
-        f"import os\nif 'RANK' in os.environ:\n    {code}\ndef train(): pass\n"
+        "import os, time\n"
+        f"if 'RANK' in os.environ:\n    {NOTE_TIME.format('crashed')}; {code}\n"
+        "def train(): pass\n"
     )
     done = run_script(
         """
+import os, time
 import crashing
 import torchrunx_ray as trx
 try:
     trx.Launcher(workers_per_host=2).run(crashing.train)
 except trx.WorkerFailedError as error:
     print(error)
+    print("soon", time.monotonic() - float(open("crashed").readline()) < 2)
 """
     )
 
     said = "ended with exit code 3" if "exit" in code else "was killed by SIGSEGV"
     assert said in done.stdout, done.stderr
+    assert "soon True" in done.stdout
     if "kill" in code:
         assert 'crashing.py", line 3 in <module>' in done.stdout
 
 
 def test_crash_in_the_template_is_told_with_its_last_words(cluster: None, tmp_path: Path) -> None:
-    (tmp_path / "crashing_preload.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
+    note = NOTE_TIME.format(str(tmp_path / "crashed"))
+    (tmp_path / "crashing_preload.py").write_text(
+        f"import os, time\n{note}\nos.kill(os.getpid(), 11)\n"
+    )
     launcher = trx.Launcher(
         workers_per_host=2,
         preload=("torch", "crashing_preload"),
@@ -189,6 +201,7 @@ def test_crash_in_the_template_is_told_with_its_last_words(cluster: None, tmp_pa
     with pytest.raises(trx.AgentFailedError) as caught:
         launcher.run(os.getpid)
 
+    assert time.monotonic() - float((tmp_path / "crashed").read_text()) < 2
     assert "the template process, from which workers are forked, died" in str(caught.value)
     assert "it was killed by SIGSEGV" in str(caught.value)
-    assert 'crashing_preload.py", line 2 in <module>' in str(caught.value)
+    assert 'crashing_preload.py", line 3 in <module>' in str(caught.value)

@@ -153,9 +153,12 @@ def test_exception_that_cannot_be_pickled_is_shown_as_text(launcher: trx.Launche
     def fail() -> None:
         raise Unpicklable
 
+    launcher.run(os.getpid)
+    begun = time.monotonic()
     with pytest.raises(trx.WorkerFailedError) as caught:
         launcher.run(fail)
 
+    assert time.monotonic() - begun < 2
     message = str(caught.value)
     assert "raised tests.test_failures.Unpicklable: holds a lock" in message
     assert "cannot pickle '_thread.lock'" in message
@@ -192,9 +195,12 @@ def test_death_by_signal_names_rank_pid_and_signal(
             os.kill(os.getpid(), signum)
         time.sleep(1000)
 
+    launcher.run(os.getpid)
+    begun = time.monotonic()
     with pytest.raises(trx.WorkerFailedError) as caught:
         launcher.run(die)
 
+    assert time.monotonic() - begun < 2
     error = caught.value
     assert (error.rank, error.local_rank, error.signal, error.exit_code) == (1, 1, signum, None)
     assert f"pid {error.pid}" in str(error)
@@ -206,9 +212,12 @@ def test_death_by_signal_names_rank_pid_and_signal(
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_exit_without_an_outcome(launcher: trx.Launcher, code: int) -> None:
+    launcher.run(os.getpid)
+    begun = time.monotonic()
     with pytest.raises(trx.WorkerFailedError) as caught:
         launcher.run(os._exit, code)
 
+    assert time.monotonic() - begun < 2
     assert caught.value.exit_code == code
     assert "before its function returned or raised" in str(caught.value)
 
