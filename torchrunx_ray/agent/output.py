@@ -20,6 +20,8 @@ _KEPT_BYTES = 8 * 1024
 _LONG_LINE = 400
 """Of a line that is kept."""
 _CRASH = "Fatal Python error"
+_BEFORE_CRASH = 5
+"""As many lines say what led to it; its report names every thread."""
 
 
 class Output:
@@ -44,13 +46,12 @@ class Output:
 
     @property
     def last_lines(self) -> tuple[str, ...]:
-        """More of them where they tell of a crash, whose place stands first."""
+        """More of them where they tell of a crash, whose place stands first in its report."""
         text = self._tail.decode(errors="backslashreplace").removesuffix("\n")
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if text]
         crash = next((i for i, line in enumerate(lines) if line.startswith(_CRASH)), len(lines))
-        return tuple(
-            line[:_LONG_LINE] for line in lines[min(crash, max(0, len(lines) - _KEPT_LINES)) :]
-        )
+        first = max(0, min(crash - _BEFORE_CRASH, len(lines) - _KEPT_LINES))
+        return tuple(line[:_LONG_LINE] for line in lines[first:])
 
     def resume(self) -> None:
         if self._fd is not None and not self._mailbox.is_full:
