@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import torchrunx_ray as trx
 from tests import processes
+from tests.soon import raised_soon
 
 
 class TwoArguments(Exception):
@@ -66,11 +67,8 @@ def test_first_failure_is_raised_while_others_wait_in_a_collective(launcher: trx
         dist.all_reduce(torch.ones(1))
 
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(TwoArguments) as caught:
-        launcher.run(fail_on_rank_1)
+    caught = raised_soon(TwoArguments, 2, launcher.run, fail_on_rank_1)
 
-    assert time.monotonic() - begun < 1
     assert isinstance(caught.value.__cause__, trx.RemoteFailure)
     assert caught.value.__cause__.rank == 1
 
@@ -82,11 +80,9 @@ def test_failure_stops_ranks_that_would_never_return(launcher: trx.Launcher) -> 
         time.sleep(1000)
 
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(ValueError, match="no") as caught:
-        launcher.run(fail_or_sleep)
+    caught = raised_soon(ValueError, 2, launcher.run, fail_or_sleep)
 
-    assert time.monotonic() - begun < 1
+    assert caught.value.args == ("no",)
     assert caught.value.__notes__[-1].startswith("Stopped by the launch after that: rank 1 on ")
 
 
@@ -139,11 +135,14 @@ def test_rank_that_is_parked_in_c_and_deaf_neither_delays_nor_survives(
 
     launcher = trx.Launcher(workers_per_host=2, shutdown_timeout=1)
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises((TwoArguments, trx.WorkerFailedError)) as caught:
+
+    def run_anew() -> None:
+        for of_last_attempt in tmp_path.iterdir():
+            of_last_attempt.unlink()
         launcher.run(fail_or_park)
 
-    assert time.monotonic() - begun < 0.3 + 1 + 1
+    caught = raised_soon((TwoArguments, trx.WorkerFailedError), 0.3 + 1 + 1.7, run_anew)
+
     assert any("rank 0: fail_or_park (test_failures.py:" in note for note in caught.value.__notes__)
     (parked,) = tmp_path.iterdir()
     assert not processes.is_alive(int(parked.name))
@@ -154,11 +153,8 @@ def test_exception_that_cannot_be_pickled_is_shown_as_text(launcher: trx.Launche
         raise Unpicklable
 
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(trx.WorkerFailedError) as caught:
-        launcher.run(fail)
+    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, fail)
 
-    assert time.monotonic() - begun < 2
     message = str(caught.value)
     assert "raised tests.test_failures.Unpicklable: holds a lock" in message
     assert "cannot pickle '_thread.lock'" in message
@@ -196,11 +192,8 @@ def test_death_by_signal_names_rank_pid_and_signal(
         time.sleep(1000)
 
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(trx.WorkerFailedError) as caught:
-        launcher.run(die)
+    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, die)
 
-    assert time.monotonic() - begun < 2
     error = caught.value
     assert (error.rank, error.local_rank, error.signal, error.exit_code) == (1, 1, signum, None)
     assert f"pid {error.pid}" in str(error)
@@ -213,11 +206,8 @@ def test_death_by_signal_names_rank_pid_and_signal(
 @pytest.mark.parametrize("code", [0, 3])
 def test_exit_without_an_outcome(launcher: trx.Launcher, code: int) -> None:
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(trx.WorkerFailedError) as caught:
-        launcher.run(os._exit, code)
+    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, os._exit, code)
 
-    assert time.monotonic() - begun < 2
     assert caught.value.exit_code == code
     assert "before its function returned or raised" in str(caught.value)
 
@@ -232,11 +222,7 @@ def test_data_loader_children_do_not_delay_the_report_of_a_death(launcher: trx.L
         os.kill(os.getpid(), signal.SIGKILL)
 
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(trx.WorkerFailedError):
-        launcher.run(leave_a_child_and_die)
-
-    assert time.monotonic() - begun < 1
+    raised_soon(trx.WorkerFailedError, 2, launcher.run, leave_a_child_and_die)
 
 
 def test_children_of_a_worker_end_with_it_while_others_run_on(
@@ -470,8 +456,6 @@ def test_killed_store_is_named(launcher: trx.Launcher) -> None:
         time.sleep(1000)
 
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(trx.AgentFailedError, match=r"serves the store .* was killed by SIGKILL"):
-        launcher.run(kill_the_store)
-    assert time.monotonic() - begun < 1
+    caught = raised_soon(trx.AgentFailedError, 2, launcher.run, kill_the_store)
+    assert caught.match(r"serves the store .* was killed by SIGKILL")
     assert list(launcher.run(lambda: "well")) == ["well", "well"]
