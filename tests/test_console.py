@@ -1,5 +1,6 @@
 """What workers print reaches the driver's own streams."""
 
+import logging
 import os
 import sys
 from typing import Any
@@ -74,3 +75,23 @@ def test_what_is_not_utf8_is_shown(cluster: None, capfd: pytest.CaptureFixture[s
     trx.Launcher(workers_per_host=1).run(os.write, 1, b"\xff and on\n")
 
     assert capfd.readouterr().out == "\\xff and on\n"
+
+
+def test_every_line_of_a_record_says_whose_it_is(
+    cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launcher = trx.Launcher(workers_per_host=2, backend=None, console_ranks="all")
+    launcher.run(lambda: logging.getLogger("mine").warning("one\ntwo"))
+
+    lines = sorted(line.partition("] ")[2] for line in capfd.readouterr().err.splitlines())
+    assert lines == ["WARNING:mine:one", "WARNING:mine:one", "two", "two"]
+
+
+def test_ranks_that_there_are_not_are_no_silence(
+    cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trx.Launcher(workers_per_host=2, backend=None, console_ranks=(5,)).run(print, "hello")
+
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "this launch has ranks 0 to 1 only" in said.err

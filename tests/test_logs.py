@@ -1,12 +1,15 @@
 """What workers say reaches log files and handlers: all of it, in order, and with its level."""
 
 import ctypes
+import dataclasses
+import itertools
 import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 
 import torchrunx_ray as trx
+from torchrunx_ray.driver import attempt
 
 HEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d:[A-Z]+: ")
 
@@ -259,6 +263,45 @@ def configure_by_hand() -> None:
     logging.getLogger().setLevel(logging.DEBUG)
 
 
+def test_functions_own_handlers_get_what_they_would_in_a_script(
+    cluster: None, tmp_path: Path
+) -> None:
+    """The level of what the driver takes kept warnings from them."""
+
+    def speak() -> None:
+        logging.getLogger().addHandler(logging.FileHandler(tmp_path / "own"))
+        logging.warning("grave")
+
+    trx.Launcher(workers_per_host=1, backend=None, log_handlers=None).run(speak)
+    assert (tmp_path / "own").read_text() == "grave\n"
+
+
+def test_handler_of_a_preloaded_module_does_not_say_it_twice(
+    one: trx.Launcher, kept: Kept, tmp_path: Path
+) -> None:
+    (tmp_path / "configures_logging.py").write_text("import logging; logging.basicConfig()\n")
+    launcher = dataclasses.replace(
+        one,
+        preload=("configures_logging",),
+        runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
+        linger=0,
+    )
+    launcher.run(lambda: logging.getLogger("mine").warning("once"))
+
+    assert kept.said == [("WARNING", "WARNING:mine:once")]
+
+
+def test_function_may_log_to_stdout(one: trx.Launcher, kept: Kept) -> None:
+    def speak() -> None:
+        logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+        print("first")
+        logging.info("second")
+        print("third")
+
+    one.run(speak)
+    assert kept.said == [("INFO", "first"), ("INFO", "second"), ("INFO", "third")]
+
+
 @pytest.mark.parametrize("configure", [configure_plainly, configure_by_force, configure_by_hand])
 def test_functions_own_configuration_holds_and_no_line_comes_twice(
     configure: Callable[[], None], one: trx.Launcher, kept: Kept
@@ -289,11 +332,15 @@ def test_functions_own_file_is_written_and_records_come_too(
 def test_debug_records_come_to_a_handler_that_takes_them(cluster: None) -> None:
     kept = Kept(logging.DEBUG)
     launcher = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[kept])
+    other = Kept()
+    launcher = dataclasses.replace(launcher, log_handlers=[kept, other])
     launcher.run(lambda: logging.getLogger("mine").debug("fine"))
 
     assert kept.said == [("DEBUG", "fine")]
+    assert other.said == []  # it has no level of its own
 
 
+@pytest.mark.slow
 def test_slow_handler_stops_workers_and_loses_nothing(cluster: None) -> None:
     class Slow(Kept):
         def emit(self, record: logging.LogRecord) -> None:
@@ -315,7 +362,12 @@ def test_slow_handler_stops_workers_and_loses_nothing(cluster: None) -> None:
     assert took_s > 4  # nobody kept 40 MB for it
 
 
-def test_failure_is_heard_while_a_handler_blocks(cluster: None) -> None:
+@pytest.mark.slow
+def test_failure_is_heard_while_a_handler_blocks(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 1.0)
+
     class Blocked(Kept):
         def emit(self, record: logging.LogRecord) -> None:
             super().emit(record)
@@ -324,8 +376,8 @@ def test_failure_is_heard_while_a_handler_blocks(cluster: None) -> None:
 
     def flood_and_wait() -> None:
         if os.environ["RANK"] == "0":
-            while True:
-                print("x" * 10_000)
+            for i in itertools.count():
+                print(i, "x" * 10_000)
         time.sleep(2)
         raise ValueError("found out")
 
@@ -339,12 +391,15 @@ def test_failure_is_heard_while_a_handler_blocks(cluster: None) -> None:
     while time.monotonic() < deadline and run.stacks():
         time.sleep(0.2)
     # Its workers are gone, though the launch waits for its output to be taken.
-    time.sleep(5)
+    time.sleep(4)
     assert not run.stacks()
     assert not run.done()
     ended.append(True)
-    with pytest.raises(ValueError, match="found out"):
+    with pytest.raises(ValueError, match="found out") as caught:
         run.result(timeout=60)
+    assert len(caught.value.__cause__.failures) == 1  # the agent was not taken for a frozen one
+    counts = [int(record.getMessage().split()[0]) for record in blocked.records]
+    assert counts == list(range(counts[-1] + 1))
 
 
 def test_handler_that_raises_is_reported_once_and_breaks_nothing(
@@ -368,6 +423,44 @@ def test_handler_that_raises_is_reported_once_and_breaks_nothing(
     said = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
     assert len(said) == 2
     assert "OSError: no more room" in said[0]
+
+
+def test_handler_may_serve_two_runs_at_once(
+    cluster: None, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(logging.StreamHandler[Any]):
+        """Reports by its own handleError."""
+
+    with open(os.devnull, "w") as closed:
+        pass
+    broken = Broken(closed)
+    launcher = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[broken])
+
+    def speak(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            print("hello")
+            time.sleep(0.1)
+
+    runs = [launcher.submit(speak, seconds) for seconds in (0.5, 2)]
+    for run in runs:
+        run.result()
+
+    assert "Logging error" not in capfd.readouterr().err
+    assert sum("of log_handlers failed" in r.getMessage() for r in caplog.records) == 1
+    assert "handleError" not in vars(broken)
+
+
+def test_function_that_makes_handlers_is_called_where_the_launch_is() -> None:
+    made_in: list[str] = []
+
+    def make() -> Any:
+        made_in.append(threading.current_thread().name)
+        return Kept()
+
+    with pytest.raises(TypeError, match=r"log_handlers=.*: expected"):
+        trx.Launcher(log_handlers=make).run(os.getpid)
+    assert made_in == [threading.current_thread().name]
 
 
 def test_helpers_choose_by_place_and_by_rank(cluster: None, tmp_path: Path) -> None:

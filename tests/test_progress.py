@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import torchrunx_ray as trx
+from tests.processes import wait_until
 
 BEGIN = """
 import sys
@@ -102,6 +103,18 @@ def test_terminal_without_a_status_line_is_the_functions(
 
 
 @pytest.mark.slow
+def test_handlers_that_write_to_the_terminal_are_not_mixed_with_a_status_line(
+    tmp_path: Path,
+) -> None:
+    before = "import logging; logging.basicConfig(level=logging.INFO)\nOPTIONS = {}"
+    shown = after_ray_started(on_a_terminal(BEGIN.format(before=before) + SPEAKING, tmp_path))
+
+    (line,) = [line for line in shown.splitlines() if "line of 0" in line]
+    assert line.startswith("INFO:torchrunx_ray.")
+    assert "\x1b[" not in shown
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_ranks_have_colours_on_a_terminal(
     variables: dict[str, str], coloured: bool, tmp_path: Path
@@ -146,6 +159,7 @@ trx.Launcher(workers_per_host=2, backend=None, name="shown").run(time.sleep, 4)
     assert "shown-" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_launch_that_waits_says_for_what(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:
@@ -189,6 +203,51 @@ def test_timings_are_those_of_the_run(launcher: trx.Launcher) -> None:
     assert sum(timings[phase] for phase in phases) == pytest.approx(timings["total"])
     assert 0.5 <= timings["run"] < timings["total"] <= took_s
     assert timings["template import"] == 0  # it was there
+
+
+def test_timings_of_a_failure_name_the_phase_that_it_was_in(
+    launcher: trx.Launcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        time.sleep(1)
+        raise ValueError("bad")
+
+    with caplog.at_level(logging.INFO, "torchrunx_ray"), pytest.raises(ValueError, match="bad"):
+        launcher.run(fail)
+
+    (said,) = [r.getMessage() for r in caplog.records if " failed after " in r.getMessage()]
+    assert float(said.partition(", run ")[2].partition(",")[0]) >= 1
+    assert "results 0.00" in said
+
+
+@pytest.mark.slow
+def test_driver_may_have_streams_that_can_only_write(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import sys, torchrunx_ray as trx
+
+class Tee:
+    def __init__(self, stream): self.stream = stream
+    def write(self, text): self.stream.write(text)
+    def flush(self): self.stream.flush()
+
+sys.stdout, sys.stderr = Tee(sys.stdout), Tee(sys.stderr)
+trx.launch(print, ("hello",), workers_per_host=2, backend=None, console_ranks="all")
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(":0] hello") == 1
+
+
+def test_run_that_waits_for_its_turn_says_so(launcher: trx.Launcher) -> None:
+    with launcher.session() as session:
+        runs = [session.submit(time.sleep, 1) for _ in range(2)]
+        waiting = lambda: "waiting for the session's other runs" in runs[1]._progress.status  # noqa: E731
+        assert wait_until(waiting, 5)
+        for run in runs:
+            run.result()
 
 
 def test_timeline_is_a_trace_of_every_rank(launcher: trx.Launcher, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_worker_has_no_descriptors_but_its_own(launcher: trx.Launcher) -> None:
     assert fds.pop(1).startswith("pipe:")
     assert fds.pop(2).startswith("pipe:")
     kinds = sorted(name.partition(":")[0] for name in fds.values())
-    assert kinds == ["pipe", "socket"], "for stacks, and the channel to the agent"
+    assert kinds == ["pipe", "socket", "socket"], "for records, for stacks, and for the rest"
 
 
 def test_worker_knows_its_rank_as_torchrunx_and_torchrun_tell_it(launcher: trx.Launcher) -> None:
@@ -147,10 +147,13 @@ def test_function_runs_on_the_main_thread(launcher: trx.Launcher) -> None:
     assert list(launcher.run(look)) == [True, True]
 
 
-def test_no_thread_runs_but_the_functions_own(start_method: StartMethod, cluster: None) -> None:
+def test_no_thread_runs_but_the_functions_own_and_one_that_tells_stacks(
+    start_method: StartMethod, cluster: None
+) -> None:
     launcher = trx.Launcher(workers_per_host=2, backend=None, start_method=start_method)
 
-    assert list(launcher.run(lambda: len(os.listdir("/proc/self/task")))) == [1, 1]
+    assert list(launcher.run(lambda: len(os.listdir("/proc/self/task")))) == [2, 2]
+    assert list(launcher.run(threading.active_count)) == [1, 1]
 
 
 def test_folder_is_the_drivers(launcher: trx.Launcher) -> None:

@@ -134,6 +134,7 @@ class Agent:
     async def stop(self, run_id: str, grace_s: float) -> None:
         """End a run. Ray may deliver this before the run's start, whose argument takes time."""
         if self._run is not None and self._run.run_id == run_id:
+            self._metrics.stops()
             self._run.stop(grace_s)
         else:
             self._stopped_early.add(run_id)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from torchrunx_ray.wire.messages import Event, HostEnded, Printed
+from torchrunx_ray.wire.messages import Event, OutputEnded, Printed
 
 _FULL_AT_BYTES = 4 * 2**20
 """Of printed output: more than one poll moves at full speed, and a bound on the agent's memory."""
@@ -15,8 +15,7 @@ class Mailbox:
     It takes all it is given. `on_room` is called when output may be read again after `is_full`
     was true, so that whoever reads it stops in between: workers then block in their writes.
     `on_event` hears of each event as it comes.
-    A driver that cannot take more output still hears of all else, but not of the run's end, which
-    tells that all output has come.
+    A driver that cannot take more output still hears of all else, but for the end of output.
     """
 
     def __init__(self, on_room: Callable[[], None], on_event: Callable[[Event], None]) -> None:
@@ -34,7 +33,7 @@ class Mailbox:
 
     def put(self, event: Event) -> None:
         self._on_event(event)
-        if isinstance(event, Printed | HostEnded):
+        if isinstance(event, Printed | OutputEnded):
             self._output.append(event)
         else:
             self._events.append(event)

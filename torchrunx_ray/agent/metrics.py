@@ -28,16 +28,23 @@ class Metrics:
         )
         self._began_ns = 0
         self._started_ns: dict[int, int] = {}
+        self._is_stopping = False
 
     def begins(self, time_ns: int) -> None:
         """A run."""
         self._runs.inc()
         self._began_ns = time_ns
         self._started_ns = {}
+        self._running.set(0)
+        self._is_stopping = False
+
+    def stops(self) -> None:
+        """The run, by our signals: whom they kill has not failed."""
+        self._is_stopping = True
 
     def hear(self, event: messages.Event) -> None:
         kind = _FAILURES.get(type(event))
-        if kind is not None:
+        if kind is not None and not (self._is_stopping and isinstance(event, messages.Died)):
             self._failures.inc(tags={"kind": kind})
         match event:
             case messages.TemplateLoaded() if event.loaded_ns > self._began_ns:

@@ -1,6 +1,7 @@
 """One stream of what a worker or the template says, cut into whole lines."""
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import struct
@@ -11,9 +12,10 @@ from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import Printed, Stream
 
 _CHUNK = 256 * 1024
+"""As much as the pipe is asked to hold between two reads."""
 _LONGEST_LINE = 16 * 2**20
 """What has no newline for longer is passed on in pieces: the agent's memory is bounded."""
-_PAUSE_S = 0.004
+_PAUSE_S = 0.002
 """Between two reads: one for every line would keep a core from the workers."""
 _KEPT_LINES = 20
 _KEPT_BYTES = 8 * 1024
@@ -42,6 +44,8 @@ class Output:
         self._tail = b""
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
+        with contextlib.suppress(OSError):  # the user has many pipes
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _CHUNK)
         self.resume()
 
     @property

@@ -19,7 +19,7 @@ from torchrunx_ray.wire.ranks import Place
 
 
 class HostRun:
-    """Forks the workers, watches them, and puts `HostEnded` last into the mailbox."""
+    """Forks the workers, watches them, and puts `HostEnded`, then `OutputEnded` last into the mailbox."""
 
     def __init__(
         self,
@@ -200,6 +200,7 @@ class HostRun:
             await worker.until_taken()
         left = await self._template.end_run() if self._template.is_ready else ()
         self._mailbox.put(messages.HostEnded(left))
+        self._mailbox.put(messages.OutputEnded())
 
     def _fail(self, what: str, evidence: str) -> None:
         self._mailbox.put(messages.AgentFailed(now_ns(), what, evidence))

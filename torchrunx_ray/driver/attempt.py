@@ -116,7 +116,7 @@ class Attempt:
         On cancellation, as on failure, it returns only when no worker lives; a second
         cancellation kills them.
         """
-        self._logs = RunLogs(self._options, self._speakers())
+        self._logs = RunLogs(self._options, call.log_handlers, self._speakers())
         try:
             self._comparing = asyncio.create_task(self._clocks.compare())
             self._watching = [
@@ -237,7 +237,7 @@ class Attempt:
         while True:
             for event in await self._poll(host_index):
                 self._hear(host_index, event)
-                if isinstance(event, messages.HostEnded):
+                if isinstance(event, messages.OutputEnded):
                     return
 
     async def _poll(self, host_index: int) -> list[messages.Event]:
@@ -390,9 +390,12 @@ class Attempt:
         self._watching[host_index].cancel()
 
     def _give_up(self) -> None:
-        """A host that does not even report the end of killed workers is not waited for."""
+        """A host that does not even report the end of killed workers is not waited for.
+
+        One that has done so may have more to say than the driver's terminal takes just now.
+        """
         for i, watching in enumerate(self._watching):
-            if not watching.done():
+            if i in self.broken and not watching.done():
                 what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
                 self._lose(i, what, "it is frozen, or cut off, or a process is stuck in the kernel")
                 watching.cancel()

@@ -8,9 +8,9 @@ from typing import Any
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from torchrunx_ray.driver import cluster, references
-from torchrunx_ray.driver.checks import check_function
+from torchrunx_ray.driver.checks import check_function, check_handlers
 from torchrunx_ray.driver.cluster import untyped_ray
-from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.options import LogHandlers, Options
 from torchrunx_ray.errors import PayloadError, bytes_in_words
 from torchrunx_ray.wire.payload import Packed, pack
 
@@ -20,12 +20,13 @@ class Call:
     """What a run calls: a reference to the packed function, and a name for the run.
 
     `inserted` refer to the packed values of the references in its arguments. Ray keeps them all
-    for as long as this object lives.
+    for as long as this object lives. `log_handlers` is the option, with the handlers made.
     """
 
     run_name: str
     packed: Any
     inserted: Sequence[Any]
+    log_handlers: LogHandlers
 
 
 def put_call(
@@ -33,6 +34,7 @@ def put_call(
 ) -> Call:
     """Check, pickle, then hand to Ray: what cannot travel fails before any resource is asked for."""
     check_function(func)
+    log_handlers = _made(options)
     function_name = _name(func)
     found = references.Found()
     packed = pack(
@@ -41,7 +43,16 @@ def put_call(
     )
     cluster.connect()
     inserted = found.packed(options.runtime_env)
-    return Call(unique(options.name or function_name), _put(packed), inserted)
+    return Call(unique(options.name or function_name), _put(packed), inserted, log_handlers)
+
+
+def _made(options: Options) -> LogHandlers:
+    given = options.log_handlers
+    if not callable(given):
+        return given
+    made = given()
+    check_handlers(made)
+    return made
 
 
 def _put(packed: Packed) -> Any:

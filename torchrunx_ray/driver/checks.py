@@ -36,6 +36,20 @@ def check_function(func: object) -> None:
         )
 
 
+def check_handlers(handlers: Any) -> None:
+    """As they are given, or as the function returned that was given in their place."""
+    expected = (
+        '"auto", None, a list of handlers of logging, or a function that returns one of these'
+    )
+    if isinstance(handlers, str):
+        _require(handlers == "auto", "log_handlers", handlers, expected)
+    elif handlers is not None:
+        _require(_is_sequence(handlers), "log_handlers", handlers, expected, TypeError)
+        for handler in handlers:
+            is_one = isinstance(handler, logging.Handler)
+            _require(is_one, "log_handlers", handlers, expected, TypeError)
+
+
 def check_arguments(args: Any, kwargs: Any) -> None:
     are_many = _is_sequence(args) and not isinstance(args, str)
     _require(are_many, "func_args", args, f"a list or tuple, such as ({args!r},)", TypeError)
@@ -172,15 +186,8 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 
 def _check_output(given: Mapping[str, Any]) -> None:
-    handlers = given["log_handlers"]
-    expected = '"auto", None, a list of handlers of logging, or a function that makes one'
-    if isinstance(handlers, str):
-        _require(handlers == "auto", "log_handlers", handlers, expected)
-    elif handlers is not None and not callable(handlers):
-        _require(_is_sequence(handlers), "log_handlers", handlers, expected, TypeError)
-        for handler in handlers:
-            is_one = isinstance(handler, logging.Handler)
-            _require(is_one, "log_handlers", handlers, expected, TypeError)
+    if not callable(given["log_handlers"]):
+        check_handlers(given["log_handlers"])
     ranks = given["console_ranks"]
     expected = '"all", or a list of ranks such as (0, 1)'
     if isinstance(ranks, str):

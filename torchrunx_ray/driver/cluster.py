@@ -1,6 +1,7 @@
 """The Ray cluster that this driver belongs to."""
 
 import asyncio
+import atexit
 import sys
 import threading
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ class Connection:
             raise ClusterLeft
 
     def is_ours(self) -> bool:
-        if not untyped_ray.is_initialized():
+        if _interpreter_ends.is_set() or not untyped_ray.is_initialized():
             return False
         return context().get_worker_id() == self._worker_id
 
@@ -66,6 +67,10 @@ _LOOK_AROUND_S = 1.0
 """How often a driver that waits for an answer looks whether it still belongs to the cluster."""
 
 _connecting = threading.Lock()
+
+# Ray's own atexit function, which was registered before, ends its worker under our thread's feet.
+_interpreter_ends = threading.Event()
+atexit.register(_interpreter_ends.set)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ class HeldHosts:
 
         `is_fresh`: the room was taken a moment ago, and nobody can have taken it away.
         """
+        progress.waits_for_turn = self._turn.locked()
         async with self._turn:
+            progress.waits_for_turn = False
             await references.wait_for(call.inserted, Connection())
             progress.history.placed_ns = now_ns()
             crew, backend = await self._assemble(progress, is_fresh=is_fresh)

@@ -56,8 +56,9 @@ class History:
     def seconds(self) -> dict[str, float]:
         """How long each phase took, one after the other, and "total".
 
-        A phase ends when all hosts and ranks are through it. What a phase was not needed for, such
-        as an import by a template that was there, took none.
+        A phase ends when all hosts and ranks are through it; one that was not needed, such as an
+        import by a template that was there, took none. A launch that failed did so in the last one
+        that took some.
         """
         ends = self._ends()
         begins = [self.begun_ns, *ends[:-1]]
@@ -74,19 +75,21 @@ class History:
 
     def _ends(self) -> list[int]:
         now = now_ns() if self.ended_ns is None else self.ended_ns
+        loaded = {host_index: loaded for host_index, (_, loaded) in self.loaded.items()}
         ends = [
             self.placed_ns,
             self.met_ns,
-            max((loaded for _, loaded in self.loaded.values()), default=None),
-            max(self.started.values(), default=None),
-            max(self.finished.values(), default=None),
+            _last_of(loaded, len(self.hostnames)),
+            _last_of(self.started, len(self.places)),
+            _last_of(self.finished, len(self.places)),
             now,
         ]
         in_order: list[int] = []
         last = self.begun_ns
         for end in ends:
-            # One that never came took no time; one that was over before has ended with the last.
-            last = last if end is None else min(now, max(last, end))
+            # The phase that never ended has all that was left. One that was over before, such as an
+            # import for an earlier run, has ended with the last.
+            last = now if end is None else min(now, max(last, end))
             in_order.append(last)
         return in_order
 
@@ -119,6 +122,11 @@ class History:
         for (name, begin), (_, end) in pairwise(steps):
             if begin is not None and end is not None:
                 yield _span(name, process, thread, begin, end)
+
+
+def _last_of(times: Mapping[int, int], count: int) -> int | None:
+    """None where not all have come."""
+    return max(times.values()) if len(times) == count > 0 else None
 
 
 def _span(name: str, process: int, thread: int, begin: int, end: int) -> Mapping[str, Any]:

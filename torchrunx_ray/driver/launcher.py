@@ -34,7 +34,7 @@ class Launcher(Options):
         """Start the same in the background; wait for it by the run's `result()`, or await it."""
         call = put_call(func, args, kwargs, self)
         progress = Progress(call.run_name)
-        return Run(told(run_once(self, call, progress), progress, self), progress)
+        return Run(told(lambda: run_once(self, call, progress), progress, self), progress)
 
     def session(self) -> Session:
         """Reserve the hosts for several runs. Waits until there is room."""

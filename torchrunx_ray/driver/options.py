@@ -10,6 +10,8 @@ from torchrunx_ray.driver.checks import check_options
 from torchrunx_ray.wire.environment import DEFAULT_ENV_VARS
 from torchrunx_ray.wire.messages import StartMethod
 
+LogHandlers = Sequence[logging.Handler] | Literal["auto"] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -47,10 +49,8 @@ class Options:
     """More of them: patterns, NAME=value strings, or a mapping."""
     env_file: str | os.PathLike[str] | None = None
     """A file on each host that bash sources for the workers' environment."""
-    log_handlers: (
-        Sequence[logging.Handler] | Callable[[], Sequence[logging.Handler]] | Literal["auto"] | None
-    ) = "auto"
-    """Who takes the workers' output: files and the driver's console or loggers ("auto"), nobody (None), or exactly these handlers, also given by a function that makes them."""
+    log_handlers: LogHandlers | Callable[[], LogHandlers] = "auto"
+    """Who takes the workers' output: files and the driver's console or loggers ("auto"), nobody (None), or exactly these handlers; also as a function that returns one of these, called for each launch."""
     console_ranks: Sequence[int] | Literal["all"] = (0,)
     """Whose output "auto" brings to the driver."""
     progress: bool | None = None

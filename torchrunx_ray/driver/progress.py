@@ -25,6 +25,7 @@ class Progress:
         self.history = History()
         self.attempt: HasStacks | None = None
         self.attempt_number = 1
+        self.waits_for_turn = False
         self.waiting_for = ""
         """While it waits for room: for what."""
         self.log_directory: Path | None = None
@@ -39,6 +40,8 @@ class Progress:
     def phase(self) -> str:
         """What is going on, in words that change only when that does."""
         history = self.history
+        if self.waits_for_turn:
+            return "waiting for the session's other runs"
         if history.placed_ns is None:
             return f"placing {self.waiting_for}".strip()
         if history.met_ns is None:

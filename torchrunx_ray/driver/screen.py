@@ -11,65 +11,113 @@ TextStream = Literal["stdout", "stderr"]
 
 
 class Screen:
-    """Shared by all runs of this process; every method may be called from any thread."""
+    """Shared by all runs of this process.
+
+    A method may take as long as the terminal does, so none is called in the event loop.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._statuses: dict[object, Callable[[], str]] = {}
+        self._drawn: dict[object, str] = {}
         self._live: Any = None
-        self._drawn = ""
+        self._proxies: dict[TextStream, Any] = {}
 
     def write(self, stream: TextStream, lines: str) -> None:
         """Whole lines."""
         with self._lock:
             target = _target(stream)
             text = _writable(lines, target)
-            if self._live is not None and target.isatty():
+            if self._live is not None and _is_terminal(target):
                 # Above the status lines; as it is, without rich's own reading of it.
                 self._live.console.print(_Raw(text), end="", soft_wrap=True)
             else:
                 target.write(text)
                 target.flush()
 
-    def write_verbatim(self, stream: TextStream, text: str, lines: str, drawn: str) -> None:
+    def write_verbatim(
+        self, whose: object, stream: TextStream, text: str, lines: str, drawn: str
+    ) -> None:
         """What came, the whole lines that are in it, and the line that is still drawn anew.
 
         Beside status lines, that line is one of them.
         """
         with self._lock:
-            if self._live is None or not _target(stream).isatty():
+            if self._live is None or not _is_terminal(_target(stream)):
                 self.write(stream, text)
                 return
-            self._drawn = drawn
+            self._drawn.pop((whose, stream), None)
+            if drawn:
+                self._drawn[whose, stream] = drawn
             if lines:
                 self.write(stream, lines)
 
     def has_colours(self, stream: TextStream) -> bool:
         """See no-color.org."""
         is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        return not is_plain and _target(stream).isatty()
+        return not is_plain and _is_terminal(_target(stream))
 
     def add_status(self, whose: object, status: Callable[[], str]) -> None:
         """Show a line that is drawn anew all the time; needs rich."""
         with self._lock:
             self._statuses[whose] = status
             if self._live is None:
-                self._live = _new_live(self._text)
+                self._begin_live()
 
     def remove_status(self, whose: object) -> None:
         with self._lock:
             self._statuses.pop(whose, None)
             if self._live is not None and not self._statuses:
-                live, self._live = self._live, None
-                live.stop()
-                self._drawn = ""
+                self._end_live()
+
+    def forget(self) -> None:
+        """In a forked child: it has the terminal, but none of the parent's runs, nor its threads."""
+        self._remove_proxies()
+        self.__init__()
+
+    def _begin_live(self) -> None:
+        from rich.console import Console
+        from rich.file_proxy import FileProxy
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        # What the driver itself prints must go above the status lines, too.
+        streams: tuple[TextStream, ...] = ("stdout", "stderr")
+        self._proxies = {
+            stream: FileProxy(console, _target(stream))
+            for stream in streams
+            if _is_terminal(_target(stream))
+        }
+        for stream, proxy in self._proxies.items():
+            setattr(sys, stream, proxy)
+        self._live = Live(
+            console=console,
+            get_renderable=self._text,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._live.start()
+
+    def _end_live(self) -> None:
+        live, self._live = self._live, None
+        live.stop()
+        self._drawn.clear()
+        self._remove_proxies()
+
+    def _remove_proxies(self) -> None:
+        for stream, proxy in self._proxies.items():
+            if _target(stream) is proxy:  # the driver has not put another in its place
+                proxy.flush()
+                setattr(sys, stream, proxy.rich_proxied_file)
+        self._proxies = {}
 
     def _text(self) -> Any:
         from rich.text import Text
 
-        drawn = [self._drawn] if self._drawn else []
-        lines = [*drawn, *(status() for status in list(self._statuses.values()))]
-        return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        drawn, statuses = list(self._drawn.values()), list(self._statuses.values())
+        lines = [*drawn, *(status() for status in statuses)]
+        return Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis")
 
 
 class _Raw:
@@ -86,7 +134,7 @@ class _Raw:
 
 def can_be_live() -> bool:
     """Whether stderr is a terminal on which a line can be drawn anew."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
 
 def has_rich() -> bool:
@@ -94,19 +142,12 @@ def has_rich() -> bool:
     return importlib.util.find_spec("rich") is not None
 
 
-def _new_live(text: Callable[[], Any]) -> Any:
-    from rich.console import Console
-    from rich.live import Live
-
-    live = Live(
-        console=Console(stderr=True),
-        get_renderable=text,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-        redirect_stderr=True,
-    )
-    live.start()
-    return live
+def _is_terminal(stream: Any) -> bool:
+    """Of whatever the driver has put in place of its streams."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # an object that can only write, or a closed file
+        return False
 
 
 def _target(stream: TextStream) -> TextIO:
@@ -121,3 +162,5 @@ def _writable(text: str, target: TextIO) -> str:
 
 screen = Screen()
 """Of this process."""
+
+os.register_at_fork(after_in_child=screen.forget)

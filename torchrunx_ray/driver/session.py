@@ -48,7 +48,7 @@ class Session:
         """Start the same in the background."""
         call = put_call(func, args, kwargs, self._options)
         progress = Progress(call.run_name)
-        life = told(self._hosts.run(call, progress), progress, self._options)
+        life = told(lambda: self._hosts.run(call, progress), progress, self._options)
         run: Run[R] = Run(life, progress)
         self._running.add(run)
         run.call_when_done(self._running.discard)
@@ -76,7 +76,7 @@ class Session:
 
     async def _open(self) -> None:
         progress = Progress(unique(self._options.name or "session"))
-        with shown(progress, self._options.progress):
+        async with shown(progress, self._options):
             await self._hosts.open(progress)
 
     def _cancel_all(self) -> None:

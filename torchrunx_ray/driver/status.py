@@ -5,10 +5,12 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.driver.logs.to_loggers import driver_has_configured_logging
+from torchrunx_ray.driver.loop import in_thread, to_the_end
+from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.screen import can_be_live, has_rich, screen
 
@@ -27,37 +29,44 @@ _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a job."""
 
 
-@contextlib.contextmanager
-def shown(progress: Progress, wanted: bool | None) -> Generator[None, None, None]:
-    """As a line at a terminal's foot; in a notebook, a job's log, or where asked for, as plain lines."""
-    is_wanted = _someone_looks() if wanted is None else wanted
+def shown(progress: Progress, options: Options) -> contextlib.AbstractAsyncContextManager[None]:
+    """As a line at a terminal's foot; in a notebook, a job's log, or where asked for, as plain lines.
+
+    Plain lines also where handlers of `logging` may write to the terminal, of which a line at its
+    foot would not know.
+    """
+    is_wanted = _someone_looks() if options.progress is None else options.progress
     if not is_wanted:
-        yield
-    elif can_be_live() and has_rich():
-        yield from _live(progress)
-    else:
-        yield from _lines(progress)
+        return contextlib.nullcontext()
+    has_handlers = driver_has_configured_logging() or options.log_handlers not in ("auto", None)
+    return (
+        _live(progress) if can_be_live() and has_rich() and not has_handlers else _lines(progress)
+    )
 
 
-def _live(progress: Progress) -> Generator[None, None, None]:
+@contextlib.asynccontextmanager
+async def _live(progress: Progress) -> AsyncGenerator[None, None]:
     over = threading.Event()
 
     def show() -> None:
         if not over.wait(_LIVE_AFTER_S):
             screen.add_status(progress, lambda: progress.status)
-            if over.is_set():  # just now
-                screen.remove_status(progress)
 
-    # Not in the loop: it takes an import.
-    threading.Thread(target=show, name="torchrunx_ray status", daemon=True).start()
+    showing = asyncio.ensure_future(in_thread(show))
     try:
         yield
     finally:
         over.set()
-        screen.remove_status(progress)
+
+        async def hide() -> None:
+            await showing
+            await in_thread(screen.remove_status, progress)
+
+        await to_the_end(hide())
 
 
-def _lines(progress: Progress) -> Generator[None, None, None]:
+@contextlib.asynccontextmanager
+async def _lines(progress: Progress) -> AsyncGenerator[None, None]:
     saying = asyncio.ensure_future(_say_phases(progress))
     try:
         yield

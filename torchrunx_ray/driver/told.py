@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from torchrunx_ray.driver.failures import Failures
@@ -17,12 +17,14 @@ logger = logging.getLogger("torchrunx_ray")
 Outcome = LaunchResult[Any] | Failures
 
 
-async def told(life: Coroutine[Any, Any, Outcome], progress: Progress, options: Options) -> Outcome:
+async def told(
+    life: Callable[[], Coroutine[Any, Any, Outcome]], progress: Progress, options: Options
+) -> Outcome:
     """Live the life, and tell of it."""
     how = "failed"
     try:
-        with shown(progress, options.progress):
-            outcome = await life
+        async with shown(progress, options):
+            outcome = await life()
         how = "failed" if isinstance(outcome, Failures) else "done"
         return outcome
     except asyncio.CancelledError:

@@ -138,12 +138,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class HostEnded:
-    """Every worker of the run is gone, and all that it wrote has been sent.
-
-    `left` are pids below the template that SIGKILL did not end.
-    """
+    """Every worker of the run is gone. `left` are pids that SIGKILL did not end."""
 
     left: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutputEnded:
+    """After HostEnded: all that the workers wrote has been sent."""
 
 
 # worker -> agent
@@ -320,6 +322,6 @@ class RunEnded:
 
 Event = (
     Printed | TemplateLoaded | Joined | Started | Finished | Failed | Exited | Died | TemplateRefused
-    | AgentFailed | HostEnded
+    | AgentFailed | HostEnded | OutputEnded
 )  # fmt: skip
 """What a poll of an agent brings to the driver."""

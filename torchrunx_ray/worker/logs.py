@@ -2,28 +2,29 @@
 
 import logging
 import os
-import sys
 from typing import Any
 
 from torchrunx_ray.wire.records import as_line
 
 _PLAIN: type[Any] = logging.StreamHandler
 
+_STDERR = 2
+
 
 def take_records(fd: int, level: int) -> None:
-    """Have the root logger send all from this level on.
+    """Send what reaches the root logger, from this level on.
 
-    The function may configure logging as if nobody had: a handler that it gives the root logger by
-    `basicConfig`, for this process's stdout or stderr, sends records too, in the function's format.
-    A record that another handler writes there is left to that, so that no line comes twice.
+    The function may configure logging as if nobody had: a handler for stderr that it gives the root
+    logger by `basicConfig` sends records too, in the function's format. A record that another
+    handler writes to stdout or stderr is left to that, so that no line comes twice.
     """
-    streams = (sys.stdout, sys.stderr)
     configure = logging.basicConfig
-    sender = _Sender(fd, streams)
+    sender = _Sender(fd)
+    sender.setLevel(level)
 
     def settle() -> None:
         root = logging.root
-        root.handlers[:] = [_in_place_of(handler, fd, streams) for handler in root.handlers]
+        root.handlers[:] = [_in_place_of(handler, fd) for handler in root.handlers]
         if not any(isinstance(handler, _Sender) for handler in root.handlers):
             root.addHandler(sender)
 
@@ -35,14 +36,14 @@ def take_records(fd: int, level: int) -> None:
             settle()
 
     logging.basicConfig = basic_config
-    logging.root.setLevel(level)
+    logging.root.setLevel(min(level, logging.root.level))
     settle()
 
 
-def _in_place_of(handler: logging.Handler, fd: int, streams: tuple[Any, ...]) -> logging.Handler:
-    if type(handler) is not _PLAIN or not _writes_to(handler, streams):
+def _in_place_of(handler: logging.Handler, fd: int) -> logging.Handler:
+    if type(handler) is not _PLAIN or _descriptor(handler) != _STDERR:
         return handler
-    sender = _Sender(fd, streams)
+    sender = _Sender(fd)
     sender.setLevel(handler.level)
     sender.setFormatter(handler.formatter)
     for each in handler.filters:
@@ -51,10 +52,9 @@ def _in_place_of(handler: logging.Handler, fd: int, streams: tuple[Any, ...]) ->
 
 
 class _Sender(logging.Handler):
-    def __init__(self, fd: int, streams: tuple[Any, ...]) -> None:
+    def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
-        self._streams = streams
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._is_written_by_others(record.name):
@@ -70,14 +70,17 @@ class _Sender(logging.Handler):
     def _is_written_by_others(self, name: str) -> bool:
         logger: logging.Logger | None = logging.getLogger(name)
         while logger is not None:
-            if any(_writes_to(handler, self._streams) for handler in logger.handlers):
+            if any(_descriptor(handler) in (1, _STDERR) for handler in logger.handlers):
                 return True
             logger = logger.parent if logger.propagate else None
         return False
 
 
-def _writes_to(handler: logging.Handler, streams: tuple[Any, ...]) -> bool:
-    """A StreamHandler, or one of rich's."""
+def _descriptor(handler: Any) -> int | None:
+    """Of the stream that it writes to, as a StreamHandler does, or one of rich's."""
     of_rich = getattr(getattr(handler, "console", None), "file", None)
-    target = getattr(handler, "stream", of_rich)
-    return target is not None and any(target is stream for stream in streams)
+    stream = getattr(handler, "stream", of_rich)
+    try:
+        return None if stream is None else stream.fileno()
+    except (AttributeError, OSError, ValueError):  # such as an io.StringIO, or a closed file
+        return None

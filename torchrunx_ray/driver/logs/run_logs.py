@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torchrunx_ray.driver.logs.lines import LineCutter
@@ -15,7 +15,7 @@ from torchrunx_ray.driver.logs.to_console import ToConsole
 from torchrunx_ray.driver.logs.to_files import ToFiles, default_files
 from torchrunx_ray.driver.logs.to_handlers import ToHandlers
 from torchrunx_ray.driver.logs.to_loggers import ToLoggers, driver_has_configured_logging
-from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.options import LogHandlers, Options
 from torchrunx_ray.wire.messages import Stream
 from torchrunx_ray.wire.records import from_line
 
@@ -28,13 +28,15 @@ _MOST_BYTES = 16 * 2**20
 class RunLogs:
     """Writes in a thread of its own: a slow terminal stops the workers, not the driver's loop."""
 
-    def __init__(self, options: Options, speakers: Sequence[Speaker]) -> None:
+    def __init__(
+        self, options: Options, handlers: LogHandlers, speakers: Sequence[Speaker]
+    ) -> None:
         self._speakers = speakers
         self._sinks: list[Sink] = []
-        self._console: ToConsole | None = None
+        self._has_failed = False
         self._files: ToFiles | None = None
         self._levels: list[int] = []
-        self._open_sinks(options)
+        self._open_sinks(options, handlers)
         self._cutters: defaultdict[tuple[Speaker, Stream], LineCutter] = defaultdict(LineCutter)
         self._queue: queue.SimpleQueue[tuple[Speaker, Stream, bytes, float] | None] = (
             queue.SimpleQueue()
@@ -75,13 +77,11 @@ class RunLogs:
         self._queue.put(None)
         await self._done.wait()
 
-    def _open_sinks(self, options: Options) -> None:
-        given = options.log_handlers
-        if given is None:
+    def _open_sinks(self, options: Options, handlers: LogHandlers) -> None:
+        if handlers is None:
             return
-        if not isinstance(given, str):
-            handlers = given() if callable(given) else given
-            sink = ToHandlers(list(handlers), are_ours=callable(given))
+        if not isinstance(handlers, str):
+            sink = ToHandlers(handlers, are_ours=callable(options.log_handlers))
             self._sinks.append(sink)
             self._levels.append(sink.level)
             return
@@ -89,30 +89,33 @@ class RunLogs:
             self._files = files
             self._sinks.append(files)
             self._levels.append(files.level)
-        ranks = options.console_ranks
-        shown = [who for who in self._speakers if who.rank is not None]
-        if not isinstance(ranks, str):
-            shown = [who for who in shown if who.rank in ranks]
+        shown = self._shown_ranks(options)
         taken = {*shown, *(who for who in self._speakers if who.rank is None and who.is_first_host)}
         if driver_has_configured_logging():
             self._sinks.append(ToLoggers(taken.__contains__))
         else:
-            self._console = ToConsole(taken.__contains__, shows_many=len(shown) > 1)
-            self._sinks.append(self._console)
-        self._levels += [who.logger_level() or logging.INFO for who in taken]
+            self._sinks.append(ToConsole(taken.__contains__, shows_many=len(shown) > 1))
+        self._levels += [who.record_level for who in taken]
+
+    def _shown_ranks(self, options: Options) -> list[Speaker]:
+        wanted, workers = options.console_ranks, [w for w in self._speakers if w.rank is not None]
+        if isinstance(wanted, str):
+            return workers
+        shown = [who for who in workers if who.rank in wanted]
+        if wanted and not shown:
+            logger.warning(
+                "console_ranks=%r: this launch has ranks 0 to %d only, so that none is shown",
+                wanted,
+                len(workers) - 1,
+            )
+        return shown
 
     def _write_all(self) -> None:
         while (said := self._queue.get()) is not None:
-            try:
-                self._write(*said)
-            except Exception:
-                # The driver's stream is closed, or an object of the user's that cannot write.
-                # There is nowhere left to say so, and the run goes on without it.
-                pass
-            finally:
-                self._tell_loop(self._was_written, len(said[2]))
+            self._write(*said)
+            self._tell_loop(self._was_written, len(said[2]))
         for sink in self._sinks:
-            sink.close()
+            self._try(sink.close)
         self._tell_loop(self._done.set)
 
     def _write(self, who: Speaker, stream: Stream, data: bytes, time_s: float) -> None:
@@ -124,24 +127,32 @@ class RunLogs:
                 self._write_record(who, line, time_s)
             return
         for sink in self._sinks:
-            if isinstance(sink, ToConsole) and sink.is_verbatim(who):
-                sink.as_written(who, stream, text, lines, cutter.drawn)
-            elif lines:
-                sink.text(who, stream, lines, time_s)
+            self._try(sink.chunk, who, stream, text, lines, cutter.drawn, time_s)
 
     def _write_record(self, who: Speaker, line: str, time_s: float) -> None:
         record = from_line(line)
         for sink in self._sinks:
             if record is None:
-                sink.text(who, "stderr", line + "\n", time_s)
+                self._try(sink.text, who, "stderr", line + "\n", time_s)
             else:
-                sink.record(who, record)
+                self._try(sink.record, who, record)
+
+    def _try(self, write: Callable[..., None], *args: object) -> None:
+        """The run goes on where the driver's stream is closed, or an object that cannot write."""
+        try:
+            write(*args)
+        except Exception as error:
+            if not self._has_failed:
+                self._has_failed = True
+                logger.warning(
+                    "What the workers say cannot be shown here; the launch goes on: %r", error
+                )
 
     def _was_written(self, size: int) -> None:
         self._waiting_bytes -= size
         if self._waiting_bytes <= _MOST_BYTES:
             self._has_room.set()
 
-    def _tell_loop(self, call: object, *args: object) -> None:
+    def _tell_loop(self, call: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the interpreter ends
-            self._loop.call_soon_threadsafe(call, *args)  # pyright: ignore
+            self._loop.call_soon_threadsafe(call, *args)

@@ -2,14 +2,13 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
+from torchrunx_ray.driver.screen import TextStream
 from torchrunx_ray.wire.records import WorkerRecord
 
 ROOT = "torchrunx_ray"
 """The logger above those of hosts and workers."""
-
-TextStream = Literal["stdout", "stderr"]
 
 LEVELS: dict[TextStream, int] = {"stdout": logging.INFO, "stderr": logging.ERROR}
 
@@ -43,9 +42,27 @@ class Speaker:
                 return logger.level
         return logging.NOTSET
 
+    @property
+    def record_level(self) -> int:
+        """From which on a driver that says nothing else takes what `logging` in the worker says."""
+        return self.logger_level() or logging.INFO
+
 
 class Sink(Protocol):
     """Takes what is said, in one thread per run."""
+
+    def chunk(
+        self,
+        who: Speaker,
+        stream: TextStream,
+        text: str,  # noqa: ARG002
+        lines: str,
+        drawn: str,  # noqa: ARG002
+        time_s: float,
+    ) -> None:
+        """What came, the whole lines that are in it, and the line that is still drawn anew."""
+        if lines:
+            self.text(who, stream, lines, time_s)
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
         """Whole lines."""

@@ -5,7 +5,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from torchrunx_ray.driver.logs.speaker import LEVELS, Speaker, TextStream
+from torchrunx_ray.driver.logs.speaker import LEVELS, Sink, Speaker, TextStream
 from torchrunx_ray.wire.records import WorkerRecord
 
 logger = logging.getLogger("torchrunx_ray")
@@ -14,7 +14,7 @@ _DIRECTORY = "TORCHRUNX_LOG_DIR"
 _LEVEL = "TORCHRUNX_LOG_LEVEL"
 
 
-class ToFiles:
+class ToFiles(Sink):
     """Lines with time and level, in a directory of the run's own.
 
     Directory and files are made when there is something to write. No file stays open: a driver may

@@ -2,25 +2,25 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torchrunx_ray.driver.logs.handlers import Only
 from torchrunx_ray.driver.logs.log_record import as_log_record, new_record
-from torchrunx_ray.driver.logs.speaker import LEVELS, Speaker, TextStream
+from torchrunx_ray.driver.logs.speaker import LEVELS, Sink, Speaker, TextStream
 from torchrunx_ray.wire.records import WorkerRecord
 
 logger = logging.getLogger("torchrunx_ray")
 
 
-class ToHandlers:
+class ToHandlers(Sink):
     """Records are made only where a handler takes them. One that fails is reported once."""
 
     def __init__(self, handlers: Sequence[logging.Handler], *, are_ours: bool) -> None:
         self._handlers = list(handlers)
         self._are_ours = are_ours
-        self._reported: set[int] = set()
-        for handler in handlers:
-            vars(handler)["handleError"] = self._reporter(handler)
+        self._reporters = [_Reporter.of(handler) for handler in handlers]
 
     @property
     def level(self) -> int:
@@ -42,22 +42,22 @@ class ToHandlers:
 
     def close(self) -> None:
         """Flush them; those that a function made for the launch nobody else closes."""
-        for handler in self._handlers:
+        for handler, reporter in zip(self._handlers, self._reporters, strict=True):
             try:
                 handler.flush()
                 if self._are_ours:
                     handler.close()
             except Exception as error:
-                self._report(handler, error)
-            vars(handler).pop("handleError", None)
+                reporter.report(error)
+            reporter.release()
 
-    def _takers(self, who: Speaker, level: int) -> list[logging.Handler]:
+    def _takers(self, who: Speaker, level: int) -> list[int]:
         if level < who.logger_level():
             return []
         return [
-            handler
-            for handler in self._handlers
-            if level >= handler.level
+            i
+            for i, handler in enumerate(self._handlers)
+            if level >= (handler.level or logging.INFO)
             and all(
                 each.passes(who.hostname, who.local_rank, who.rank)
                 for each in handler.filters
@@ -65,23 +65,57 @@ class ToHandlers:
             )
         ]
 
-    def _hand(self, record: logging.LogRecord, takers: Sequence[logging.Handler]) -> None:
-        for handler in takers:
+    def _hand(self, record: logging.LogRecord, takers: Sequence[int]) -> None:
+        for i in takers:
             try:
-                handler.handle(record)
+                self._handlers[i].handle(record)
             except Exception as error:
-                self._report(handler, error)
+                self._reporters[i].report(error)
 
-    def _reporter(self, handler: logging.Handler) -> Callable[[logging.LogRecord], None]:
-        """In place of a traceback on stderr for every line."""
-        return lambda _record: self._report(handler, sys.exc_info()[1])
 
-    def _report(self, handler: logging.Handler, error: BaseException | None) -> None:
-        if id(handler) not in self._reported:
-            self._reported.add(id(handler))
+class _Reporter:
+    """Tells once of a handler's errors, in place of a traceback on stderr for every line.
+
+    Several runs may share a handler; with the last one it gets back what it had.
+    """
+
+    _living: ClassVar[dict[int, "_Reporter"]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, handler: logging.Handler) -> None:
+        self._handler = handler
+        self._had = vars(handler).get("handleError")
+        self._runs = 0
+        self._has_reported = False
+        vars(handler)["handleError"] = self._handle_error
+
+    @classmethod
+    def of(cls, handler: logging.Handler) -> "_Reporter":
+        with cls._lock:
+            if id(handler) not in cls._living:
+                cls._living[id(handler)] = cls(handler)
+            reporter = cls._living[id(handler)]
+            reporter._runs += 1
+            return reporter
+
+    def release(self) -> None:
+        with self._lock:
+            self._runs -= 1
+            if not self._runs:
+                del self._living[id(self._handler)]
+                vars(self._handler).pop("handleError")
+                if self._had is not None:
+                    vars(self._handler)["handleError"] = self._had
+
+    def _handle_error(self, _record: logging.LogRecord) -> None:
+        self.report(sys.exc_info()[1])
+
+    def report(self, error: BaseException | None) -> None:
+        if not self._has_reported:
+            self._has_reported = True
             logger.warning(
-                "%r of log_handlers failed, and is not reported again; the run goes on: %s: %s",
-                handler,
+                "%r of log_handlers failed, and is not reported again; the launch goes on: %s: %s",
+                self._handler,
                 type(error).__name__,
                 error,
             )

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 from torchrunx_ray.driver.logs.log_record import as_log_record, new_record
-from torchrunx_ray.driver.logs.speaker import LEVELS, ROOT, Speaker, TextStream
+from torchrunx_ray.driver.logs.speaker import LEVELS, ROOT, Sink, Speaker, TextStream
 from torchrunx_ray.wire.records import WorkerRecord
 
 logger = logging.getLogger("torchrunx_ray")
@@ -14,14 +14,12 @@ def driver_has_configured_logging() -> bool:
     return bool(logging.root.handlers or logging.getLogger(ROOT).handlers)
 
 
-class ToLoggers:
+class ToLoggers(Sink):
     """Under `torchrunx_ray.<hostname>.<local_rank>`, as if the driver had said it."""
 
     def __init__(self, takes: Callable[[Speaker], bool]) -> None:
         self._takes = takes
         self._has_failed = False
-
-    level = logging.INFO
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
         level = LEVELS[stream]
@@ -40,9 +38,7 @@ class ToLoggers:
         """They are the driver's."""
 
     def _is_enabled(self, who: Speaker, level: int) -> bool:
-        return (
-            level >= (who.logger_level() or logging.INFO) and level > logging.root.manager.disable
-        )
+        return level >= (who.record_level) and level > logging.root.manager.disable
 
     def _hand(self, who: Speaker, records: Iterator[logging.LogRecord]) -> None:
         target = logging.getLogger(who.logger_name)

@@ -1,0 +1,55 @@
+"""Launches stay fast, in units of what importing torch takes in the same minute.
+
+The best of some tries on each side: what else the machine does only adds. A change that doubles a
+launch's time fails.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import torchrunx_ray as trx
+
+pytestmark = pytest.mark.slow  # it wants the machine for itself
+
+
+def best_s(call: Callable[[], object], tries: int) -> float:
+    taken: list[float] = []
+    for _ in range(tries):
+        begun = time.monotonic()
+        call()
+        taken.append(time.monotonic() - begun)
+    return min(taken)
+
+
+def import_torch() -> None:
+    subprocess.run([sys.executable, "-c", "import torch, torch.distributed"], check=True)
+
+
+def no_op() -> None:
+    dist.all_reduce(torch.ones(1))
+
+
+def test_cold_launch_costs_about_one_import(cluster: None) -> None:
+    launcher = trx.Launcher(workers_per_host=4, linger=0)
+    cold_s = best_s(lambda: launcher.run(no_op), 4)
+    floor_s = best_s(import_torch, 3)
+
+    assert cold_s < 1.9 * floor_s
+
+
+def test_warm_launches_cost_a_part_of_that(cluster: None) -> None:
+    launcher = trx.Launcher(workers_per_host=4)
+    launcher.run(no_op)
+    plain_s = best_s(lambda: launcher.run(no_op), 10)
+    with launcher.session() as session:
+        in_session_s = best_s(lambda: session.run(no_op), 10)
+    floor_s = best_s(import_torch, 3)
+
+    assert plain_s < 0.25 * floor_s
+    assert in_session_s < 0.2 * floor_s
