@@ -31,11 +31,17 @@ def import_torch() -> None:
     subprocess.run([sys.executable, "-c", "import torch, torch.distributed"], check=True)
 
 
-def no_op() -> None:
-    dist.all_reduce(torch.ones(1))
+@pytest.fixture
+def no_op() -> Callable[[], None]:
+    """Pickled by value: a worker need not import pytest for it."""
+
+    def all_reduce() -> None:
+        dist.all_reduce(torch.ones(1))
+
+    return all_reduce
 
 
-def test_cold_launch_costs_about_one_import(cluster: None) -> None:
+def test_cold_launch_costs_about_one_import(cluster: None, no_op: Callable[[], None]) -> None:
     launcher = trx.Launcher(workers_per_host=4, linger=0)
     cold_s = best_s(lambda: launcher.run(no_op), 4)
     floor_s = best_s(import_torch, 3)
@@ -43,7 +49,7 @@ def test_cold_launch_costs_about_one_import(cluster: None) -> None:
     assert cold_s < 1.9 * floor_s
 
 
-def test_warm_launches_cost_a_part_of_that(cluster: None) -> None:
+def test_warm_launches_cost_a_part_of_that(cluster: None, no_op: Callable[[], None]) -> None:
     launcher = trx.Launcher(workers_per_host=4)
     launcher.run(no_op)
     plain_s = best_s(lambda: launcher.run(no_op), 10)
@@ -51,5 +57,5 @@ def test_warm_launches_cost_a_part_of_that(cluster: None) -> None:
         in_session_s = best_s(lambda: session.run(no_op), 10)
     floor_s = best_s(import_torch, 3)
 
-    assert plain_s < 0.25 * floor_s
-    assert in_session_s < 0.2 * floor_s
+    assert plain_s < 0.2 * floor_s
+    assert in_session_s < 0.15 * floor_s
