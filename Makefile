@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)-oldest
+BENCH := $(VENV)-bench
 
 .PHONY: demo test test-all test-oldest check bench format clean
 
@@ -31,9 +32,9 @@ check: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-bench: $(READY)
-	$(BIN)/python benchmarks/launch.py
-	$(BIN)/python benchmarks/data.py
+# With torchrunx, torchrun, Ray Train and Monarch beside us, in an environment of their own. ARGS=--quick: a first look.
+bench: $(BENCH)/.ready
+	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -49,5 +50,10 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt requirements-dev.txt
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -r requirements-dev.txt -e .
 	touch $@
 
+$(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(BENCH); }
+	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -r benchmarks/requirements.txt -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(BENCH)

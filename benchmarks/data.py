@@ -12,9 +12,11 @@ torchrunx is measured beside it where it is installed.
 
 import argparse
 import importlib.util
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--json", help="where to write the times, too")
     arguments = parser.parse_args()
     workers: int = arguments.workers
     size: int = arguments.megabytes * MIB
@@ -58,6 +61,8 @@ def main() -> None:
         }
         times |= measure(peers, arguments.samples)
     report(times, size)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(times, indent=1))
 
 
 def measure(questions: dict[str, Callable[[], float]], samples: int) -> dict[str, list[float]]:

@@ -12,6 +12,7 @@ Peers are measured in the same run, in turn with the rest, where they are instal
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
 import statistics
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--peer-samples", type=int, default=3)
     parser.add_argument("--patience", type=float, default=30)
+    parser.add_argument("--json", help="where to write the times, too")
     parser.add_argument("--peers", default="torchrun,torchrunx,ray-train")
     arguments = parser.parse_args()
     patience_s: float = arguments.patience
@@ -214,6 +216,8 @@ def main() -> None:
             times.setdefault(name, []).append(killed(launcher, victim, kill_raylet))
         times.setdefault("SIGKILL of the raylet", []).append(of_raylet())
     report(times)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(times, indent=1))
     ray.shutdown()
     cluster.shutdown()
 

@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--json", help="where to write the times, too")
     parser.add_argument("--one-sample", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one_sample:
@@ -38,6 +39,9 @@ def main() -> None:
         baselines.append(seconds(lambda: subprocess.run(BASELINE, check=True)))
         samples.append(sample_in_fresh_process(arguments.workers))
     report(baselines, samples)
+    if arguments.json:
+        times = {q: [s for sample in samples for s in sample[q]] for q in samples[0]}
+        Path(arguments.json).write_text(json.dumps({"baseline": baselines, **times}, indent=1))
 
 
 def sample_in_fresh_process(workers: int) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ torchrunx is measured beside it where it is installed.
 
 import argparse
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--lines", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--json", help="where to write the rates, too")
     arguments = parser.parse_args()
     lines, workers = arguments.lines, arguments.workers
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
@@ -61,6 +63,8 @@ def main() -> None:
         rates |= measure({"torchrunx: default files": lambda: torchrunx(workers, few)}, 3)
     report(rates)
     print(f"the agent's memory grew by {growth_of_agent(workers, lines) / 2**20:.1f} MiB at most")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rates, indent=1))
     shutil.rmtree(folder)
 
 

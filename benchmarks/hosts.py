@@ -1,0 +1,75 @@
+"""What each further host and each further worker costs a launch.
+
+Raylets of one machine stand for hosts: their agents and templates share its cores, so that the cost per
+host is an upper bound of what the driver adds for one. Warm launches in a session, backend=None and
+gloo, 1 worker per host; then 1 host with more and more workers.
+
+    python benchmarks/hosts.py [--samples 5] [--hosts 1,2,4,8,16] [--workers 1,4,16,64]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+import torchrunx_ray as trx
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--hosts", default="1,2,4,8,16")
+    parser.add_argument("--workers", default="1,4,16,64")
+    parser.add_argument("--json", help="where to write the times, too")
+    arguments = parser.parse_args()
+    os.environ["TORCHRUNX_LOG_DIR"] = ""
+    hosts = [int(count) for count in arguments.hosts.split(",")]
+    workers = [int(count) for count in arguments.workers.split(",")]
+    times: dict[str, list[float]] = {}
+    cluster = Cluster()
+    for _ in range(max(hosts)):
+        cluster.add_node(num_cpus=1, include_dashboard=False)
+    ray.init(cluster.address, log_to_driver=False)
+    for backend in (None, "gloo"):
+        for count in hosts:
+            launcher = trx.Launcher(hostnames=count, workers_per_host=1, backend=backend)
+            times |= of(launcher, f"{count} hosts x 1 worker, {backend}", arguments.samples)
+        for count in workers:
+            launcher = trx.Launcher(
+                hostnames=1, workers_per_host=count, cpus_per_worker=1 / count, backend=backend
+            )
+            times |= of(launcher, f"1 host x {count} workers, {backend}", arguments.samples)
+    ray.shutdown()
+    cluster.shutdown()
+    report(times)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(times, indent=1))
+
+
+def of(launcher: trx.Launcher, name: str, samples: int) -> dict[str, list[float]]:
+    begun = time.perf_counter()
+    with launcher.session() as session:
+        session.run(os.getpid)
+        first = time.perf_counter() - begun
+        warm: list[float] = []
+        for _ in range(samples):
+            begun = time.perf_counter()
+            session.run(os.getpid)
+            warm.append(time.perf_counter() - begun)
+    return {f"{name}: first": [first], f"{name}: warm": warm}
+
+
+def report(times: dict[str, list[float]]) -> None:
+    print(f"{'seconds':44}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}")
+    for name, taken in times.items():
+        median = statistics.median(taken)
+        print(f"{name:44}{median:9.3f}{min(taken):9.3f}{max(taken):9.3f}{len(taken):4}")
+
+
+if __name__ == "__main__":
+    main()
