@@ -74,7 +74,7 @@ print(len(result), len(result.hostnames))
     )
 
     assert "\n4 2\n" in out
-    assert "waiting for room in the Ray cluster, 0 s so far; the autoscaler " in out
+    assert "waiting for room in the Ray cluster, 0 s of 600 so far; the autoscaler " in out
 
 
 def test_cluster_that_has_grown_to_its_end_and_is_busy_is_waited_for(address: str) -> None:

@@ -186,7 +186,7 @@ def test_every_kind_of_failure_on_the_last_host_is_told_soon_and_leaves_nothing(
     assert result.hostnames[-1] in str(caught.value)
     notes = getattr(caught.value, "__notes__", [])
     others_live = how not in ("template", "agent") or len(result.hostnames) > 1
-    assert any("When it was heard of:" in note for note in notes) is others_live
+    assert any("What the others were doing:" in note for note in notes) is others_live
     ended = {"template", "agent"} & {how}
     for rank, mark in enumerate(result):
         expected = 0 if ended and rank >= last - 1 else 2  # else keeper and template

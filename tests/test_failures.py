@@ -171,6 +171,7 @@ def test_sys_exit(launcher: trx.Launcher, code: object, said: str | None) -> Non
     with pytest.raises(trx.WorkerFailedError) as caught:
         launcher.run(sys.exit, code)
     assert f"called {said}" in str(caught.value)
+    assert caught.value.exit_code == (code if isinstance(code, int) else None)
 
 
 def test_keyboard_interrupt_in_the_function_is_a_worker_failure(launcher: trx.Launcher) -> None:

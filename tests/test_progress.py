@@ -1,9 +1,11 @@
 """What is shown of a run while it goes on, and what is known of it afterwards."""
 
+import dataclasses
 import json
 import logging
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -185,8 +187,9 @@ def test_summary_tells_the_phases_and_where_the_logs_are(
     with caplog.at_level(logging.INFO, "torchrunx_ray"):
         trx.Launcher(workers_per_host=1, backend=None, name="told").run(print, "hello")
 
-    (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("told-")]
+    begin, said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("told-")]
     (directory,) = tmp_path.iterdir()
+    assert ": launching on 1 host (" in begin
     assert " done in " in said
     assert "template import" in said
     assert said.endswith(f"logs in {directory}")
@@ -248,6 +251,20 @@ def test_run_that_waits_for_its_turn_says_so(launcher: trx.Launcher) -> None:
         assert wait_until(waiting, 5)
         for run in runs:
             run.result()
+
+
+def test_run_that_is_being_stopped_says_so(launcher: trx.Launcher, tmp_path: Path) -> None:
+    def resist() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (tmp_path / os.environ["RANK"]).touch()
+        time.sleep(1000)
+
+    run = dataclasses.replace(launcher, shutdown_timeout=2).submit(resist)
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    run.cancel()
+    assert wait_until(lambda: repr(run).endswith(": stopping 2 workers>"), 2)
+    run.wait()
+    assert repr(run).endswith(": ended>")
 
 
 def test_timeline_is_a_trace_of_every_rank(launcher: trx.Launcher, tmp_path: Path) -> None:

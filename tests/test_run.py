@@ -3,7 +3,9 @@
 import asyncio
 import concurrent.futures
 import os
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,44 @@ def test_exception_in_the_with_block_cancels_the_runs(cluster: None) -> None:
 
     with pytest.raises(concurrent.futures.CancelledError):
         run.result(timeout=0)
+
+
+def test_failure_that_nobody_asks_for_is_told(
+    launcher: trx.Launcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ValueError("unheard")
+
+    with launcher.session() as session:
+        session.submit(fail)
+        asked = session.submit(fail)
+        with pytest.raises(ValueError, match="unheard"):
+            asked.result()
+    del asked
+
+    (said,) = [r.getMessage() for r in caplog.records if "nobody asked" in r.getMessage()]
+    assert said.startswith("fail-")
+    assert "ValueError: unheard" in said
+
+
+def test_run_that_the_scripts_end_stops_is_told(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import time, torchrunx_ray as trx
+run = trx.Launcher(workers_per_host=1, backend=None, name="left").submit(time.sleep, 100)
+while "running" not in repr(run):
+    time.sleep(0.01)
+"""
+    )
+    assert done.returncode == 0
+    assert "the script ended while <Run left-" in done.stderr
+    assert ": running 1 worker>; it is stopped." in done.stderr
+
+
+def test_run_says_who_it_is(launcher: trx.Launcher) -> None:
+    run = launcher.submit(os.getpid)
+    run.result()
+    assert repr(run).startswith("<Run getpid-")
+    assert repr(run).endswith(": ended>")

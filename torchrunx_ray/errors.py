@@ -131,9 +131,8 @@ def _travel_advice(step: str, *, is_value: bool, missing_module: str | None) -> 
             "and room on the disk that Ray falls back to."
         )
     if step == "pickle":
-        return (
-            "Make it inside the function instead, or give its class a __reduce__ or __getstate__."
-        )
+        instead = "Return what can be" if is_value else "Make it inside the function"
+        return f"{instead} instead, or give its class a __reduce__ or __getstate__."
     if missing_module is None:
         return "Is the module it was defined in importable there, in the same version?"
     if is_value:

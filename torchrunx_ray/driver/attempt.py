@@ -145,7 +145,7 @@ class Attempt:
                 )
                 for host_index, failure in self._failures
             ]
-            return Failures(on_our_clock, self._stopped, self._stacks)
+            return Failures(on_our_clock, self._stopped, self._stacks, self.log_directory)
         await in_thread(_wait_until_stored, [ref for refs in self._refs.values() for ref in refs])
         return [
             [
@@ -379,6 +379,7 @@ class Attempt:
     def _stop(self, grace_s: float) -> None:
         if self._stopped_at_ns is None:
             self._stopped_at_ns = now_ns()
+        self._history.is_stopping = True
         for agent, watching in zip(self._crew.agents, self._watching, strict=True):
             if not watching.done() and self._cluster.is_ours():
                 agent.calls.stop.remote(self._run_id, grace_s)

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.errors import (
@@ -70,6 +71,13 @@ class Failures:
     stopped: Sequence[str]
     stacks: Stacks
     """What the workers were doing when the first failure was heard of."""
+    log_directory: Path | None
+    """With the default files, where something was written to them."""
+
+    @property
+    def in_brief(self) -> str:
+        first = _in_order(self.failures)[0]
+        return f"{first.who}: {_summary(first.report)}"
 
     @cached_property
     def exception(self) -> BaseException:
@@ -89,9 +97,13 @@ class Failures:
         for line in _consequences(in_order):
             _add_note(first, line)
         if stacks:
-            _add_note(first, f"When it was heard of:\n{textwrap.indent(stacks.summary, '  ')}")
+            _add_note(
+                first, f"What the others were doing:\n{textwrap.indent(stacks.summary, '  ')}"
+            )
         if self.stopped:
             _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
+        if self.log_directory is not None:
+            _add_note(first, f"All output of this launch: {self.log_directory}")
         return first
 
 
@@ -184,6 +196,7 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
         hostname=hostname,
         pid=report.pid,
         what=unraisable,
+        exit_code=report.exit_code,
         traceback=report.traceback,
     )
 

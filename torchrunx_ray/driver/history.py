@@ -25,6 +25,7 @@ class History:
     begun_ns: int = field(default_factory=now_ns)
     placed_ns: int | None = None
     met_ns: int | None = None
+    is_stopping: bool = False
     ended_ns: int | None = None
     hostnames: Sequence[str] = ()
     places: Sequence[Place] = ()

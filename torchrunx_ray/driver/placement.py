@@ -87,7 +87,7 @@ async def place(options: Options, progress: Progress) -> Placement:
         if connection.is_ours():
             await to_the_end(placement_group.remove_unplaced(group))
         raise
-    logger.info("%s", _in_words(shape, hosts, nodes))
+    logger.info("%s: %s", progress.name, _in_words(shape, hosts, nodes))
     return Placement(hosts, shape, group, options)
 
 

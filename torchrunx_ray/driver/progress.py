@@ -47,6 +47,8 @@ class Progress:
         if history.met_ns is None:
             return "starting agents"
         ranks = len(history.places)
+        if history.is_stopping:
+            return f"stopping {ranks} {_workers(ranks)}"
         if len(history.started) < ranks:
             return f"starting {ranks} {_workers(ranks)}"
         if len(history.finished) < ranks:
@@ -59,7 +61,9 @@ class Progress:
         """The same with counts and times."""
         history = self.history
         ranks, returned = len(history.places), len(history.finished)
-        if history.met_ns is not None and len(history.started) < ranks:
+        if history.is_stopping:
+            text = self.phase
+        elif history.met_ns is not None and len(history.started) < ranks:
             text = f"starting {len(history.started)}/{ranks} workers"
         elif 0 < returned < ranks:
             text = f"{self.phase}, {returned} returned"

@@ -68,7 +68,7 @@ async def wait_for_room(
         room.check(now - begun, limit_s)
         progress.waiting_for = room.in_brief()
         if now - reported >= _REPORT_EVERY_S:
-            room.report(now - begun)
+            room.report(progress.name, now - begun, limit_s)
             orphans.sweep()
             reported = now
         pause_s = _LOOK_S
@@ -126,15 +126,24 @@ class _Room:
                 "Has the autoscaler reached its max_workers, and does it know a node type that is large "
                 "enough? `ray status` tells. Wait longer, or ask for less."
                 if self.outlook.can_grow
-                else "Others hold what is missing, or an open session of your own: `ray list "
-                "placement-groups` and `ray list actors` tell. Wait longer, or ask for less.",
+                else self._who_holds_it(),
             )
 
-    def report(self, waited_s: float) -> None:
+    def _who_holds_it(self) -> str:
+        if not unplaced(self._wanted(), list(self.free_by_node.values())):
+            return "It is free by now: launch again."
+        return (
+            "Others hold what is missing, or an open session of your own: `ray list placement-groups`, "
+            "`ray list actors` and `ray list tasks` tell. Wait longer, or ask for less."
+        )
+
+    def report(self, name: str, waited_s: float, limit_s: float) -> None:
         starting = self._starting()
         logger.warning(
-            "waiting for room in the Ray cluster, %.0f s so far%s\n%s",
+            "%s is waiting for room in the Ray cluster, %.0f s%s so far%s\n%s",
+            name,
             waited_s,
+            "" if self.options.placement_timeout is None else f" of {limit_s:g}",
             f"; {starting}" if starting else "",
             room_table(self._wanted(), self._free(), self._total()),
         )

@@ -1,7 +1,9 @@
 """A run as its user holds it."""
 
 import asyncio
+import atexit
 import concurrent.futures
+import logging
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +14,8 @@ from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.stacks import Stacks
 
 R = TypeVar("R")
+
+logger = logging.getLogger("torchrunx_ray")
 
 _living: set["Run[Any]"] = set()
 """Runs go on when nobody holds them, and an event loop keeps no task alive."""
@@ -30,6 +34,7 @@ class Run(Generic[R]):
         self._ended: concurrent.futures.Future[LaunchResult[R] | Failures] = (
             concurrent.futures.Future()
         )
+        self._was_asked = False
         self._loop = loop.running()
         self._loop.call_soon_threadsafe(self._begin, life)
 
@@ -45,9 +50,12 @@ class Run(Generic[R]):
             self._stop()
             if stacks := self._progress.stacks_at_stop:
                 interrupt.add_note(f"When it was interrupted:\n{stacks.summary}")
+            if self._progress.log_directory is not None:
+                interrupt.add_note(f"All output of this launch: {self._progress.log_directory}")
             raise
         if not self._ended.done():
             raise TimeoutError(f"the run goes on after {timeout:g} s; result() waits for it again")
+        self._was_asked = True
         return self._value_of(self._ended.result())
 
     def stacks(self) -> Stacks:
@@ -80,6 +88,7 @@ class Run(Generic[R]):
         self._ended.add_done_callback(lambda _: call(once.pop()))
 
     def __await__(self) -> Generator[Any, None, LaunchResult[R]]:
+        self._was_asked = True
         ended = asyncio.shield(asyncio.wrap_future(self._ended))
         return self._value_of((yield from ended.__await__()))
 
@@ -113,8 +122,30 @@ class Run(Generic[R]):
         if isinstance(outcome, Failures):
             # Made and raised in the user's thread: his exceptions may be of any kind, even such as
             # an event loop understands otherwise, and bring imports along.
-            error = outcome.exception
-            if self._progress.log_directory is not None:
-                error.add_note(f"All output of this launch: {self._progress.log_directory}")
-            raise error
+            raise outcome.exception
         return outcome
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ended.done() else self._progress.phase
+        return f"<Run {self._progress.name}: {state}>"
+
+    def __del__(self) -> None:
+        """Tell of a failure that nobody has asked for; it would be lost without a word."""
+        if self._was_asked or not self._ended.done() or self._ended.cancelled():
+            return
+        error = self._ended.exception()
+        outcome = self._ended.result() if error is None else None
+        reason = outcome.in_brief if isinstance(outcome, Failures) else error
+        if reason is not None:
+            logger.error(
+                "%s failed, and nobody asked for its result: %s", self._progress.name, reason
+            )
+
+
+def _tell_of_living() -> None:
+    for run in list(_living):
+        logger.warning("the script ended while %r; it is stopped. `result()` waits for a run.", run)
+
+
+# Before Ray's own, which was registered earlier, ends the agents.
+atexit.register(_tell_of_living)

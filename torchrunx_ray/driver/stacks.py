@@ -104,7 +104,7 @@ def _main_thread(text: str) -> tuple[Frame, ...]:
 def _where(frames: tuple[Frame, ...]) -> str:
     """The last call, at the place in the user's own code that led to it."""
     if not frames:
-        return "no answer (it has not begun, is ending, or is held by the kernel)"
+        return "no answer (it has not begun, has ended just now, or is held by the kernel)"
     if _OURS in frames[-1].file and frames[-1].function in _AFTER_THE_FUNCTION:
         return (
             f"{_AFTER_THE_FUNCTION[frames[-1].function]}: {frames[0].function} ({frames[0].place})"

@@ -21,18 +21,21 @@ async def told(
     life: Callable[[], Coroutine[Any, Any, Outcome]], progress: Progress, options: Options
 ) -> Outcome:
     """Live the life, and tell of it."""
-    how = "failed"
+    how, why = "failed", ""
     try:
         async with shown(progress, options):
             outcome = await life()
-        how = "failed" if isinstance(outcome, Failures) else "done"
+        if isinstance(outcome, Failures):
+            why = f"; {outcome.in_brief}"
+        else:
+            how = "done"
         return outcome
     except asyncio.CancelledError:
         how = "stopped"
         raise
     finally:
         progress.history.ended_ns = now_ns()
-        logger.info("%s %s", progress.name, _summary(progress, how))
+        logger.info("%s %s%s", progress.name, _summary(progress, how), why)
 
 
 def _summary(progress: Progress, how: str) -> str:

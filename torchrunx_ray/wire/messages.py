@@ -194,6 +194,8 @@ class Failed:
     traceback: str
     exception: bytes | None
     unraisable: str
+    exit_code: int | None
+    """That it asked for by `sys.exit`."""
     in_collective: bool
 
 

@@ -103,6 +103,7 @@ def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseExc
             _remote_traceback(error),
             exception,
             unraisable,
+            error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else None,
             _was_raised_in_torch_distributed(error),
         )
     )

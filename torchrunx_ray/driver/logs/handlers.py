@@ -14,12 +14,12 @@ def add_filter_to_handler(
     *,
     rank: int | None = None,
     log_level: int | str = logging.NOTSET,
-) -> None:
+) -> logging.Handler:
     """Let a handler of a launch take one worker's output only, from a level on.
 
     The worker is named by host and local rank, or by `rank`, since hostnames are unknown where Ray
     chooses them. A hostname without local rank stands for what the host's template prints, and
-    neither for everybody.
+    neither for everybody. Returns the handler.
     """
     if rank is not None and (hostname is not None or local_rank is not None):
         raise ValueError("give rank, or hostname and local_rank, not both")
@@ -27,6 +27,7 @@ def add_filter_to_handler(
         raise ValueError(f"local_rank={local_rank} needs a hostname; or give rank")
     handler.addFilter(Only(hostname, local_rank, rank))
     handler.setLevel(log_level)
+    return handler
 
 
 def file_handler(
