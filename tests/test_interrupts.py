@@ -65,6 +65,7 @@ def train():
 launcher = trx.Launcher(
     workers_per_host=2,
     shutdown_timeout=2,
+    console_ranks="all",
     preload=("torch", "torch.distributed", *([phase] if phase in ("importing", "forming") else [])),
     runtime_env={"env_vars": {"PYTHONPATH": os.getcwd()}} if phase in ("importing", "forming") else None,
 )
@@ -198,7 +199,7 @@ def test_notebook_that_is_interrupted_lives_on_and_launches_again(tmp_path: Path
         client.execute_interactive(
             "import os, time, ray, torchrunx_ray as trx\n"
             "ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
-            "launcher = trx.Launcher(workers_per_host=2)\n"
+            "launcher = trx.Launcher(workers_per_host=2, console_ranks='all')\n"
             "class Stuck(Exception): pass\n"
             "def train(seconds):\n"
             "    print('at it', flush=True)\n"
