@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import torchrunx_ray as trx
+from tests.processes import wait_until
 from torchrunx_ray.driver import attempt
 
 HEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d:[A-Z]+: ")
@@ -423,6 +424,101 @@ def test_handler_that_raises_is_reported_once_and_breaks_nothing(
     said = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
     assert len(said) == 2
     assert "OSError: no more room" in said[0]
+
+
+def test_handler_that_exits_ends_neither_the_run_nor_the_output(cluster: None, kept: Kept) -> None:
+    class Exits(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            sys.exit(f"enough of {record.getMessage()}")
+
+    launcher = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[Exits(), kept])
+    run = launcher.submit(print, "hello")
+    run.result(timeout=60)
+    assert kept.said == [("INFO", "hello")]
+
+
+def test_handler_that_fails_on_its_own_report_is_survived(cluster: None, kept: Kept) -> None:
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+            raise ConnectionError
+
+    broken = Broken()
+    logging.getLogger("torchrunx_ray").addHandler(broken)
+    try:
+        for handlers in ([broken, kept], "auto"):
+            launcher = trx.Launcher(workers_per_host=1, backend=None, log_handlers=handlers)
+            launcher.submit(print, "hello").result(timeout=60)
+    finally:
+        logging.getLogger("torchrunx_ray").removeHandler(broken)
+    assert kept.said == [("INFO", "hello")]
+
+
+def test_second_cancellation_gives_up_output_that_nobody_takes(
+    cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Blocked(Kept):
+        def emit(self, record: logging.LogRecord) -> None:
+            super().emit(record)
+            ended.wait()
+
+    def flood() -> None:
+        while True:
+            print("x" * 10_000)
+
+    ended = threading.Event()
+    blocked = Blocked()
+    run = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[blocked]).submit(flood)
+    try:
+        assert wait_until(lambda: bool(blocked.records), 30)
+        run.cancel()
+        time.sleep(1)  # a person's finger
+        assert not run.done()
+        run.cancel()
+        assert wait_until(run.done, 5)
+        assert "is not shown" in caplog.text
+    finally:
+        ended.set()
+
+
+def test_file_that_cannot_be_written_costs_no_other(
+    cluster: None, logs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def speak() -> None:
+        print("first", flush=True)
+        time.sleep(0.5)
+        if os.environ["RANK"] == "1":
+            (directory,) = logs.iterdir()
+            (path,) = directory.glob("*1].log")
+            path.unlink()
+            path.mkdir()
+        time.sleep(0.5)
+        print("second", flush=True)
+
+    launcher = trx.Launcher(workers_per_host=2, backend=None, console_ranks=())
+    (hostname,) = launcher.run(speak).hostnames
+
+    assert texts(run_dir(logs) / f"{hostname}[0].log", "INFO") == ["first", "second"]
+    assert "cannot be written, or not all" in caplog.text
+
+
+def test_tee_of_the_functions_own_does_not_say_it_twice(one: trx.Launcher, kept: Kept) -> None:
+    def speak() -> None:
+        class Tee:
+            def __init__(self, stream: "Any") -> None:
+                self.stream = stream
+
+            def write(self, text: str) -> None:
+                self.stream.write(text)
+
+            def flush(self) -> None:
+                self.stream.flush()
+
+        sys.stderr = Tee(sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.info("once")
+
+    one.run(speak)
+    assert [text for _, text in kept.said] == ["once"]
 
 
 def test_handler_may_serve_two_runs_at_once(

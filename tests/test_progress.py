@@ -105,6 +105,31 @@ def test_terminal_without_a_status_line_is_the_functions(
 
 
 @pytest.mark.slow
+def test_driver_may_print_beside_a_status_line(tmp_path: Path) -> None:
+    script = (
+        BEGIN.format(before="import contextlib, io")
+        + """
+run = trx.Launcher(workers_per_host=1, backend=None).submit(time.sleep, 3)
+while "running" not in repr(run):
+    time.sleep(0.01)
+time.sleep(1.5)
+print("x" * 205)
+print("in two", end=" ")
+print("parts")
+with contextlib.redirect_stdout(io.StringIO()):
+    run.result()
+print("y" * 205)
+"""
+    )
+    shown = after_ray_started(on_a_terminal(script, tmp_path))
+
+    assert "running 1 worker" in shown
+    assert "x" * 205 + "\r\n" in shown  # not wrapped
+    assert "in two parts\r\n" in shown
+    assert shown.endswith("y" * 205 + "\r\n")
+
+
+@pytest.mark.slow
 def test_handlers_that_write_to_the_terminal_are_not_mixed_with_a_status_line(
     tmp_path: Path,
 ) -> None:

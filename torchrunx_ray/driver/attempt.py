@@ -134,7 +134,7 @@ class Attempt:
                     asking.cancel()
             for watching in self._watching:
                 watching.cancel()
-            await to_the_end(self._logs.drain())
+            await self._drain_logs()
             self.log_directory = self._logs.directory
         if self._failures:
             on_our_clock = [
@@ -170,6 +170,7 @@ class Attempt:
                     self._looking = asyncio.create_task(self._look_and_stop(grace_s))
                 else:
                     self._stop(grace_s)
+                    self._logs.give_up()
                 cancelled = error
         if cancelled is not None:
             try:
@@ -179,6 +180,16 @@ class Attempt:
         for watching in self._watching:
             if not watching.cancelled():
                 watching.result()
+
+    async def _drain_logs(self) -> None:
+        """All of it, unless whoever waits for it gives up."""
+        draining = asyncio.ensure_future(self._logs.drain())
+        try:
+            await asyncio.shield(draining)
+        except asyncio.CancelledError:
+            self._logs.give_up()
+            await to_the_end(self._logs.drain())
+            raise
 
     def _wanted(self, host_index: int) -> messages.RunWanted:
         master = self._crew.met[0]

@@ -75,7 +75,7 @@ class History:
             json.dump({"traceEvents": list(self._trace_events()), "displayTimeUnit": "ms"}, file)
 
     def _ends(self) -> list[int]:
-        now = now_ns() if self.ended_ns is None else self.ended_ns
+        now = max(self.begun_ns, now_ns() if self.ended_ns is None else self.ended_ns)
         loaded = {host_index: loaded for host_index, (_, loaded) in self.loaded.items()}
         ends = [
             self.placed_ns,

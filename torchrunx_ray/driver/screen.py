@@ -21,12 +21,12 @@ class Screen:
         self._statuses: dict[object, Callable[[], str]] = {}
         self._drawn: dict[object, str] = {}
         self._live: Any = None
-        self._proxies: dict[TextStream, Any] = {}
+        self._proxies: dict[TextStream, _Above] = {}
 
     def write(self, stream: TextStream, lines: str) -> None:
         """Whole lines."""
         with self._lock:
-            target = _target(stream)
+            target = _file(stream)
             text = _writable(lines, target)
             if self._live is not None and _is_terminal(target):
                 # Above the status lines; as it is, without rich's own reading of it.
@@ -43,7 +43,7 @@ class Screen:
         Beside status lines, that line is one of them.
         """
         with self._lock:
-            if self._live is None or not _is_terminal(_target(stream)):
+            if self._live is None or not _is_terminal(_file(stream)):
                 self.write(stream, text)
                 return
             self._drawn.pop((whose, stream), None)
@@ -55,7 +55,7 @@ class Screen:
     def has_colours(self, stream: TextStream) -> bool:
         """See no-color.org."""
         is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        return not is_plain and _is_terminal(_target(stream))
+        return not is_plain and _is_terminal(_file(stream))
 
     def add_status(self, whose: object, status: Callable[[], str]) -> None:
         """Show a line that is drawn anew all the time; needs rich."""
@@ -77,16 +77,15 @@ class Screen:
 
     def _begin_live(self) -> None:
         from rich.console import Console
-        from rich.file_proxy import FileProxy
         from rich.live import Live
 
-        console = Console(stderr=True)
+        console = Console(file=_file("stderr"))
         # What the driver itself prints must go above the status lines, too.
         streams: tuple[TextStream, ...] = ("stdout", "stderr")
         self._proxies = {
-            stream: FileProxy(console, _target(stream))
+            stream: _Above(self, stream, _file(stream))
             for stream in streams
-            if _is_terminal(_target(stream))
+            if _is_terminal(_file(stream))
         }
         for stream, proxy in self._proxies.items():
             setattr(sys, stream, proxy)
@@ -107,9 +106,9 @@ class Screen:
 
     def _remove_proxies(self) -> None:
         for stream, proxy in self._proxies.items():
-            if _target(stream) is proxy:  # the driver has not put another in its place
-                proxy.flush()
-                setattr(sys, stream, proxy.rich_proxied_file)
+            proxy.let_go()
+            if getattr(sys, stream) is proxy:  # the driver has not put another in its place
+                setattr(sys, stream, proxy.file)
         self._proxies = {}
 
     def _text(self) -> Any:
@@ -118,6 +117,35 @@ class Screen:
         drawn, statuses = list(self._drawn.values()), list(self._statuses.values())
         lines = [*drawn, *(status() for status in statuses)]
         return Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+
+class _Above:
+    """In place of one of the driver's streams: whole lines go above the status lines.
+
+    Somebody may keep it longer than they are there; then it only passes on.
+    """
+
+    def __init__(self, screen: Screen, stream: TextStream, file: TextIO) -> None:
+        self.file = file
+        self._screen = screen
+        self._stream: TextStream = stream
+        self._rest = ""
+        self._is_let_go = False
+
+    def write(self, text: str) -> int:
+        if self._is_let_go:
+            return self.file.write(text)
+        lines, newline, self._rest = (self._rest + text).rpartition("\n")
+        if newline:
+            self._screen.write(self._stream, lines + newline)
+        return len(text)
+
+    def let_go(self) -> None:
+        self._is_let_go = True
+        self.file.write(self._rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 class _Raw:
@@ -150,8 +178,10 @@ def _is_terminal(stream: Any) -> bool:
         return False
 
 
-def _target(stream: TextStream) -> TextIO:
-    return sys.stdout if stream == "stdout" else sys.stderr
+def _file(stream: TextStream) -> TextIO:
+    """That of this process, whatever stands in its place for the sake of the status lines."""
+    target = sys.stdout if stream == "stdout" else sys.stderr
+    return target.file if isinstance(target, _Above) else target
 
 
 def _writable(text: str, target: TextIO) -> str:

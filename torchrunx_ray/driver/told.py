@@ -1,6 +1,7 @@
 """A run's life as it is told: its status while it goes on, and a summary at its end."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -35,7 +36,10 @@ async def told(
         raise
     finally:
         progress.history.ended_ns = now_ns()
-        logger.info("%s %s%s", progress.name, _summary(progress, how), why)
+        with contextlib.suppress(
+            Exception
+        ):  # a handler of the driver's; the run has its own outcome
+            logger.info("%s %s%s", progress.name, _summary(progress, how), why)
 
 
 def _summary(progress: Progress, how: str) -> str:

@@ -13,8 +13,8 @@ class WorkerRecord:
     level_name: str
     logger: str
     created: float
-    path: str
-    line: int
+    path: str | None
+    line: int | None
     function: str | None
     text: str
     """The message, with the exception's text."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from typing import Any
 
 from torchrunx_ray.wire.records import as_line
@@ -80,6 +81,11 @@ def _descriptor(handler: Any) -> int | None:
     """Of the stream that it writes to, as a StreamHandler does, or one of rich's."""
     of_rich = getattr(getattr(handler, "console", None), "file", None)
     stream = getattr(handler, "stream", of_rich)
+    if stream is not None and stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # also an object of the function's
+        return 1 if stream is sys.stdout else _STDERR
     try:
         return None if stream is None else stream.fileno()
     except (AttributeError, OSError, ValueError):  # such as an io.StringIO, or a closed file

@@ -41,7 +41,9 @@ def file_handler(
     """One worker's output into a file; who is meant is said as in `add_filter_to_handler`."""
     if not os.fspath(file_path):
         raise ValueError("file_path: expected the file to write to")
-    handler = logging.FileHandler(file_path, delay=True)
+    handler = logging.FileHandler(
+        file_path, delay=True, encoding="utf-8", errors="backslashreplace"
+    )
     handler.setFormatter(_FORMAT)
     add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
     return handler

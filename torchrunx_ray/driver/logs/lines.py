@@ -3,6 +3,9 @@
 import codecs
 import time
 
+_LONGEST = 16 * 2**20
+"""What has no newline for longer is passed on in pieces: the driver's memory is bounded."""
+
 _REDRAWN_S = 5.0
 """How often a line that is drawn anew and anew, such as a progress bar, is taken as a line."""
 
@@ -13,6 +16,8 @@ class LineCutter:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._rest = ""
+        self._taken: str | None = None
+        """Of the line that is being drawn, as it was taken for a line last."""
         self._taken_at = time.monotonic()
 
     @property
@@ -29,13 +34,27 @@ class LineCutter:
         whole, newline, rest = (self._rest + text).rpartition("\n")
         if "\r" in whole:
             whole = "\n".join(map(_drawn_last, whole.split("\n")))
-        self._rest = rest[max(0, rest.rstrip("\r").rfind("\r")) :]
         lines = whole + newline
-        if self.drawn and time.monotonic() >= self._taken_at + _REDRAWN_S:
-            lines += self.drawn + "\n"
-        if lines:
+        if newline and self._taken is not None:
+            lines = lines.removeprefix(self._taken + "\n")  # nothing was drawn after it
+            self._taken = None
+        # Of the rest, what was drawn last, with the carriage return before it.
+        ended = rest.rstrip("\r")
+        self._rest = ended[max(0, ended.rfind("\r")) :] + ("\r" if len(ended) < len(rest) else "")
+        return lines + self._taken_now(bool(lines))
+
+    def _taken_now(self, has_lines: bool) -> str:
+        """What is taken of the line that has not ended."""
+        if len(self._rest) > _LONGEST:
+            taken, self._rest = _drawn_last(self._rest), ""
+            return taken + "\n"
+        is_time = time.monotonic() >= self._taken_at + _REDRAWN_S
+        if has_lines or is_time:
             self._taken_at = time.monotonic()
-        return lines
+        if is_time and self.drawn and self.drawn != self._taken:
+            self._taken = self.drawn
+            return self.drawn + "\n"
+        return ""
 
 
 def _drawn_last(line: str) -> str:

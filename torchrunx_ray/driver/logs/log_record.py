@@ -28,8 +28,9 @@ def new_record(
 def as_log_record(who: Speaker, record: WorkerRecord) -> logging.LogRecord:
     """As it was made in the worker, under the worker's logger here; `worker_logger` is its own."""
     made = new_record(who, record.level, record.level_name, record.created, record.text)
-    made.pathname, made.lineno, made.funcName = record.path, record.line, record.function or ""
-    made.filename = os.path.basename(record.path)
+    made.pathname, made.lineno = record.path or "", record.line or 0
+    made.funcName = record.function or ""
+    made.filename = os.path.basename(made.pathname)
     made.module = os.path.splitext(made.filename)[0]
     vars(made)["worker_logger"] = record.logger
     return made

@@ -34,6 +34,7 @@ class RunLogs:
         self._speakers = speakers
         self._sinks: list[Sink] = []
         self._has_failed = False
+        self._is_given_up = False
         self._files: ToFiles | None = None
         self._levels: list[int] = []
         self._open_sinks(options, handlers)
@@ -77,6 +78,15 @@ class RunLogs:
         self._queue.put(None)
         await self._done.wait()
 
+    def give_up(self) -> None:
+        """Show no more; `drain` returns at once, also where a handler blocks."""
+        if not (self._is_given_up or self._done.is_set()):
+            self._is_given_up = True
+            self._done.set()
+            self._has_room.set()
+            if self._waiting_bytes:
+                logger.warning("interrupted: what the workers said last is not shown")
+
     def _open_sinks(self, options: Options, handlers: LogHandlers) -> None:
         if handlers is None:
             return
@@ -112,7 +122,8 @@ class RunLogs:
 
     def _write_all(self) -> None:
         while (said := self._queue.get()) is not None:
-            self._write(*said)
+            if not self._is_given_up:
+                self._write(*said)
             self._tell_loop(self._was_written, len(said[2]))
         for sink in self._sinks:
             self._try(sink.close)
@@ -141,12 +152,12 @@ class RunLogs:
         """The run goes on where the driver's stream is closed, or an object that cannot write."""
         try:
             write(*args)
-        except Exception as error:
+        except BaseException as error:  # a sys.exit in a handler, too
             if not self._has_failed:
                 self._has_failed = True
-                logger.warning(
-                    "What the workers say cannot be shown here; the launch goes on: %r", error
-                )
+                what = "What the workers say cannot be shown here; the launch goes on: %r"
+                with contextlib.suppress(BaseException):  # by a handler that fails on this as well
+                    logger.warning(what, error)
 
     def _was_written(self, size: int) -> None:
         self._waiting_bytes -= size

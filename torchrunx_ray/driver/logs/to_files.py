@@ -25,7 +25,7 @@ class ToFiles(Sink):
         self._parent = Path(parent).absolute()
         self.level = _level()
         self.directory: Path | None = None
-        self._is_broken = False
+        self._has_reported = False
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
         if LEVELS[stream] >= self._level_for(who):
@@ -45,8 +45,6 @@ class ToFiles(Sink):
         return max(self.level, who.logger_level())
 
     def _append(self, who: Speaker, text: str) -> None:
-        if self._is_broken:
-            return
         name = who.hostname if who.local_rank is None else f"{who.hostname}[{who.local_rank}]"
         try:
             if self.directory is None:
@@ -54,13 +52,14 @@ class ToFiles(Sink):
             with open(self.directory / f"{name}.log", "ab") as file:
                 file.write(text.encode(errors="backslashreplace"))
         except OSError as error:
-            self._is_broken = True
-            logger.warning(
-                "The log files of this launch cannot be written: %s. It goes on without; set %s to a "
-                'directory that can be, or to "" for no files.',
-                error,
-                _DIRECTORY,
-            )
+            if not self._has_reported:
+                self._has_reported = True
+                logger.warning(
+                    "The log files of this launch cannot be written, or not all: %s. It goes on; set "
+                    '%s to a directory that can be, or to "" for no files.',
+                    error,
+                    _DIRECTORY,
+                )
 
 
 def default_files() -> ToFiles | None:

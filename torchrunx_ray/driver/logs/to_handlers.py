@@ -1,5 +1,6 @@
 """A sink for the handlers that a launch was given."""
 
+import contextlib
 import logging
 import sys
 import threading
@@ -47,7 +48,7 @@ class ToHandlers(Sink):
                 handler.flush()
                 if self._are_ours:
                     handler.close()
-            except Exception as error:
+            except BaseException as error:
                 reporter.report(error)
             reporter.release()
 
@@ -69,7 +70,7 @@ class ToHandlers(Sink):
         for i in takers:
             try:
                 self._handlers[i].handle(record)
-            except Exception as error:
+            except BaseException as error:  # a sys.exit, too
                 self._reporters[i].report(error)
 
 
@@ -113,9 +114,8 @@ class _Reporter:
     def report(self, error: BaseException | None) -> None:
         if not self._has_reported:
             self._has_reported = True
-            logger.warning(
-                "%r of log_handlers failed, and is not reported again; the launch goes on: %s: %s",
-                self._handler,
-                type(error).__name__,
-                error,
+            what = (
+                "%r of log_handlers failed, and is not reported again; the launch goes on: %s: %s"
             )
+            with contextlib.suppress(BaseException):  # by the same handler, on the root logger
+                logger.warning(what, self._handler, type(error).__name__, error)

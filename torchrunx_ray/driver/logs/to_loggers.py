@@ -1,5 +1,6 @@
 """A sink for a driver that has configured logging: its own loggers decide."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
@@ -48,7 +49,8 @@ class ToLoggers(Sink):
             try:
                 if target.filter(record):
                     target.callHandlers(record)
-            except Exception as error:
+            except BaseException as error:  # a sys.exit, too
                 if not self._has_failed:
                     self._has_failed = True
-                    logger.warning("a handler of logging failed on what workers say: %r", error)
+                    with contextlib.suppress(BaseException):  # by the same handler
+                        logger.warning("a handler of logging failed on what workers say: %r", error)
