@@ -522,7 +522,10 @@ def test_tee_of_the_functions_own_does_not_say_it_twice(one: trx.Launcher, kept:
 
 
 def test_handler_may_serve_two_runs_at_once(
-    cluster: None, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    cluster: None,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Broken(logging.StreamHandler[Any]):
         """Reports by its own handleError."""
@@ -532,14 +535,16 @@ def test_handler_may_serve_two_runs_at_once(
     broken = Broken(closed)
     launcher = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[broken])
 
-    def speak(seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+    def speak_until(gate: Path) -> None:
+        while not gate.exists():
             print("hello")
-            time.sleep(0.1)
+            time.sleep(0.05)
 
-    runs = [launcher.submit(speak, seconds) for seconds in (0.5, 2)]
-    for run in runs:
+    gates = [tmp_path / "first", tmp_path / "second"]
+    runs = [launcher.submit(speak_until, gate) for gate in gates]
+    assert wait_until(lambda: all("running" in repr(run) for run in runs), 60)
+    for gate, run in zip(gates, runs, strict=True):
+        gate.touch()
         run.result()
 
     assert "Logging error" not in capfd.readouterr().err
