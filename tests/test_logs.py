@@ -367,13 +367,12 @@ def test_slow_handler_stops_workers_and_loses_nothing(cluster: None) -> None:
 def test_failure_is_heard_while_a_handler_blocks(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 1.0)
+    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 4.0)
 
     class Blocked(Kept):
         def emit(self, record: logging.LogRecord) -> None:
             super().emit(record)
-            while len(self.records) == 1 and not ended:
-                time.sleep(0.01)
+            ended.wait()
 
     def flood_and_wait() -> None:
         if os.environ["RANK"] == "0":
@@ -382,20 +381,20 @@ def test_failure_is_heard_while_a_handler_blocks(
         time.sleep(2)
         raise ValueError("found out")
 
-    ended: list[bool] = []
+    ended = threading.Event()
     blocked = Blocked()
     launcher = trx.Launcher(
         workers_per_host=2, backend=None, log_handlers=[blocked], shutdown_timeout=1
     )
     run = launcher.submit(flood_and_wait)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and run.stacks():
-        time.sleep(0.2)
-    # Its workers are gone, though the launch waits for its output to be taken.
-    time.sleep(4)
-    assert not run.stacks()
-    assert not run.done()
-    ended.append(True)
+    try:
+        assert wait_until(lambda: "stopping" in repr(run), 30)
+        assert wait_until(lambda: not run.stacks(), 15)
+        # Its workers are gone, and the launch waits for its output to be taken, however long.
+        time.sleep(6)
+        assert not run.done()
+    finally:
+        ended.set()
     with pytest.raises(ValueError, match="found out") as caught:
         run.result(timeout=60)
     assert len(caught.value.__cause__.failures) == 1  # the agent was not taken for a frozen one
