@@ -89,7 +89,6 @@ class Attempt:
         history.places = self._places()
         self._clocks = Clocks(crew.agents)
         self._lookout = Lookout(run_id, crew.agents, self._layout)
-        self._joined: set[int] = set()
         self._failures: list[tuple[int | None, Failure]] = []
         """With the hosts on whose clocks their times are; None for the driver's."""
         self._comparing: asyncio.Task[None] | None = None
@@ -289,8 +288,6 @@ class Attempt:
                 self._logs.put(who, event.stream, event.data, time_ns / 1e9)
             case messages.Started():
                 self._pids[host_index][event.pid] = self._layout[host_index][event.local_rank].rank
-            case messages.Joined():
-                self._joined.add(self._layout[host_index][event.local_rank].rank)
             case messages.Finished():
                 self._sizes[host_index, event.local_rank] = event.size
                 self._lookout.has_returned(self._layout[host_index][event.local_rank].rank)
@@ -348,7 +345,7 @@ class Attempt:
         missing = {
             place.rank: self._crew.hosts[place.host_index].label
             for place in self._places()
-            if place.rank not in self._joined
+            if place.rank not in self._history.joined
         }
         if missing:
             host_index = next(p.host_index for p in self._places() if p.rank in missing)

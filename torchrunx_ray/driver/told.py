@@ -36,9 +36,8 @@ async def told(
         raise
     finally:
         progress.history.ended_ns = now_ns()
-        with contextlib.suppress(
-            Exception
-        ):  # a handler of the driver's; the run has its own outcome
+        # A handler of the driver's may fail; the run has an outcome of its own.
+        with contextlib.suppress(Exception):
             logger.info("%s %s%s", progress.name, _summary(progress, how), why)
 
 

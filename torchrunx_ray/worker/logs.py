@@ -81,10 +81,8 @@ def _descriptor(handler: Any) -> int | None:
     """Of the stream that it writes to, as a StreamHandler does, or one of rich's."""
     of_rich = getattr(getattr(handler, "console", None), "file", None)
     stream = getattr(handler, "stream", of_rich)
-    if stream is not None and stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # also an object of the function's
+    if stream is not None and stream in (sys.stdout, sys.stderr):
+        # Also where it is an object of the function's.
         return 1 if stream is sys.stdout else _STDERR
     try:
         return None if stream is None else stream.fileno()

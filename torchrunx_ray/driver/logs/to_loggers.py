@@ -39,7 +39,7 @@ class ToLoggers(Sink):
         """They are the driver's."""
 
     def _is_enabled(self, who: Speaker, level: int) -> bool:
-        return level >= (who.record_level) and level > logging.root.manager.disable
+        return level >= who.record_level and level > logging.root.manager.disable
 
     def _hand(self, who: Speaker, records: Iterator[logging.LogRecord]) -> None:
         target = logging.getLogger(who.logger_name)
