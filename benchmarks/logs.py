@@ -148,7 +148,7 @@ def growth_of_agent(workers: int, lines: int) -> int:
 
     def agent(_: int) -> int:
         pid = os.getpid()
-        for _ in range(3):  # template, keeper, agent
+        for _ in range(4):  # template, both keepers, agent
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         return pid
 

@@ -61,7 +61,13 @@ def above(worker: int) -> dict[str, int]:
     """The pids of what stands above a worker."""
     template = parent(worker)
     keeper = parent(template)
-    return {"agent": parent(keeper), "keeper": keeper, "template": template}
+    outer_keeper = parent(keeper)
+    return {
+        "agent": parent(outer_keeper),
+        "outer keeper": outer_keeper,
+        "keeper": keeper,
+        "template": template,
+    }
 
 
 def agent_pid() -> int:

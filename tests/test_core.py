@@ -189,7 +189,7 @@ def test_every_kind_of_failure_on_the_last_host_is_told_soon_and_leaves_nothing(
     assert any("What the others were doing:" in note for note in notes) is others_live
     ended = {"template", "agent"} & {how}
     for rank, mark in enumerate(result):
-        expected = 0 if ended and rank >= last - 1 else 2  # else keeper and template
+        expected = 0 if ended and rank >= last - 1 else 3  # else keepers and template
         assert wait_until(lambda: len(of_pool(mark)) == expected, 5)  # noqa: B023
     assert len(launcher.run(place)) == last + 1
 
@@ -234,4 +234,4 @@ def test_cancel_leaves_nothing(launcher: trx.Launcher, tmp_path: Path) -> None:
         run.result(timeout=30)
     workers = [path.name.split() for path in tmp_path.iterdir()]
     assert not any(is_alive(int(pid)) for pid, _ in workers)
-    assert all(len(of_pool(mark)) == 2 for _, mark in workers), "keeper and template"
+    assert all(len(of_pool(mark)) == 3 for _, mark in workers), "keepers and template"

@@ -23,7 +23,7 @@ from tests.victims import MAY_RAISE, Driven, is_soon, matrix, may_also
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 MOMENTS = ("importing", "forming", "running", "reporting", "tearing down")
-ABOVE = ("keeper", "template", "agent", "driver", "raylet")
+ABOVE = ("outer keeper", "keeper", "template", "agent", "driver", "raylet")
 BELOW = ("worker", "all workers", "store", "children")
 CASES = [
     *(((victim,), moment) for moment in MOMENTS for victim in ABOVE),
@@ -33,7 +33,12 @@ CASES = [
         (pair, "running")
         for pair in (
             ("keeper", "template"),
+            ("outer keeper", "keeper"),
+            ("outer keeper", "template"),
             ("keeper", "agent"),
+            ("keeper", "driver"),
+            ("keeper", "raylet"),
+            ("outer keeper", "driver"),
             ("template", "agent"),
             ("agent", "driver"),
             ("agent", "raylet"),

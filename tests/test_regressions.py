@@ -231,22 +231,18 @@ def test_env_file_that_was_corrected_is_read_again(cluster: None, tmp_path: Path
     assert seen == ["error", "1", "22"]
 
 
-def above_a_worker() -> tuple[int, int, int]:
-    template = os.getppid()
-    keeper = processes.parent(template)
-    return processes.parent(keeper), keeper, template
-
-
-@pytest.mark.parametrize("victim", ["agent", "keeper", "template"])
+@pytest.mark.parametrize("victim", ["agent", "outer keeper", "keeper", "template"])
 def test_launch_after_a_resting_agent_was_killed(cluster: None, victim: str) -> None:
     """It failed with "the agent could not be started"; a replaced template stayed alive."""
     launcher = trx.Launcher(workers_per_host=1, extra_env_vars={"OWN_AGENT_FOR": victim})
-    pids = launcher.run(above_a_worker).rank(0)
-    os.kill(pids[["agent", "keeper", "template"].index(victim)], signal.SIGKILL)
-    assert processes.wait_until(lambda: not all(map(processes.is_alive, pids)))
+    pids = launcher.run(lambda: processes.above(os.getpid())).rank(0)
+    os.kill(pids[victim], signal.SIGKILL)
+    assert processes.wait_until(lambda: not all(map(processes.is_alive, pids.values())))
 
-    assert launcher.run(lambda: "well").rank(0) == "well"
-    assert processes.wait_until(lambda: not processes.is_alive(pids[2])), "the old template ends"
+    template = launcher.run(os.getppid).rank(0)
+    assert (template == pids["template"]) is (victim == "keeper"), "the outer keeper keeps it"
+    if victim != "keeper":
+        assert processes.wait_until(lambda: not processes.is_alive(pids["template"]))
 
 
 def test_short_linger_is_used(cluster: None) -> None:
@@ -684,14 +680,15 @@ def test_what_ended_leaves_rays_store_before_python_collects_garbage(
             gc.enable()
 
 
-def test_keeper_is_not_in_the_group_that_ray_ends_with_the_agent(launcher: trx.Launcher) -> None:
+def test_keepers_are_not_in_the_group_that_ray_ends_with_the_agent(launcher: trx.Launcher) -> None:
     """Ray's SIGTERM had it kill the template at its work, and SIGKILL came 0.2 s later.
 
     Daemons of a worker that took longer to die were left.
     """
 
-    def groups() -> tuple[int, int]:
+    def groups() -> tuple[set[int], int]:
         above = processes.above(os.getpid())
-        return os.getpgid(above["keeper"]), above["keeper"]
+        keepers = above["outer keeper"], above["keeper"]
+        return {os.getpgid(pid) for pid in keepers}, above["outer keeper"]
 
-    assert all(group == keeper for group, keeper in launcher.run(groups))
+    assert all(groups == {outer} for groups, outer in launcher.run(groups))

@@ -25,7 +25,7 @@ def kill(victim: str) -> None:
 @pytest.mark.parametrize(
     ("victim", "error", "survivors"),
     [
-        ("worker", trx.WorkerFailedError, {"agent", "keeper", "template"}),
+        ("worker", trx.WorkerFailedError, {"agent", "outer keeper", "keeper", "template"}),
         ("template", trx.AgentFailedError, {"agent"}),
         ("agent", trx.AgentFailedError, set[str]()),
     ],

@@ -62,15 +62,16 @@ def test_worker_leads_its_process_group_below_the_template(launcher: trx.Launche
     assert first[2] == second[2]
 
 
-def test_keeper_is_the_agents_child_and_the_template_the_keepers(launcher: trx.Launcher) -> None:
-    def look() -> tuple[str, str]:
-        keeper = processes.parent(os.getppid())
-        return processes.command_line(keeper), processes.command_line(processes.parent(keeper))
+def test_two_keepers_stand_between_agent_and_template(launcher: trx.Launcher) -> None:
+    def look() -> dict[str, str]:
+        above = processes.above(os.getpid())
+        return {name: processes.command_line(pid) for name, pid in above.items()}
 
-    keeper, agent = launcher.run(look).rank(0)
+    above = launcher.run(look).rank(0)
 
-    assert "-m torchrunx_ray.worker.keeper" in keeper
-    assert agent.startswith("ray::")
+    assert "-m torchrunx_ray.worker.keeper" in above["keeper"]
+    assert "-m torchrunx_ray.worker.keeper" in above["outer keeper"]
+    assert above["agent"].startswith("ray::")
 
 
 def test_worker_is_not_niced(launcher: trx.Launcher) -> None:

@@ -72,8 +72,10 @@ def parent(pid):
 def announce():
     template = os.getppid() if "RANK" in os.environ else os.getpid()
     keeper = parent(template)
-    agent = parent(keeper)
-    above = {"template": template, "keeper": keeper, "agent": agent, "raylet": parent(agent)}
+    outer_keeper = parent(keeper)
+    agent = parent(outer_keeper)
+    above = {"template": template, "keeper": keeper, "outer keeper": outer_keeper}
+    above |= {"agent": agent, "raylet": parent(agent)}
     note = {"pid": os.getpid(), "rank": int(os.environ.get("RANK", "-1")), **above}
     (folder / f".{os.getpid()}").write_text(json.dumps(note))
     (folder / f".{os.getpid()}").rename(folder / f"{os.getpid()}.json")
@@ -103,6 +105,7 @@ MAY_RAISE = {
     "driver": "killed",
     "children": "returned",
     "keeper": "returned",
+    "outer keeper": "returned",
 }
 
 
@@ -227,7 +230,7 @@ class Driven:
             ],
             **{
                 name: lambda name=name: [above[name]]
-                for name in ("template", "keeper", "agent", "raylet")
+                for name in ("template", "keeper", "outer keeper", "agent", "raylet")
             },
         }
         return [pid for victim in victims for pid in found[victim]()]

@@ -13,7 +13,7 @@ from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Death, Template
-from torchrunx_ray.wire import family, messages, versions
+from torchrunx_ray.wire import messages, versions
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed, carry_values_packed
 
@@ -37,7 +37,6 @@ class Agent:
 
     def __init__(self, name: str, wanted: messages.TemplateWanted) -> None:
         carry_values_packed()
-        family.become_subreaper()
         self._name = name
         self._wanted = wanted
         self._context: Any = _ray.get_runtime_context()

@@ -1,4 +1,4 @@
-"""Starting a keeper, which starts the template."""
+"""Starting the keepers, which start the template."""
 
 import os
 import subprocess
@@ -16,28 +16,34 @@ _PACKAGE_PARENT = str(Path(__file__).parents[2])
 
 
 class Keeper:
-    """The keeper's process, and our ends of the template's channel and output."""
+    """The outer keeper's process, and our ends of what it and the template were given.
+
+    `alive_fd` comes to its end when both keepers have ended.
+    """
 
     def __init__(self, environment: Mapping[str, str], cwd: str, wanted: TemplateWanted) -> None:
         self.mark = uuid.uuid4().hex
         self.begun_ns = now_ns()
         self.channel, theirs = Channel.pair()
+        self.alive_fd, alive = os.pipe()
         self.stdout_fd, stdout = os.pipe()
         self.stderr_fd, stderr = os.pipe()
+        inherited = [theirs.fileno(), alive]
         # -P and PYTHONPATH find this package and nothing else; the template then takes over the
         # agent's sys.path, and puts the variable back for what the function may start.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "torchrunx_ray.worker.keeper", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "torchrunx_ray.worker.keeper", *map(str, inherited)],
             env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            pass_fds=[theirs.fileno()],
+            pass_fds=inherited,
             # Ray ends a dead agent's group, which would be before the keeper has ended its own.
             process_group=0,
         )
         theirs.close()
+        os.close(alive)
         os.close(stdout)
         os.close(stderr)
         self.channel.send(

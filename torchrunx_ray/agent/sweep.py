@@ -1,4 +1,4 @@
-"""The last resort: find by its mark what a killed template and keeper left behind."""
+"""The last resort: find by its mark what a killed template and keepers left behind."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The agent's hold on its template process, through the keeper."""
+"""The agent's hold on its template process, through its keepers."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
-from torchrunx_ray.wire import family, messages, transfer
+from torchrunx_ray.wire import messages, transfer
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.memory import Remote
 from torchrunx_ray.wire.payload import Packed
@@ -54,10 +54,10 @@ class Template:
         self.death: Death | None = None
         """How it ended, where nobody asked it to."""
         self._gone_at_ns = 0
-        self._keeper_ended = asyncio.Event()
+        self._keepers_ended = asyncio.Event()
         self._gone = asyncio.Event()
-        self._keeper_fd = os.pidfd_open(self._keeper.pid)
-        self._loop.add_reader(self._keeper_fd, self._reap_keeper)
+        self._alive_fd = keeper.alive_fd
+        self._loop.add_reader(self._alive_fd, self._keepers_have_ended)
         self._stdout = Output(keeper.stdout_fd, None, "stdout", mailbox)
         self._stderr = Output(keeper.stderr_fd, None, "stderr", mailbox)
         self._channel.set_blocking(False)
@@ -69,8 +69,8 @@ class Template:
 
     @property
     def is_whole(self) -> bool:
-        """Whether keeper and template are there for another run."""
-        return not (self._closing or self._keeper_ended.is_set())
+        """Whether keepers and template are there for another run."""
+        return not self._closing and self._keeper.poll() is None
 
     @property
     def is_ready(self) -> bool:
@@ -122,14 +122,15 @@ class Template:
         return reply.left if isinstance(reply, messages.RunEnded) else ()
 
     async def close(self) -> None:
-        """End keeper and template with all that is below them, and wait until they are gone."""
+        """End keepers and template with all that is below them, and wait until they are gone."""
         self._closing = True
-        if not self._keeper_ended.is_set():
+        if self._gone.is_set():
+            return
+        if self._keeper.poll() is None:
             self._keeper.send_signal(signal.SIGTERM)
-            await self._keeper_ended.wait()
-        if not self._gone.is_set():
-            self._channel.say_no_more()  # for a template whose keeper was killed
-            await self._gone.wait()
+        else:
+            self._channel.say_no_more()
+        await self._gone.wait()
 
     async def _fork(
         self, message: object, fds: Sequence[int]
@@ -183,18 +184,16 @@ class Template:
                     raise TypeError(f"a template does not send {message!r}")
 
     async def _has_gone(self) -> None:
-        await self._keeper_ended.wait()
+        await self._keepers_ended.wait()
         with contextlib.suppress(OSError):  # out of descriptors: the end is told all the same
             kill_marked(self._mark)
-            # What lost template and keeper came to us.
-            await asyncio.to_thread(family.kill_children)
         self._channel.close()
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
         self._gone.set()
         refused = self._ready.done() and self._ready.result() is not None
         if not self._closing and not refused:
-            how, said = _evidence(self._keeper.returncode), self._stderr.last_lines
+            how, said = _evidence(self._keeper.wait()), self._stderr.last_lines
             lines = [f"{how}. Its last lines of stderr:", *said] if said else [how]
             self.death = Death(self._gone_at_ns, "\n  ".join(lines))
             self._on_gone(self.death)
@@ -203,11 +202,10 @@ class Template:
         if not self._ready.done():
             self._ready.set_result(None)
 
-    def _reap_keeper(self) -> None:
-        self._loop.remove_reader(self._keeper_fd)
-        os.close(self._keeper_fd)
-        self._keeper.wait()
-        self._keeper_ended.set()
+    def _keepers_have_ended(self) -> None:
+        self._loop.remove_reader(self._alive_fd)
+        os.close(self._alive_fd)
+        self._keepers_ended.set()
 
 
 def _as_refused(reply: _Reply) -> messages.ForkFailed:

@@ -1,16 +1,17 @@
-"""The agent's only child: tiny, and there to outlive the template.
+"""The agent's only child and its child: tiny, and there to outlive the template.
 
-Ray SIGKILLs an agent's direct children when the agent is killed or its driver dies. A template
-that were one of them could not clean up; as the keeper's child it sees the agent's end of their
-channel close, and does. The keeper itself is a subreaper: what a killed template leaves behind
-comes to it, and is killed. SIGTERM to the keeper is how the agent ends a template; of an agent that
-died otherwise the keeper hears itself, since a template that still imports cannot.
+Ray SIGKILLs an agent's direct children when the agent is killed, or its driver or raylet dies, and
+may do so twice. A template that were one of them could not clean up, and so could not the keeper
+alone. Hence two, one below the other. Both are subreapers: what a killed template leaves behind
+comes to them, and is killed. SIGTERM to the outer one is how the agent ends a template; of an agent
+that died otherwise both hear themselves, since a template that still imports cannot.
 """
 
 import os
 import select
 import signal
 import sys
+from typing import NoReturn
 
 from torchrunx_ray.wire import family
 from torchrunx_ray.wire.channel import Channel
@@ -18,30 +19,72 @@ from torchrunx_ray.wire.channel import Channel
 
 def main() -> int:
     channel = Channel.from_fd(int(sys.argv[1]))
+    alive_fd = int(sys.argv[2])
     agent_fd = os.pidfd_open(os.getppid())
-    family.become_subreaper()
     _shed_what_ray_gave()
     # Not to be ended before it can end the template.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    told, tell = os.pipe()
+    family.become_subreaper()
+    inner_pid = os.fork()
+    if inner_pid != 0:
+        channel.close()
+        os.close(tell)
+        return _keep(inner_pid, agent_fd, told)
+    os.close(told)
+    family.become_subreaper()
     template_pid = os.fork()
     if template_pid == 0:
-        os.close(agent_fd)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        os.setsid()
-        from torchrunx_ray.worker import template
-
-        template.main(channel)
+        for fd in (agent_fd, alive_fd, tell):
+            os.close(fd)
+        _become_template(channel)
     channel.close()
-    # Until it is reaped below its pid is nobody else's.
-    signal.signal(signal.SIGTERM, lambda _signum, _frame: os.kill(template_pid, signal.SIGKILL))
+    os.write(tell, str(template_pid).encode())
+    os.close(tell)
+    return _keep(template_pid, agent_fd, None)
+
+
+def _become_template(channel: Channel) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    _wait_for_either(agent_fd, os.pidfd_open(template_pid))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.kill(template_pid, signal.SIGKILL)  # in vain where it has ended
-    _, status = os.waitpid(template_pid, 0)
-    family.kill_children()
+    os.setsid()
+    from torchrunx_ray.worker import template
+
+    template.main(channel)
+
+
+def _keep(child_pid: int, agent_fd: int, heir_told: int | None) -> int:
+    """Return when the child, or the agent, has ended and nothing is left below this process.
+
+    `heir_told` tells the pid to keep instead of a child that was killed.
+    """
+    is_asked = False
+
+    def end(_signum: int, _frame: object) -> None:
+        nonlocal is_asked
+        is_asked = True
+        os.kill(child_pid, signal.SIGKILL)  # until it is reaped below its pid is nobody else's
+
+    signal.signal(signal.SIGTERM, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    _wait_for_either(agent_fd, os.pidfd_open(child_pid))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.kill(child_pid, signal.SIGKILL)  # in vain where it has ended
+    _, status = os.waitpid(child_pid, 0)
     exit_code = os.waitstatus_to_exitcode(status)
+    if heir_told is not None and exit_code < 0 and not is_asked:
+        said = os.read(heir_told, 32)
+        if said and _is_child(int(said)):
+            return _keep(int(said), agent_fd, None)
+    family.kill_children()
     return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def _is_child(pid: int) -> bool:
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _wait_for_either(agent_fd: int, template_fd: int) -> None:
