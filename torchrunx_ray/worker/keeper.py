@@ -1,20 +1,26 @@
 """The agent's only child and its child: tiny, and there to outlive the template.
 
-Ray SIGKILLs an agent's direct children when the agent is killed, or its driver or raylet dies, and
-may do so twice. A template that were one of them could not clean up, and so could not the keeper
-alone. Hence two, one below the other. Both are subreapers: what a killed template leaves behind
-comes to them, and is killed. SIGTERM to the outer one is how the agent ends a template; of an agent
-that died otherwise both hear themselves, since a template that still imports cannot.
+Ray SIGKILLs an agent's direct children when the agent is killed, or its driver or raylet dies, at any
+moment and more than once. A template that were one of them could not clean up, and a keeper that is
+one may be killed at its work. Hence two, one below the other: the inner one ends the template, which
+it does alone, and the outer one takes its place if it is killed. Both are subreapers: what a killed
+template leaves behind comes to them, and is killed. SIGTERM to the outer one is how the agent ends a
+template; of an agent that died otherwise both hear themselves, since a template that still imports
+cannot.
 """
 
 import os
 import select
 import signal
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from torchrunx_ray.wire import family
 from torchrunx_ray.wire.channel import Channel
+
+_ENDING_S = 12.0
+"""For the inner keeper; longer than it waits for processes that SIGKILL does not end."""
 
 
 def main() -> int:
@@ -30,7 +36,7 @@ def main() -> int:
     if inner_pid != 0:
         channel.close()
         os.close(tell)
-        return _keep(inner_pid, agent_fd, told)
+        return _keep(inner_pid, agent_fd, signal.SIGTERM, told)
     os.close(told)
     family.become_subreaper()
     template_pid = os.fork()
@@ -41,7 +47,7 @@ def main() -> int:
     channel.close()
     os.write(tell, str(template_pid).encode())
     os.close(tell)
-    return _keep(template_pid, agent_fd, None)
+    return _keep(template_pid, agent_fd, signal.SIGKILL)
 
 
 def _become_template(channel: Channel) -> NoReturn:
@@ -52,29 +58,34 @@ def _become_template(channel: Channel) -> NoReturn:
     template.main(channel)
 
 
-def _keep(child_pid: int, agent_fd: int, heir_told: int | None) -> int:
+def _keep(
+    child_pid: int, agent_fd: int, end_with: signal.Signals, heir_told: int | None = None
+) -> int:
     """Return when the child, or the agent, has ended and nothing is left below this process.
 
-    `heir_told` tells the pid to keep instead of a child that was killed.
+    `heir_told` tells the pid of the process to keep where the child was killed.
     """
     is_asked = False
 
     def end(_signum: int, _frame: object) -> None:
         nonlocal is_asked
         is_asked = True
-        os.kill(child_pid, signal.SIGKILL)  # until it is reaped below its pid is nobody else's
+        os.kill(child_pid, end_with)  # until it is reaped below its pid is nobody else's
 
     signal.signal(signal.SIGTERM, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    _wait_for_either(agent_fd, os.pidfd_open(child_pid))
+    child_fd = os.pidfd_open(child_pid)
+    _wait_for_any([agent_fd, child_fd])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    os.kill(child_pid, signal.SIGKILL)  # in vain where it has ended
+    os.kill(child_pid, end_with)  # in vain where it has ended
+    if not _wait_for_any([child_fd], _ENDING_S):
+        os.kill(child_pid, signal.SIGKILL)
     _, status = os.waitpid(child_pid, 0)
     exit_code = os.waitstatus_to_exitcode(status)
     if heir_told is not None and exit_code < 0 and not is_asked:
         said = os.read(heir_told, 32)
         if said and _is_child(int(said)):
-            return _keep(int(said), agent_fd, None)
+            return _keep(int(said), agent_fd, signal.SIGKILL)
     family.kill_children()
     return exit_code if exit_code >= 0 else 128 - exit_code
 
@@ -87,11 +98,11 @@ def _is_child(pid: int) -> bool:
     return True
 
 
-def _wait_for_either(agent_fd: int, template_fd: int) -> None:
+def _wait_for_any(fds: Sequence[int], timeout_s: float | None = None) -> bool:
     poll = select.poll()
-    poll.register(agent_fd, select.POLLIN)
-    poll.register(template_fd, select.POLLIN)
-    poll.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def _shed_what_ray_gave() -> None:
