@@ -340,6 +340,33 @@ def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path)
     assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
 
 
+@pytest.mark.parametrize("working_s", [0, 0.001, 0.002, 0.004, 0.008])
+def test_keeper_that_is_killed_at_its_work(
+    cluster: None, working_s: float, tmp_path: Path
+) -> None:
+    """As Ray does when the raylet dies: the agent ends its template, and its child is killed."""
+
+    def announce_and_sleep() -> None:
+        for _ in range(20):
+            daemonise()
+        processes.note(tmp_path / str(os.getpid()), processes.own_mark())
+        time.sleep(1000)
+
+    run = trx.Launcher(workers_per_host=1, linger=0).submit(announce_and_sleep)
+    assert processes.wait_until(lambda: list(tmp_path.iterdir()) != [], 30)
+    (worker,) = tmp_path.iterdir()
+    above = processes.above(int(worker.name))
+    mark = worker.read_text()
+    os.kill(above["outer keeper"], signal.SIGTERM)
+    time.sleep(working_s)
+    os.kill(above["outer keeper"], signal.SIGKILL)
+    os.kill(above["agent"], signal.SIGKILL)
+
+    with pytest.raises(trx.AgentFailedError):
+        run.result(timeout=30)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+
+
 def test_workers_die_even_when_all_above_them_are_killed_at_once(
     cluster: None, tmp_path: Path
 ) -> None:
