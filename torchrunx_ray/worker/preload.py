@@ -28,22 +28,12 @@ def load(modules: Sequence[str]) -> None:
     """Import the modules; Refusal where that fails or leaves what a fork cannot live with.
 
     What is imported here is frozen out of garbage collection, which would otherwise write to,
-    and so copy, memory that all workers share.
+    and so copy, memory that all workers share. It does not run meanwhile either: nearly nothing that
+    imports make is garbage, and the search for it is a fifth of their time.
     """
+    gc.disable()
     for module in modules:
-        try:
-            importlib.import_module(module)
-        except BaseException as error:
-            raise Refusal(
-                f"preload={module!r} cannot be imported: {type(error).__name__}: {error}.",
-                "Is it installed there, and spelled as in an import statement?",
-                "" if isinstance(error, ModuleNotFoundError) else traceback.format_exc(),
-            ) from error
-        if _cuda_was_touched():
-            raise Refusal(
-                f"importing preload={module!r} initialised CUDA, which forked workers cannot use.",
-                _SPAWN,
-            )
+        _import(module)
     if len(os.listdir("/proc/self/task")) > 1 and not _fork_can_compute():
         raise Refusal(
             f"importing preload={tuple(modules)!r} started an OpenMP thread pool, and forked workers "
@@ -51,8 +41,24 @@ def load(modules: Sequence[str]) -> None:
             _SPAWN,
         )
     _spare_workers_the_teardown()
-    gc.collect()
     gc.freeze()
+    gc.enable()
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except BaseException as error:
+        raise Refusal(
+            f"preload={module!r} cannot be imported: {type(error).__name__}: {error}.",
+            "Is it installed there, and spelled as in an import statement?",
+            "" if isinstance(error, ModuleNotFoundError) else traceback.format_exc(),
+        ) from error
+    if _cuda_was_touched():
+        raise Refusal(
+            f"importing preload={module!r} initialised CUDA, which forked workers cannot use.",
+            _SPAWN,
+        )
 
 
 def _spare_workers_the_teardown() -> None:
