@@ -341,9 +341,7 @@ def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path)
 
 
 @pytest.mark.parametrize("working_s", [0, 0.001, 0.002, 0.004, 0.008])
-def test_keeper_that_is_killed_at_its_work(
-    cluster: None, working_s: float, tmp_path: Path
-) -> None:
+def test_keeper_that_is_killed_at_its_work(cluster: None, working_s: float, tmp_path: Path) -> None:
     """As Ray does when the raylet dies: the agent ends its template, and its child is killed."""
 
     def announce_and_sleep() -> None:

@@ -18,7 +18,7 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.transfer import map_file
-from torchrunx_ray.worker import group, logs, names, outcome, stacks
+from torchrunx_ray.worker import group, logs, names, outcome, preload, stacks
 
 
 def main() -> NoReturn:
@@ -117,6 +117,7 @@ def _end(leave_group: Callable[[], None] | None) -> NoReturn:
             leave_group()
         except Exception:
             pass  # a peer failed, and the launch with it; this rank's value is on its way
+    preload.note_late_imports()
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what multiprocessing's children call, too
     _flush()
     os._exit(1 if leave_group is None else 0)

@@ -1,7 +1,9 @@
 """What a template imports before it forks, and whether it can still be forked from."""
 
+import contextlib
 import gc
 import importlib
+import mmap
 import os
 import select
 import signal
@@ -12,6 +14,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 _PROBE_TIMEOUT_S = 5.0
+
+_LATE = "torch._dynamo"
+"""The first optimiser or DDP model imports it, for 0.6 s: most functions that train, and no others."""
+
+_late_is_wanted = mmap.mmap(-1, 1)
+"""Shared with the workers that are forked from here."""
 
 _SPAWN = "Take it out of preload, or pass start_method='spawn'."
 
@@ -34,15 +42,41 @@ def load(modules: Sequence[str]) -> None:
     gc.disable()
     for module in modules:
         _import(module)
+    _check_that_it_can_be_forked(modules)
+    _settle()
+
+
+def note_late_imports() -> None:
+    """In a worker at its end: tell the template what it would better have had."""
+    if _LATE in sys.modules:
+        _late_is_wanted[0] = 1
+
+
+def learn() -> bool:
+    """Between runs: import what workers imported by themselves. False: no fork is safe any more."""
+    if not _late_is_wanted[0] or _LATE in sys.modules:
+        return True
+    gc.disable()
+    with contextlib.suppress(Exception):  # what is wrong with it the workers have seen
+        importlib.import_module(_LATE)
+    _settle()
+    return not _cuda_was_touched()
+
+
+def _settle() -> None:
+    """Nothing that was imported is to be looked at again, by workers either."""
+    _spare_workers_the_teardown()
+    gc.freeze()
+    gc.enable()
+
+
+def _check_that_it_can_be_forked(modules: Sequence[str]) -> None:
     if len(os.listdir("/proc/self/task")) > 1 and not _fork_can_compute():
         raise Refusal(
             f"importing preload={tuple(modules)!r} started an OpenMP thread pool, and forked workers "
             "would hang in their first parallel operation.",
             _SPAWN,
         )
-    _spare_workers_the_teardown()
-    gc.freeze()
-    gc.enable()
 
 
 def _import(module: str) -> None:

@@ -56,6 +56,7 @@ class _Template:
     def __init__(self, channel: Channel, setup: messages.TemplateSetup) -> None:
         self._channel = channel
         self._start_method: messages.StartMethod = setup.start_method
+        self._can_fork = True
         self._call: HeldCall | None = None
         self._children: dict[int, int | None] = {}
         """Local rank by pid; None is the store."""
@@ -67,7 +68,7 @@ class _Template:
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         poll.register(self._child_ended, select.POLLIN)
-        while True:
+        while self._can_fork:
             for fd, _events in poll.poll():
                 if fd == self._child_ended:
                     os.read(fd, 4096)
@@ -96,6 +97,7 @@ class _Template:
                 self._drop_call()
                 left = family.kill_children(self._reap)
                 self._channel.send(messages.RunEnded(tuple(left)))
+                self._can_fork = preload.learn()
             case _:
                 raise TypeError(f"a template does not know {message!r}")
 
