@@ -5,14 +5,15 @@ One host, one Ray. The baseline is measured in the same run, in turn with the re
 moment the function returns to the moment the driver holds the tensor; an argument from the call to
 the moment the last worker's function begins, less the same for a launch without one.
 
-    python benchmarks/data.py [--samples 5] [--megabytes 512] [--workers 8]
+    python benchmarks/data.py [--samples 5] [--sizes 1K,1M,64M,512M,1G] [--workers 8]
 
-torchrunx is measured beside it where it is installed.
+torchrunx is measured beside it where it is installed, up to 512 MiB: more takes it minutes.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,44 +26,66 @@ import torch
 
 import torchrunx_ray as trx
 
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 MIB = 2**20
+ALL_RANKS = 4
+"""Who return a value each, all of which the driver takes."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--sizes", default="1K,1M,64M,512M,1G")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--json", help="where to write the times, too")
     arguments = parser.parse_args()
-    workers: int = arguments.workers
-    size: int = arguments.megabytes * MIB
-    store = max(4 * size, 80 * MIB)
-    ray.init(
-        address="local", num_cpus=2 * workers, include_dashboard=False, object_store_memory=store
-    )
-    tensor = torch.ones(size, dtype=torch.uint8)
-    kilobyte = torch.ones(1024, dtype=torch.uint8)
-    sessions = {count: open_session(count) for count in (1, workers)}
-    questions: dict[str, Callable[[], float]] = {
-        "baseline: put, get, copy": lambda: baseline(tensor),
-        "result of one rank": lambda: result_of_rank_0(sessions[workers], size),
-        "argument to 1 worker": lambda: argument(sessions[1], tensor),
-        f"argument to {workers} workers": lambda: argument(sessions[workers], tensor),
-        "launch without values": lambda: launch(sessions[workers], None),
-        "launch with 1 KB in and out": lambda: launch(sessions[workers], kilobyte),
+    times = {
+        name: of_size(size_of(name), arguments.workers, arguments.samples)
+        for name in arguments.sizes.split(",")
     }
-    times = measure(questions, arguments.samples)
-    if importlib.util.find_spec("torchrunx") is not None:
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(times, indent=1))
+
+
+def size_of(name: str) -> int:
+    return int(name[:-1]) * UNITS[name[-1]]
+
+
+def of_size(size: int, workers: int, samples: int) -> dict[str, list[float]]:
+    """With a Ray of its own, whose store has room for it."""
+    store = max(2 * ALL_RANKS * size, 80 * MIB)
+    cpus = 2 * workers + ALL_RANKS + 1
+    ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=store)
+    tensor = torch.ones(size, dtype=torch.uint8)
+    sessions = {count: open_session(count) for count in (1, ALL_RANKS, workers)}
+    questions: dict[str, Callable[[], float]] = {
+        "floor: one copy": lambda: one_copy(tensor),
+        "baseline: put, get, copy": lambda: baseline(tensor),
+        "result of one rank": lambda: result_of(1, sessions[workers], size),
+        f"results of all {ALL_RANKS} ranks": lambda: result_of(
+            ALL_RANKS, sessions[ALL_RANKS], size
+        ),
+        "launch without values": lambda: launch(sessions[workers], None),
+        "launch with it in, and out of one": lambda: launch(sessions[workers], tensor),
+    }
+    if size >= MIB:  # less is lost in what a launch takes
+        questions |= {
+            "argument to 1 worker": lambda: argument(sessions[1], tensor),
+            f"argument to {workers} workers": lambda: argument(sessions[workers], tensor),
+        }
+    times = measure(questions, samples)
+    for session in sessions.values():
+        session.close()
+    if importlib.util.find_spec("torchrunx") is not None and size <= 512 * MIB:
         # After the rest: for seconds after it the machine's memory comes ten times slower.
         peers = {
             "torchrunx: result of one rank": lambda: torchrunx_result(size),
             "torchrunx: argument to 1 worker": lambda: torchrunx_argument(tensor),
         }
-        times |= measure(peers, arguments.samples)
+        times |= measure(peers, samples)
+    ray.shutdown()
     report(times, size)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(times, indent=1))
+    return times
 
 
 def measure(questions: dict[str, Callable[[], float]], samples: int) -> dict[str, list[float]]:
@@ -77,6 +100,15 @@ def open_session(workers: int) -> trx.Session:
     return trx.Launcher(hostnames=1, workers_per_host=workers, backend=None).session()
 
 
+def one_copy(tensor: torch.Tensor) -> float:
+    """Of memory that has been touched, to memory that has not."""
+    begun = time.monotonic()
+    copied = tensor.clone()
+    taken = time.monotonic() - begun
+    assert copied[-1] == 1
+    return taken
+
+
 def baseline(tensor: torch.Tensor) -> float:
     array = tensor.numpy()
     begun = time.monotonic()
@@ -86,17 +118,18 @@ def baseline(tensor: torch.Tensor) -> float:
     return taken
 
 
-def result_of_rank_0(session: trx.Session, size: int) -> float:
-    def make() -> tuple[float, torch.Tensor | None]:
-        import os
+def result_of(ranks: int, session: trx.Session, size: int) -> float:
+    """From the first of these ranks' return until the driver holds all their tensors."""
 
-        value = torch.ones(size, dtype=torch.uint8) if os.environ["RANK"] == "0" else None
+    def make() -> tuple[float, torch.Tensor | None]:
+        is_asked = int(os.environ["RANK"]) < ranks
+        value = torch.ones(size, dtype=torch.uint8) if is_asked else None
         return time.monotonic(), value
 
-    returned, value = session.run(make).rank(0)
-    taken = time.monotonic() - returned
-    assert value is not None
-    assert value[-1] == 1
+    result = session.run(make)
+    values = [result.rank(i) for i in range(ranks)]
+    taken = time.monotonic() - min(returned for returned, _ in values)
+    assert all(value is not None and value[-1] == 1 for _, value in values)
     return taken
 
 
@@ -116,7 +149,7 @@ def time_to_begin(session: trx.Session, value: torch.Tensor | None) -> float:
 
 def launch(session: trx.Session, value: torch.Tensor | None) -> float:
     def give_back(value: torch.Tensor | None) -> torch.Tensor | None:
-        return value
+        return value if os.environ["RANK"] == "0" else None
 
     begun = time.monotonic()
     list(session.run(give_back, value))
@@ -150,15 +183,15 @@ def torchrunx() -> Any:
 
 def report(times: dict[str, list[float]], size: int) -> None:
     base = statistics.median(times["baseline: put, get, copy"])
-    print(f"{size // MIB} MiB; seconds")
+    words = f"{size // MIB} MiB" if size >= MIB else f"{size} bytes"
+    print(f"\n{words}; seconds")
     print(f"{'':34}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}{'GB/s':>8}  of the baseline")
     for name, taken in times.items():
         median = statistics.median(taken)
         row = f"{name:34}{median:9.3f}{min(taken):9.3f}{max(taken):9.3f}{len(taken):4}"
-        moved = (
-            "" if name.startswith("launch") else f"{size / median / 1e9:8.2f}  {median / base:.2f}x"
-        )
-        print(row + moved)
+        moved = ALL_RANKS * size if name.startswith("results") else size
+        speed = f"{moved / median / 1e9:8.2f}  {median / base:.2f}x"
+        print(row if name.startswith("launch") else row + speed, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """How long a launch takes, beside others that launch the same function.
 
 One host, gloo. Each sample is a fresh driver process; "cold" is its first launch, "warm" the median
-of five more. Ray is there before the clock starts, as its cluster is for its users; torchrun has no
+of three more, or one more of a peer that takes as long as for the first. Ray is there before the clock starts, as its cluster is for its users; torchrun has no
 driver, so its whole command is timed, and every launch is a cold one. The floor is the whole process
 `python -c 'import torch, torch.distributed'`. All take turns in each round.
 
     python benchmarks/launch_peers.py [--samples 5] [--workers 1,2,4,8,16] [--functions no_op,ddp_step]
 
-A peer that is not installed is left out, and so is one that fails, with its last words.
+Dots count what was asked. A peer that is not installed is left out, and so is one that fails, with its last words.
 """
 
 import argparse
@@ -27,9 +27,9 @@ BEGIN = """
 import json, statistics, sys, time
 from functions import {function} as function
 
-def report(launch):
+def report(launch, warm=3):
     times = []
-    for _ in range(6):
+    for _ in range(1 + warm):
         begun = time.perf_counter()
         launch()
         times.append(time.perf_counter() - begun)
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     launcher = torchrunx.Launcher(
         hostnames=["localhost"], workers_per_host={workers}, backend="gloo"
     )
-    report(lambda: launcher.run(function))
+    report(lambda: launcher.run(function), warm=1)
 """,
     "ray train": RAY
     + """
@@ -76,7 +76,7 @@ def launch():
         torch_config=TorchConfig(backend="gloo"),
     ).fit()
 
-report(launch)
+report(launch, warm=1)
 """,
     "monarch": """
 from monarch.actor import Actor, current_rank, endpoint, this_host
@@ -101,7 +101,7 @@ def launch():
     processes.stop().get()
 
 if __name__ == "__main__":
-    report(launch)
+    report(launch, warm=1)
 """,
 }
 
@@ -144,6 +144,7 @@ def measure(function: str, workers: int, samples: int) -> dict[str, list[float]]
         for name, question in questions.items():
             if name in left_out:
                 continue
+            print(".", end="", file=sys.stderr, flush=True)  # it takes long
             try:
                 seen = question()
             except subprocess.CalledProcessError as error:

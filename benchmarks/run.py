@@ -25,13 +25,15 @@ QUESTIONS = {
     "launch_peers": (["--samples", "5"], ["--samples", "1", "--workers", "2,4"]),
     "launch": (["--samples", "5"], ["--samples", "1"]),
     "failures": (["--samples", "10"], ["--samples", "2", "--peer-samples", "1"]),
-    "data": (["--samples", "5"], ["--samples", "2"]),
+    "data": (["--samples", "5"], ["--samples", "2", "--sizes", "1K,64M"]),
     "logs": (["--samples", "5"], ["--samples", "1"]),
     "hosts": (["--samples", "5"], ["--samples", "2", "--hosts", "1,2,4", "--workers", "1,8"]),
+    "agents": (["--samples", "5"], ["--samples", "2", "--hosts", "25,100"]),
+    "reads": ([], []),
 }
 """By script: its arguments, and those of a quick look."""
 
-PACKAGES = ("torch", "ray", "torchrunx", "torchmonarch")
+PACKAGES = ("torch", "ray", "torchrunx", "torchmonarch", "torchrunx-ray")
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """Agents that wait for another run after a failed one: for how long, and with what."""
 
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,24 @@ def test_agents_go_at_once_with_their_driver(
         before.missing_from(Traces.now(), CPUS)
     )
     assert launch_again() == 4
+
+
+def test_another_driver_has_the_room_while_agents_linger(environment: dict[str, str]) -> None:
+    """And the agents serve their own driver's next run, in new processes, when it is done."""
+    launcher = trx.Launcher(hostnames=2, workers_per_host=2, linger=1000)
+    pids = list(launcher.run(lambda: (os.getppid(), os.getpid())))
+    script = """
+import os, ray, torchrunx_ray as trx
+ray.init(os.environ["CLUSTER"], log_to_driver=False)
+print(len(trx.Launcher(hostnames=2, workers_per_host=2, placement_timeout=20).run(os.getpid)))
+"""
+    other = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert other.stdout == b"4\n", other.stderr.decode()
+
+    again = list(launcher.run(lambda: (os.getppid(), os.getpid())))
+    assert {template for template, _ in again} == {template for template, _ in pids}
+    assert not {worker for _, worker in again} & {worker for _, worker in pids}
+    launch_again()  # ends them
 
 
 def launch_again() -> int:

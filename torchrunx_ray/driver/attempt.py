@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import signal
 import sys
@@ -11,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from torchrunx_ray.driver import memory_monitor
 from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.clocks import Clocks
-from torchrunx_ray.driver.cluster import ClusterLeft, Connection, untyped_ray
-from torchrunx_ray.driver.failures import ArgumentLost, Failure, Failures, NotJoined, Report
+from torchrunx_ray.driver.cluster import Connection, untyped_ray
+from torchrunx_ray.driver.failures import Failure, Failures, NotJoined, Report
 from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.logs.run_logs import RunLogs
 from torchrunx_ray.driver.logs.speaker import Speaker
@@ -28,14 +27,12 @@ from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.results import Value
 from torchrunx_ray.driver.stacks import Stacks
+from torchrunx_ray.driver.talk import Talk
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.ranks import Place, lay_out
 
 logger = logging.getLogger("torchrunx_ray")
-
-_SILENT_S = 15.0
-"""An agent answers a poll after 5 s at the latest."""
 
 _SETTLING_S = 0.1
 """How long an earlier failure may take to arrive after a later one."""
@@ -52,9 +49,6 @@ _ENDING_S = 0.8
 
 _LOOK_S = 0.2
 """For the workers to say what they are doing when the run was cancelled: a person waits."""
-
-_NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
-"""How Ray says, in the error of a call, that not the call itself failed."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,6 @@ class Attempt:
         self._stopped: list[str] = []
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
-        self._refs: dict[int, list[ray.ObjectRef[Any]]] = {}
         self._sizes: dict[tuple[int, int], int] = {}
         self._pids: list[dict[int, int]] = [{} for _ in crew.hosts]
         """Ranks of each host by pid."""
@@ -116,10 +109,20 @@ class Attempt:
         cancellation kills them.
         """
         self._logs = RunLogs(self._options, call.log_handlers, self._speakers())
+        talks = [
+            Talk(
+                self._crew.agents[i],
+                host.label,
+                self._logs,
+                self._pids[i],
+                functools.partial(self._hear, i),
+            )
+            for i, host in enumerate(self._crew.hosts)
+        ]
         try:
             self._comparing = asyncio.create_task(self._clocks.compare())
             self._watching = [
-                asyncio.create_task(self._watch(i, call)) for i in range(len(self._crew.hosts))
+                asyncio.create_task(self._watch(i, talk, call)) for i, talk in enumerate(talks)
             ]
             if self._backend is not None:
                 self._later(self._options.timeout, self._check_joined)
@@ -145,13 +148,10 @@ class Attempt:
                 for host_index, failure in self._failures
             ]
             return Failures(on_our_clock, self._stopped, self._stacks, self.log_directory)
-        await in_thread(_wait_until_stored, [ref for refs in self._refs.values() for ref in refs])
+        await in_thread(_wait_until_stored, [ref for talk in talks for ref in talk.values])
         return [
-            [
-                Value(ref, self._sizes.get((i, k), 0), host.node)
-                for k, ref in enumerate(self._refs[i])
-            ]
-            for i, host in enumerate(self._crew.hosts)
+            [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(talk.values)]
+            for i, (host, talk) in enumerate(zip(self._crew.hosts, talks, strict=True))
         ]
 
     async def stacks(self) -> Stacks:
@@ -208,76 +208,10 @@ class Attempt:
             log_level=self._logs.level,
         )
 
-    async def _watch(self, host_index: int, call: Call) -> None:
-        """Start one host's workers and hear all that its agent has to say, until it has ended."""
-        calls = self._crew.agents[host_index].calls
-        # From the first moment, or the last words of an agent that fails while it starts are lost.
-        hearing = asyncio.create_task(self._hear_until_ended(host_index))
-        hearing.add_done_callback(lambda task: task.cancelled() or task.exception())
-        try:
-            wanted = self._wanted(host_index)
-            await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
-            places = self._layout[host_index]
-            self._refs[host_index] = [
-                calls.value.remote(self._run_id, place.local_rank) for place in places
-            ]
-            await hearing
-        except ClusterLeft as left:
-            self._lose(host_index, str(left), "")
-        except RayTaskError as error:
-            if _NO_ARGUMENT in str(error):
-                lost = ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
-                self._fail(host_index, None, None, lost)
-                return
-            self._lose(host_index, "the agent failed (a limit of the host, or a bug)", str(error))
-        except OutOfMemoryError as error:
-            self._crew.agents[host_index].is_gone = True
-            what = "Ray's memory monitor killed the agent"
-            self._lose(
-                host_index, what, memory_monitor.evidence(str(error), self._pids[host_index])
-            )
-        except RayError as error:
-            self._crew.agents[host_index].is_gone = isinstance(error, RayActorError)
-            self._lose(host_index, "the agent died", str(error))
-        finally:
-            hearing.cancel()
-            del hearing
-
-    async def _hear_until_ended(self, host_index: int) -> None:
-        while True:
-            for event in await self._poll(host_index):
-                self._hear(host_index, event)
-                if isinstance(event, messages.OutputEnded):
-                    return
-
-    async def _poll(self, host_index: int) -> list[messages.Event]:
-        """What an agent has to say, which it is asked for all the time; says when it does not."""
-        label = self._crew.hosts[host_index].label
-        silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent, label)
-        calls = self._crew.agents[host_index].calls
-        has_room = self._logs.has_room
-        # What else there is to say must not wait for a terminal that takes no more output.
-        nudging = None if has_room else asyncio.create_task(self._nudge(calls))
-        try:
-            return await self._cluster.ask(calls.poll, has_room)
-        finally:
-            silent.cancel()
-            if nudging is not None:
-                nudging.cancel()
-
-    async def _nudge(self, calls: Any) -> None:
-        """End a poll that did not ask for output, as soon as there is room for it."""
-        await self._logs.until_room()
-        if self._cluster.is_ours():
-            calls.nudge.remote()
-
-    def _say_silent(self, label: str) -> None:
-        logger.warning(
-            "%s has not answered for %.0f s: its agent is frozen, swapping, or cut off. The run goes "
-            "on when it wakes, and fails when Ray gives the node up.",
-            label,
-            _SILENT_S,
-        )
+    async def _watch(self, host_index: int, talk: Talk, call: Call) -> None:
+        failed = await talk.hold(self._wanted(host_index), call)
+        if failed is not None:
+            self._fail(host_index, None, None, failed)
 
     def _hear(self, host_index: int, event: messages.Event) -> None:
         self._note(host_index, event)

@@ -1,5 +1,6 @@
 """The process that serves the launch's TCPStore."""
 
+import resource
 import signal
 from typing import NoReturn
 
@@ -13,6 +14,8 @@ def serve(listening_fd: int, port: int) -> NoReturn:
     its backlog. A process of its own: the store outlives rank 0 and needs no torch in the agent.
     """
     never_ask_dns()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each rank of the launch needs one
     from torch._C._distributed_c10d import TCPStore
 
     _store = TCPStore(

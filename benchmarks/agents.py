@@ -1,0 +1,167 @@
+"""What each host costs the driver alone, beyond the hosts that one machine can run.
+
+Agents that fork nothing: a few Ray actors answer for all of them, as fast as Ray lets them, and tell of
+8 workers each that join, start, return and end. What drives them is the driver's own code, and each
+call goes through Ray. Counted is the CPU time of the driver process, all threads, since the actors share
+its cores.
+
+    python benchmarks/agents.py [--samples 5] [--hosts 25,50,100,250,500]
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from torchrunx_ray.driver import loop
+from torchrunx_ray.driver.attempt import Attempt, Crew
+from torchrunx_ray.driver.call import put_call
+from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.history import History
+from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.placement import Host
+from torchrunx_ray.driver.pool import Agent
+from torchrunx_ray.wire import messages, versions
+from torchrunx_ray.wire.clock import now_ns
+
+WORKERS = 8
+ACTORS = 2
+
+
+class Agents:
+    """Answers for many agents, by their index."""
+
+    def __init__(self) -> None:
+        self._events: dict[int, asyncio.Queue[list[messages.Event]]] = {}
+
+    async def clock(self, _index: int) -> int:
+        return now_ns()
+
+    async def start(self, index: int, wanted: messages.RunWanted, _function: object) -> None:
+        times = now_ns()
+        ranks = range(len(wanted.places))
+        told: list[messages.Event] = [messages.TemplateLoaded(times, times)]
+        for local_rank in ranks:
+            told += [
+                messages.Joined(local_rank, times),
+                messages.Started(local_rank, local_rank, times),
+            ]
+        self._queue(index).put_nowait(told)
+        await asyncio.sleep(0.05)
+        told = []
+        for local_rank in ranks:
+            told += [
+                messages.Finished(local_rank, now_ns(), 8),
+                messages.Exited(local_rank, local_rank, now_ns(), 0, None, 0),
+            ]
+        self._queue(index).put_nowait([*told, messages.HostEnded(()), messages.OutputEnded()])
+
+    async def poll(self, index: int, _with_output: bool) -> list[messages.Event]:
+        try:
+            return await asyncio.wait_for(self._queue(index).get(), 5)
+        except TimeoutError:
+            return []
+
+    async def value(self, _index: int, _run_id: str, local_rank: int) -> int:
+        return local_rank
+
+    def _queue(self, index: int) -> asyncio.Queue[list[messages.Event]]:
+        return self._events.setdefault(index, asyncio.Queue())
+
+
+class Bound:
+    """A method of the actor, for one of its agents."""
+
+    def __init__(self, method: Any, index: int) -> None:
+        self._method, self._index = method, index
+
+    def remote(self, *args: object) -> Any:
+        return self._method.remote(self._index, *args)
+
+
+class Calls:
+    """Stands where an agent's handle does."""
+
+    def __init__(self, actor: Any, index: int) -> None:
+        self._actor, self._index = actor, index
+
+    def __getattr__(self, name: str) -> Bound:
+        return Bound(getattr(self._actor, name), self._index)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--hosts", default="25,50,100,250,500")
+    parser.add_argument("--json", help="where to write the times, too")
+    arguments = parser.parse_args()
+    os.environ["TORCHRUNX_LOG_DIR"] = ""
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    remote: Any = ray.remote
+    actors = [
+        remote(Agents).options(num_cpus=0, max_concurrency=100_000).remote() for _ in range(ACTORS)
+    ]
+    times: dict[str, list[float]] = {}
+    for hosts in map(int, arguments.hosts.split(",")):
+        run(hosts, actors)  # warms what is made once
+        for _ in range(arguments.samples):
+            for kind, taken in run(hosts, actors).items():
+                times.setdefault(f"{hosts} hosts: {kind}", []).append(taken)
+    ray.shutdown()
+    report(times)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(times, indent=1))
+
+
+def run(hosts: int, actors: list[Any]) -> Mapping[str, float]:
+    node = Node(ray.get_runtime_context().get_node_id(), "host", "127.0.0.1", {}, {})
+    wanted: Any = None
+    agents = [
+        Agent(node.node_id, wanted, "", Calls(actors[i % len(actors)], i)) for i in range(hosts)
+    ]
+    met = messages.Met("127.0.0.1", 29500, False, versions.of_this_process(), None, None)
+    crew = Crew(
+        [Host(node, f"host{i}", WORKERS, 0) for i in range(hosts)],
+        agents,
+        [met] * hosts,
+        [()] * hosts,
+    )
+    options = Options(console_ranks=())
+    call = put_call(no_op, (), {}, options)
+
+    async def go() -> object:
+        return await Attempt(call.run_name, options, crew, "gloo", History()).go(call)
+
+    begun, cpu = time.perf_counter(), time.process_time()
+    running = loop.start(go())
+    values: Any = running.result()
+    assert sum(map(len, values)) == hosts * WORKERS, values
+    return {
+        "CPU of the driver": time.process_time() - cpu,
+        "until all have ended": time.perf_counter() - begun,
+    }
+
+
+def no_op() -> None:
+    pass
+
+
+def report(times: dict[str, list[float]]) -> None:
+    print(f"{'seconds':44}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}   per host, ms")
+    for name, taken in times.items():
+        median = statistics.median(taken)
+        per_host = 1000 * median / int(name.split()[0])
+        print(
+            f"{name:44}{median:9.3f}{min(taken):9.3f}{max(taken):9.3f}{len(taken):4}{per_host:10.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What template and store do for the workers that are forked."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import torchrunx_ray as trx
+
+STORE = """
+import resource, socket
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+from torchrunx_ray.worker.store import serve
+listening = socket.create_server(("127.0.0.1", 0))
+port = listening.getsockname()[1]
+print(port, flush=True)
+serve(listening.detach(), port)
+"""
+
+
+def test_store_serves_more_ranks_than_a_process_may_have_files_by_default() -> None:
+    """1,024 are usual, and every rank keeps a connection."""
+    with subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE) as store:
+        try:
+            assert store.stdout is not None
+            port, patience = int(store.stdout.readline()), timedelta(seconds=5)
+            clients = [dist.TCPStore("127.0.0.1", port, timeout=patience) for _ in range(200)]
+            for rank, client in enumerate(clients):
+                client.set(str(rank), "here")
+            assert clients[0].get("199") == b"here"
+        finally:
+            store.kill()
+
+
+def test_template_learns_what_its_workers_had_to_import(cluster: None) -> None:
+    """The first optimiser imports torch._dynamo, in every worker, unless the template has it."""
+
+    def step() -> bool:
+        had_it = "torch._dynamo" in sys.modules
+        torch.optim.AdamW([torch.ones(1, requires_grad=True)]).step()
+        assert "torch._dynamo" in sys.modules
+        return had_it
+
+    launcher = trx.Launcher(workers_per_host=2, extra_env_vars={"OWN_AGENT_FOR": "learning"})
+    launcher.run(os.getpid)
+    template = launcher.run(os.getppid).rank(0)
+
+    assert list(launcher.run(step)) == [False, False], "a launch that does not need it does not pay"
+    assert list(launcher.run(step)) == [True, True]
+    assert launcher.run(os.getppid).rank(0) == template
+
+
+def test_template_learns_from_a_run_that_failed(cluster: None) -> None:
+    def fail() -> bool:
+        had_it = "torch._dynamo" in sys.modules
+        torch.optim.AdamW([torch.ones(1, requires_grad=True)]).step()
+        raise ValueError(had_it)
+
+    launcher = trx.Launcher(workers_per_host=1, extra_env_vars={"OWN_AGENT_FOR": "failing"})
+    seen: list[str] = []
+    for _ in range(2):
+        try:
+            launcher.run(fail)
+        except ValueError as error:
+            seen.append(str(error))
+
+    assert seen == ["False", "True"]

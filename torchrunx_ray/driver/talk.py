@@ -1,0 +1,117 @@
+"""The driver's talk with one agent during a run."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+
+from torchrunx_ray.driver import memory_monitor
+from torchrunx_ray.driver.call import Call
+from torchrunx_ray.driver.cluster import ClusterLeft, Connection
+from torchrunx_ray.driver.failures import ArgumentLost
+from torchrunx_ray.driver.logs.run_logs import RunLogs
+from torchrunx_ray.driver.pool import Agent
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.clock import now_ns
+
+logger = logging.getLogger("torchrunx_ray")
+
+_SILENT_S = 15.0
+"""An agent answers a poll after 5 s at the latest."""
+
+_NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
+"""How Ray says, in the error of a call, that not the call itself failed."""
+
+
+class Talk:
+    """Has the agent start its workers, hears all that it has to say, and asks for the values."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        hostname: str,
+        logs: RunLogs,
+        ranks_by_pid: Mapping[int, int],
+        hear: Callable[[messages.Event], None],
+    ) -> None:
+        self._agent = agent
+        self._hostname = hostname
+        self._logs = logs
+        self._ranks_by_pid = ranks_by_pid
+        self._hear = hear
+        self._cluster = Connection()
+        self.values: list[ray.ObjectRef[Any]] = []
+        """By local rank, once the workers have been started."""
+
+    async def hold(
+        self, wanted: messages.RunWanted, call: Call
+    ) -> messages.AgentFailed | ArgumentLost | None:
+        """Return when the host has ended the run; or why there is nobody to talk to."""
+        calls = self._agent.calls
+        # From the first moment, or the last words of an agent that fails while it starts are lost.
+        hearing = asyncio.create_task(self._hear_until_ended())
+        hearing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
+            self.values = [
+                calls.value.remote(wanted.run_id, place.local_rank) for place in wanted.places
+            ]
+            await hearing
+        except ClusterLeft as left:
+            return _failed(str(left), "")
+        except RayTaskError as error:
+            if _NO_ARGUMENT in str(error):
+                return ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
+            return _failed("the agent failed (a limit of the host, or a bug)", str(error))
+        except OutOfMemoryError as error:
+            self._agent.is_gone = True
+            evidence = memory_monitor.evidence(str(error), self._ranks_by_pid)
+            return _failed("Ray's memory monitor killed the agent", evidence)
+        except RayError as error:
+            self._agent.is_gone = isinstance(error, RayActorError)
+            return _failed("the agent died", str(error))
+        finally:
+            hearing.cancel()
+            del hearing
+        return None
+
+    async def _hear_until_ended(self) -> None:
+        while True:
+            for event in await self._poll():
+                self._hear(event)
+                if isinstance(event, messages.OutputEnded):
+                    return
+
+    async def _poll(self) -> list[messages.Event]:
+        """What the agent has to say, which it is asked for all the time; says when it does not."""
+        silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent)
+        has_room = self._logs.has_room
+        # What else there is to say must not wait for a terminal that takes no more output.
+        nudging = None if has_room else asyncio.create_task(self._nudge())
+        try:
+            return await self._cluster.ask(self._agent.calls.poll, has_room)
+        finally:
+            silent.cancel()
+            if nudging is not None:
+                nudging.cancel()
+
+    async def _nudge(self) -> None:
+        """End a poll that did not ask for output, as soon as there is room for it."""
+        await self._logs.until_room()
+        if self._cluster.is_ours():
+            self._agent.calls.nudge.remote()
+
+    def _say_silent(self) -> None:
+        logger.warning(
+            "%s has not answered for %.0f s: its agent is frozen, swapping, or cut off. The run goes "
+            "on when it wakes, and fails when Ray gives the node up.",
+            self._hostname,
+            _SILENT_S,
+        )
+
+
+def _failed(what: str, evidence: str) -> messages.AgentFailed:
+    return messages.AgentFailed(now_ns(), what, evidence)
