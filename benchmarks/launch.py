@@ -1,8 +1,8 @@
 """How long a launch takes, in units of importing torch.
 
 A no-op with one all_reduce on one host. Each sample is a fresh driver process with a Ray of its
-own, whose clock starts after `ray.init()`; before each one the baseline is measured, the whole
-process `python -c 'import torch, torch.distributed'`.
+own, whose clock starts after `ray.init()`; before each one the floors are measured: the whole
+process `python -c 'import torch, torch.distributed'`, and a fork of such a process, to its end.
 
     python benchmarks/launch.py [--samples 5] [--workers 4]
 """
@@ -20,6 +20,18 @@ from pathlib import Path
 from typing import Any
 
 BASELINE = [sys.executable, "-c", "import torch, torch.distributed"]
+FORKS = """
+import gc, os, statistics, time, torch, torch.distributed
+gc.freeze()
+def fork():
+    begun = time.perf_counter()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return time.perf_counter() - begun
+print(statistics.median(fork() for _ in range(20)))
+"""
 
 
 def main() -> None:
@@ -34,14 +46,18 @@ def main() -> None:
         return
     subprocess.run(BASELINE, check=True)  # warms the page cache
     baselines: list[float] = []
+    forks: list[float] = []
     samples: list[dict[str, list[float]]] = []
     for _ in range(arguments.samples):
         baselines.append(seconds(lambda: subprocess.run(BASELINE, check=True)))
+        forks.append(float(subprocess.check_output([sys.executable, "-c", FORKS])))
         samples.append(sample_in_fresh_process(arguments.workers))
-    report(baselines, samples)
+    report(baselines, forks, samples)
     if arguments.json:
         times = {q: [s for sample in samples for s in sample[q]] for q in samples[0]}
-        Path(arguments.json).write_text(json.dumps({"baseline": baselines, **times}, indent=1))
+        Path(arguments.json).write_text(
+            json.dumps({"baseline": baselines, "fork": forks, **times}, indent=1)
+        )
 
 
 def sample_in_fresh_process(workers: int) -> dict[str, list[float]]:
@@ -131,10 +147,13 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def report(baselines: list[float], samples: list[dict[str, list[float]]]) -> None:
+def report(
+    baselines: list[float], forks: list[float], samples: list[dict[str, list[float]]]
+) -> None:
     baseline = statistics.median(baselines)
     print(f"{'':32}{'median':>10}{'lowest':>10}{'highest':>10}{'n':>5}   of the baseline")
     print_row("baseline: python, import torch", baselines, None)
+    print_row("floor: fork of such a process", forks, baseline)
     for question in samples[0]:
         times = [value for sample in samples for value in sample[question]]
         print_row(question, times, None if "MB" in question else baseline)

@@ -69,3 +69,17 @@ def test_template_learns_from_a_run_that_failed(cluster: None) -> None:
             seen.append(str(error))
 
     assert seen == ["False", "True"]
+
+
+def test_template_does_not_learn_where_the_function_says_how_to_import(cluster: None) -> None:
+    """torch._dynamo reads such variables once."""
+
+    def step() -> bool:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        import torch._dynamo.config
+
+        return torch._dynamo.config.disable
+
+    launcher = trx.Launcher(workers_per_host=1, extra_env_vars={"OWN_AGENT_FOR": "settings"})
+
+    assert [launcher.run(step).rank(0) for _ in range(2)] == [True, True]

@@ -21,6 +21,8 @@ _LATE = "torch._dynamo"
 _late_is_wanted = mmap.mmap(-1, 1)
 """Shared with the workers that are forked from here."""
 
+_settings_of_template: dict[str, str] = {}
+
 _SPAWN = "Take it out of preload, or pass start_method='spawn'."
 
 
@@ -39,6 +41,7 @@ def load(modules: Sequence[str]) -> None:
     and so copy, memory that all workers share. It does not run meanwhile either: nearly nothing that
     imports make is garbage, and the search for it is a fifth of their time.
     """
+    _settings_of_template.update(_settings())
     gc.disable()
     for module in modules:
         _import(module)
@@ -47,9 +50,20 @@ def load(modules: Sequence[str]) -> None:
 
 
 def note_late_imports() -> None:
-    """In a worker at its end: tell the template what it would better have had."""
-    if _LATE in sys.modules:
+    """In a worker at its end: tell the template what it would better have had.
+
+    Not where the function has set what that reads at its import: it would do so in vain next time.
+    """
+    if _LATE in sys.modules and _settings() == _settings_of_template:
         _late_is_wanted[0] = 1
+
+
+def _settings() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("TORCH", "PYTORCH")) and not name.startswith("TORCHELASTIC")
+    }
 
 
 def learn() -> bool:
