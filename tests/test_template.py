@@ -3,10 +3,8 @@
 import os
 import subprocess
 import sys
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 import torchrunx_ray as trx
 
@@ -21,19 +19,31 @@ print(port, flush=True)
 serve(listening.detach(), port)
 """
 
+CLIENTS = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from torchrunx_ray.worker.names import never_ask_dns
+never_ask_dns()
+patience = timedelta(seconds=5)
+clients = [dist.TCPStore("127.0.0.1", int(sys.argv[1]), timeout=patience) for _ in range(200)]
+for rank, client in enumerate(clients):
+    client.set(str(rank), "here")
+print(clients[0].get("199"))
+"""
+
 
 def test_store_serves_more_ranks_than_a_process_may_have_files_by_default() -> None:
     """1,024 are usual, and every rank keeps a connection."""
     with subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE) as store:
         try:
             assert store.stdout is not None
-            port, patience = int(store.stdout.readline()), timedelta(seconds=5)
-            clients = [dist.TCPStore("127.0.0.1", port, timeout=patience) for _ in range(200)]
-            for rank, client in enumerate(clients):
-                client.set(str(rank), "here")
-            assert clients[0].get("199") == b"here"
+            port = store.stdout.readline().strip()
+            command = [sys.executable, "-c", CLIENTS, port]
+            clients = subprocess.run(command, capture_output=True, text=True)
         finally:
             store.kill()
+    assert clients.stdout == "b'here'\n", clients.stderr
 
 
 def test_template_learns_what_its_workers_had_to_import(cluster: None) -> None:

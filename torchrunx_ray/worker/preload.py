@@ -21,6 +21,9 @@ _LATE = "torch._dynamo"
 _late_is_wanted = mmap.mmap(-1, 1)
 """Shared with the workers that are forked from here."""
 
+_NOT_SETTINGS = ("TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
+"""The launch sets these for each worker, and that import sets that."""
+
 _settings_of_template: dict[str, str] = {}
 
 _SPAWN = "Take it out of preload, or pass start_method='spawn'."
@@ -62,7 +65,7 @@ def _settings() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(("TORCH", "PYTORCH")) and not name.startswith("TORCHELASTIC")
+        if name.startswith(("TORCH", "PYTORCH")) and not name.startswith(_NOT_SETTINGS)
     }
 
 
