@@ -24,7 +24,7 @@ test-all: $(READY)
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -o filterwarnings=default $(ARGS) \
 		$(addprefix tests/test_,core.py launch.py run.py worker_process.py own_groups.py libraries.py \
-		payload.py data_plane.py hosts.py)
+		payload.py data_plane.py hosts.py template.py)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -45,8 +45,8 @@ def main() -> None:
     for name, seen in rows.items():
         print(f"{name:36}{seen['calls']:14}{seen['bytes'] / 1e6:8.1f}")
     if shutil.which("strace"):
-        rows["calls of the interpreter that name a file"] = named_files()
-        print(f"calls of the interpreter that name a file: {named_files()}")
+        rows["calls of the interpreter that name a file"] = named = named_files()
+        print(f"calls of the interpreter that name a file: {named}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1))
 

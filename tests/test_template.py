@@ -93,3 +93,32 @@ def test_template_does_not_learn_where_the_function_says_how_to_import(cluster: 
     launcher = trx.Launcher(workers_per_host=1, extra_env_vars={"OWN_AGENT_FOR": "settings"})
 
     assert [launcher.run(step).rank(0) for _ in range(2)] == [True, True]
+
+
+def test_what_a_template_learns_leaves_the_environment_alone(cluster: None) -> None:
+    """torch._dynamo sets where compiled code is kept, which functions set by rank."""
+
+    def step() -> str:
+        torch.optim.AdamW([torch.ones(1, requires_grad=True)]).step()
+        return os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+    launcher = trx.Launcher(workers_per_host=1, extra_env_vars={"OWN_AGENT_FOR": "variables"})
+    launcher.run(step)
+
+    def is_set() -> tuple[bool, bool]:
+        return "torch._dynamo" in sys.modules, "TORCHINDUCTOR_CACHE_DIR" in os.environ
+
+    assert launcher.run(is_set).rank(0) == (True, False)
+
+
+def test_template_does_not_learn_what_preload_left_out(cluster: None) -> None:
+    def step() -> bool:
+        had_it = "torch" in sys.modules
+        import torch
+
+        torch.optim.AdamW([torch.ones(1, requires_grad=True)]).step()
+        return had_it
+
+    launcher = trx.Launcher(workers_per_host=1, backend=None, preload=())
+
+    assert [launcher.run(step).rank(0) for _ in range(2)] == [False, False]

@@ -111,8 +111,6 @@ MAY_RAISE = {
 
 def may_also(moment: str) -> list[str]:
     """What every worker has delivered is not lost any more."""
-    if moment == "importing":
-        return ["AgentFailedError"]  # a keeper takes a template along that cannot hear of its end
     return ["returned"] if moment in ("reporting", "tearing down") else []
 
 

@@ -70,7 +70,7 @@ class Template:
     @property
     def is_whole(self) -> bool:
         """Whether keepers and template are there for another run."""
-        return not self._closing and self._keeper.poll() is None
+        return not (self._closing or self._gone_at_ns) and self._keeper.poll() is None
 
     @property
     def is_ready(self) -> bool:
@@ -126,10 +126,8 @@ class Template:
         self._closing = True
         if self._gone.is_set():
             return
-        if self._keeper.poll() is None:
-            self._keeper.send_signal(signal.SIGTERM)
-        else:
-            self._channel.say_no_more()
+        self._keeper.send_signal(signal.SIGTERM)  # at once, also where the template does not listen
+        self._channel.say_no_more()  # for a template whose outer keeper was killed
         await self._gone.wait()
 
     async def _fork(
@@ -185,6 +183,7 @@ class Template:
 
     async def _has_gone(self) -> None:
         await self._keepers_ended.wait()
+        exit_code = self._keeper.wait()
         with contextlib.suppress(OSError):  # out of descriptors: the end is told all the same
             kill_marked(self._mark)
         self._channel.close()
@@ -193,7 +192,7 @@ class Template:
         self._gone.set()
         refused = self._ready.done() and self._ready.result() is not None
         if not self._closing and not refused:
-            how, said = _evidence(self._keeper.wait()), self._stderr.last_lines
+            how, said = _evidence(exit_code), self._stderr.last_lines
             lines = [f"{how}. Its last lines of stderr:", *said] if said else [how]
             self.death = Death(self._gone_at_ns, "\n  ".join(lines))
             self._on_gone(self.death)

@@ -31,11 +31,6 @@ def die_with(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def outlive_parent() -> None:
-    """Take `die_with` back."""
-    _prctl(_PR_SET_PDEATHSIG, 0)
-
-
 def signal_group(group: int, signum: int) -> None:
     """Signal a process group. On SIGKILL its resource trackers are left to end by themselves.
 

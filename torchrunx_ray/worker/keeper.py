@@ -20,7 +20,7 @@ from torchrunx_ray.wire import family
 from torchrunx_ray.wire.channel import Channel
 
 _ENDING_S = 12.0
-"""For the inner keeper; longer than it waits for processes that SIGKILL does not end."""
+"""For the inner keeper to end; longer than it waits for processes that SIGKILL does not end."""
 
 
 def main() -> int:
@@ -59,11 +59,11 @@ def _become_template(channel: Channel) -> NoReturn:
 
 
 def _keep(
-    child_pid: int, agent_fd: int, end_with: signal.Signals, heir_told: int | None = None
+    child_pid: int, agent_fd: int, end_with: signal.Signals, heir_fd: int | None = None
 ) -> int:
     """Return when the child, or the agent, has ended and nothing is left below this process.
 
-    `heir_told` tells the pid of the process to keep where the child was killed.
+    From `heir_fd` comes the pid of the process to keep where the child was killed.
     """
     is_asked = False
 
@@ -82,8 +82,8 @@ def _keep(
         os.kill(child_pid, signal.SIGKILL)
     _, status = os.waitpid(child_pid, 0)
     exit_code = os.waitstatus_to_exitcode(status)
-    if heir_told is not None and exit_code < 0 and not is_asked:
-        said = os.read(heir_told, 32)
+    if heir_fd is not None and exit_code < 0 and not is_asked:
+        said = os.read(heir_fd, 32)
         if said and _is_child(int(said)):
             return _keep(int(said), agent_fd, signal.SIGKILL)
     family.kill_children()

@@ -1,6 +1,5 @@
 """What a template imports before it forks, and whether it can still be forked from."""
 
-import contextlib
 import gc
 import importlib
 import mmap
@@ -16,13 +15,13 @@ from typing import NoReturn
 _PROBE_TIMEOUT_S = 5.0
 
 _LATE = "torch._dynamo"
-"""The first optimiser or DDP model imports it, for 0.6 s: most functions that train, and no others."""
+"""The first optimiser or DDP model imports it, for 0.6 s: what trains needs it, most else does not."""
 
 _late_is_wanted = mmap.mmap(-1, 1)
 """Shared with the workers that are forked from here."""
 
 _NOT_SETTINGS = ("TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
-"""The launch sets these for each worker, and that import sets that."""
+"""What the launch sets for each worker, and what the import of torch._dynamo sets."""
 
 _settings_of_template: dict[str, str] = {}
 
@@ -49,7 +48,9 @@ def load(modules: Sequence[str]) -> None:
     for module in modules:
         _import(module)
     _check_that_it_can_be_forked(modules)
-    _settle()
+    _spare_workers_the_teardown()
+    gc.freeze()
+    gc.enable()
 
 
 def note_late_imports() -> None:
@@ -71,20 +72,22 @@ def _settings() -> dict[str, str]:
 
 def learn() -> bool:
     """Between runs: import what workers imported by themselves. False: no fork is safe any more."""
-    if not _late_is_wanted[0] or _LATE in sys.modules:
+    if not _late_is_wanted[0] or "torch" not in sys.modules or _LATE in sys.modules:
         return True
-    gc.disable()
-    with contextlib.suppress(Exception):  # what is wrong with it the workers have seen
-        importlib.import_module(_LATE)
-    _settle()
-    return not _cuda_was_touched()
+    variables = dict(os.environ)
+    try:
+        load([_LATE])
+    except Refusal:
+        return False
+    finally:
+        _restore(variables)  # it sets some, which a function may want to set by itself
+    return True
 
 
-def _settle() -> None:
-    """Nothing that was imported is to be looked at again, by workers either."""
-    _spare_workers_the_teardown()
-    gc.freeze()
-    gc.enable()
+def _restore(variables: dict[str, str]) -> None:
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
 
 
 def _check_that_it_can_be_forked(modules: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ def main(channel: Channel) -> NoReturn:
     try:
         setup, _ = channel.receive()
         assert isinstance(setup, messages.TemplateSetup)
-        _prepare(setup, os.getppid())
+        _prepare(setup)
         channel.send(messages.TemplateReady())
         _Template(channel, setup).serve()
     except preload.Refusal as refusal:
@@ -42,14 +42,11 @@ def main(channel: Channel) -> NoReturn:
     os._exit(0)
 
 
-def _prepare(setup: messages.TemplateSetup, keeper_pid: int) -> None:
-    # While it imports it cannot see that the agent is gone; the keeper is killed with that.
-    family.die_with(keeper_pid)
+def _prepare(setup: messages.TemplateSetup) -> None:
     sys.path[:] = setup.sys_path
     restore_python_path(setup.python_path)
     if setup.start_method == "fork":
         preload.load(setup.preload)
-    family.outlive_parent()
 
 
 class _Template:
