@@ -84,7 +84,7 @@ def announce(folder: str) -> None:
 
     if os.environ["RANK"] == "0":
         template = os.getppid()
-        Path(folder, "unfinished").write_text(f"{template} {parent(parent(template))}")
+        Path(folder, "unfinished").write_text(f"{template} {parent(parent(parent(template)))}")
         Path(folder, "unfinished").rename(Path(folder, "above"))
     time.sleep(1000)
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import torchrunx_ray as trx
@@ -95,8 +96,11 @@ def test_template_does_not_learn_where_the_function_says_how_to_import(cluster: 
     assert [launcher.run(step).rank(0) for _ in range(2)] == [True, True]
 
 
-def test_what_a_template_learns_leaves_the_environment_alone(cluster: None) -> None:
+def test_what_a_template_learns_leaves_the_environment_alone(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch._dynamo sets where compiled code is kept, which functions set by rank."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # in this process it has, perhaps
 
     def step() -> str:
         torch.optim.AdamW([torch.ones(1, requires_grad=True)]).step()

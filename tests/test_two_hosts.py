@@ -114,7 +114,10 @@ def parent(pid):
 def kill_raylet():
     if os.environ["RANK"] == "1":
         time.sleep(0.5)
-        os.kill(parent(parent(parent(os.getppid()))), signal.SIGKILL)
+        above = os.getppid()  # the template
+        for _ in range(4):  # both keepers, agent, raylet
+            above = parent(above)
+        os.kill(above, signal.SIGKILL)
     time.sleep(1000)
 
 launcher = trx.Launcher(hostnames=["10.77.0.11", "10.77.0.12"], workers_per_host=1)
