@@ -100,19 +100,17 @@ def test_what_a_template_learns_leaves_the_environment_alone(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch._dynamo sets where compiled code is kept, which functions set by rank."""
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # in this process it has, perhaps
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # an earlier test may have
 
-    def step() -> str:
+    def step() -> tuple[bool, bool]:
+        seen = "torch._dynamo" in sys.modules, "TORCHINDUCTOR_CACHE_DIR" in os.environ
         torch.optim.AdamW([torch.ones(1, requires_grad=True)]).step()
-        return os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        return seen
 
     launcher = trx.Launcher(workers_per_host=1, extra_env_vars={"OWN_AGENT_FOR": "variables"})
-    launcher.run(step)
+    _, was_set = launcher.run(step).rank(0)  # by whoever started Ray, perhaps
 
-    def is_set() -> tuple[bool, bool]:
-        return "torch._dynamo" in sys.modules, "TORCHINDUCTOR_CACHE_DIR" in os.environ
-
-    assert launcher.run(is_set).rank(0) == (True, False)
+    assert launcher.run(step).rank(0) == (True, was_set)
 
 
 def test_template_does_not_learn_what_preload_left_out(cluster: None) -> None:
