@@ -6,8 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)-oldest
 BENCH := $(VENV)-bench
+DOCS := $(VENV)-docs
+INTEGRATIONS := $(VENV)-integrations
 
-.PHONY: demo test test-all test-oldest check bench format clean
+# Debian's python3 may lack venv.
+environment = $(PYTHON) -m venv $(1) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(1); }
+
+.PHONY: demo test test-all test-oldest test-integrations check bench docs format clean
 
 # A Ray of its own: the machine may have others, or their remains.
 demo: $(READY)
@@ -26,6 +31,10 @@ test-oldest: $(OLDEST)/.ready
 		$(addprefix tests/test_,core.py launch.py run.py worker_process.py own_groups.py libraries.py \
 		payload.py data_plane.py hosts.py template.py)
 
+# The examples that train with other libraries, in an environment that has those. DeepSpeed looks for ninja on the PATH.
+test-integrations: $(INTEGRATIONS)/.ready
+	PATH="$(abspath $(INTEGRATIONS))/bin:$$PATH" $(INTEGRATIONS)/bin/python -m pytest --timeout 300 tests/integrations $(ARGS)
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,24 +45,38 @@ check: $(READY)
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
 
+# Into site/. It ends at a link or an anchor that leads nowhere.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 $(READY): pyproject.toml constraints.txt requirements-dev.txt
-	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(VENV); }
+	$(call environment,$(VENV))
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt -e .
 	touch $@
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt requirements-dev.txt
-	$(PYTHON) -m venv $(OLDEST) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(OLDEST); }
+	$(call environment,$(OLDEST))
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -r requirements-dev.txt -e .
 	touch $@
 
 $(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
-	$(PYTHON) -m venv $(BENCH) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(BENCH); }
+	$(call environment,$(BENCH))
 	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -r benchmarks/requirements.txt -e .
 	touch $@
 
+$(DOCS)/.ready: requirements-docs.txt
+	$(call environment,$(DOCS))
+	$(DOCS)/bin/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
+$(INTEGRATIONS)/.ready: pyproject.toml constraints.txt requirements-integrations.txt
+	$(call environment,$(INTEGRATIONS))
+	$(INTEGRATIONS)/bin/python -m pip install --quiet -c constraints.txt -r requirements-integrations.txt -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(BENCH)
+	rm -rf $(VENV) $(OLDEST) $(BENCH) $(DOCS) $(INTEGRATIONS) site

@@ -1,11 +1,11 @@
 """What each host costs the driver alone, beyond the hosts that one machine can run.
 
 Agents that fork nothing: a few Ray actors answer for all of them, as fast as Ray lets them, and tell of
-8 workers each that join, start, return and end. What drives them is the driver's own code, and each
-call goes through Ray. Counted is the CPU time of the driver process, all threads, since the actors share
-its cores.
+workers that join, start, return and end. What drives them is the driver's own code, and each call goes
+through Ray. Counted is the CPU time of the driver process, all threads, since the actors share its
+cores, for a run on new agents and for the next one on the same.
 
-    python benchmarks/agents.py [--samples 5] [--hosts 25,50,100,250,500]
+    python benchmarks/agents.py [--samples 5] [--hosts 25,50,100,250,500] [--workers 8]
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torchrunx_ray.driver import loop
 from torchrunx_ray.driver.attempt import Attempt, Crew
 from torchrunx_ray.driver.call import put_call
 from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
@@ -31,7 +32,6 @@ from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.wire import messages, versions
 from torchrunx_ray.wire.clock import now_ns
 
-WORKERS = 8
 ACTORS = 2
 
 
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--hosts", default="25,50,100,250,500")
+    parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--json", help="where to write the times, too")
     arguments = parser.parse_args()
     os.environ["TORCHRUNX_LOG_DIR"] = ""
@@ -110,9 +111,9 @@ def main() -> None:
     ]
     times: dict[str, list[float]] = {}
     for hosts in map(int, arguments.hosts.split(",")):
-        run(hosts, actors)  # warms what is made once
+        run_twice(hosts, arguments.workers, actors)  # warms what is made once
         for _ in range(arguments.samples):
-            for kind, taken in run(hosts, actors).items():
+            for kind, taken in run_twice(hosts, arguments.workers, actors).items():
                 times.setdefault(f"{hosts} hosts: {kind}", []).append(taken)
     ray.shutdown()
     report(times)
@@ -120,19 +121,24 @@ def main() -> None:
         Path(arguments.json).write_text(json.dumps(times, indent=1))
 
 
-def run(hosts: int, actors: list[Any]) -> Mapping[str, float]:
+def run_twice(hosts: int, workers: int, actors: list[Any]) -> Mapping[str, float]:
     node = Node(ray.get_runtime_context().get_node_id(), "host", "127.0.0.1", {}, {})
     wanted: Any = None
     agents = [
-        Agent(node.node_id, wanted, "", Calls(actors[i % len(actors)], i)) for i in range(hosts)
+        Agent(f"node{i}", wanted, "", Calls(actors[i % len(actors)], i), Connection())
+        for i in range(hosts)
     ]
     met = messages.Met("127.0.0.1", 29500, False, versions.of_this_process(), None, None)
     crew = Crew(
-        [Host(node, f"host{i}", WORKERS, 0) for i in range(hosts)],
+        [Host(node, f"host{i}", workers, 0) for i in range(hosts)],
         agents,
         [met] * hosts,
         [()] * hosts,
     )
+    return {**run("first run", crew), **run("next run", crew)}
+
+
+def run(which: str, crew: Crew) -> Mapping[str, float]:
     options = Options(console_ranks=())
     call = put_call(no_op, (), {}, options)
 
@@ -142,10 +148,10 @@ def run(hosts: int, actors: list[Any]) -> Mapping[str, float]:
     begun, cpu = time.perf_counter(), time.process_time()
     running = loop.start(go())
     values: Any = running.result()
-    assert sum(map(len, values)) == hosts * WORKERS, values
+    assert list(map(len, values)) == [host.workers for host in crew.hosts], values
     return {
-        "CPU of the driver": time.process_time() - cpu,
-        "until all have ended": time.perf_counter() - begun,
+        f"{which}, CPU of the driver": time.process_time() - cpu,
+        f"{which}, until all have ended": time.perf_counter() - begun,
     }
 
 

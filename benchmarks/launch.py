@@ -75,7 +75,7 @@ def one_sample(workers: int) -> dict[str, list[float]]:
         times = {
             "first launch": [seconds(lambda: launcher.run(no_op))],
             "second plain launch": [seconds(lambda: launcher.run(no_op))],
-            "later plain launches": [seconds(lambda: launcher.run(no_op)) for _ in range(5)],
+            "18 more": [seconds(lambda: launcher.run(no_op)) for _ in range(18)],
         }
         with launcher.session() as session:
             session.run(no_op)

@@ -1,13 +1,15 @@
 """How long a launch takes, beside others that launch the same function.
 
 One host, gloo. Each sample is a fresh driver process; "cold" is its first launch, "warm" the median
-of three more, or one more of a peer that takes as long as for the first. Ray is there before the clock starts, as its cluster is for its users; torchrun has no
-driver, so its whole command is timed, and every launch is a cold one. The floor is the whole process
-`python -c 'import torch, torch.distributed'`. All take turns in each round.
+of three more, or one more of a peer that takes as long as for the first. Ray Train, which starts
+over each time and takes longest, is asked for one launch only, and torchrun, which has no driver, is
+timed as a whole command. Ray is there before the clock starts, as its cluster is for its users. The
+floor is the whole process `python -c 'import torch, torch.distributed'`. All take turns in each round.
 
-    python benchmarks/launch_peers.py [--samples 5] [--workers 1,2,4,8,16] [--functions no_op,ddp_step]
+    python benchmarks/launch_peers.py [--samples 5] [--launches no_op:1,2,4,8,16 ddp_step:4]
 
-Dots count what was asked. A peer that is not installed is left out, and so is one that fails, with its last words.
+Dots count what was asked. A peer that is not installed is left out, and so is one that fails, with
+its last words.
 """
 
 import argparse
@@ -33,7 +35,8 @@ def report(launch, warm=3):
         begun = time.perf_counter()
         launch()
         times.append(time.perf_counter() - begun)
-    print("TIMES", json.dumps({{"cold": times[0], "warm": statistics.median(times[1:])}}))
+    later = {{"warm": statistics.median(times[1:])}} if warm else {{}}
+    print("TIMES", json.dumps({{"cold": times[0], **later}}))
 """
 
 RAY = """
@@ -76,7 +79,7 @@ def launch():
         torch_config=TorchConfig(backend="gloo"),
     ).fit()
 
-report(launch, warm=1)
+report(launch, warm=0)
 """,
     "monarch": """
 from monarch.actor import Actor, current_rank, endpoint, this_host
@@ -117,22 +120,27 @@ dist.destroy_process_group()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--workers", default="1,2,4,8,16")
-    parser.add_argument("--functions", default="no_op,ddp_step")
+    parser.add_argument(
+        "--launches",
+        nargs="+",
+        default=["no_op:1,2,4,8,16", "ddp_step:4"],
+        help="a function of functions.py, and on how many workers",
+    )
     parser.add_argument("--json", help="where to write the times, too")
     arguments = parser.parse_args()
     times: dict[str, dict[str, list[float]]] = {}
-    for function in arguments.functions.split(","):
-        for workers in map(int, arguments.workers.split(",")):
+    for launch in arguments.launches:
+        function, _, counts = launch.partition(":")
+        for workers in map(int, counts.split(",")):
             name = f"{function}, {workers} workers"
-            times[name] = measure(function, workers, arguments.samples)
+            times[name] = measure(function, workers, arguments.samples, uncounted=int(not times))
             report(name, times[name])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(times, indent=1))
 
 
-def measure(function: str, workers: int, samples: int) -> dict[str, list[float]]:
-    """In turn, after one round that is not counted: it fills the page cache."""
+def measure(function: str, workers: int, samples: int, uncounted: int) -> dict[str, list[float]]:
+    """In turn, after rounds that are not counted: they fill the page cache."""
     times: dict[str, list[float]] = {}
     left_out: set[str] = set()
     questions: dict[str, Callable[[], dict[str, float]]] = {
@@ -140,7 +148,7 @@ def measure(function: str, workers: int, samples: int) -> dict[str, list[float]]
         "torchrun": lambda: torchrun(function, workers),
         **{name: in_turn(name, function, workers) for name in LAUNCHES},
     }
-    for sample in range(samples + 1):
+    for sample in range(uncounted + samples):
         for name, question in questions.items():
             if name in left_out:
                 continue
@@ -152,7 +160,7 @@ def measure(function: str, workers: int, samples: int) -> dict[str, list[float]]
                 print(f"{name} is left out: {last_words(error)}")
                 continue
             for kind, taken in seen.items():
-                if sample:
+                if sample >= uncounted:
                     times.setdefault(f"{name}: {kind}", []).append(taken)
     return times
 

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 import torchrunx_ray as trx
+from tests.logs import Kept
 from tests.processes import wait_until
 
 # A cluster that somebody else started on this machine is not ours to test on.
@@ -72,6 +73,17 @@ def cluster(_ray: None) -> Iterator[None]:
 def launcher(cluster: None) -> trx.Launcher:
     """Two workers on every host, on agents that stay warm from test to test."""
     return trx.Launcher(workers_per_host=2)
+
+
+@pytest.fixture
+def kept() -> Kept:
+    return Kept()
+
+
+@pytest.fixture
+def one(cluster: None, kept: Kept) -> trx.Launcher:
+    """One worker without a process group, whose output is kept."""
+    return trx.Launcher(workers_per_host=1, backend=None, log_handlers=[kept])
 
 
 @pytest.fixture

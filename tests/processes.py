@@ -1,6 +1,7 @@
 """What the machine's process table says of our processes."""
 
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,11 @@ def above(worker: int) -> dict[str, int]:
 def agent_pid() -> int:
     """In a worker: of its agent."""
     return above(os.getpid())["agent"]
+
+
+def daemonise() -> None:
+    """Start a process that leaves the worker's group, session and parent."""
+    subprocess.run(["setsid", "sh", "-c", "sleep 1000 &"], check=True)
 
 
 def note(path: Path, text: object) -> None:

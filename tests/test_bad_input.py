@@ -1,13 +1,15 @@
 """What is wrong is said before anything is left running, in words that help."""
 
 import dataclasses
+import functools
 import importlib
 import os
 import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +49,24 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("backend", "glo", ValueError, '"nccl", "gloo"'),
     ("backend", "cpu:gloo,cuda:ncl", ValueError, '"nccl", "gloo"'),
     ("backend", 1, TypeError, '"nccl", "gloo"'),
-    ("timeout", 0, ValueError, "more than 0"),
-    ("timeout", "600", TypeError, "seconds"),
-    ("timeout", float("nan"), ValueError, "seconds"),
+    ("timeout", 0, ValueError, "seconds, more than 0"),
+    ("timeout", -1, ValueError, "seconds, more than 0"),
+    ("timeout", "600", TypeError, "seconds, more than 0"),
+    ("timeout", float("nan"), ValueError, "seconds, more than 0"),
+    ("timeout", timedelta(minutes=1), TypeError, "0; a timedelta has .total_seconds(), here 60"),
+    ("placement_timeout", timedelta(0), TypeError, ".total_seconds(), here 0"),
     ("placement_timeout", -1, ValueError, "None, or seconds"),
     ("shutdown_timeout", None, TypeError, "seconds"),
     ("linger", -1, ValueError, "seconds"),
     ("default_env_vars", "PATH", TypeError, "patterns"),
     ("extra_env_vars", "A=1", TypeError, "NAME=value strings"),
-    ("extra_env_vars", {"A": 1}, TypeError, "a mapping from names to strings"),
+    ("extra_env_vars", {"SEED": 1}, TypeError, "SEED is 1, which is no string: write '1'"),
+    ("extra_env_vars", {"SEED": None}, TypeError, "SEED is None, which is no string: leave it out"),
+    ("extra_env_vars", {1: "1"}, TypeError, "the name 1 is no string"),
+    ("extra_env_vars", ["=x"], ValueError, "'=x': expected NAME=value, or a pattern"),
+    ("extra_env_vars", [""], ValueError, "'': expected NAME=value, or a pattern"),
+    ("extra_env_vars", {"A=B": "1"}, ValueError, "'A=B': expected a name without ="),
+    ("extra_env_vars", ["A=\0"], ValueError, "text without NUL"),
     ("extra_env_vars", ("RANK=1",), ValueError, "RANK is set by the launch itself"),
     ("extra_env_vars", {"CUDA_VISIBLE_DEVICES": "0"}, ValueError, "gpus_per_worker decides GPUs"),
     ("env_file", 3, TypeError, "a path on the hosts"),
@@ -72,6 +83,86 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("name", "", ValueError, "not empty"),
     ("name", 3, TypeError, "not empty"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("nproc_per_node", "workers_per_host"),
+        ("worker_per_host", "workers_per_host"),
+        ("nnodes", "hostnames"),
+        ("hostname", "hostnames"),
+        ("nproc", "workers_per_host"),
+        ("nprocs", "workers_per_host"),
+        ("num_gpus", "gpus_per_worker"),
+        ("gpus", "gpus_per_worker"),
+    ],
+)
+def test_launch_names_the_option_that_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=f"no option '{name}'. Did you mean {meant}?"):
+        trx.launch(print, **{name: 2})
+    with pytest.raises(
+        TypeError, match=rf"Launcher\(\) has no option '{name}'. Did you mean {meant}?"
+    ):
+        trx.Launcher(**{name: 2})
+
+
+def takes_two(first: int, second: int = 0) -> None: ...
+
+
+async def waits() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: trx.launch(takes_two), r"takes_two\(first.*missing a required argument: 'first'"),
+        (lambda: trx.launch(takes_two, (1, 2, 3)), "too many positional arguments"),
+        (lambda: trx.Launcher().run(takes_two, 1, timeout=3), "'timeout'. Options go into"),  # pyright: ignore[reportCallIssue]
+        (lambda: trx.Launcher().submit(functools.partial(takes_two, 1), 2, 3), "too many"),  # pyright: ignore[reportCallIssue]
+        (lambda: trx.launch(waits), r"func=waits is an async function.*asyncio.run\(waits"),
+    ],
+)
+def test_function_that_cannot_be_called_so_is_refused_at_once(
+    call: Callable[[], object], said: str
+) -> None:
+    """The workers found out, behind the wait for room, in a traceback of this package's lines."""
+    with pytest.raises(TypeError, match=said):
+        call()
+
+
+def test_decorated_function_is_asked_what_its_wrapper_takes(cluster: None) -> None:
+    @functools.wraps(takes_two)
+    def wrapper() -> str:
+        return "well"
+
+    assert trx.launch(wrapper, workers_per_host=1, backend=None).rank(0) == "well"
+
+
+def test_options_are_given_by_name() -> None:
+    launcher: Any = trx.Launcher
+    with pytest.raises(TypeError) as caught:
+        launcher(2, 4, backend="gloo")
+
+    assert str(caught.value) == (
+        "Launcher() takes its options by name, as in Launcher(hostnames=2, workers_per_host=4); given "
+        "without a name: 2, 4. The function and its arguments go into Launcher().run(func, *args, "
+        "**kwargs)."
+    )
+
+
+def test_subclass_of_the_launcher_may_have_other_options() -> None:
+    class Ours(trx.Launcher):
+        def __init__(self, nodes: int) -> None:
+            super().__init__(hostnames=nodes)
+
+    assert Ours(nodes=3).hostnames == 3
+    assert Ours(3).hostnames == 3
+
+
+def test_argument_of_the_function_that_is_given_as_an_option_is_told_where_it_goes() -> None:
+    with pytest.raises(TypeError, match=r"no option 'epochs'\. Arguments of the function go into"):
+        trx.launch(print, epochs=2)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +223,7 @@ def test_argument_that_cannot_be_pickled_is_named_by_its_path(
     nothing_is_asked_of_ray: None,
 ) -> None:
     with pytest.raises(trx.PayloadError) as caught:
-        trx.launch(print, func_kwargs={"cfg": Config()})
+        trx.launch(dict, func_kwargs={"cfg": Config()})
 
     assert caught.value.path == "kwargs['cfg'].lock"
     assert str(caught.value).startswith("kwargs['cfg'].lock cannot be pickled: TypeError: ")

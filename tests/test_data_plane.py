@@ -77,6 +77,18 @@ def test_values_that_came_by_reference_are_each_ranks_own(launcher: trx.Launcher
     assert ray.get(ref).sum() == 0
 
 
+def test_arrays_that_came_by_reference_may_be_written_to(launcher: trx.Launcher) -> None:
+    """Ray's own are read-only, and so were the workers' copies of them."""
+
+    def add(array: np.ndarray[Any, Any]) -> float:
+        array += 1
+        return float(array[-1, -1])
+
+    given = np.zeros((1000, 100))
+    assert list(launcher.run(add, ray.put(given))) == [1, 1]
+    assert list(launcher.run(add, ray.put(given[:, ::2]))) == [1, 1]
+
+
 def test_reference_whose_task_failed_is_told(launcher: trx.Launcher) -> None:
     @ray.remote(num_cpus=0)
     def fail() -> None:
@@ -328,6 +340,33 @@ def test_value_whose_node_has_died_is_told_with_rank_and_host(two_nodes: Cluster
     with pytest.raises(trx.AgentFailedError, match="the value that rank 0 returned is lost") as e:
         result.rank(0)
     assert e.value.hostname == ids[0]
+
+
+@pytest.mark.slow  # Ray looks for the value for 20 s
+def test_value_that_is_lost_names_its_rank(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    """A raw Ray error came out of `rank`. Lost here with the only node that had it."""
+    done = run_script(
+        """
+ray.shutdown()
+from ray.cluster_utils import Cluster
+import torchrunx_ray as trx
+cluster = Cluster()
+cluster.add_node(num_cpus=0, include_dashboard=False)
+node = cluster.add_node(num_cpus=2)
+ray.init(address=cluster.address, log_to_driver=False)
+result = trx.launch(bytearray, (1_000_000,), hostnames=1, workers_per_host=1, linger=0)
+cluster.remove_node(node, allow_graceful=False)
+try:
+    result.rank(0)
+except trx.AgentFailedError as error:
+    print(str(error).partition(" on ")[0])
+"""
+    )
+
+    # Ray tells of the node's end on stdout, too.
+    assert "the value that rank 0 returned is lost\n" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

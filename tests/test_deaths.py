@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 import torchrunx_ray as trx
+from tests.soon import raised_soon
 from torchrunx_ray.agent import memory_group
-
-pytestmark = pytest.mark.slow
 
 RunScript = Callable[[str], "subprocess.CompletedProcess[str]"]
 
@@ -41,6 +40,38 @@ def small_cgroup() -> Iterator[Path]:
     path.rmdir()
 
 
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_death_by_signal_names_rank_pid_and_signal(
+    launcher: trx.Launcher, signum: signal.Signals
+) -> None:
+    def die() -> None:
+        if os.environ["RANK"] == "1":
+            print("the last words", file=sys.stderr)
+            os.kill(os.getpid(), signum)
+        time.sleep(1000)
+
+    launcher.run(os.getpid)
+    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, die)
+
+    error = caught.value
+    assert (error.rank, error.local_rank, error.signal, error.exit_code) == (1, 1, signum, None)
+    assert f"pid {error.pid}" in str(error)
+    assert f"was killed by {signum.name}" in str(error)
+    assert "the last words" in error.last_lines
+    assert error.peak_memory
+    assert error.peak_memory > 10_000_000
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_exit_without_an_outcome(launcher: trx.Launcher, code: int) -> None:
+    launcher.run(os.getpid)
+    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, os._exit, code)
+
+    assert caught.value.exit_code == code
+    assert "before its function returned or raised" in str(caught.value)
+
+
+@pytest.mark.slow
 def test_out_of_memory_kill_is_told_on_the_cgroups_evidence(
     small_cgroup: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +124,7 @@ except trx.WorkerFailedError as error:
     assert "as before (1)" in killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_evidence_is_read_from_either_version_of_cgroups(version: int, tmp_path: Path) -> None:
     """As in a container: the mount shows a part of the tree only."""
@@ -125,6 +157,7 @@ def test_evidence_is_read_from_either_version_of_cgroups(version: int, tmp_path:
     assert memory_group.of_process(7, proc=tmp_path) is None
 
 
+@pytest.mark.slow
 def test_agent_that_rays_memory_monitor_kills_is_told_with_the_workers_memory(
     run_script: RunScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +192,7 @@ except trx.AgentFailedError as error:
     assert "RAY_memory_usage_threshold" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["os._exit(3)", "os.kill(os.getpid(), 11)"])
 def test_crash_while_the_users_module_is_imported_is_the_workers(
     run_script: RunScript, code: str, tmp_path: Path
@@ -188,6 +222,7 @@ except trx.WorkerFailedError as error:
         assert 'crashing.py", line 3 in <module>' in done.stdout
 
 
+@pytest.mark.slow
 def test_crash_in_the_template_is_told_with_its_last_words(cluster: None, tmp_path: Path) -> None:
     note = NOTE_TIME.format(str(tmp_path / "crashed"))
     (tmp_path / "crashing_preload.py").write_text(

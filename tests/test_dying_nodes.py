@@ -1,4 +1,4 @@
-"""Nodes that die while a launch is placed on them, or before its agents have begun."""
+"""Nodes that die, or answer late, while a launch is placed on them or before its agents have begun."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ def ids() -> list[str]:
     return [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
 
 
-def kill_raylet(node_id: str) -> None:
+def signal_raylet(node_id: str, signal_number: int) -> None:
     (socket,) = [n["RayletSocketName"] for n in ray.nodes() if n["NodeID"] == node_id]
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -39,7 +39,7 @@ def kill_raylet(node_id: str) -> None:
             except OSError:
                 continue
             if f"--raylet_socket_name={socket}" in command.split():
-                os.kill(int(entry.name), signal.SIGKILL)
+                os.kill(int(entry.name), signal_number)
 
 
 def group(select: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
@@ -51,7 +51,7 @@ def test_node_that_was_asked_for_dies_while_the_launch_waits(nodes: Cluster) -> 
     wanted = ids()[1]
     waiting = trx.Launcher(hostnames=[wanted], workers_per_host=2).submit(os.getpid)
     assert wait_until(lambda: group(lambda g: g["state"] == "PENDING") is not None)
-    kill_raylet(wanted)
+    signal_raylet(wanted, signal.SIGKILL)
 
     with pytest.raises(
         trx.PlacementError, match=f"{wanted}, chosen as one of the launch's hosts, left"
@@ -65,11 +65,26 @@ def test_launch_waits_on_when_a_node_dies_and_takes_its_successor(nodes: Cluster
     launcher = trx.Launcher(hostnames=1, workers_per_host=2, cpus_per_worker=1)
     waiting = launcher.submit(os.getpid)
     assert wait_until(lambda: group(lambda g: g["state"] == "PENDING") is not None)
-    kill_raylet(ids()[1])
+    signal_raylet(ids()[1], signal.SIGKILL)
     nodes.add_node(num_cpus=2)
 
     assert len(waiting.result(timeout=60)) == 2
     busy.close()
+
+
+def test_launch_that_ray_is_just_placing_does_not_wait_for_room(
+    nodes: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node that answered Ray late was taken for a full one, with a table that showed it free."""
+    slow = ids()[1]
+    signal_raylet(slow, signal.SIGSTOP)
+    try:
+        run = trx.Launcher(hostnames=[slow], workers_per_host=2).submit(os.getpid)
+        assert wait_until(lambda: group(lambda g: g["state"] == "PENDING") is not None)
+        assert not wait_until(lambda: "waiting for room" in caplog.text, 2)
+    finally:
+        signal_raylet(slow, signal.SIGCONT)
+    assert len(run.result(timeout=60)) == 2
 
 
 def test_launch_is_placed_again_when_a_node_dies_before_its_agent_begins(
@@ -81,7 +96,7 @@ def test_launch_is_placed_again_when_a_node_dies_before_its_agent_begins(
         assert wait_until(lambda: group(lambda g: g["state"] == "CREATED") is not None, 10)
         placed = group(lambda g: g["state"] == "CREATED")
         assert placed is not None
-        kill_raylet(placed["bundles_to_node_id"][0])
+        signal_raylet(placed["bundles_to_node_id"][0], signal.SIGKILL)
 
         assert len(run.result(timeout=100)) == 2
     assert "a node died before the run began; it is placed again" in caplog.text
@@ -93,7 +108,7 @@ def test_session_goes_on_elsewhere_when_its_node_dies(nodes: Cluster) -> None:
         session.run(os.getpid)
         placed = group(lambda g: g["state"] == "CREATED")
         assert placed is not None
-        kill_raylet(placed["bundles_to_node_id"][0])
+        signal_raylet(placed["bundles_to_node_id"][0], signal.SIGKILL)
 
         with pytest.raises(trx.AgentFailedError):
             session.run(signal.pause)

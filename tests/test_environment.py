@@ -1,7 +1,9 @@
 """Which variables reach workers, and from where."""
 
+import concurrent.futures
 import dataclasses
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 
 import torchrunx_ray as trx
+from tests import processes
+from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.wire import environment
 
 
@@ -53,6 +57,27 @@ def test_default_patterns_can_be_replaced(
 
     only_mine = dataclasses.replace(launcher, default_env_vars=("MINE",))
     assert seen(only_mine, "MINE", "NCCL_DEBUG") == ["1", None]
+
+
+def test_name_that_the_driver_does_not_have_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A typo, or a key that was never exported, was dropped silently."""
+    monkeypatch.setenv("PRESENT", "")
+    for name in ("ABSENT_KEY", "NOT_IN_THE_DRIVER", "OF_DEFAULTS"):
+        monkeypatch.delenv(name, raising=False)
+    options = trx.Launcher(
+        default_env_vars=("OF_DEFAULTS",),
+        extra_env_vars=("PRESENT", "ABSENT_KEY", "NONE_LIKE_*", "NOT_IN_THE_DRIVER", "ABSENT_KEY="),
+    )
+    for _ in range(2):
+        template_wanted(options, one_worker=False)
+
+    assert caplog.messages == [
+        "extra_env_vars: the driver has no variable NOT_IN_THE_DRIVER to send, so that workers have it "
+        "only where their host or env_file sets it. Set it in the driver, or give its value: "
+        "'NOT_IN_THE_DRIVER=...'."
+    ]
 
 
 @pytest.mark.parametrize("extra", [("A=1", "B=x=y", "C="), {"A": "1", "B": "x=y", "C": ""}])
@@ -141,6 +166,62 @@ def test_relative_env_file_is_in_the_functions_folder(
     monkeypatch.chdir(tmp_path)
 
     assert seen(dataclasses.replace(launcher, env_file="env"), "A") == ["here"]
+
+
+def test_env_file_that_was_corrected_is_read_again(cluster: None, tmp_path: Path) -> None:
+    """The first reading, or its error, stayed with the agent."""
+    env_file = tmp_path / "env"
+    launcher = trx.Launcher(workers_per_host=1, env_file=env_file)
+    seen: list[str] = []
+    for text in ("no_such_command", "export A=1", "export A=22"):
+        env_file.write_text(text)
+        try:
+            seen.append(launcher.run(lambda: os.environ["A"]).rank(0))
+        except trx.LaunchError:
+            seen.append("error")
+
+    assert seen == ["error", "1", "22"]
+
+
+def test_env_file_that_exits_is_an_error(cluster: None, tmp_path: Path) -> None:
+    """All of its variables were dropped in silence."""
+    (tmp_path / "env").write_text("export A=1\nexit 0\n")
+
+    with pytest.raises(trx.LaunchError, match="use return, not exit"):
+        trx.Launcher(workers_per_host=1, env_file=tmp_path / "env").run(os.getpid)
+
+
+def test_env_file_whose_last_line_is_a_condition_is_no_error(cluster: None, tmp_path: Path) -> None:
+    """Its exit code was taken for one."""
+    (tmp_path / "env").write_text("export A=1\n[ -f /nowhere ] && export B=1\n")
+
+    launcher = trx.Launcher(workers_per_host=1, env_file=tmp_path / "env")
+    assert launcher.run(lambda: os.environ["A"]).rank(0) == "1"
+
+
+def test_env_file_that_blocks_does_not_hold_a_cancel(cluster: None, tmp_path: Path) -> None:
+    """The agent's constructor waited for bash, and whoever wanted to end the agent for it."""
+    (tmp_path / "env").write_text("sleep 30")
+    launcher = trx.Launcher(workers_per_host=1, linger=0, env_file=tmp_path / "env")
+    run = launcher.submit(os.getpid)
+    assert processes.wait_until(lambda: bool(sleeping_bash(tmp_path)), 20)
+    run.cancel()
+
+    with pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=5)
+    for pid in sleeping_bash(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
+def sleeping_bash(folder: Path) -> list[int]:
+    return [
+        int(entry)
+        for entry in os.listdir("/proc")
+        if entry.isdigit()
+        and processes.is_alive(int(entry))
+        and str(folder) in processes.command_line(int(entry))
+        and processes.command_line(int(entry)).startswith("bash")
+    ]
 
 
 def test_paths_go_only_where_the_interpreter_is_the_drivers() -> None:

@@ -101,6 +101,29 @@ def test_gpus_held_on_a_host(
     assert len([i for i in seen.pop().split(",") if i]) == held
 
 
+@pytest.mark.parametrize(
+    ("per_worker", "workers", "firsts", "held"),
+    [
+        (0.4, 3, [0, 0, 1], 2),
+        (0.6, 2, [0, 1], 2),
+        (0.5, 4, [0, 0, 1, 1], 2),
+        (0.25, 4, [0, 0, 0, 0], 1),
+        (0.5, 1, [0], 0.5),
+        (1, 3, [0, 1, 2], 3),
+        (2, 2, [0, 2], 4),
+        (0, 2, [], 0),
+    ],
+)
+def test_parts_of_a_gpu_never_span_two(
+    per_worker: float, workers: int, firsts: list[int], held: float
+) -> None:
+    """Three workers of 0.4 were all put on the first of the two GPUs that were held for them."""
+    from torchrunx_ray.wire.ranks import first_gpu, gpus_held
+
+    assert gpus_held(per_worker, workers) == held
+    assert [first_gpu(per_worker, i) for i in range(workers) if per_worker] == firsts
+
+
 def test_launches_side_by_side_never_see_the_same_gpu(three_raylets: Cluster) -> None:
     (node, _) = nodes(GPU=4)
     launcher = trx.Launcher(hostnames=[node["NodeID"]], workers_per_host=2, backend="gloo")
@@ -145,15 +168,34 @@ def test_accelerator_type(three_raylets: Cluster) -> None:
 def test_accelerator_type_that_no_node_has(three_raylets: Cluster) -> None:
     launcher = trx.Launcher(hostnames=1, workers_per_host=1, accelerator_type="TPU-V9000")
 
-    with pytest.raises(
-        trx.PlacementError, match="accelerator_type:TPU-V9000; the largest node has 0"
-    ):
+    with pytest.raises(trx.PlacementError) as caught:
         launcher.run(place)
+    assert "no node has accelerator_type='TPU-V9000'; there are: H100, T4." in str(caught.value)
+    assert "Ask for one that is there, or add a node that has it." in str(caught.value)
+    assert "fewer hosts" not in str(caught.value)
 
 
 def test_label_that_no_node_has(three_raylets: Cluster) -> None:
-    with pytest.raises(trx.PlacementError, match=r"no node matches label_selector={'zone'"):
-        trx.Launcher(hostnames=1, workers_per_host=1, label_selector={"zone": "mars"}).run(place)
+    selector = {"zone": "mars", "planet": "!in(earth)"}
+    with pytest.raises(trx.PlacementError) as caught:
+        trx.Launcher(hostnames=1, workers_per_host=1, label_selector=selector).run(place)
+    assert (
+        f"no node matches label_selector={selector!r}; there are: zone a, b; planet (none)."
+        in str(caught.value)
+    )
+    assert "Ask for one that is there, or add a node that has it." in str(caught.value)
+
+
+def test_accelerator_that_only_nodes_without_the_label_have(three_raylets: Cluster) -> None:
+    launcher = trx.Launcher(
+        workers_per_host="gpu", accelerator_type="H100", label_selector={"zone": "a"}
+    )
+
+    with pytest.raises(
+        trx.PlacementError,
+        match=r"no node that matches label_selector={'zone': 'a'} has accelerator_type='H100'; there are: T4",
+    ):
+        launcher.run(place)
 
 
 def test_hosts_by_node_id_are_taken_in_order(three_raylets: Cluster) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import torchrunx_ray as trx
+from tests.scripts import types_in
 
 
 def test_importing_the_package_loads_neither_ray_nor_torch() -> None:
@@ -31,7 +32,8 @@ def test_driver_does_not_load_torch() -> None:
 def test_all_is_exactly_what_is_public() -> None:
     for name in trx.__all__:
         assert getattr(trx, name) is not None
-    submodules = {"driver", "agent", "worker", "wire", "errors", "version"}
+    places = {"driver", "agent", "worker", "wire", "integrations", "torchrunx"}
+    submodules = {*places, "errors", "version"}
     imports = {"import_module", "TYPE_CHECKING", "Any"}
     public = {name for name in dir(trx) if not name.startswith("_")}
     assert public - submodules - imports == {n for n in trx.__all__ if n != "__version__"}
@@ -89,15 +91,8 @@ trx.Launcher(workers_per_host="many")
 
 
 def test_types_follow_the_function(tmp_path: Path) -> None:
-    (tmp_path / "typed.py").write_text(TYPED)
-    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "typed.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    types, wrong = types_in(TYPED, tmp_path)
 
-    said = [
-        line.partition("typed.py:")[2] for line in done.stdout.splitlines() if "typed.py:" in line
-    ]
-    types = [line.partition(" is ")[2] for line in said if "information" in line]
-    wrong = [int(line.partition(":")[0]) for line in said if "error" in line]
     assert types == [
         '"LaunchResult[float]"',
         '"float"',

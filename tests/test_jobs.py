@@ -1,7 +1,8 @@
-"""`ray job submit` on a cluster with its dashboard."""
+"""`ray job submit` on a cluster of two nodes, with its dashboard."""
 
+import contextlib
+import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 
-from tests.clusters.started import ray_start
+from tests.clusters.started import free_port, ray_start
 from tests.processes import of_pool, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -20,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 @dataclass
 class Jobs:
-    """Ray's command line for jobs, at one cluster."""
+    """Ray's command line for jobs, at one cluster; `metrics_port` is the head's."""
 
     address: str
     metrics_port: int
@@ -37,29 +39,87 @@ class Jobs:
         )
 
 
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Jobs]:
     by_default = {"TORCHRUNX_LOG_DIR": "torchrunx_logs"}
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", **by_default}
-    port, dashboard, agent, metrics = free_port(), free_port(), free_port(), free_port()
-    with tempfile.TemporaryDirectory(prefix="trx") as folder:
-        of_head = ("--head", f"--port={port}", "--num-cpus=4", f"--temp-dir={folder}")
-        of_dashboard = (
-            "--include-dashboard=true",
-            f"--dashboard-port={dashboard}",
-            f"--dashboard-agent-listen-port={agent}",  # other Rays of this machine have the default
-            f"--metrics-export-port={metrics}",
+    port, dashboard, metrics = free_port(), free_port(), free_port()
+    with contextlib.ExitStack() as nodes:
+
+        def start(*arguments: str, metrics_port: int) -> None:
+            # Each node puts its copy of a working_dir there, in place of one that it finds.
+            folder = nodes.enter_context(tempfile.TemporaryDirectory(prefix="trx"))
+            # Other Rays of this machine have the default ports.
+            ports = (
+                f"--dashboard-agent-listen-port={free_port()}",
+                f"--metrics-export-port={metrics_port}",
+                f"--temp-dir={folder}",
+            )
+            nodes.enter_context(
+                ray_start(*arguments, "--num-cpus=4", *ports, environment=environment)
+            )
+
+        of_dashboard = ("--include-dashboard=true", f"--dashboard-port={dashboard}")
+        of_head = ("--head", f"--port={port}")
+        start(*of_head, *of_dashboard, metrics_port=metrics)
+        jobs = Jobs(f"http://127.0.0.1:{dashboard}", metrics, environment)
+        # Its job agent comes up some seconds after the dashboard.
+        assert wait_until(lambda: jobs.run("submit", "--", "true").returncode == 0, 60)
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        start(f"--address={address}", metrics_port=free_port())
+        # A launch on more nodes than there are is refused.
+        waiting = "import ray, time; ray.init()\nwhile len(ray.nodes()) < 2: time.sleep(0.1)"
+        subprocess.run(
+            [sys.executable, "-c", waiting],
+            env={**environment, "RAY_ADDRESS": address},
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+            check=True,
         )
-        with ray_start(*of_head, *of_dashboard, environment=environment):
-            jobs = Jobs(f"http://127.0.0.1:{dashboard}", metrics, environment)
-            # Its job agent comes up some seconds after the dashboard.
-            assert wait_until(lambda: jobs.run("submit", "--", "true").returncode == 0, 60)
-            yield jobs
+        yield jobs
+
+
+def test_working_dir_modules_and_variables_reach_both_nodes(jobs: Jobs, tmp_path: Path) -> None:
+    job, modules, logs = tmp_path / "job", tmp_path / "modules" / "of_py_modules", tmp_path / "logs"
+    job.mkdir()
+    modules.mkdir(parents=True)
+    (modules / "__init__.py").write_text("value = 42\n")
+    (job / "data.txt").write_text("of the job")
+    (job / "own_module.py").write_text(
+        """
+import os
+import of_py_modules
+
+def train():
+    print("said by", os.environ["RANK"])
+    return open("data.txt").read(), of_py_modules.value, os.environ["OF_JOB"]
+"""
+    )
+    (job / "train.py").write_text(
+        """
+import logging
+import own_module
+import torchrunx_ray as trx
+
+launcher = trx.Launcher(hostnames=2, workers_per_host=1, placement_timeout=60)
+result = launcher.run(own_module.train)
+print("returned", len(set(result.hostnames)), list(result))
+"""
+    )
+    variables = {"OF_JOB": "here", "TORCHRUNX_LOG_DIR": str(logs)}
+    runtime_env = json.dumps({"py_modules": [str(modules)], "env_vars": variables})
+    options = ("--submission-id=shipped", f"--runtime-env-json={runtime_env}")
+    script = ("--working-dir", str(job), "--", sys.executable, "train.py")
+    done = jobs.run("submit", *options, *script)
+
+    said = jobs.run("logs", "shipped").stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"returned 2 {[('of the job', 42, 'here')] * 2}" in said
+    assert said.count("said by 0\n") == 1
+    assert "said by 1" not in said
+    (directory,) = logs.iterdir()
+    written = "".join(path.read_text() for path in directory.iterdir())
+    assert [written.count(f"said by {rank}\n") for rank in (0, 1)] == [1, 1]
 
 
 def test_job_that_is_stopped_leaves_nothing(jobs: Jobs, tmp_path: Path) -> None:
@@ -74,15 +134,16 @@ def train():
         file.write(os.environ["TORCHRUNX_RAY_POOL"])
     time.sleep(1000)
 
-trx.launch(train, workers_per_host=2)
+trx.launch(train, hostnames=2, workers_per_host=2, placement_timeout=60)
 """
     )
     script = ("--working-dir", str(tmp_path), "--", sys.executable, "train.py")
     submitted = jobs.run("submit", "--no-wait", "--submission-id=stopped", *script)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     marks = lambda: [path.read_text() for path in tmp_path.glob("mark*")]  # noqa: E731
-    assert wait_until(lambda: len(marks()) == 2, 60), jobs.run("logs", "stopped").stdout
-    assert of_pool(marks()[0])
+    assert wait_until(lambda: len(marks()) == 4, 60), jobs.run("logs", "stopped").stdout
+    assert len(set(marks())) == 2, "of the agents on two nodes"
+    assert all(of_pool(mark) for mark in marks())
     stopped = jobs.run("stop", "stopped")
 
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
@@ -103,18 +164,24 @@ def train():
     time.sleep(3)
     raise ValueError("bad batch")
 
-trx.launch(train, workers_per_host=2, name="train")
+trx.launch(train, hostnames=1, workers_per_host=2, name="train")
 """
     )
     script = ("--working-dir", str(tmp_path), "--", sys.executable, "train.py")
     done = jobs.run("submit", "--submission-id=failing", *script)
     logs = jobs.run("logs", "failing").stdout
 
-    assert done.returncode != 0
+    assert done.returncode == 1
+    assert "FAILED" in jobs.run("status", "failing").stdout.upper()
     assert logs.count("from the function\n") == 1, logs
     assert ": running 2 workers" in logs
     assert "ValueError: bad batch" in logs
-    assert "All output of this launch: /" in logs
+    assert 'train.py", line 8, in train' in logs, "the traceback of the worker"
+    # The default lies where Ray keeps its copy of the working_dir.
+    directory = Path(logs.partition("All output of this launch: ")[2].splitlines()[0])
+    assert directory.parent.name == "torchrunx_logs"
+    assert "working_dir_files" in str(directory)
+    assert "from the function" in "".join(path.read_text() for path in directory.iterdir())
 
 
 def test_agents_metrics_can_be_read_by_prometheus(jobs: Jobs, tmp_path: Path) -> None:
@@ -123,7 +190,7 @@ def test_agents_metrics_can_be_read_by_prometheus(jobs: Jobs, tmp_path: Path) ->
 import time
 import torchrunx_ray as trx
 
-launcher = trx.Launcher(workers_per_host=2)
+launcher = trx.Launcher(hostnames=["localhost"], workers_per_host=2)
 launcher.run(print, "hello")
 try:
     launcher.run(lambda: 1 / 0)

@@ -1,6 +1,7 @@
 """The core: a function runs on every worker, in one process group, and its values come back."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,22 @@ def test_launch_takes_arguments_and_options(cluster: None) -> None:
     assert result.rank(0) == ((1, 2), {"three": 3})
 
 
+def test_arguments_may_have_any_name(launcher: trx.Launcher) -> None:
+    """`func` and `self` were taken for our own."""
+
+    def named(func: int, self: int) -> int:
+        return func + self
+
+    kwargs: dict[str, Any] = {"func": 1, "self": 2}
+    assert trx.launch(named, func_kwargs=kwargs, workers_per_host=1).rank(0) == 3
+
+
+def test_func_args_that_is_no_list_is_named(cluster: None) -> None:
+    wrong: Any = 3
+    with pytest.raises(TypeError, match=r"func_args=3: expected a list or tuple, such as \(3,\)"):
+        trx.launch(print, wrong)
+
+
 def test_launch_refuses_an_unknown_option() -> None:
     with pytest.raises(TypeError, match="workers"):
         trx.launch(print, workers=2)
@@ -49,6 +66,12 @@ def test_result_by_rank_by_place_and_all(launcher: trx.Launcher) -> None:
     assert result.results == {hostname: [0, 10]}
     assert list(result) == [0, 10]
     assert hostname in repr(result)
+
+
+def test_local_hostname_can_be_asked_for_in_the_result(cluster: None) -> None:
+    result = trx.Launcher(hostnames=["localhost"], workers_per_host=1).run(os.getpid)
+
+    assert result.index("localhost", 0) == result.rank(0)
 
 
 def test_ref_is_the_value_for_ray(launcher: trx.Launcher) -> None:
@@ -96,6 +119,13 @@ def test_group_has_the_asked_backend_and_timeout(cluster: None) -> None:
     result = trx.Launcher(workers_per_host=2, backend="cpu:gloo", timeout=77).run(look)
 
     assert result.rank(1) == ("cpu:gloo", 77.0) or result.rank(1) == ("gloo", 77.0)
+
+
+def test_rank_that_returns_at_once_does_not_break_the_group_of_others(cluster: None) -> None:
+    """It ended while others still connected to it: "Gloo connectFullMesh failed", in 22 of 150."""
+    with trx.Launcher(workers_per_host=8, cpus_per_worker=0.1).session() as session:
+        for _ in range(60):
+            assert list(session.run(lambda: 1)) == [1] * 8
 
 
 def test_values_survive_the_agent(cluster: None) -> None:

@@ -1,13 +1,19 @@
 """What a function does with torch and its like works in a forked worker as in a plain process."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from numpy.random import RandomState
+from torch.utils.data import DataLoader
 
 import torchrunx_ray as trx
+from tests.processes import wait_until
+from tests.scripts import run_alone
 from torchrunx_ray.wire.messages import StartMethod
 
 
@@ -56,7 +62,6 @@ def test_ddp_with_data_loader_workers(launcher: trx.Launcher) -> None:
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_torch_compile(launcher: trx.Launcher, tmp_path: Path) -> None:
     def compile_and_call() -> float:
-        import os
 
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / os.environ["RANK"])
         return torch.compile(lambda x: (x.sin() + 1).sum())(torch.zeros(1000)).item()
@@ -88,3 +93,65 @@ def test_multiprocessing_pool_of_either_kind(launcher: trx.Launcher) -> None:
 
     assert launcher.run(pool, "fork").rank(1) == [1, 2, 3]
     assert launcher.run(pool, "spawn").rank(1) == [1, 2, 3]
+
+
+def test_unseeded_random_numbers_differ_between_ranks_and_runs(cluster: None) -> None:
+    """Generators made by an import in the template were the same in every fork of it."""
+
+    def draw() -> tuple[float, float, float]:
+        import random
+
+        import numpy as np
+        import torch
+
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    launcher = trx.Launcher(workers_per_host=2, preload=("torch", "numpy.random"))
+    drawn = [*launcher.run(draw), *launcher.run(draw)]
+
+    assert [len(set(numbers)) for numbers in zip(*drawn, strict=True)] == [4, 4, 4]
+
+
+def test_numbers_that_a_preloaded_module_seeded_stay_the_same(tmp_path: Path) -> None:
+    (tmp_path / "seeds.py").write_text(
+        "import numpy as np, torch; np.random.seed(7); torch.manual_seed(7)"
+    )
+    script = """
+import numpy as np
+import torch
+import torchrunx_ray as trx
+
+def draw():
+    return np.random.rand().hex(), torch.rand(1).item()
+
+print(list(trx.launch(draw, workers_per_host=2, preload=("torch", "seeds"))))
+"""
+    done = run_alone(script, tmp_path)
+
+    drawn = RandomState(7).rand().hex(), torch.rand(1, generator=torch.manual_seed(7)).item()
+    assert done.stdout == f"{[drawn] * 2}\n", done.stderr
+
+
+def test_shared_memory_with_names_is_gone_after_a_run(launcher: trx.Launcher) -> None:
+    """torch's own process that takes the names away was killed before it could."""
+
+    def named() -> set[str]:
+        return {name for name in os.listdir("/dev/shm") if name.startswith("torch_")}
+
+    def share(how: str) -> None:
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        vars(torch)["kept"] = torch.ones(1000).share_memory_()
+        data = DataLoader(torch.ones(64, 8), batch_size=2, num_workers=2)
+        next(iter(data))
+        if how == "raises":
+            raise ValueError
+        if how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before = named()
+    launcher.run(share, "returns")
+    with pytest.raises(ValueError):  # noqa: PT011
+        launcher.run(share, "raises")
+    with pytest.raises(trx.WorkerFailedError):
+        launcher.run(share, "is killed")
+    assert wait_until(lambda: named() <= before, 5), named() - before

@@ -90,6 +90,19 @@ def test_group_at_an_address_of_its_own(cluster: None) -> None:
     assert list(trx.Launcher(workers_per_host=4, backend=None).run(join)) == [6.0] * 4
 
 
+def test_group_at_a_port_of_the_functions_own(cluster: None) -> None:
+    """MASTER_PORT was read when the group was made: a function that set it met nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def join() -> int:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+        dist.init_process_group("gloo")
+        return dist.get_world_size()
+
+    assert list(trx.Launcher(workers_per_host=2, backend=None).run(join)) == [2, 2]
+
+
 def test_group_of_some_ranks_does_not_disturb_the_next_of_all(cluster: None) -> None:
     def join() -> float:
         rank = int(os.environ["RANK"])

@@ -1,13 +1,11 @@
 """The README's first example and its table of options are true."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torchrunx_ray as trx
+from tests.scripts import run_alone
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -17,17 +15,13 @@ def code_block(containing: str) -> str:
     return block
 
 
-def run(script: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    (folder / "script.py").write_text(script)
-    return subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=folder,
-        env={**os.environ, "RAY_ADDRESS": "local"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+def test_every_block_of_python_is_run_here() -> None:
+    run_here = [
+        code_block(part)
+        for part in ("def total", "result.rank(0)", "launcher.session()", "DataError")
+    ]
+
+    assert sorted(re.findall(r"```python\n(.*?)```", README, re.S)) == sorted(run_here)
 
 
 def test_first_example_and_what_follows_it(tmp_path: Path) -> None:
@@ -36,13 +30,13 @@ def test_first_example_and_what_follows_it(tmp_path: Path) -> None:
     script = (
         code_block("def total") + "    " + "    ".join((more + values).splitlines(keepends=True))
     )
-    done = run(script, tmp_path)
+    done = run_alone(script, tmp_path)
 
     assert done.stdout == "[3, 3]\n", done.stderr
 
 
 def test_failing_example_says_what_the_readme_says(tmp_path: Path) -> None:
-    done = run("import ray; ray.init(num_cpus=4)\n" + code_block("DataError"), tmp_path)
+    done = run_alone("import ray; ray.init(num_cpus=4)\n" + code_block("DataError"), tmp_path)
 
     assert done.returncode == 1
     assert "torchrunx_ray.errors.RemoteFailure: on rank 2 (" in done.stderr

@@ -3,12 +3,14 @@
 import asyncio
 import concurrent.futures
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 import torchrunx_ray as trx
 from tests.processes import is_alive, wait_until
@@ -59,6 +61,49 @@ def test_cancel_while_the_template_imports(cluster: None) -> None:
         run.result(timeout=10)
 
 
+def test_early_cancels_leave_no_placement_group(cluster: None) -> None:
+    """A cancellation while Ray made the group orphaned it; one while Ray placed it, its CPUs.
+
+    That those are free again is checked after every test, by its `cluster`.
+    """
+
+    def living() -> set[str]:
+        table = ray.util.placement_group_table()
+        return {i for i, group in table.items() if group["state"] != "REMOVED"}
+
+    before = living()
+    for i in range(60):
+        run = trx.Launcher(workers_per_host=1, linger=0).submit(os.getpid)
+        time.sleep(i * 0.0003)
+        run.cancel()
+        try:
+            run.result(timeout=30)
+        except concurrent.futures.CancelledError:
+            pass
+
+    assert wait_until(lambda: living() <= before)
+
+
+def test_many_cancels_leave_no_worker(launcher: trx.Launcher, tmp_path: Path) -> None:
+    """A third cancellation gave up on workers that ignore SIGTERM; the next launch met them."""
+
+    def ignore_sigterm() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(1000)
+
+    run = launcher.submit(ignore_sigterm)
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    for _ in range(5):
+        run.cancel()
+        time.sleep(0.001)
+    with pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=30)
+
+    assert not any(is_alive(int(path.name)) for path in tmp_path.iterdir())
+    assert list(launcher.run(lambda: "well")) == ["well", "well"]
+
+
 async def test_run_can_be_awaited(launcher: trx.Launcher) -> None:
     result, other = await asyncio.gather(
         launcher.submit(lambda: "one"),
@@ -74,6 +119,16 @@ async def test_awaited_run_raises(launcher: trx.Launcher) -> None:
         await launcher.submit(lambda: 1 // 0)
 
 
+async def test_cancelling_whoever_awaits_a_run_stops_it(launcher: trx.Launcher) -> None:
+    """It went on, and held its hosts, with nobody to tell it to stop."""
+    run = launcher.submit(time.sleep, 1000)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(run, 1)
+    assert run.done()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+
+
 def test_runs_in_threads_do_not_disturb_each_other(cluster: None) -> None:
     launcher = trx.Launcher(workers_per_host=1)
 
@@ -84,9 +139,26 @@ def test_runs_in_threads_do_not_disturb_each_other(cluster: None) -> None:
         assert list(pool.map(launch, range(6))) == list(range(6))
 
 
-def test_session_keeps_its_placement_and_renews_its_workers(cluster: None) -> None:
-    import ray
+@pytest.mark.slow  # Ray takes 15 s to shut down where another thread than the main one began it
+def test_first_launches_in_threads_share_one_ray(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    """All but one raised "Perhaps you called ray.init twice by accident?"."""
+    done = run_script(
+        """
+ray.shutdown()
+import os, concurrent.futures, torchrunx_ray as trx
+os.environ["RAY_ADDRESS"] = "local"
+launcher = trx.Launcher(workers_per_host=1, cpus_per_worker=0.1)
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    print(sorted(pool.map(lambda i: launcher.run(lambda: i).rank(0), range(4))))
+"""
+    )
 
+    assert done.stdout.endswith("[0, 1, 2, 3]\n"), done.stderr
+
+
+def test_session_keeps_its_placement_and_renews_its_workers(cluster: None) -> None:
     with trx.Launcher(workers_per_host=2).session() as session:
         first = session.run(os.getpid)
         held = ray.available_resources().get("CPU", 0)
@@ -169,7 +241,7 @@ while "running" not in repr(run):
     )
     assert done.returncode == 0
     assert "the script ended while <Run left-" in done.stderr
-    assert ": running 1 worker>; it is stopped." in done.stderr
+    assert ": running 1 worker>; it is being stopped, " in done.stderr
 
 
 def test_run_says_who_it_is(launcher: trx.Launcher) -> None:

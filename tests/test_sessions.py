@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,34 @@ def test_next_run_works_and_only_what_died_is_replaced(
             after = session.run(tree).rank(1)
             assert {name for name in before if before[name] == after[name]} == survivors
             before = after
+
+
+def test_runs_of_a_session_take_the_environment_and_folder_as_they_are_then(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those of its first run were every run's, so that one value of a variable was measured n times."""
+
+    def seen() -> tuple[str | None, str]:
+        return os.environ.get("TORCH_OF_THIS_TEST"), os.getcwd()
+
+    with trx.Launcher(workers_per_host=1, backend=None).session() as session:
+        assert session.run(seen).rank(0) == (None, os.getcwd())
+        monkeypatch.setenv("TORCH_OF_THIS_TEST", "1")
+        monkeypatch.chdir(tmp_path)
+        assert session.run(seen).rank(0) == ("1", str(tmp_path))
+        monkeypatch.delenv("TORCH_OF_THIS_TEST")
+        assert session.run(seen).rank(0) == (None, str(tmp_path))
+
+
+def test_session_replaces_a_template_that_was_killed(cluster: None) -> None:
+    def kill_template() -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(1000)
+
+    with trx.Launcher(workers_per_host=2).session() as session:
+        with pytest.raises(trx.AgentFailedError):
+            session.run(kill_template)
+        assert list(session.run(lambda: "well")) == ["well", "well"]
 
 
 def test_session_whose_room_was_taken_away_says_so(cluster: None) -> None:

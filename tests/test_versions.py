@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import ray
 
 import torchrunx_ray as trx
+from tests.clusters.other_python import python_without
 from tests.clusters.raylets import raylets
 from tests.clusters.started import ray_start
 from tests.processes import wait_until
@@ -62,19 +61,13 @@ def test_package_that_is_missing_is_named() -> None:
 @contextlib.contextmanager
 def host_without(package: str, folder: Path) -> Iterator[str]:
     """The node id of a raylet whose Python has all that this one has, but for a package."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    here = Path(ray.__file__).parents[1]
-    there = folder / "lib" / here.parent.name / "site-packages"
-    for entry in here.iterdir():
-        if entry.name.partition("-")[0] != package and "torchrunx_ray" not in entry.name:
-            (there / entry.name).symlink_to(entry)
-    if package != "torchrunx_ray":
-        (there / "torchrunx_ray").symlink_to(Path(trx.__file__).parent)
-    with raylets({"num_cpus": 1}) as cluster:
-        python = folder / "bin" / "python"
-        with ray_start(f"--address={cluster.address}", "--num-cpus=3", python=python):
-            assert wait_until(lambda: ray.cluster_resources().get("CPU") == 4, 30)
-            yield next(n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") == 3)
+    python = python_without(package, folder)
+    with (
+        raylets({"num_cpus": 1}) as cluster,
+        ray_start(f"--address={cluster.address}", "--num-cpus=3", python=python),
+    ):
+        assert wait_until(lambda: ray.cluster_resources().get("CPU") == 4, 30)
+        yield next(n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") == 3)
 
 
 @pytest.mark.slow

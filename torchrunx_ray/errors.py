@@ -15,7 +15,9 @@ arrives as itself, with a RemoteFailure as its cause.
 Every class words its own message from the facts that it is given, and keeps them as attributes.
 """
 
+import contextlib
 import signal as signals
+import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,16 +38,25 @@ _NODES_SHOWN = 30
 
 
 def made_without_constructor(
-    kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]
+    kind: type[BaseException],
+    args: tuple[Any, ...],
+    state: dict[str, Any],
+    fields: Sequence[tuple[type, str, Any]] = (),
 ) -> BaseException:
     """An exception as it was, though its constructor takes other arguments than `args`.
 
-    Only what its built-in base does with `args` is done again.
+    Only what its base in C does with `args` is done again. `fields` lie beside its `__dict__`: in C,
+    or in slots; each with the class that has it.
     """
-    builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
-    error = builtin.__new__(kind, *args)
-    builtin.__init__(error, *args)
+    in_c: Any = kind
+    while not isinstance(in_c.__dict__.get("__new__"), types.BuiltinFunctionType):
+        in_c = in_c.__base__  # the one whose memory layout it has
+    error = in_c.__new__(kind, *args)
+    with contextlib.suppress(Exception):  # its constructor may never have called this
+        in_c.__init__(error, *args)
     error.__dict__.update(state)
+    for owner, name, value in fields:
+        vars(owner)[name].__set__(error, value)
     return error
 
 
@@ -244,6 +255,7 @@ class LaunchTimeoutError(LaunchError):
 class RemoteFailure(_Travels):
     """Where, and with what traceback, the user's function raised.
 
+    `traceback` is empty where no line of the user's raised: what was returned cannot travel.
     `failures` holds all ranks' failures in order of time, this one first; `stacks` tells what the
     other workers were doing.
     """
@@ -265,7 +277,8 @@ class RemoteFailure(_Travels):
         self.traceback = traceback
         self.failures = list(failures)
         self.stacks = ""
-        super().__init__(f"on rank {rank} ({hostname}, pid {pid}):\n{traceback.rstrip()}")
+        where = f"on rank {rank} ({hostname}, pid {pid})"
+        super().__init__(f"{where}:\n{traceback.rstrip()}" if traceback else where)
 
 
 def describe_exit(exit_code: int | None, signal: int | None) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -38,3 +39,8 @@ def ray_start(
                 os.kill(pid, signal.SIGKILL)
         started.wait(30)
         assert wait_until(lambda: not mentioning(mark), 30)
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from tests.clusters.started import ray_start
 
@@ -23,7 +24,7 @@ def namespaces_are_possible() -> bool:
 
 
 @contextlib.contextmanager
-def _network() -> Iterator[None]:
+def network() -> Iterator[None]:
     _take_down()
     try:
         _ip("link", "add", _BRIDGE, "type", "bridge")
@@ -54,14 +55,20 @@ def _take_down() -> None:
 class TwoHosts:
     """A raylet on each, that of the first being the head's."""
 
-    def __init__(self, stack: contextlib.ExitStack, of_other_host: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        of_other_host: Mapping[str, str],
+        names: Mapping[str, Sequence[str]],
+    ) -> None:
         self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         self.of_driver = {**self.environment, "RAY_ADDRESS": f"{IPS['trxh1']}:6379"}
         self._of_other_host = {**self.environment, **of_other_host}
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trx"))
-        stack.enter_context(_network())
+        stack.enter_context(network())
+        self._prefixes = {host: [*inside(host), *under_names(host, names, folder)] for host in IPS}
         head = ("--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}")
-        stack.enter_context(_raylet("trxh1", head, self.environment))
+        stack.enter_context(self._raylet("trxh1", head, self.environment))
         self._other = stack.enter_context(contextlib.ExitStack())
         self._raylets = 1
         self.start_other_host()
@@ -70,7 +77,7 @@ class TwoHosts:
         """Its raylet, in place of one that was killed; Ray knows of that end when this returns."""
         self._other.close()
         address = f"--address={IPS['trxh1']}:6379"
-        self._other.enter_context(_raylet("trxh2", (address,), self._of_other_host))
+        self._other.enter_context(self._raylet("trxh2", (address,), self._of_other_host))
         self._raylets += 1
         done = self.drive(
             "import time\n"
@@ -87,7 +94,7 @@ class TwoHosts:
     def run(self, *arguments: str, timeout_s: float = 110) -> "subprocess.CompletedProcess[str]":
         """Python on the first host."""
         return subprocess.run(
-            [*inside("trxh1"), sys.executable, *arguments],
+            [*self._prefixes["trxh1"], sys.executable, *arguments],
             env=self.of_driver,
             capture_output=True,
             text=True,
@@ -95,21 +102,41 @@ class TwoHosts:
             check=False,
         )
 
+    def _raylet(
+        self, host: str, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> contextlib.AbstractContextManager[None]:
+        address = (f"--node-ip-address={IPS[host]}", "--num-cpus=4")
+        prefix = self._prefixes[host]
+        return ray_start(*address, *arguments, environment=environment, prefix=prefix)
+
 
 @contextlib.contextmanager
-def two_hosts(of_other_host: Mapping[str, str] | None = None) -> Iterator[TwoHosts]:
-    """A head on one of them, and a raylet on the other, with this in its environment."""
+def two_hosts(
+    of_other_host: Mapping[str, str] | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> Iterator[TwoHosts]:
+    """A head on one of them, and a raylet on the other, with this in its environment.
+
+    Both have the machine's hostname where they are given no names.
+    """
     with contextlib.ExitStack() as stack:
-        yield TwoHosts(stack, of_other_host or {})
-
-
-def _raylet(
-    host: str, arguments: Sequence[str], environment: Mapping[str, str]
-) -> contextlib.AbstractContextManager[None]:
-    address = (f"--node-ip-address={IPS[host]}", "--num-cpus=4")
-    return ray_start(*address, *arguments, environment=environment, prefix=inside(host))
+        yield TwoHosts(stack, of_other_host or {}, names or {})
 
 
 def inside(host: str) -> list[str]:
     """What a command begins with that runs on this host."""
     return ["ip", "netns", "exec", host]
+
+
+def under_names(host: str, names: Mapping[str, Sequence[str]], folder: str | Path) -> list[str]:
+    """What a command begins with that finds all these names in /etc/hosts.
+
+    The first of its host's is the hostname; the folder must last as long as the command.
+    """
+    if not names:
+        return []
+    file = Path(folder, "hosts")
+    lines = [f"{IPS[name]} {' '.join(called)}" for name, called in names.items()]
+    file.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+    script = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+    return ["unshare", "--uts", "--mount", "sh", "-c", script, names[host][0], str(file)]

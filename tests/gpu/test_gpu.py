@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import torchrunx_ray as trx
+import torchrunx_ray.torchrunx as torchrunx
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -73,3 +74,12 @@ def test_visible_devices_are_those_of_the_launch(on_one_gpu: trx.Launcher) -> No
 def test_two_nccl_ranks_on_one_card_are_refused() -> None:
     with pytest.raises(ValueError, match="nccl"):
         trx.Launcher(workers_per_host=2, gpus_per_worker=0.5, backend="nccl")
+
+
+def test_defaults_of_the_drop_in_for_torchrunx_take_every_gpu(cluster: None) -> None:
+    result = torchrunx.Launcher().run(
+        lambda: (dist.get_backend(), dist.get_world_size(), torch.cuda.device_count())
+    )
+
+    count = torch.cuda.device_count()
+    assert list(result) == [("nccl", count, count)] * count

@@ -65,6 +65,11 @@ def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple
 
 def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
     """What bash exports after it has sourced the file, starting from `base`."""
+    if not os.path.exists(path):
+        raise ValueError(
+            f"env_file={path!r}: No such file or directory. It is read on every host of the launch, not where "
+            "the driver is: put it on all of them, or pass its values as extra_env_vars."
+        )
     try:
         done = subprocess.run(
             ["bash", "-c", _SOURCE, "bash", path],

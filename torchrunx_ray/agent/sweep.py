@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+from torchrunx_ray.wire import family
 from torchrunx_ray.wire.environment import MARK
 
 
@@ -14,7 +15,8 @@ def kill_marked(mark: str) -> None:
         if not entry.isdigit():
             continue
         try:
-            if wanted in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
+            is_marked = wanted in Path("/proc", entry, "environ").read_bytes().split(b"\0")
+            if is_marked and not family.ends_by_itself(int(entry)):
                 os.kill(int(entry), signal.SIGKILL)
         except OSError:  # it ended meanwhile, or is not ours
             continue

@@ -117,7 +117,7 @@ class Template:
         self._tell(messages.SignalWorkers(tuple(local_ranks), signum))
 
     async def end_run(self) -> tuple[int, ...]:
-        """Return when nothing of the run lives, but for the pids that are returned."""
+        """Return when nothing of the run lives, less what ends by itself and the pids that are returned."""
         reply, _ = await self._ask(messages.EndRun())
         return reply.left if isinstance(reply, messages.RunEnded) else ()
 

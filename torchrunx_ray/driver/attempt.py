@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.clocks import Clocks
-from torchrunx_ray.driver.cluster import Connection, untyped_ray
+from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.failures import Failure, Failures, NotJoined, Report
 from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.logs.run_logs import RunLogs
@@ -139,20 +140,32 @@ class Attempt:
             await self._drain_logs()
             self.log_directory = self._logs.directory
         if self._failures:
-            on_our_clock = [
-                failure
-                if host_index is None
-                else dataclasses.replace(
-                    failure, time_ns=self._clocks.on_ours(host_index, failure.time_ns)
-                )
-                for host_index, failure in self._failures
-            ]
-            return Failures(on_our_clock, self._stopped, self._stacks, self.log_directory)
-        await in_thread(_wait_until_stored, [ref for talk in talks for ref in talk.values])
+            failures = [self._on_our_clock(*failure) for failure in self._failures]
+            return Failures(failures, self._stopped, self._stacks, self.log_directory)
+        await self._see_stored([ref for talk in talks for ref in talk.values])
         return [
             [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(talk.values)]
             for i, (host, talk) in enumerate(zip(self._crew.hosts, talks, strict=True))
         ]
+
+    def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
+        """Only now: the clocks may not have been compared yet when it was heard of."""
+        if host_index is None:
+            return failure
+        time_ns = self._clocks.on_ours(host_index, failure.time_ns)
+        return dataclasses.replace(failure, time_ns=time_ns)
+
+    async def _see_stored(self, refs: "list[ray.ObjectRef[Any]]") -> None:
+        try:
+            await in_thread(self._cluster.inside, _wait_until_stored, refs)
+        except RayError as error:
+            # Of the task that waits, through ray://; the values are the agents'.
+            logger.warning(
+                "%s has ended, but whether its values have left the agents is not known: the task that "
+                "waits for them failed (%s). Fetch the values before their hosts may go.",
+                self._run_id,
+                error,
+            )
 
     async def stacks(self) -> Stacks:
         """What the workers that live are doing."""
@@ -309,8 +322,10 @@ class Attempt:
         self._stacks = await self._lookout.stacks(_SETTLING_S)
 
     async def _look_and_stop(self, grace_s: float) -> None:
-        self.stacks_at_stop = await self._lookout.stacks(_LOOK_S)
-        self._stop(grace_s)
+        try:
+            self.stacks_at_stop = await self._lookout.stacks(_LOOK_S)
+        finally:
+            self._stop(grace_s)
 
     def _later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(delay_s, call, *args))

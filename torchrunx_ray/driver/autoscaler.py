@@ -9,7 +9,7 @@ import ray._raylet
 from ray.core.generated import autoscaler_pb2
 
 from torchrunx_ray.driver import cluster
-from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.connection import Connection
 
 _raylet: Any = ray._raylet  # Cython, and made at run time: neither has types
 _messages: Any = autoscaler_pb2
@@ -33,10 +33,7 @@ class Outlook:
 
 def outlook(group_id: str) -> Outlook:
     """Ask Ray's head about a placement group; no public function tells any of it."""
-    if cluster.is_remote_client():
-        ask: Any = untyped_ray.remote(num_cpus=0)(_ask)  # the head is out of reach from here
-        return untyped_ray.get(ask.remote(group_id))
-    return Outlook() if cluster.was_started_here() else _ask(group_id)
+    return Outlook() if cluster.was_started_here() else Connection().inside(_ask, group_id)
 
 
 def _ask(group_id: str) -> Outlook:

@@ -7,11 +7,14 @@ from typing import Any
 
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from torchrunx_ray.driver import cluster, references
-from torchrunx_ray.driver.checks import check_function, check_handlers
-from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver import captures, cluster, connection, references
+from torchrunx_ray.driver.call_checks import check_call, check_function
+from torchrunx_ray.driver.cells import Brought
+from torchrunx_ray.driver.checks import check_handlers
+from torchrunx_ray.driver.connection import untyped_ray
 from torchrunx_ray.driver.options import LogHandlers, Options
-from torchrunx_ray.errors import PayloadError, bytes_in_words
+from torchrunx_ray.errors import LaunchError, PayloadError, bytes_in_words
+from torchrunx_ray.wire import versions
 from torchrunx_ray.wire.payload import Packed, pack
 
 
@@ -34,16 +37,30 @@ def put_call(
 ) -> Call:
     """Check, pickle, then hand to Ray: what cannot travel fails before any resource is asked for."""
     check_function(func)
+    check_call(func, args, kwargs)
     log_handlers = _made(options)
     function_name = _name(func)
-    found = references.Found()
+    found, brought = references.Found(), Brought()
+
+    def replace(value: object) -> Any:
+        brought.note(value)
+        return found.replace(value)
+
     packed = pack(
-        [(function_name, func), ("args", tuple(args)), ("kwargs", dict(kwargs))],
-        replace=found.replace,
+        [
+            (function_name, func),
+            ("args", tuple(args)),
+            ("kwargs", dict(kwargs)),
+            ("the cells", brought),  # the last: it knows by then
+        ],
+        replace=replace,
     )
-    cluster.connect()
+    connection.connect()
+    if packed.size >= captures.LARGE:
+        captures.tell_of_large(function_name, func, found.replace)
+    stored = _put(packed)
     inserted = found.packed(options.runtime_env)
-    return Call(unique(options.name or function_name), _put(packed), inserted, log_handlers)
+    return Call(unique(options.name or function_name), stored, inserted, log_handlers)
 
 
 def _made(options: Options) -> LogHandlers:
@@ -67,6 +84,11 @@ def _put(packed: Packed) -> Any:
             f"has {bytes_in_words(store)}, and the disk that Ray falls back to is full",
             step="store",
         ) from error
+    except ModuleNotFoundError as error:  # Ray's server for ray:// unpickles what it is sent
+        missing = versions.missing_package(str(error), versions.of_this_process())
+        if missing is None:
+            raise
+        raise LaunchError(f"On the head of the Ray cluster: {missing}") from None
 
 
 def unique(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What is wrong with an option or a function, before anything starts.
+"""What is wrong with an option, before anything starts.
 
 Every message names the option, the value, and what is expected. Values are Any here: an
 annotation does not keep a caller from giving something else.
@@ -7,7 +7,10 @@ annotation does not keep a caller from giving something else.
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from difflib import get_close_matches
 from typing import Any
 
 from torchrunx_ray.wire.environment import forbidden
@@ -16,6 +19,21 @@ _BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
 """Those of torch, and of the accelerators that it knows by name."""
 
 _STRATEGIES = ("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK")
+
+_ELSEWHERE = {
+    **dict.fromkeys(("nproc_per_node", "nproc", "nprocs"), "workers_per_host"),
+    **dict.fromkeys(("num_workers", "num_processes"), "workers_per_host"),
+    **dict.fromkeys(("nnodes", "num_nodes", "hosts", "nodes", "hostname"), "hostnames"),
+    **dict.fromkeys(("num_gpus", "gpus"), "gpus_per_worker"),
+    **dict.fromkeys(("num_cpus", "cpus"), "cpus_per_worker"),
+    **dict.fromkeys(("env", "env_vars"), "extra_env_vars"),
+    "copy_env_vars": "default_env_vars",
+    "worker_timeout": "timeout",
+    "handlers": "log_handlers",
+    "args": "func_args",
+    "kwargs": "func_kwargs",
+}
+"""What torchrun, torchrunx, Ray Train and others call it."""
 
 
 def check_options(given: Mapping[str, Any]) -> None:
@@ -29,10 +47,25 @@ def check_options(given: Mapping[str, Any]) -> None:
     _check_output(given)
 
 
-def check_function(func: object) -> None:
-    if not callable(func):
+def check_option_names(given: Iterable[str], known: Iterable[str], face: str) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = _ELSEWHERE.get(name) or next(iter(get_close_matches(name, known, n=1)), None)
+            meant = f"Did you mean {near}? " if near else ""
+            raise TypeError(
+                f"{face} has no option {name!r}. {meant}Arguments of the function go into "
+                "launch(func, func_args, func_kwargs) or Launcher().run(func, *args, **kwargs); the "
+                f"options are {', '.join(known)}."
+            )
+
+
+def check_given_by_name(values: Sequence[Any], face: str) -> None:
+    if values:
         raise TypeError(
-            f"func={func!r} is not callable; pass the function itself, not what it returns."
+            f"{face}() takes its options by name, as in {face}(hostnames=2, workers_per_host=4); given "
+            f"without a name: {', '.join(map(reprlib.repr, values))}. The function and its arguments go "
+            "into Launcher().run(func, *args, **kwargs)."
         )
 
 
@@ -90,8 +123,9 @@ def _check_workers(workers: Any, hosts: Any) -> None:
 
 
 def _check_amounts(given: Mapping[str, Any]) -> None:
-    for option in ("timeout", "shutdown_timeout", "linger"):
+    for option in ("shutdown_timeout", "linger"):
         _require_number(option, given[option], "seconds, at least 0")
+    _require_number("timeout", given["timeout"], "seconds, more than 0")
     _require(given["timeout"] > 0, "timeout", given["timeout"], "seconds, more than 0")
     for option, expected in (
         ("gpus_per_worker", "None, or a number of at least 0"),
@@ -138,30 +172,42 @@ def _check_choices(given: Mapping[str, Any]) -> None:
 
 def _check_environment(given: Mapping[str, Any]) -> None:
     _require_strings("default_env_vars", given["default_env_vars"], "patterns such as WANDB_*")
-    extra = given["extra_env_vars"]
-    names: list[str]
-    texts: list[str]
-    expected = "patterns such as WANDB_*, NAME=value strings, or a mapping from names to strings"
-    if _is_mapping(extra):
-        _require_strings("extra_env_vars", [*extra, *extra.values()], expected)
-        names = list(extra)
-        texts = [*extra, *extra.values()]
-    else:
-        _require_strings("extra_env_vars", extra, expected)
-        names = [entry.partition("=")[0] for entry in extra]
-        texts = list(extra)
-    for text in texts:
-        _require("\0" not in text, "extra_env_vars", text, "text without NUL")
-    for name in names:
-        _require(bool(name) and "=" not in name, "extra_env_vars", name, "names without =")
-        if forbidden(name):
-            raise ValueError(
-                f"extra_env_vars: {name} is set by the launch itself, for every worker; leave it "
-                "out. hostnames and workers_per_host decide ranks, gpus_per_worker decides GPUs."
-            )
+    _check_extra_variables(given["extra_env_vars"])
     file = given["env_file"]
     is_path = file is None or _is_path(file)
     _require(is_path, "env_file", file, "None, or a path on the hosts", TypeError)
+
+
+def _check_extra_variables(extra: Any) -> None:
+    if _is_mapping(extra):
+        _require_strings_by_name(extra)
+        names, texts = list(extra), [*extra, *extra.values()]
+        for name in names:
+            _require(name and "=" not in name, "extra_env_vars", name, "a name without =")
+    else:
+        expected = (
+            "patterns such as WANDB_*, NAME=value strings, or a mapping from names to strings"
+        )
+        _require_strings("extra_env_vars", extra, expected)
+        names, texts = [entry.partition("=")[0] for entry in extra], extra
+        for name, entry in zip(names, extra, strict=True):
+            _require(name, "extra_env_vars", entry, "NAME=value, or a pattern such as WANDB_*")
+    for text in texts:
+        _require("\0" not in text, "extra_env_vars", text, "text without NUL")
+    for name in filter(forbidden, names):
+        raise ValueError(
+            f"extra_env_vars: {name} is set by the launch itself, for every worker; leave it "
+            "out. hostnames and workers_per_host decide ranks, gpus_per_worker decides GPUs."
+        )
+
+
+def _require_strings_by_name(extra: Any) -> None:
+    for name, value in extra.items():
+        if not isinstance(name, str):
+            raise TypeError(f"extra_env_vars: the name {name!r} is no string; write {str(name)!r}.")
+        if not isinstance(value, str):
+            instead = "leave it out" if value is None else f"write {str(value)!r}"
+            raise TypeError(f"extra_env_vars: {name} is {value!r}, which is no string: {instead}.")
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
@@ -216,8 +262,15 @@ def _require_int(option: str, value: Any, least: int, expected: str) -> None:
 
 def _require_number(option: str, value: Any, expected: str) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    expected += _of_timedelta(value)
     _require(is_number, option, value, expected, TypeError)
     _require(0 <= value < math.inf, option, value, expected)
+
+
+def _of_timedelta(value: object) -> str:
+    if not isinstance(value, timedelta):
+        return ""
+    return f"; a timedelta has .total_seconds(), here {value.total_seconds():g}"
 
 
 def _require_strings(option: str, values: Any, expected: str) -> None:

@@ -1,15 +1,20 @@
 """How far the clocks of the hosts are apart, for putting what happens on them in order."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver.cluster import ClusterLeft
+from torchrunx_ray.driver.cluster import is_here
+from torchrunx_ray.driver.connection import ClusterLeft
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.wire.clock import now_ns
 
 _READINGS = 5
+
+_GOOD_FOR_S = 60.0
+"""Clocks of computers drift apart by some 10 microseconds per second."""
 
 
 class Clocks:
@@ -17,29 +22,30 @@ class Clocks:
 
     def __init__(self, agents: Sequence[Agent]) -> None:
         self._agents = agents
-        self._ahead_ns = [0] * len(agents)
 
     async def compare(self) -> None:
-        """Ask every agent; one that just died is heard of otherwise."""
-        if len(self._agents) > 1:
-            await asyncio.gather(*map(self._compare, range(len(self._agents))))
+        """Ask those on other machines, unless lately; one that just died is heard of otherwise."""
+        stale = time.monotonic() - _GOOD_FOR_S
+        asked = [a for a in self._agents if a.compared_at < stale and not is_here(a.node_id)]
+        await asyncio.gather(*map(_compare, asked))
 
     def on_ours(self, host_index: int, time_ns: int) -> int:
         """A time that was read on a host, on the driver's clock."""
-        return time_ns - self._ahead_ns[host_index]
+        return time_ns - self._agents[host_index].ahead_ns
 
-    async def _compare(self, host_index: int) -> None:
-        agent = self._agents[host_index]
-        shortest_ns: int | None = None
-        try:
-            for _ in range(_READINGS):
-                asked_ns = now_ns()
-                theirs_ns: int = await agent.connection.ask(agent.calls.clock)
-                took_ns = now_ns() - asked_ns
-                # Half the round trip is the best guess of when the agent read its clock, and the
-                # shortest one the closest.
-                if shortest_ns is None or took_ns < shortest_ns:
-                    shortest_ns = took_ns
-                    self._ahead_ns[host_index] = theirs_ns - asked_ns - took_ns // 2
-        except (RayError, ClusterLeft):
-            pass
+
+async def _compare(agent: Agent) -> None:
+    shortest_ns: int | None = None
+    try:
+        for _ in range(_READINGS):
+            asked_ns = now_ns()
+            theirs_ns: int = await agent.connection.ask(agent.calls.clock)
+            took_ns = now_ns() - asked_ns
+            # Half the round trip is the best guess of when the agent read its clock, and the
+            # shortest one the closest.
+            if shortest_ns is None or took_ns < shortest_ns:
+                shortest_ns = took_ns
+                agent.ahead_ns = theirs_ns - asked_ns - took_ns // 2
+        agent.compared_at = time.monotonic()
+    except (RayError, ClusterLeft):
+        pass

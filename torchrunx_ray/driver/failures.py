@@ -45,6 +45,8 @@ Report = (
     | ArgumentLost
 )
 
+_FRAME = re.compile(r'^[ |]*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
+
 _NOTICE_NS = 100_000_000
 """How much sooner than its parent a dying worker's peers may hear of its death."""
 
@@ -77,7 +79,12 @@ class Failures:
     @property
     def in_brief(self) -> str:
         first = _in_order(self.failures)[0]
-        return f"{first.who}: {_summary(first.report)}"
+        return f"{first.who}: {_summary(first.report)}{_place(first.report)}"
+
+    @property
+    def in_brief_with_logs(self) -> str:
+        where = "" if self.log_directory is None else f"; logs in {self.log_directory}"
+        return f"{self.in_brief}{where}"
 
     @cached_property
     def exception(self) -> BaseException:
@@ -150,7 +157,7 @@ def _exception(failure: Failure) -> BaseException:
                 local_rank=report.exited.local_rank,
                 hostname=failure.hostname,
                 pid=report.exited.pid,
-                what=_how_it_died(report.exited),
+                what=_how_it_died(report),
                 exit_code=report.exited.exit_code,
                 signal=report.exited.signal,
                 peak_memory=report.exited.peak_memory,
@@ -162,9 +169,13 @@ def _exception(failure: Failure) -> BaseException:
             return _raised(report, rank, failure.hostname)
 
 
-def _how_it_died(exited: messages.Exited) -> str:
-    how = describe_exit(exited.exit_code, exited.signal)
-    return how if exited.signal is not None else f"{how} before its function returned or raised"
+def _how_it_died(died: messages.Died) -> str:
+    how = describe_exit(died.exited.exit_code, died.exited.signal)
+    if died.exited.signal is not None:
+        return how
+    if any(line.startswith(messages.NOT_REPORTED) for line in died.last_lines):
+        return f"{how} without a report of what its function did"
+    return f"{how} before its function returned or raised"
 
 
 def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
@@ -172,7 +183,7 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
     if report.exception is not None:
         try:
             error = load_exception(report.exception)
-        except Exception as reason:
+        except (Exception, SystemExit, GeneratorExit) as reason:  # Ctrl-C is the driver's own
             unraisable = (
                 f"raised {report.kind}: {report.text} (shown as text, since the driver cannot "
                 f"unpickle it: {type(reason).__name__}: {reason})"
@@ -215,10 +226,24 @@ def _consequences(in_order: Sequence[Failure]) -> list[str]:
     for failure in in_order[1:]:
         groups.setdefault(re.sub(r"\d+", "#", _summary(failure.report)), []).append(failure)
     return [
-        f"{max(0, members[0].time_ns - first.time_ns) / 1e9:.3f} s later, "
-        f"{', '.join(member.who for member in members)}: {_summary(members[0].report)}"
+        f"{max(0, members[0].time_ns - first.time_ns) / 1e9:.3f} s later, {_in_one_line(members)}"
         for members in groups.values()
     ]
+
+
+def _in_one_line(failures: Sequence[Failure]) -> str:
+    """What the first of them said, after those who said just that."""
+    said = _summary(failures[0].report)
+    who = ", ".join(each.who for each in failures if _summary(each.report) == said)
+    alike = ", ".join(each.who for each in failures if _summary(each.report) != said)
+    return f"{who}: {said}; alike: {alike}" if alike else f"{who}: {said}"
+
+
+def _place(report: Report) -> str:
+    """The innermost line of its traceback; of an exception group its own, not its members'."""
+    trace = report.traceback.partition("+-+-")[0] if isinstance(report, messages.Failed) else ""
+    lines = _FRAME.findall(trace)
+    return " ({}:{}, in {})".format(*lines[-1]) if lines else ""
 
 
 def _summary(report: Report) -> str:

@@ -1,10 +1,15 @@
 """Whether nodes can hold what a launch needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import amounts_in_words
+
+_ACCELERATOR = "accelerator_type:"
+"""What Ray puts before a type of accelerator, to make a resource of it."""
+
+_VALUES_SHOWN = 20
 
 
 def could_be_host(node: Node, options: Options) -> bool:
@@ -22,7 +27,7 @@ def least_needs(options: Options) -> dict[str, float]:
     needs["CPU"] = workers * (options.cpus_per_worker or 0)
     needs["GPU"] = workers * (options.gpus_per_worker or 0)
     if options.accelerator_type is not None:
-        needs[f"accelerator_type:{options.accelerator_type}"] = 0.001
+        needs[f"{_ACCELERATOR}{options.accelerator_type}"] = 0.001
     return {name: amount for name, amount in needs.items() if amount}
 
 
@@ -34,9 +39,10 @@ def why_impossible(
     Ray says so itself, but not of a PACK group that is too large for a cluster that is busy, nor
     in each version of labels that no node has.
     """
+    unknown = what_no_node_is(nodes, options)
+    if unknown is not None:
+        return unknown
     nodes = [node for node in nodes if _has_labels(node, options)]
-    if not nodes:
-        return f"no node matches label_selector={dict(options.label_selector or {})!r}"
     for bundle in wanted:
         for name, amount in bundle.items():
             largest = max(node.resources.get(name, 0) for node in nodes)
@@ -57,18 +63,45 @@ def why_impossible(
     return None
 
 
+def what_no_node_is(nodes: Sequence[Node], options: Options) -> str | None:
+    """The labels or the accelerator that are asked for and no node has, with those that there are."""
+    selector = dict(options.label_selector or {})
+    matching = [node for node in nodes if _has_labels(node, options)]
+    if not matching:
+        there = [f"{key} {_in_words({n.labels.get(key) for n in nodes})}" for key in selector]
+        return f"no node matches label_selector={selector!r}; there are: {'; '.join(there)}"
+    kinds = {
+        name.removeprefix(_ACCELERATOR)
+        for node in matching
+        for name in node.resources
+        if name.startswith(_ACCELERATOR)
+    }
+    if options.accelerator_type in (None, *kinds):
+        return None
+    which = f"no node that matches label_selector={selector!r}" if selector else "no node"
+    return (
+        f"{which} has accelerator_type={options.accelerator_type!r}; there are: {_in_words(kinds)}"
+    )
+
+
 def unplaced(
     wanted: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]]
 ) -> list[Mapping[str, float]]:
     """The bundles that find no node of their own among what is free."""
     left, missing = list(free), list[Mapping[str, float]]()
     for bundle in wanted:
-        node = next((node for node in left if _is_in(bundle, node)), None)
+        node = next((node for node in left if is_in(bundle, node)), None)
         if node is None:
             missing.append(bundle)
         else:
             left.remove(node)
     return missing
+
+
+def _in_words(values: Iterable[str | None]) -> str:
+    found = sorted(value for value in values if value is not None)
+    shown = [*found[:_VALUES_SHOWN], *(["..."] if found[_VALUES_SHOWN:] else [])]
+    return ", ".join(shown) or "(none)"
 
 
 def _has_labels(node: Node, options: Options) -> bool:
@@ -79,10 +112,10 @@ def _has_labels(node: Node, options: Options) -> bool:
 
 
 def _fits(bundle: Mapping[str, float], node: Node) -> bool:
-    return _is_in(bundle, node.resources)
+    return is_in(bundle, node.resources)
 
 
-def _is_in(bundle: Mapping[str, float], resources: Mapping[str, float]) -> bool:
+def is_in(bundle: Mapping[str, float], resources: Mapping[str, float]) -> bool:
     return all(resources.get(name, 0) >= amount for name, amount in bundle.items())
 
 

@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver import pool, references
 from torchrunx_ray.driver.attempt import Attempt, Crew
 from torchrunx_ray.driver.call import Call
-from torchrunx_ray.driver.cluster import Connection
+from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
@@ -107,9 +107,12 @@ class HeldHosts:
     async def _meet(self, index: int, host: Host, name: str) -> Met:
         """Have an agent on this host, in place of one that died since its last run."""
         while True:
+            wanted = template_wanted(self._options, one_worker=host.workers == 1)
             agent = self._agents.get(index)
+            if agent is not None and agent.wanted != wanted:  # the driver's environment or folder
+                await self._agents.pop(index).release(self._options.linger)
+                agent = None
             if agent is None:
-                wanted = template_wanted(self._options, one_worker=host.workers == 1)
                 agent = await pool.acquire(
                     host.node.node_id, wanted, self._options, f"{name}-{host.label}"
                 )

@@ -1,11 +1,11 @@
 """The public face: `Launcher` and `launch`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ParamSpec, TypeVar
 
 from torchrunx_ray.driver.call import put_call
-from torchrunx_ray.driver.checks import check_arguments
+from torchrunx_ray.driver.checks import check_arguments, check_option_names
 from torchrunx_ray.driver.held_hosts import run_once
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
@@ -51,5 +51,6 @@ def launch(
 
     The options are those of `Launcher`; raises what `Launcher.run` raises.
     """
+    check_option_names(options, (field.name for field in fields(Options)), "launch()")
     check_arguments(func_args, func_kwargs)
     return Launcher(**options).run(func, *func_args, **(func_kwargs or {}))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver.cluster import ClusterLeft
+from torchrunx_ray.driver.connection import ClusterLeft
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.stacks import Stacks, in_words
 from torchrunx_ray.wire.ranks import Place

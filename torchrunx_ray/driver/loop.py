@@ -51,7 +51,10 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, name="torchrunx_ray call", daemon=True).start()
+    try:
+        threading.Thread(target=work, name="torchrunx_ray call", daemon=True).start()
+    except RuntimeError:  # from Python 3.12 on none starts any more when the script has ended
+        work()
     return await asyncio.shield(asyncio.wrap_future(future))
 
 

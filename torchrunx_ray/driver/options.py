@@ -1,12 +1,16 @@
 """The options of a launch."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from torchrunx_ray.driver.checks import check_options
+from torchrunx_ray.driver.checks import check_given_by_name, check_option_names, check_options
+from torchrunx_ray.driver.command_line import written_as, written_as_auto_or_none, written_as_json
 from torchrunx_ray.wire.environment import DEFAULT_ENV_VARS
 from torchrunx_ray.wire.messages import StartMethod
 
@@ -17,24 +21,37 @@ LogHandlers = Sequence[logging.Handler] | Literal["auto"] | None
 class Options:
     """How to launch. A wrong value is a ValueError or TypeError that names the option."""
 
-    hostnames: int | Sequence[str] | Literal["auto", "slurm"] = "auto"
+    hostnames: Annotated[
+        int | Sequence[str] | Literal["auto", "slurm"],
+        written_as("hostnames", int | Literal["auto", "slurm"] | tuple[str, ...] | list[str]),
+    ] = "auto"
     """Where to launch: every node that can hold workers ("auto"), that many nodes, these nodes (name, IP, node id, "localhost" for the driver's), or those of the Slurm allocation ("slurm")."""
-    workers_per_host: int | Sequence[int] | Literal["auto", "gpu", "cpu", "slurm"] = "auto"
+    workers_per_host: Annotated[
+        int | Sequence[int] | Literal["auto", "gpu", "cpu", "slurm"],
+        written_as(
+            "workers_per_host",
+            int | Literal["auto", "gpu", "cpu", "slurm"] | tuple[int, ...] | list[int],
+        ),
+    ] = "auto"
     """Workers on each host: a number, one number per host, one per GPU, one per CPU, or as the Slurm allocation has GPUs, else CPUs ("slurm"). "auto" is "gpu" if any chosen host has GPUs, else "cpu"."""
     gpus_per_worker: float | None = None
-    """GPUs that each worker pins. None: 1 if every chosen host has as many GPUs as workers, else 0."""
+    """GPUs that each worker pins. None: 1 if every host is there already and has as many GPUs as workers, else 0 on all of them; 0 with workers_per_host="cpu"."""
     cpus_per_worker: float | None = None
     """CPUs that each worker reserves. None: 1, or less where a host has fewer CPUs than workers."""
     accelerator_type: str | None = None
     """Of the hosts' GPUs, in Ray's words, such as "A100"."""
-    label_selector: Mapping[str, str] | None = None
+    label_selector: Annotated[
+        Mapping[str, str] | None, written_as("label_selector", dict[str, str] | None)
+    ] = None
     """Ray's labels that every host must have, such as {"region": "in(us, eu)"}."""
-    resources_per_host: Mapping[str, float] | None = None
+    resources_per_host: Annotated[
+        Mapping[str, float] | None, written_as("resources_per_host", dict[str, float] | None)
+    ] = None
     """Further Ray resources to reserve on each host."""
     placement_strategy: Literal["STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK"] = "STRICT_SPREAD"
     """Ray's placement strategy for the hosts' bundles."""
     backend: str | None = "auto"
-    """Of the process group: "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl". "auto": nccl where workers have GPUs, else gloo. None: no process group."""
+    """Of the process group: "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl". "auto": nccl where each worker has a GPU of its own, else gloo. None: no process group. With nccl collectives take CUDA tensors only; "cpu:gloo,cuda:nccl" takes both."""
     timeout: float = 600
     """Timeout of the process group, in seconds."""
     placement_timeout: float | None = 600
@@ -43,26 +60,50 @@ class Options:
     """From SIGTERM to SIGKILL for workers that must stop, in seconds."""
     linger: float = 60
     """How long agents stay warm after a run, holding no resources, in seconds."""
-    default_env_vars: Sequence[str] = DEFAULT_ENV_VARS
+    default_env_vars: Annotated[
+        Sequence[str], written_as("default_env_vars", tuple[str, ...] | list[str])
+    ] = DEFAULT_ENV_VARS
     """Patterns of the driver's environment variables that travel to workers."""
-    extra_env_vars: Sequence[str] | Mapping[str, str] = ()
+    extra_env_vars: Annotated[
+        Sequence[str] | Mapping[str, str],
+        written_as("extra_env_vars", tuple[str, ...] | list[str] | dict[str, str]),
+    ] = ()
     """More of them: patterns, NAME=value strings, or a mapping."""
-    env_file: str | os.PathLike[str] | None = None
+    env_file: Annotated[
+        str | os.PathLike[str] | None, written_as("env_file", str | Path | None)
+    ] = None
     """A file on each host that bash sources for the workers' environment."""
-    log_handlers: LogHandlers | Callable[[], LogHandlers] = "auto"
+    log_handlers: Annotated[LogHandlers | Callable[[], LogHandlers], written_as_auto_or_none()] = (
+        "auto"
+    )
     """Who takes the workers' output: files and the driver's console or loggers ("auto"), nobody (None), or exactly these handlers; also as a function that returns one of these, called for each launch."""
-    console_ranks: Sequence[int] | Literal["all"] = (0,)
+    console_ranks: Annotated[
+        Sequence[int] | Literal["all"],
+        written_as("console_ranks", Literal["all"] | tuple[int, ...] | list[int]),
+    ] = (0,)
     """Whose output "auto" brings to the driver."""
     progress: bool | None = None
     """Show how far a run is. None: on a terminal, in a notebook and in a job's log."""
-    preload: Sequence[str] = ("torch", "torch.distributed")
+    preload: Annotated[Sequence[str], written_as("preload", tuple[str, ...] | list[str])] = (
+        "torch",
+        "torch.distributed",
+    )
     """Modules that are imported once per host, before workers are forked."""
     start_method: StartMethod = "fork"
     """"fork" workers from the host's template, or "spawn" fresh interpreters."""
-    runtime_env: Mapping[str, Any] | None = None
+    runtime_env: Annotated[Mapping[str, Any] | None, written_as_json()] = None
     """Ray's runtime environment, for the agents."""
     name: str | None = None
     """Of the run, in logs, errors and the dashboard. None: the function's name."""
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Python's own TypeErrors tell neither which options there are nor how they are given."""
+        known: Mapping[str, Field[Any]] = vars(cls).get("__dataclass_fields__", {})
+        if known and vars(cls)["__dataclass_params__"].init:  # else its __init__ is somebody's own
+            if all(field.kw_only for field in known.values()):
+                check_given_by_name(values, cls.__name__)
+            check_option_names(options, known, f"{cls.__name__}()")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before anything starts."""
@@ -81,3 +122,10 @@ class Options:
         if not isinstance(self.extra_env_vars, Mapping):
             patterns += [entry for entry in self.extra_env_vars if "=" not in entry]
         return patterns
+
+    def named_variables(self) -> set[str]:
+        """What `extra_env_vars` asks of the driver by its very name."""
+        if isinstance(self.extra_env_vars, Mapping):
+            return set()
+        names = {entry for entry in self.extra_env_vars if not set("=*?[") & set(entry)}
+        return names - self.explicit_variables().keys()

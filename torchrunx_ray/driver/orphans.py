@@ -13,7 +13,7 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from torchrunx_ray.driver import cluster
-from torchrunx_ray.driver.cluster import untyped_ray
+from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 
 logger = logging.getLogger("torchrunx_ray")
@@ -34,7 +34,7 @@ def group_name(name: str) -> str:
 
 def sweep() -> None:
     """Begin to remove the groups of launches whose process has died, on whatever node."""
-    task = asyncio.create_task(in_thread(_sweep))
+    task = asyncio.create_task(in_thread(Connection().inside, _sweep))
     _sweeping.add(task)
     task.add_done_callback(_has_swept)
 

@@ -1,6 +1,7 @@
 """The placement group of a session: one bundle per host, holding the CPUs and GPUs."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from torchrunx_ray.driver import cluster, orphans, placement_group
-from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
+from torchrunx_ray.driver import cluster, line, orphans, placement_group
+from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.connection import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
-from torchrunx_ray.driver.room import wait_for_room
 from torchrunx_ray.driver.shape import Shape, resolve
+from torchrunx_ray.driver.waiting import Waiting
 from torchrunx_ray.errors import PlacementError
 
 logger = logging.getLogger("torchrunx_ray")
@@ -40,6 +42,7 @@ class Placement:
         self.hosts = hosts
         self.backend = shape.backend
         self._group = group
+        line.hold(group, shape.needed)
         self._cluster = Connection()
         # Asked for while agents start: the answer takes Ray a process.
         self._gpu_ids = asyncio.ensure_future(_gpu_ids(group, shape, options))
@@ -50,12 +53,14 @@ class Placement:
 
     async def is_whole(self) -> bool:
         """Whether all its nodes live, as far as Ray knows."""
-        live = {node.node_id for node in await in_thread(cluster.live_nodes)}
+        live = {node.node_id for node in await self._cluster.call(cluster.live_nodes)}
         return all(host.node.node_id in live for host in self.hosts)
 
     async def check(self) -> None:
         """PlacementError where somebody else has removed it."""
-        table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, self._group)
+        table: dict[str, Any] = await self._cluster.call(
+            untyped_ray.util.placement_group_table, self._group
+        )
         if table.get("state", "REMOVED") == "REMOVED":
             raise PlacementError(
                 "the placement group of the session was removed, by ray.util.remove_placement_group or "
@@ -65,37 +70,45 @@ class Placement:
 
     async def remove(self) -> None:
         self._gpu_ids.cancel()
-        if self._cluster.is_ours():
-            await placement_group.remove(self._group)
+        with contextlib.suppress(ClusterLeft):
+            await placement_group.remove(self._group, self._cluster)
 
 
 async def place(options: Options, progress: Progress) -> Placement:
     """Reserve room for the launch; PlacementError where there is none in time."""
     connection = Connection()
-    nodes = await in_thread(cluster.live_nodes)
-    shape = resolve(options, nodes, cluster.context().get_node_id())
-    await placement_group.see_own_release(shape, nodes)
-    connection.check()
+    nodes, here = await connection.call(_nodes_and_ours)
+    if options.hostnames == "slurm":  # that asks Slurm, and names
+        shape = await in_thread(resolve, options, nodes, here)
+    else:
+        shape = resolve(options, nodes, here)
     orphans.sweep()
-    group = await placement_group.create(options, shape, orphans.group_name(progress.name))
+    waiting = Waiting(options, shape, connection, progress)
     try:
-        hosts = None
-        while hosts is None:
-            await wait_for_room(group, options, shape, connection, progress)
-            hosts = await _hosts_of(group, shape)
+        while True:
+            group = await waiting.until_placed(nodes)
+            hosts = await _hosts_of(group, shape, connection)
+            if hosts is not None:
+                break
     except BaseException:
-        if connection.is_ours():
-            await to_the_end(placement_group.remove_unplaced(group))
+        with contextlib.suppress(ClusterLeft):
+            await to_the_end(waiting.give_up())
         raise
     logger.info("%s: %s", progress.name, _in_words(shape, hosts, nodes))
     return Placement(hosts, shape, group, options)
 
 
-async def _hosts_of(group: PlacementGroup, shape: Shape) -> list[Host] | None:
+def _nodes_and_ours() -> tuple[list[Node], str]:
+    return cluster.live_nodes(), cluster.context().get_node_id()
+
+
+async def _hosts_of(
+    group: PlacementGroup, shape: Shape, connection: Connection
+) -> list[Host] | None:
     """Where the group was placed; None where a node of it has died, and Ray places it again."""
-    table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, group)
+    table: dict[str, Any] = await connection.call(untyped_ray.util.placement_group_table, group)
     node_ids: list[str] = [table["bundles_to_node_id"].get(i) for i in range(len(shape.hosts))]
-    nodes = {node.node_id: node for node in await in_thread(cluster.live_nodes)}
+    nodes = {node.node_id: node for node in await connection.call(cluster.live_nodes)}
     if not nodes.keys() >= set(node_ids):
         return None
     hostnames = _labels([(nodes[n].hostname, nodes[n].ip) for n in node_ids])

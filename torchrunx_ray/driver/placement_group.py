@@ -1,30 +1,45 @@
 """Ray's placement groups: made and removed so that none is left, nor what one of them held."""
 
 import asyncio
+import os
 import time
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from torchrunx_ray.driver import cluster
-from torchrunx_ray.driver.cluster import Node, untyped_ray
-from torchrunx_ray.driver.loop import in_thread, to_the_end
+from torchrunx_ray.driver import line
+from torchrunx_ray.driver.connection import Connection, untyped_ray
+from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.shape import Shape
-
-_RELEASE_S = 1.0
-"""What a removed group held is known to be free by then; Ray's nodes report every 0.1 s."""
 
 _SETTLED_S = 2.0
 """Ray places a group, or finds that it cannot, in some milliseconds, unless a node is stuck."""
 
-_last_release = float("-inf")
+UNDECIDED = ("QUEUED", "SCHEDULING_STARTED")
+"""The scheduling states of a group of which Ray has yet to say whether there is room."""
+
+_STIR_S = 0.02
+"""For so long after a group is asked for Ray may try others that wait."""
+
+_last_asked = float("-inf")
+
+_at_ray = asyncio.Lock()
+"""Held by whoever asks for a group, or removes one that waits."""
 
 
-async def create(options: Options, shape: Shape, name: str) -> PlacementGroup:
+async def create(
+    options: Options, shape: Shape, name: str, connection: Connection
+) -> PlacementGroup:
     """Ask Ray for one bundle per host; whoever has the group must remove it."""
+    async with _at_ray:
+        return await _create(options, shape, name, connection)
+
+
+async def _create(
+    options: Options, shape: Shape, name: str, connection: Connection
+) -> PlacementGroup:
+    global _last_asked
     selectors = [
         {
             **(options.label_selector or {}),
@@ -44,52 +59,75 @@ async def create(options: Options, shape: Shape, name: str) -> PlacementGroup:
         created.append(group)
 
     try:
-        await to_the_end(in_thread(make))
+        await to_the_end(connection.call(make))
     except asyncio.CancelledError:  # the group was made all the same
         for group in created:
-            await to_the_end(remove_unplaced(group))
+            await to_the_end(_remove_settled(group, connection))
         raise
+    finally:
+        _last_asked = time.monotonic()
     return created[0]
 
 
-async def remove(group: PlacementGroup) -> None:
+async def remove(group: PlacementGroup, connection: Connection) -> None:
     """Give back what a placed group holds."""
-    global _last_release
-    await in_thread(remove_placement_group, group)
-    _last_release = time.monotonic()
+    try:
+        await connection.call(remove_placement_group, group)
+    finally:
+        line.release(group)
 
 
-async def remove_unplaced(group: PlacementGroup) -> None:
+async def remove_unplaced(group: PlacementGroup, connection: Connection) -> None:
     """Remove a group that Ray may be placing right now.
 
     Ray loses what it is about to reserve for a group that is removed in that moment: those CPUs
     and GPUs stay taken for as long as the node lives (seen with Ray 2.60: 1 of 60 removals).
     """
+    async with _at_ray:
+        await asyncio.sleep(_stirred_for_s())
+        await _remove_settled(group, connection)
+
+
+async def _remove_settled(group: PlacementGroup, connection: Connection) -> None:
     deadline = time.monotonic() + _SETTLED_S
     while time.monotonic() < deadline:
-        table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, group)
-        if table["stats"]["scheduling_state"] not in ("QUEUED", "SCHEDULING_STARTED"):
+        if await connection.call(scheduling_state, group) not in UNDECIDED:
             break
         await asyncio.sleep(0.001)  # Ray has no event for it
-    await remove(group)
+    await remove(group, connection)
 
 
-async def see_own_release(shape: Shape, nodes: Sequence[Node]) -> None:
-    """Wait until Ray's head knows what we released a moment ago, if it is needed and enough.
+async def withdraw(group: PlacementGroup, connection: Connection) -> bool:
+    """Remove a group that waits, to ask for it anew; False where Ray may be placing it, or has.
 
-    A group that finds it missing is tried again only after a second. There is no event to wait
-    on: the nodes report to the head every 0.1 s.
+    At a moment when nothing that this driver did has Ray try it: see `remove_unplaced`.
     """
-    needed: Counter[str] = Counter()
-    for host in shape.hosts:
-        needed.update(host.bundle)
-    total: Counter[str] = Counter()
-    for node in nodes:
-        total.update(node.resources)
-    if any(total[name] < amount for name, amount in needed.items()):
-        return
-    while time.monotonic() - _last_release < _RELEASE_S:
-        free = await in_thread(cluster.free_resources)
-        if all(free.get(name, 0) >= amount for name, amount in needed.items()):
-            return
-        await asyncio.sleep(0.01)
+    async with _at_ray:
+        await asyncio.sleep(_stirred_for_s())
+        return await to_the_end(connection.call(_remove_if_refused, group))
+
+
+def _remove_if_refused(group: PlacementGroup) -> bool:
+    if scheduling_state(group) != "NO_RESOURCES":
+        return False
+    remove_placement_group(group)
+    return True
+
+
+def scheduling_state(group: PlacementGroup) -> str:
+    """What Ray makes of it; also where it knows of no such group, as a head that was started anew."""
+    table: dict[str, Any] = untyped_ray.util.placement_group_table(group)
+    return table["stats"]["scheduling_state"] if table else "REMOVED"
+
+
+def _stirred_for_s() -> float:
+    return max(0.0, _last_asked + _STIR_S - time.monotonic())
+
+
+def _forget() -> None:
+    """A forked child has none of its parent's launches."""
+    global _last_asked, _at_ray
+    _last_asked, _at_ray = float("-inf"), asyncio.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)

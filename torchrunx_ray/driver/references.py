@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from torchrunx_ray.driver.cluster import Connection, untyped_ray
+from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.wire.payload import Inserted, Packed, pack
 
@@ -55,24 +56,25 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
     """Return when Ray has the values, or knows that it will not have them."""
     begun = time.monotonic()
     reported = -math.inf
-    missing: list[Any] = list(refs)
+    missing = len(refs)
     while missing:
-        _, missing = await in_thread(_wait_a_second, missing)
+        missing = await in_thread(connection.inside, _missing_after_a_second, list(refs))
         connection.check()
         now = time.monotonic()
         if missing and now - reported >= _REPORT_EVERY_S:
             logger.warning(
                 "waiting for %d of %d ObjectRefs in the arguments, whose tasks have not ended, %.0f s "
                 "so far; the run begins after them",
-                len(missing),
+                missing,
                 len(refs),
                 now - begun,
             )
             reported = now
 
 
-def _wait_a_second(refs: list[Any]) -> tuple[list[Any], list[Any]]:
-    return untyped_ray.wait(refs, num_returns=len(refs), timeout=1, fetch_local=False)
+def _missing_after_a_second(refs: list[Any]) -> int:
+    _, missing = untyped_ray.wait(refs, num_returns=len(refs), timeout=1, fetch_local=False)
+    return len(missing)
 
 
 def _is_packed(ref: Any) -> bool:
@@ -98,7 +100,15 @@ def _refuse(value: Any) -> Any:
             "it by itself"
         )
     _refuse_handle(value)
-    return NotImplemented
+    return _writable(value)
+
+
+def _writable(value: Any) -> Any:
+    """Ray's arrays cannot be written to, and a worker's memory is its own."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None or type(value) is not numpy.ndarray or value.flags.writeable:
+        return NotImplemented
+    return value.copy(order="K").__reduce_ex__(5)
 
 
 def _refuse_handle(value: Any) -> None:

@@ -10,7 +10,8 @@ from ray.exceptions import RayError
 
 from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.history import History
-from torchrunx_ray.errors import AgentFailedError, PayloadError, bytes_in_words
+from torchrunx_ray.errors import AgentFailedError, LaunchError, PayloadError, bytes_in_words
+from torchrunx_ray.wire.culprit import users_part
 from torchrunx_ray.wire.payload import kept_packed
 
 R = TypeVar("R")
@@ -107,9 +108,15 @@ class LaunchResult(Generic[R]):
     def _fetch(self, rank: int, host_index: int, local_rank: int) -> R:
         hostname = self._hostnames[host_index]
         value = self._values[host_index][local_rank]
+        if not ray.is_initialized():
+            raise _gone(rank)  # Ray would start a cluster, and look there
         try:
             with kept_packed():
                 packed: Any = ray.get(value.ref)
+        except ValueError as error:
+            if "owner is unknown" not in str(error):
+                raise
+            raise _gone(rank) from error  # with a cluster before this one
         except RayError as error:
             if any(kind in str(error) for kind in _STORE_IS_FULL):
                 store = bytes_in_words(value.node.store_size)
@@ -133,4 +140,11 @@ class LaunchResult(Generic[R]):
                 hostname=hostname,
                 step="unpickle",
                 missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
-            ) from error
+            ) from users_part(error)
+
+
+def _gone(rank: int) -> LaunchError:
+    return LaunchError(
+        f"the value that rank {rank} returned went with the Ray cluster, which the driver has left, by "
+        "ray.shutdown() or as its ray:// connection was lost. Fetch what you want to keep before that."
+    )

@@ -1,107 +1,57 @@
-"""Whether the cluster has room for a placement group, now or ever, and waiting for it."""
+"""Whether the cluster has room for a placement group, now or ever."""
 
-import asyncio
 import logging
-import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
-from torchrunx_ray.driver import cluster, orphans
+from torchrunx_ray.driver import cluster, placement_group
 from torchrunx_ray.driver.autoscaler import Outlook, outlook
-from torchrunx_ray.driver.cluster import Connection, Node, untyped_ray
-from torchrunx_ray.driver.fit import unplaced, why_impossible
-from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.connection import Connection
+from torchrunx_ray.driver.fit import unplaced, what_no_node_is, why_impossible
 from torchrunx_ray.driver.options import Options
-from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.shape import Shape
 from torchrunx_ray.errors import PlacementError, amounts_in_words, room_table
 
 logger = logging.getLogger("torchrunx_ray")
 
-_VERDICT_S = 0.05
-"""After this Ray has decided whether the group is possible at all."""
-
-_LOOK_S = 1.0
-"""How often a launch that waits looks whether it still may; an autoscaler decides by the second."""
-
-_REPORT_EVERY_S = 10
-"""Also how long one question to Ray waits, which takes whole seconds."""
-
-
-async def wait_for_room(
-    group: PlacementGroup,
-    options: Options,
-    shape: Shape,
-    connection: Connection,
-    progress: Progress,
-) -> None:
-    """Return when the group is placed; PlacementError when it cannot be, or is not in time."""
-    limit_s = math.inf if options.placement_timeout is None else options.placement_timeout
-    begun = time.monotonic()
-    reported = -math.inf
-    pause_s = _VERDICT_S
-    asking: asyncio.Task[bool] | None = None
-    while True:
-        asking = asking or asyncio.create_task(in_thread(group.wait, _REPORT_EVERY_S))
-        left_s = max(_VERDICT_S, begun + limit_s - time.monotonic())
-        try:
-            if await _is_ready(asking, min(pause_s, left_s)):
-                return
-        except Exception as error:  # Ray has no type for it
-            connection.check()
-            raise PlacementError(
-                f"Ray no longer knows the launch's placement group (somebody removed it, or its head was "
-                f"started anew): {error}. Launch again."
-            ) from None
-        finally:
-            # The group may be removed while Ray is still asked about it.
-            asking.add_done_callback(lambda task: task.cancelled() or task.exception())
-        if asking.done():
-            asking = None
-        connection.check()
-        now = time.monotonic()
-        room = await _Room.now(group, options, shape)
-        room.check(now - begun, limit_s)
-        progress.waiting_for = room.in_brief()
-        if now - reported >= _REPORT_EVERY_S:
-            room.report(progress.name, now - begun, limit_s)
-            orphans.sweep()
-            reported = now
-        pause_s = _LOOK_S
-
-
-async def _is_ready(asking: "asyncio.Task[bool]", timeout_s: float) -> bool:
-    await asyncio.wait({asking}, timeout=timeout_s)
-    return asking.done() and asking.result()
-
 
 @dataclass(frozen=True)
-class _Room:
+class Room:
     """What a waiting group wants, what there is, and what may come."""
 
     options: Options
     shape: Shape
     nodes: Sequence[Node]
     free_by_node: Mapping[str, Mapping[str, float]]
-    infeasible: bool
+    scheduling_state: str
     outlook: Outlook
 
     @classmethod
-    async def now(cls, group: PlacementGroup, options: Options, shape: Shape) -> "_Room":
-        table: dict[str, Any] = await in_thread(untyped_ray.util.placement_group_table, group)
-        group_id: str = table["placement_group_id"]
+    async def now(
+        cls, group: PlacementGroup, options: Options, shape: Shape, connection: Connection
+    ) -> "Room":
+        untyped_group: Any = group
         return cls(
             options,
             shape,
-            await in_thread(cluster.live_nodes),
-            await in_thread(cluster.free_by_node),
-            table["stats"]["scheduling_state"] == "INFEASIBLE",
-            await in_thread(outlook, group_id),
+            await connection.call(cluster.live_nodes),
+            await connection.call(cluster.free_by_node),
+            await connection.call(placement_group.scheduling_state, group),
+            await connection.call(outlook, untyped_group.id.hex()),
         )
+
+    @property
+    def infeasible(self) -> bool:
+        return self.scheduling_state == "INFEASIBLE"
+
+    @property
+    def is_being_reserved(self) -> bool:
+        """Whether Ray may have found room, and asks the nodes for it."""
+        return self.scheduling_state in placement_group.UNDECIDED
 
     def check(self, waited_s: float, limit_s: float) -> None:
         """Raise where waiting has no end, or has come to its end."""
@@ -116,7 +66,9 @@ class _Room:
         if never is not None:
             raise self._error(
                 f"The Ray cluster can never hold this launch: {never}.",
-                "Ask for fewer hosts or workers, or for less per worker.",
+                "Ask for fewer hosts or workers, or for less per worker."
+                if what_no_node_is(self.nodes, self.options) is None
+                else "Ask for one that is there, or add a node that has it.",
             )
         if waited_s >= limit_s:
             starting = self._starting()
@@ -140,8 +92,11 @@ class _Room:
     def report(self, name: str, waited_s: float, limit_s: float) -> None:
         starting = self._starting()
         logger.warning(
-            "%s is waiting for room in the Ray cluster, %.0f s%s so far%s\n%s",
+            "%s is waiting for %s, %.0f s%s so far%s\n%s",
             name,
+            "Ray to reserve its room (is a node slow to answer Ray's head?)"
+            if self.is_being_reserved
+            else "room in the Ray cluster",
             waited_s,
             "" if self.options.placement_timeout is None else f" of {limit_s:g}",
             f"; {starting}" if starting else "",

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import logging
+import os
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
@@ -24,7 +25,8 @@ _living: set["Run[Any]"] = set()
 class Run(Generic[R]):
     """A launch in the background; its methods behave as those of concurrent.futures.Future.
 
-    It can be awaited too, from any event loop; cancelling whoever awaits it does not stop it.
+    It can be awaited too, from any event loop; cancelling whoever awaits it stops it, as with asyncio's
+    own tasks.
     """
 
     def __init__(
@@ -36,22 +38,22 @@ class Run(Generic[R]):
         )
         self._was_asked = False
         self._loop = loop.running()
+        _living.add(self)
         self._loop.call_soon_threadsafe(self._begin, life)
 
     def result(self, timeout: float | None = None) -> LaunchResult[R]:
         """Wait for all workers; raise what the first failing one raised.
 
         After `timeout` seconds TimeoutError is raised, and the run goes on. Ctrl-C stops the run
-        and raises KeyboardInterrupt when nothing of it is left; a second one kills it.
+        and raises KeyboardInterrupt when nothing of it is left; a second one kills it. So does
+        whatever else a signal handler raises: Ray's makes SystemExit of SIGTERM.
         """
         try:
             loop.wait(self._ended, timeout)
-        except KeyboardInterrupt as interrupt:
+        except BaseException as interruption:
+            self._was_asked = True
             self._stop()
-            if stacks := self._progress.stacks_at_stop:
-                interrupt.add_note(f"When it was interrupted:\n{stacks.summary}")
-            if self._progress.log_directory is not None:
-                interrupt.add_note(f"All output of this launch: {self._progress.log_directory}")
+            self._tell_of_stop(interruption)
             raise
         if not self._ended.done():
             raise TimeoutError(f"the run goes on after {timeout:g} s; result() waits for it again")
@@ -61,7 +63,7 @@ class Run(Generic[R]):
     def stacks(self) -> Stacks:
         """What the workers are doing now; `print` it.
 
-        None before they are started, nor when they have ended.
+        Empty before they are started, and when they have ended.
         """
         asked = loop.start(self._progress.stacks())
         loop.wait(asked)
@@ -89,20 +91,45 @@ class Run(Generic[R]):
 
     def __await__(self) -> Generator[Any, None, LaunchResult[R]]:
         self._was_asked = True
-        ended = asyncio.shield(asyncio.wrap_future(self._ended))
-        return self._value_of((yield from ended.__await__()))
+        yield from self._until_ended().__await__()
+        return self._value_of(self._ended.result())
+
+    async def _until_ended(self) -> None:
+        ended = asyncio.wrap_future(self._ended)
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            while not self._ended.done():
+                self.cancel()
+                try:
+                    await asyncio.shield(asyncio.wait({ended}))
+                except asyncio.CancelledError:
+                    continue  # a second one kills it
+            raise
 
     def _stop(self) -> None:
         for _ in range(2):
             self.cancel()
             try:
                 self.wait()
-            except KeyboardInterrupt:
-                continue
+            except BaseException:
+                continue  # a second one kills it
             return
 
+    def _tell_of_stop(self, interruption: BaseException) -> None:
+        if stacks := self._progress.stacks_at_stop:
+            interruption.add_note(f"When it was interrupted:\n{stacks.summary}")
+        if self._progress.log_directory is not None:
+            interruption.add_note(f"All output of this launch: {self._progress.log_directory}")
+        if isinstance(interruption, SystemExit):  # which Python ends with, without a word
+            logger.warning(
+                "%s was stopped: the driver is to end (SystemExit: %s, as Ray makes of SIGTERM).\n%s",
+                self._progress.name,
+                interruption,
+                "\n".join(getattr(interruption, "__notes__", ())),
+            )
+
     def _begin(self, life: Coroutine[Any, Any, "LaunchResult[Any] | Failures"]) -> None:
-        _living.add(self)
         self._task = asyncio.ensure_future(life)
         self._task.add_done_callback(self._end)
 
@@ -135,17 +162,30 @@ class Run(Generic[R]):
             return
         error = self._ended.exception()
         outcome = self._ended.result() if error is None else None
-        reason = outcome.in_brief if isinstance(outcome, Failures) else error
+        reason = outcome.in_brief_with_logs if isinstance(outcome, Failures) else error
         if reason is not None:
             logger.error(
                 "%s failed, and nobody asked for its result: %s", self._progress.name, reason
             )
 
 
-def _tell_of_living() -> None:
-    for run in list(_living):
-        logger.warning("the script ended while %r; it is stopped. `result()` waits for a run.", run)
+def _stop_living() -> None:
+    living = list(_living)
+    for run in living:
+        logger.warning(
+            "the script ended while %r; it is being stopped, for shutdown_timeout and some seconds at most. "
+            "`result()` waits for a run.",
+            run,
+        )
+        run.cancel()
+    for run in living:
+        try:
+            run.wait()
+        except BaseException:
+            return  # told to end once more: what is left ends with the driver
 
 
+# A forked child has the runs, but not the thread that they live in.
+os.register_at_fork(after_in_child=_living.clear)
 # Before Ray's own, which was registered earlier, ends the agents.
-atexit.register(_tell_of_living)
+atexit.register(_stop_living)

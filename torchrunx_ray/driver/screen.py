@@ -27,6 +27,8 @@ class Screen:
         """Whole lines."""
         with self._lock:
             target = _file(stream)
+            if target is None:
+                return  # as in `python train.py >&-`; Python's own print says nothing either
             text = _writable(lines, target)
             if self._live is not None and _is_terminal(target):
                 # Above the status lines; as it is, without rich's own reading of it.
@@ -83,9 +85,9 @@ class Screen:
         # What the driver itself prints must go above the status lines, too.
         streams: tuple[TextStream, ...] = ("stdout", "stderr")
         self._proxies = {
-            stream: _Above(self, stream, _file(stream))
+            stream: _Above(self, stream, file)
             for stream in streams
-            if _is_terminal(_file(stream))
+            if (file := _file(stream)) is not None and _is_terminal(file)
         }
         for stream, proxy in self._proxies.items():
             setattr(sys, stream, proxy)
@@ -178,7 +180,7 @@ def _is_terminal(stream: Any) -> bool:
         return False
 
 
-def _file(stream: TextStream) -> TextIO:
+def _file(stream: TextStream) -> TextIO | None:
     """That of this process, whatever stands in its place for the sake of the status lines."""
     target = sys.stdout if stream == "stdout" else sys.stderr
     return target.file if isinstance(target, _Above) else target

@@ -4,8 +4,9 @@ import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from torchrunx_ray.driver import cluster, loop
+from torchrunx_ray.driver import connection, loop
 from torchrunx_ray.driver.call import put_call, unique
+from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.held_hosts import HeldHosts
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
@@ -13,6 +14,7 @@ from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.driver.status import shown
 from torchrunx_ray.driver.told import told
+from torchrunx_ray.errors import LaunchError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,7 +29,8 @@ class Session:
     """
 
     def __init__(self, options: Options) -> None:
-        cluster.connect()
+        connection.connect()
+        self._cluster = Connection()
         self._options = options
         self._hosts = HeldHosts(options)
         self._running: set[Run[Any]] = set()
@@ -46,6 +49,11 @@ class Session:
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background."""
+        if not self._cluster.is_ours():
+            raise LaunchError(
+                "the session's hosts went with the Ray cluster that it was opened in, which the driver has "
+                "left, by ray.shutdown() or as its ray:// connection was lost: open a new session."
+            )
         call = put_call(func, args, kwargs, self._options)
         progress = Progress(call.run_name)
         life = told(lambda: self._hosts.run(call, progress), progress, self._options)
@@ -57,22 +65,25 @@ class Session:
     def close(self) -> None:
         """Give the hosts back, after the runs that were submitted.
 
-        Ctrl-C cancels these, a second one kills them.
+        Ctrl-C, or what else a signal handler raises, cancels these; a second one kills them.
         """
-        interrupt: KeyboardInterrupt | None = None
+        interruption: BaseException | None = None
         for _ in range(3):
             try:
                 for run in list(self._running):
                     run.wait()
                 closing = loop.start(self._hosts.close())
                 loop.wait(closing)
+            except BaseException as error:
+                interruption = error
+                self._cancel_all()
+            else:
                 closing.result()
                 break
-            except KeyboardInterrupt as error:
-                interrupt = error
-                self._cancel_all()
-        if interrupt is not None:
-            raise interrupt
+        else:
+            loop.start(self._hosts.close())  # nobody waits for it any more
+        if interruption is not None:
+            raise interruption
 
     async def _open(self) -> None:
         progress = Progress(unique(self._options.name or "session"))

@@ -1,10 +1,12 @@
 """From options and the live nodes to the shape of a launch: hosts, workers, what each must hold."""
 
+import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from torchrunx_ray.driver import slurm
-from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.cluster import Node, was_started_here
 from torchrunx_ray.driver.fit import could_be_host, least_needs, why_impossible
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import PlacementError
@@ -35,11 +37,21 @@ class Shape:
     gpus_per_worker: float
     backend: str | None
 
+    @property
+    def needed(self) -> dict[str, float]:
+        """Of all hosts together."""
+        names = {name for host in self.hosts for name in host.bundle}
+        return {name: sum(host.bundle.get(name, 0) for host in self.hosts) for name in names}
+
+    def fits_in_sum(self, nodes: Sequence[Node]) -> bool:
+        return all(
+            sum(node.resources.get(name, 0) for node in nodes) >= amount
+            for name, amount in self.needed.items()
+        )
+
 
 def resolve(options: Options, nodes: Sequence[Node], driver_node_id: str) -> Shape:
-    """Decide hosts, counts and backend over the live nodes."""
-    if options.hostnames == "slurm":
-        options = replace(options, hostnames=slurm.hosts())
+    """Decide hosts, counts and backend over the live nodes. It may block, to ask Slurm for its own."""
     chosen, labels, pinned = _choose(options, nodes, driver_node_id)
     workers = _workers(options, chosen)
     gpus = _gpus_per_worker(options, chosen, workers)
@@ -55,6 +67,11 @@ def _choose(
 ) -> tuple[list[Node | None], Sequence[str], bool]:
     """The hosts' nodes (None: any), their labels, and whether they must be just these."""
     hosts, workers = options.hostnames, options.workers_per_host
+    if hosts == "slurm":
+        names = slurm.hosts()
+        allocated = _of_allocation(names, nodes, driver_node_id)
+        _refuse_twins(names, allocated)
+        return list(allocated), names, True
     if not isinstance(hosts, int | str):
         found = [_find(name, nodes, driver_node_id) for name in hosts]
         _refuse_twins(hosts, found)
@@ -83,15 +100,55 @@ def _choose(
     return chosen, [""] * count, depends_on_nodes
 
 
+def _of_allocation(names: Sequence[str], nodes: Sequence[Node], driver_node_id: str) -> list[Node]:
+    """The nodes that Slurm calls so, which need not be what they call themselves."""
+    by_name = {name: _node_called(name, nodes, driver_node_id) for name in names}
+    unknown = [name for name, node in by_name.items() if node is None]
+    if unknown and not was_started_here():  # that Ray is of this node only
+        with ThreadPoolExecutor(len(unknown)) as pool:  # a name server may take seconds for each
+            for name, addresses in zip(unknown, pool.map(_addresses, unknown), strict=True):
+                by_name[name] = next((node for node in nodes if node.ip in addresses), None)
+    missing = ", ".join(name for name, node in by_name.items() if node is None)
+    if missing:
+        problem = (
+            "the driver's ray.init() joined no Ray in this allocation, but started one of its own, "
+            f"which does not have {missing}."
+            if was_started_here()
+            else f"{missing} of the allocation is no live node of this Ray cluster."
+        )
+        advice = f"{_live(nodes)}\n{slurm.how_to_start_ray(names)}"
+        raise PlacementError(f'hostnames="slurm": {problem}', advice=advice)
+    return [node for node in by_name.values() if node is not None]
+
+
 def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
+    node = _node_called(name, nodes, driver_node_id)
+    if node is None:
+        raise PlacementError(
+            f"hostnames: {name!r} is no live node of this Ray cluster.", advice=_live(nodes)
+        )
+    return node
+
+
+def _node_called(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node | None:
     for node in nodes:
         names = (node.hostname, node.hostname.partition(".")[0], node.ip, node.node_id)
         if name in names or (name == "localhost" and node.node_id == driver_node_id):
             return node
-    live = ", ".join(node.name for node in nodes)
-    raise PlacementError(
-        f"hostnames: {name!r} is no live node of this Ray cluster.", advice=f"Live are: {live}."
-    )
+    return None
+
+
+def _addresses(name: str) -> set[str]:
+    """What the name resolves to on the driver's machine; nothing where it does not."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return set()
+    return {str(info[4][0]) for info in found}
+
+
+def _live(nodes: Sequence[Node]) -> str:
+    return f"Live are: {', '.join(sorted(node.name for node in nodes))}."
 
 
 def _refuse_twins(names: Sequence[str], found: Sequence[Node]) -> None:
@@ -130,7 +187,7 @@ def _workers(options: Options, chosen: Sequence[Node | None]) -> list[int]:
             f"workers_per_host={workers!r}: {node.hostname} has no {'GPU' if use_gpus else 'CPU'}.",
             total={node.name: node.resources for node in nodes},
             advice="Say how many workers it shall run, or leave it out of hostnames."
-            if not isinstance(options.hostnames, int | str)
+            if options.hostnames == "slurm" or not isinstance(options.hostnames, int | str)
             else _NUMBERS_FOR_AN_AUTOSCALER,
         )
     return counts

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 
 
 def hosts() -> list[str]:
@@ -18,41 +19,81 @@ def hosts() -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except FileNotFoundError as error:
         raise RuntimeError('hostnames="slurm": there is no scontrol on the PATH.') from error
+    except OSError as error:
+        raise RuntimeError(
+            f'hostnames="slurm": scontrol cannot be run: {error.strerror}. Mend the one on the PATH, or '
+            "name the hosts."
+        ) from error
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"`{' '.join(command)}` failed: {error.stderr.strip()}") from error
-    return done.stdout.split()
+    names = list(dict.fromkeys(done.stdout.split()))
+    if not names:
+        raise RuntimeError(
+            f"`{' '.join(command)}` shows no node of the allocation. Is SLURM_JOB_NODELIST that of a job? "
+            "Else name the hosts."
+        )
+    return names
+
+
+def how_to_start_ray(nodes: Sequence[str]) -> str:
+    """What to do where Ray does not run on all nodes of the allocation."""
+    count = len(nodes)
+    return (
+        "Start Ray on all of them, and your script on the first, by\n"
+        f"  srun --nodes={count} --ntasks={count} --ntasks-per-node=1 ray symmetric-run "
+        f"--address {nodes[0]}:6379 --min-nodes {count} -- python train.py\n"
+        "or, where Ray runs already, let the driver join it: RAY_ADDRESS=<its first node>:<its port>."
+    )
 
 
 def workers_per_host(number_of_hosts: int) -> list[int]:
     """The allocation's GPUs on each node; its CPUs where it has no GPUs."""
-    gpus = _gpus_per_node()
-    if gpus:
-        return [gpus] * number_of_hosts
-    cpus = os.environ.get("SLURM_JOB_CPUS_PER_NODE") or os.environ.get("SLURM_CPUS_ON_NODE")
-    if not cpus:
-        raise RuntimeError(
-            'workers_per_host="slurm" outside of a Slurm allocation: neither its GPUs '
-            "(SLURM_GPUS_ON_NODE) nor its CPUs (SLURM_JOB_CPUS_PER_NODE) are set."
-        )
-    counts = _expand(cpus)
+    counts = _gpus() or _cpus()
     return counts * number_of_hosts if len(counts) == 1 else counts
 
 
-def _gpus_per_node() -> int:
-    if on_node := os.environ.get("SLURM_GPUS_ON_NODE"):
-        return int(on_node)
-    if per_node := os.environ.get("SLURM_GPUS_PER_NODE"):  # "4", "a100:4", "a100:2,v100:2"
-        return sum(int(part.rpartition(":")[2]) for part in per_node.split(","))
+def _gpus() -> list[int]:
+    """One number for all nodes, or one for each; nothing where there are none."""
+    for variable in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):
+        if text := os.environ.get(variable):
+            counts = _counts(variable, text)
+            on_node = counts if "(x" in text else [sum(counts)]  # else a count of each type
+            return on_node if any(on_node) else []
     ids = os.environ.get("SLURM_JOB_GPUS", "")
-    return len([i for i in ids.split(",") if i])
+    count = sum(_ids_in(part) for part in ids.split(",") if part)
+    return [count] if count else []
 
 
-def _expand(counts: str) -> list[int]:
-    """Slurm's "72(x2),36" is 72, 72 and 36."""
-    expanded: list[int] = []
-    for part in counts.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+def _cpus() -> list[int]:
+    for variable in ("SLURM_JOB_CPUS_PER_NODE", "SLURM_CPUS_ON_NODE"):
+        if text := os.environ.get(variable):
+            return _counts(variable, text)
+    if gpus := os.environ.get("SLURM_GPUS_ON_NODE"):
+        raise RuntimeError(
+            'workers_per_host="slurm" counts the allocation\'s GPUs, else its CPUs: it has no GPUs '
+            f"(SLURM_GPUS_ON_NODE={gpus!r}), and SLURM_JOB_CPUS_PER_NODE is not set. Give a number."
+        )
+    raise RuntimeError(
+        'workers_per_host="slurm" outside of a Slurm allocation: neither its GPUs '
+        "(SLURM_GPUS_ON_NODE) nor its CPUs (SLURM_JOB_CPUS_PER_NODE) are set."
+    )
+
+
+def _counts(variable: str, text: str) -> list[int]:
+    """Slurm's "72(x2),36" is 72, 72 and 36; a type may stand before a count, as in "gpu:a100:4"."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:[^():]+:)*(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise RuntimeError(f"Slurm's {counts!r} is no list of counts such as 72(x2),36")
-        expanded += [int(match[1])] * int(match[2] or 1)
-    return expanded
+            raise RuntimeError(
+                f'workers_per_host="slurm": {variable}={text!r} is no count such as 4, a100:4 or '
+                "72(x2),36. Give workers_per_host as a number, or one for each host."
+            )
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _ids_in(part: str) -> int:
+    """How many GPUs "3", "0-3" or a name stand for."""
+    match = re.fullmatch(r"(\d+)-(\d+)", part)
+    return 1 if match is None else int(match[2]) - int(match[1]) + 1

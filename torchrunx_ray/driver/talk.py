@@ -10,7 +10,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 
 from torchrunx_ray.driver import memory_monitor
 from torchrunx_ray.driver.call import Call
-from torchrunx_ray.driver.cluster import ClusterLeft, Connection
+from torchrunx_ray.driver.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.failures import ArgumentLost
 from torchrunx_ray.driver.logs.run_logs import RunLogs
 from torchrunx_ray.driver.pool import Agent
@@ -56,9 +56,7 @@ class Talk:
         hearing.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
-            self.values = [
-                calls.value.remote(wanted.run_id, place.local_rank) for place in wanted.places
-            ]
+            self.values = await self._cluster.call(_ask_for_values, calls, wanted)
             await hearing
         except ClusterLeft as left:
             return _failed(str(left), "")
@@ -111,6 +109,10 @@ class Talk:
             self._hostname,
             _SILENT_S,
         )
+
+
+def _ask_for_values(calls: Any, wanted: messages.RunWanted) -> "list[ray.ObjectRef[Any]]":
+    return [calls.value.remote(wanted.run_id, place.local_rank) for place in wanted.places]
 
 
 def _failed(what: str, evidence: str) -> messages.AgentFailed:

@@ -1,5 +1,7 @@
 """What the driver asks of a host's template."""
 
+import functools
+import logging
 import os
 import sys
 
@@ -7,10 +9,14 @@ from torchrunx_ray.driver.options import Options
 from torchrunx_ray.wire import environment
 from torchrunx_ray.wire.messages import TemplateWanted
 
+logger = logging.getLogger("torchrunx_ray")
+
 
 def template_wanted(options: Options, *, one_worker: bool) -> TemplateWanted:
     """From the options and this process: its environment, interpreter and folder."""
     travelling = environment.chosen(os.environ, options.variable_patterns())
+    for name in sorted(options.named_variables() - os.environ.keys()):
+        _warn_of_missing(name)
     return TemplateWanted(
         driver_variables=tuple(sorted(travelling.items())),
         explicit_variables=tuple(sorted(options.explicit_variables().items())),
@@ -20,6 +26,16 @@ def template_wanted(options: Options, *, one_worker: bool) -> TemplateWanted:
         one_worker=one_worker,
         preload=tuple(options.preload),
         start_method=options.start_method,
+    )
+
+
+@functools.cache  # once per name and process
+def _warn_of_missing(name: str) -> None:
+    logger.warning(
+        "extra_env_vars: the driver has no variable %s to send, so that workers have it only where their "
+        "host or env_file sets it. Set it in the driver, or give its value: '%s=...'.",
+        name,
+        name,
     )
 
 

@@ -31,6 +31,14 @@ def die_with(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def any_is_ready(fds: Iterable[int], timeout_s: float | None = None) -> bool:
+    """Wait until one of the descriptors can be read; a pidfd can when its process has ended."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
 def signal_group(group: int, signum: int) -> None:
     """Signal a process group. On SIGKILL its resource trackers are left to end by themselves.
 
@@ -66,10 +74,14 @@ def reap_ended(heard: Callable[[int, int, int], None] | None = None) -> bool:
 def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
     """SIGKILL and reap every child, and theirs as they become ours, until there is none.
 
-    Returns those that outlived SIGKILL for long: they are in uninterruptible sleep.
+    Less those that end by themselves. Returns those that outlived SIGKILL for long: they are in
+    uninterruptible sleep.
     """
     begun = time.monotonic()
-    while _has_children() and (children := list(_children_of_this_process())):
+    while _has_children():
+        children = [pid for pid in _children_of_this_process() if not ends_by_itself(pid)]
+        if not children:
+            break
         spent_s = time.monotonic() - begun
         spare_trackers = spent_s < _TRACKER_GRACE_S
         for pid in children:
@@ -78,7 +90,7 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
         if not reap():
             if spent_s > _DEATH_S:
                 return children
-            _wait_for_any(children, _TRACKER_GRACE_S)
+            _wait_for_end_of_any(children, _TRACKER_GRACE_S)
     return []
 
 
@@ -91,12 +103,9 @@ def _has_children() -> bool:
     return True
 
 
-def _wait_for_any(children: Iterable[int], timeout_s: float) -> None:
-    poll = select.poll()
+def _wait_for_end_of_any(children: Iterable[int], timeout_s: float) -> None:
     fds = [os.pidfd_open(pid) for pid in children]
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    poll.poll(timeout_s * 1000)
+    any_is_ready(fds, timeout_s)
     for fd in fds:
         os.close(fd)
 
@@ -124,6 +133,14 @@ def _every_process() -> Iterator[tuple[int, list[str]]]:
             except OSError:  # it ended meanwhile
                 continue
             yield int(entry), line.rpartition(")")[2].split()
+
+
+def ends_by_itself(pid: int) -> bool:
+    """Whether it is torch's, which removes what its processes left in /dev/shm two seconds after them."""
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "torch_shm_manager"
+    except OSError:
+        return False
 
 
 def _is_resource_tracker(pid: int) -> bool:

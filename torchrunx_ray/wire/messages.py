@@ -168,6 +168,10 @@ class Started:
     time_ns: int
 
 
+NOT_REPORTED = "torchrunx_ray: the agent cannot be told what became of the function"
+"""Begins what a worker says last on stderr where its channel is closed or otherwise useless."""
+
+
 @dataclass(frozen=True)
 class Returned:
     """The function returned. Descriptor: the worker's memory, or a file with the value."""

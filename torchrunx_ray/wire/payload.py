@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrunx_ray.errors import PayloadError
-from torchrunx_ray.wire import pickling
-from torchrunx_ray.wire.culprit import find_culprit
+from torchrunx_ray.wire import by_value, pickling
+from torchrunx_ray.wire.culprit import find_culprit, users_part
 
 _keep_packed: ContextVar[bool] = ContextVar("_keep_packed", default=False)
 _process_only_carries = False
@@ -41,7 +41,7 @@ class Packed:
         """The value, with these in the places that `Inserted` holds for them."""
         token = _inserted.set([functools.cache(packed.unpack) for packed in inserted])
         try:
-            return pickle.loads(self.stream, buffers=self.buffers)
+            return by_value.loads(self.stream, self.buffers)
         finally:
             _inserted.reset(token)
 
@@ -84,7 +84,9 @@ def pack(
     except Exception as error:
         path = find_culprit(parts, replace)
         reason = f"{type(error).__name__}: {error}"
-        raise PayloadError(path=path, reason=reason, rank=rank, hostname=hostname) from error
+        raise PayloadError(path=path, reason=reason, rank=rank, hostname=hostname) from users_part(
+            error
+        )
     buffers = tuple(buffer.raw() for buffer in pickled.buffers)
     return Packed(pickled.stream, buffers, pickled.owners)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import tensors
+from torchrunx_ray.wire import by_value, tensors
 
 _CloudPickler: Any = cloudpickle.Pickler
 
@@ -68,5 +68,7 @@ class _Pickler(_CloudPickler):
         if reduced is NotImplemented:
             reduced = tensors.reduce(obj, self._owners)
         if reduced is NotImplemented:
-            reduced = _CloudPickler.reducer_override(self, obj)
+            reduced = by_value.reduce(obj)
+        if reduced is NotImplemented:
+            reduced = by_value.with_slots(obj, _CloudPickler.reducer_override(self, obj))
         return reduced

@@ -9,7 +9,6 @@ import pickle
 import sys
 import threading
 import traceback
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -18,7 +17,7 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.transfer import map_file
-from torchrunx_ray.worker import group, logs, names, outcome, preload, stacks
+from torchrunx_ray.worker import group, logs, names, outcome, preload, script, stacks
 
 
 def main() -> NoReturn:
@@ -76,8 +75,6 @@ def live(
 
 def _settle_in(argv: Sequence[str]) -> None:
     sys.argv[:] = argv  # a function may parse its script's command line
-    # A module of its own: a child that multiprocessing spawns would import the keeper as main.
-    sys.modules["__main__"] = types.ModuleType("__main__")
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # open for as long as the process lives
     sys.stdout, sys.stderr = (
         open(fd, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
@@ -88,13 +85,35 @@ def _settle_in(argv: Sequence[str]) -> None:
     # DataLoader could not pickle a Dataset class of the user's script.
     default: Any = vars(multiprocessing.context)["_default_context"]  # it has no public name
     default._default_context = multiprocessing.get_context("fork")
+    _draw_other_numbers_than_peers()
+
+
+def _draw_other_numbers_than_peers() -> None:
+    """Seed generators anew if their import in the template did; Python's own is after every fork.
+
+    Not where a module of preload has seeded them: that one wants the same numbers everywhere.
+    """
+    torch: Any = sys.modules.get("torch")
+    # What torch takes from the system has more bits than what people choose.
+    if torch is not None and torch.initial_seed() >= 2**32:
+        torch.default_generator.seed()
+    generators: Any = sys.modules.get("numpy.random")
+    if generators is None:
+        return
+    try:
+        seeded_by_import = generators.get_bit_generator().seed_seq is not None
+    except AttributeError:  # numpy before 1.25 cannot tell
+        return
+    if seeded_by_import:
+        generators.seed()
 
 
 def _unpack_call(values: list[Packed], hostname: str) -> Callable[[], Any]:
     tensors.bring_all_to_current_device()
     packed, *inserted = values
     values.clear()  # only what is in use keeps the memory that they lie in
-    return outcome.unpack_call(packed, inserted, hostname)
+    with script.brought_by_the_call():
+        return outcome.unpack_call(packed, inserted, hostname)
 
 
 def _end_forked_child(error: BaseException | None) -> NoReturn:

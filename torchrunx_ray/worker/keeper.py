@@ -10,10 +10,8 @@ cannot.
 """
 
 import os
-import select
 import signal
 import sys
-from collections.abc import Sequence
 from typing import NoReturn
 
 from torchrunx_ray.wire import family
@@ -75,10 +73,10 @@ def _keep(
     signal.signal(signal.SIGTERM, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     child_fd = os.pidfd_open(child_pid)
-    _wait_for_any([agent_fd, child_fd])
+    family.any_is_ready([agent_fd, child_fd])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     os.kill(child_pid, end_with)  # in vain where it has ended
-    if not _wait_for_any([child_fd], _ENDING_S):
+    if not family.any_is_ready([child_fd], _ENDING_S):
         os.kill(child_pid, signal.SIGKILL)
     _, status = os.waitpid(child_pid, 0)
     exit_code = os.waitstatus_to_exitcode(status)
@@ -96,13 +94,6 @@ def _is_child(pid: int) -> bool:
     except ChildProcessError:
         return False
     return True
-
-
-def _wait_for_any(fds: Sequence[int], timeout_s: float | None = None) -> bool:
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def _shed_what_ray_gave() -> None:

@@ -1,14 +1,20 @@
 """What became of the function, as one message to the agent."""
 
+import contextlib
+import dataclasses
+import errno
+import linecache
 import os
 import traceback
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from torchrunx_ray.errors import PayloadError
 from torchrunx_ray.wire import memory, messages, transfer
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.culprit import users_part
 from torchrunx_ray.wire.exceptions import dump_exception
 from torchrunx_ray.wire.payload import Packed, pack
 from torchrunx_ray.wire.transfer import Layout, Spans
@@ -18,6 +24,14 @@ _TWICE_NOTE = (
     "to make your own, or destroy_process_group() first."
 )
 
+_NOT_REPORTED_ADVICE = (
+    "Did the function close descriptors that it had not opened, as os.closerange does?"
+)
+
+_PACKAGE = f"{os.path.dirname(os.path.dirname(__file__))}{os.sep}"
+
+_SHORT = 4096
+"""Characters of each text that are told where more cannot be sent."""
 
 _offered: list[Packed] = []
 """What the agent may be reading right now."""
@@ -26,7 +40,7 @@ _offered: list[Packed] = []
 def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Callable[[], Any]:
     """The function with its arguments; PayloadError where they cannot be unpickled here."""
     try:
-        func, args, kwargs = packed.unpack(inserted)
+        func, args, kwargs, cells = packed.unpack(inserted)
     except Exception as error:
         raise PayloadError(
             path="the function or its arguments",
@@ -34,7 +48,9 @@ def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Ca
             hostname=hostname,
             step="unpickle",
             missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
-        ) from error
+        ) from users_part(error)
+    for name, lines in cells.items():  # for tracebacks
+        linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
     return lambda: func(*args, **kwargs)
 
 
@@ -59,14 +75,15 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
     packed = pack([("the return value", value)], rank=rank, hostname=hostname)
     # A signal handler may raise meanwhile; the agent still reads until it has heard of that.
     _offered.append(packed)
-    try:
-        own_memory = memory.open_own()
-    except OSError:
-        answer = _hand_over(channel, time_ns, *_as_file(packed))
-    else:
-        answer = _hand_over(channel, time_ns, transfer.offer(packed), own_memory)
-    if isinstance(answer, messages.NotReadable):
-        _hand_over(channel, time_ns, *_as_file(packed))
+    with _stdin_gives_way():
+        try:
+            own_memory = memory.open_own()
+        except OSError:
+            answer = _hand_over(channel, time_ns, *_as_file(packed))
+        else:
+            answer = _hand_over(channel, time_ns, transfer.offer(packed), own_memory)
+        if isinstance(answer, messages.NotReadable):
+            _hand_over(channel, time_ns, *_as_file(packed))
     _offered.clear()
 
 
@@ -89,24 +106,106 @@ def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -
 
 
 def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseException) -> None:
+    """Tell of what was raised as itself, or else as text; on stderr where the agent cannot be told.
+
+    Whatever the exception's own code does meanwhile is no outcome.
+    """
     time_ns = now_ns()
+    for describe in (_as_itself, _as_text, _as_short_text):
+        try:
+            with _stdin_gives_way():
+                channel.send(describe(wanted, time_ns, error))
+            return
+        except BaseException as failure:
+            reason = failure
+    try:
+        said = f"{messages.NOT_REPORTED}: {reason!r}. {_NOT_REPORTED_ADVICE}\n"
+        os.write(2, (_remote_traceback(error) + said).encode(errors="backslashreplace"))
+    except BaseException:
+        pass  # its exit code is all that is left
+
+
+def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
     if isinstance(error, ValueError) and "default process group twice" in str(error):
         error.add_note(_TWICE_NOTE)
     exception, unraisable = _dump(error)
-    channel.send(
-        messages.Failed(
-            wanted.place.local_rank,
-            os.getpid(),
-            time_ns,
-            type(error).__qualname__,
-            _text(error),
-            _remote_traceback(error),
-            exception,
-            unraisable,
-            error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else None,
-            _was_raised_in_torch_distributed(error),
-        )
+    code = error.code if isinstance(error, SystemExit) else None
+    return messages.Failed(
+        wanted.place.local_rank,
+        os.getpid(),
+        time_ns,
+        type(error).__qualname__,
+        _text(error),
+        _remote_traceback(error),
+        exception,
+        unraisable,
+        code if isinstance(code, int) else None,
+        _was_raised_in_torch_distributed(error),
     )
+
+
+def _as_text(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
+    kind = _full_name(error)
+    text, trace = _text(error), _remote_traceback(error)
+    unraisable = f"raised {kind}: {text} (shown as text, since the exception itself cannot travel)"
+    return messages.Failed(
+        wanted.place.local_rank,
+        os.getpid(),
+        time_ns,
+        kind.rpartition(".")[2],
+        text,
+        trace,
+        None,
+        unraisable,
+        None,
+        _was_raised_in_torch_distributed(error),
+    )
+
+
+def _as_short_text(
+    wanted: messages.ForkWorker, time_ns: int, error: BaseException
+) -> messages.Failed:
+    """Whose message needs neither a descriptor nor much memory."""
+    failed = _as_text(wanted, time_ns, error)
+    return dataclasses.replace(
+        failed,
+        text=failed.text[:_SHORT],
+        traceback=failed.traceback[-_SHORT:],
+        unraisable=failed.unraisable[:_SHORT],
+    )
+
+
+@contextlib.contextmanager
+def _stdin_gives_way() -> Generator[None]:
+    """A report takes one descriptor; where the function used up all, the one with nothing to read.
+
+    Exit functions find it again.
+    """
+    is_needed = not _is_one_free() and _is_stdin_empty()
+    if is_needed:
+        os.close(0)
+    try:
+        yield
+    finally:
+        if is_needed:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDONLY)
+
+
+def _is_stdin_empty() -> bool:
+    """As it was when the worker began; the function may have closed it, and opened something else."""
+    try:
+        return os.path.samestat(os.fstat(0), os.stat(os.devnull))
+    except OSError:
+        return False
+
+
+def _is_one_free() -> bool:
+    try:
+        os.close(os.dup(2))
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    return True
 
 
 def _dump(error: BaseException) -> tuple[bytes | None, str]:
@@ -118,7 +217,7 @@ def _dump(error: BaseException) -> tuple[bytes | None, str]:
         return None, "raised GeneratorExit"
     try:
         return dump_exception(error), ""
-    except Exception as reason:
+    except BaseException as reason:
         kind = type(error)
         why = f"{type(reason).__name__}: {reason}"
         return None, (
@@ -128,7 +227,7 @@ def _dump(error: BaseException) -> tuple[bytes | None, str]:
 
 
 def _was_raised_in_torch_distributed(error: BaseException) -> bool:
-    frames = error.__traceback__
+    frames = _frames(error)
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next
     return frames is not None and f"{os.sep}torch{os.sep}distributed{os.sep}" in (
@@ -136,19 +235,38 @@ def _was_raised_in_torch_distributed(error: BaseException) -> bool:
     )
 
 
+def _frames(error: BaseException) -> types.TracebackType | None:
+    """By the base class: its own may refuse to be asked for attributes."""
+    return vars(BaseException)["__traceback__"].__get__(error)
+
+
+def _full_name(error: BaseException) -> str:
+    """Of its type, whatever a metaclass says."""
+    return type.__repr__(type(error)).removeprefix("<class '").removesuffix("'>")
+
+
 def _text(error: BaseException) -> str:
     try:
-        return str(error)
-    except Exception as reason:
+        return str.__str__(str(error))  # not of a class of the function's
+    except BaseException as reason:
         return f"<its __str__ raised {type(reason).__name__}>"
+
+
+def _is_own(frames: types.TracebackType) -> bool:
+    return frames.tb_frame.f_code.co_filename.startswith(_PACKAGE)
 
 
 def _remote_traceback(error: BaseException) -> str:
     """The traceback without the frames of this package around the function."""
-    frames = error.__traceback__
-    own = os.path.dirname(os.path.dirname(__file__))
-    while (
-        frames is not None and frames.tb_frame.f_code.co_filename.startswith(own) and frames.tb_next
-    ):
+    frames = _frames(error)
+    while frames is not None and frames.tb_next is not None and _is_own(frames):
         frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames))
+    if type(error) is PayloadError and frames is not None and _is_own(frames):
+        # Its text comes beside this, and it was raised on no line of the function's.
+        return "" if error.__cause__ is None else _remote_traceback(error.__cause__)
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except BaseException:  # it asks the exception for much
+        shown = "".join(traceback.format_tb(frames))
+        said = f"{_full_name(error)}: {_text(error)}"
+        return f"Traceback (most recent call last):\n{shown}{said}\n"

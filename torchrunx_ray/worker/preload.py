@@ -4,13 +4,14 @@ import gc
 import importlib
 import mmap
 import os
-import select
 import signal
 import sys
 import traceback
 import weakref
 from collections.abc import Sequence
 from typing import NoReturn
+
+from torchrunx_ray.wire import family
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -146,9 +147,7 @@ def _fork_can_compute() -> bool:
     if pid == 0:
         _compute_and_exit()
     pidfd = os.pidfd_open(pid)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    ended = bool(poll.poll(_PROBE_TIMEOUT_S * 1000))
+    ended = family.any_is_ready([pidfd], _PROBE_TIMEOUT_S)
     os.close(pidfd)
     if not ended:
         os.kill(pid, signal.SIGKILL)

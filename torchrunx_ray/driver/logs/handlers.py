@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 
-_FORMAT = logging.Formatter("%(asctime)s:%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+from torchrunx_ray.driver.logs.speaker import Speaker
+
+LINE_FORMAT = logging.Formatter("%(asctime)s:%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 def add_filter_to_handler(
@@ -44,7 +46,7 @@ def file_handler(
     handler = logging.FileHandler(
         file_path, delay=True, encoding="utf-8", errors="backslashreplace"
     )
-    handler.setFormatter(_FORMAT)
+    handler.setFormatter(LINE_FORMAT)
     add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
     return handler
 
@@ -75,15 +77,25 @@ class Only(logging.Filter):
         super().__init__()
         self._hostname, self._local_rank, self._rank = hostname, local_rank, rank
 
-    def passes(self, hostname: str, local_rank: int | None, rank: int | None) -> bool:
+    def takes(self, who: Speaker) -> bool:
+        return self._passes(who.hostname, who.local_rank, who.rank)
+
+    def __str__(self) -> str:
+        if self._rank is not None:
+            return f"rank {self._rank}"
+        return f"{self._hostname}" + ("" if self._local_rank is None else f"[{self._local_rank}]")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """What comes from no worker has no host, and passes only where all do."""
+        fields = vars(record)
+        return self._passes(
+            fields.get("hostname", ""), fields.get("local_rank"), fields.get("rank")
+        )
+
+    def _passes(self, hostname: str, local_rank: int | None, rank: int | None) -> bool:
         if self._rank is not None:
             return rank == self._rank
         return self._hostname is None or (hostname, local_rank) == (
             self._hostname,
             self._local_rank,
         )
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """What comes from no worker has no host, and passes only where all do."""
-        fields = vars(record)
-        return self.passes(fields.get("hostname", ""), fields.get("local_rank"), fields.get("rank"))

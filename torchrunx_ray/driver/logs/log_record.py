@@ -22,15 +22,20 @@ def new_record(
         who.local_rank,
         who.rank,
     )
+    fields["is_first_host"] = who.is_first_host
     return record
 
 
 def as_log_record(who: Speaker, record: WorkerRecord) -> logging.LogRecord:
-    """As it was made in the worker, under the worker's logger here; `worker_logger` is its own."""
+    """As it was made in the worker, under the worker's logger here.
+
+    `worker_logger` is its own; `is_formatted` tells whether the text is in a format of the function's.
+    """
     made = new_record(who, record.level, record.level_name, record.created, record.text)
     made.pathname, made.lineno = record.path or "", record.line or 0
     made.funcName = record.function or ""
     made.filename = os.path.basename(made.pathname)
     made.module = os.path.splitext(made.filename)[0]
-    vars(made)["worker_logger"] = record.logger
+    fields: dict[str, Any] = vars(made)
+    fields["worker_logger"], fields["is_formatted"] = record.logger, record.is_configured
     return made

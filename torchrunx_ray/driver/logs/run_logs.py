@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torchrunx_ray.driver.logs.complaint import Complaint
+from torchrunx_ray.driver.logs.handlers import Only
 from torchrunx_ray.driver.logs.lines import LineCutter
 from torchrunx_ray.driver.logs.speaker import Sink, Speaker
 from torchrunx_ray.driver.logs.to_console import ToConsole
@@ -33,7 +35,9 @@ class RunLogs:
     ) -> None:
         self._speakers = speakers
         self._sinks: list[Sink] = []
-        self._has_failed = False
+        self._complaint = Complaint(
+            "What the workers say cannot be shown here; the launch goes on: %s"
+        )
         self._is_given_up = False
         self._files: ToFiles | None = None
         self._levels: list[int] = []
@@ -91,6 +95,7 @@ class RunLogs:
         if handlers is None:
             return
         if not isinstance(handlers, str):
+            self._tell_of_deaf(handlers)
             sink = ToHandlers(handlers, are_ours=callable(options.log_handlers))
             self._sinks.append(sink)
             self._levels.append(sink.level)
@@ -119,6 +124,24 @@ class RunLogs:
                 len(workers) - 1,
             )
         return shown
+
+    def _tell_of_deaf(self, handlers: Sequence[logging.Handler]) -> None:
+        """Of handlers for a worker that is not in this launch."""
+        missing = [
+            str(wanted)
+            for handler in handlers
+            for wanted in handler.filters
+            if isinstance(wanted, Only) and not any(map(wanted.takes, self._speakers))
+        ]
+        if missing:
+            workers = [who for who in self._speakers if who.rank is not None]
+            logger.warning(
+                "log_handlers: %s is not in this launch, which has ranks 0 to %d on %s; its handler "
+                "gets nothing",
+                ", ".join(missing),
+                len(workers) - 1,
+                ", ".join(dict.fromkeys(who.hostname for who in workers)),
+            )
 
     def _write_all(self) -> None:
         while (said := self._queue.get()) is not None:
@@ -153,11 +176,7 @@ class RunLogs:
         try:
             write(*args)
         except BaseException as error:  # a sys.exit in a handler, too
-            if not self._has_failed:
-                self._has_failed = True
-                what = "What the workers say cannot be shown here; the launch goes on: %r"
-                with contextlib.suppress(BaseException):  # by a handler that fails on this as well
-                    logger.warning(what, error)
+            self._complaint.tell(error)
 
     def _was_written(self, size: int) -> None:
         self._waiting_bytes -= size

@@ -1,10 +1,12 @@
 """The default files: one for each worker, and one for each host's template."""
 
+import contextlib
 import logging
 import os
 from datetime import datetime
 from pathlib import Path
 
+from torchrunx_ray.driver.logs.complaint import Complaint
 from torchrunx_ray.driver.logs.speaker import LEVELS, Sink, Speaker, TextStream
 from torchrunx_ray.wire.records import WorkerRecord
 
@@ -22,44 +24,44 @@ class ToFiles(Sink):
     """
 
     def __init__(self, parent: str) -> None:
-        self._parent = Path(parent).absolute()
+        self.parent = Path(parent)
+        with contextlib.suppress(FileNotFoundError):  # a folder that was deleted; reported below
+            self.parent = self.parent.absolute()
         self.level = _level()
         self.directory: Path | None = None
-        self._has_reported = False
+        self._complaint = Complaint(
+            "The log files of this launch cannot be written, or not all: %s. It goes on; set "
+            f'{_DIRECTORY} to a directory that can be, or to "" for no files.',
+            tells_place=False,
+        )
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
         if LEVELS[stream] >= self._level_for(who):
             head = _head(time_s, logging.getLevelName(LEVELS[stream]))
             # Hundreds of thousands of lines per second come this way.
-            self._append(who, head + lines[:-1].replace("\n", "\n" + head) + "\n")
+            self.append(who, head + lines[:-1].replace("\n", "\n" + head) + "\n")
 
     def record(self, who: Speaker, record: WorkerRecord) -> None:
         if record.least_level >= self._level_for(who):
             head = _head(record.created, record.level_name)
-            self._append(who, f"{head}{text_with_logger(record)}\n")
+            self.append(who, f"{head}{text_with_logger(record)}\n")
+
+    def append(self, who: Speaker, text: str) -> None:
+        """Whole lines, as they shall be read."""
+        name = who.hostname if who.local_rank is None else f"{who.hostname}[{who.local_rank}]"
+        try:
+            if self.directory is None:
+                self.directory = new_directory(self.parent)
+            with open(self.directory / f"{name}.log", "ab") as file:
+                file.write(text.encode(errors="backslashreplace"))
+        except OSError as error:
+            self._complaint.tell(error)
 
     def close(self) -> None:
         """Nothing is open."""
 
     def _level_for(self, who: Speaker) -> int:
         return max(self.level, who.logger_level())
-
-    def _append(self, who: Speaker, text: str) -> None:
-        name = who.hostname if who.local_rank is None else f"{who.hostname}[{who.local_rank}]"
-        try:
-            if self.directory is None:
-                self.directory = _new_directory(self._parent)
-            with open(self.directory / f"{name}.log", "ab") as file:
-                file.write(text.encode(errors="backslashreplace"))
-        except OSError as error:
-            if not self._has_reported:
-                self._has_reported = True
-                logger.warning(
-                    "The log files of this launch cannot be written, or not all: %s. It goes on; set "
-                    '%s to a directory that can be, or to "" for no files.',
-                    error,
-                    _DIRECTORY,
-                )
 
 
 def default_files() -> ToFiles | None:
@@ -87,7 +89,7 @@ def _head(time_s: float, level_name: str) -> str:
     return f"{datetime.fromtimestamp(time_s):%Y-%m-%d %H:%M:%S}:{level_name}: "
 
 
-def _new_directory(parent: Path) -> Path:
+def new_directory(parent: Path) -> Path:
     """Named after the time; another launch in the same second gets another one."""
     parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now().replace(microsecond=0)

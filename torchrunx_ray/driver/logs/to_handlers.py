@@ -1,18 +1,16 @@
 """A sink for the handlers that a launch was given."""
 
-import contextlib
 import logging
 import sys
 import threading
 from collections.abc import Sequence
 from typing import ClassVar
 
+from torchrunx_ray.driver.logs.complaint import Complaint
 from torchrunx_ray.driver.logs.handlers import Only
 from torchrunx_ray.driver.logs.log_record import as_log_record, new_record
 from torchrunx_ray.driver.logs.speaker import LEVELS, Sink, Speaker, TextStream
 from torchrunx_ray.wire.records import WorkerRecord
-
-logger = logging.getLogger("torchrunx_ray")
 
 
 class ToHandlers(Sink):
@@ -59,11 +57,7 @@ class ToHandlers(Sink):
             i
             for i, handler in enumerate(self._handlers)
             if level >= (handler.level or logging.INFO)
-            and all(
-                each.passes(who.hostname, who.local_rank, who.rank)
-                for each in handler.filters
-                if isinstance(each, Only)
-            )
+            and all(each.takes(who) for each in handler.filters if isinstance(each, Only))
         ]
 
     def _hand(self, record: logging.LogRecord, takers: Sequence[int]) -> None:
@@ -87,7 +81,9 @@ class _Reporter:
         self._handler = handler
         self._had = vars(handler).get("handleError")
         self._runs = 0
-        self._has_reported = False
+        self._complaint = Complaint(
+            "%r of log_handlers failed, and is not reported again; the launch goes on: %s", handler
+        )
         vars(handler)["handleError"] = self._handle_error
 
     @classmethod
@@ -112,10 +108,4 @@ class _Reporter:
         self.report(sys.exc_info()[1])
 
     def report(self, error: BaseException | None) -> None:
-        if not self._has_reported:
-            self._has_reported = True
-            what = (
-                "%r of log_handlers failed, and is not reported again; the launch goes on: %s: %s"
-            )
-            with contextlib.suppress(BaseException):  # by the same handler, on the root logger
-                logger.warning(what, self._handler, type(error).__name__, error)
+        self._complaint.tell(error)

@@ -1,14 +1,12 @@
 """A sink for a driver that has configured logging: its own loggers decide."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
+from torchrunx_ray.driver.logs.complaint import Complaint
 from torchrunx_ray.driver.logs.log_record import as_log_record, new_record
 from torchrunx_ray.driver.logs.speaker import LEVELS, ROOT, Sink, Speaker, TextStream
 from torchrunx_ray.wire.records import WorkerRecord
-
-logger = logging.getLogger("torchrunx_ray")
 
 
 def driver_has_configured_logging() -> bool:
@@ -20,7 +18,10 @@ class ToLoggers(Sink):
 
     def __init__(self, takes: Callable[[Speaker], bool]) -> None:
         self._takes = takes
-        self._has_failed = False
+        self._complaint = Complaint(
+            "A handler of logging failed on what workers say, and is not reported again; the launch "
+            "goes on: %s"
+        )
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
         level = LEVELS[stream]
@@ -50,7 +51,4 @@ class ToLoggers(Sink):
                 if target.filter(record):
                     target.callHandlers(record)
             except BaseException as error:  # a sys.exit, too
-                if not self._has_failed:
-                    self._has_failed = True
-                    with contextlib.suppress(BaseException):  # by the same handler
-                        logger.warning("a handler of logging failed on what workers say: %r", error)
+                self._complaint.tell(error)

@@ -1,0 +1,164 @@
+"""What stands above the workers (agent, keepers, template, store) is killed or frozen."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import torchrunx_ray as trx
+from tests import processes
+from tests.soon import raised_soon
+
+
+@pytest.mark.parametrize(
+    "victims",
+    [
+        ("outer keeper",),
+        ("keeper",),
+        ("template",),
+        ("agent",),
+        ("outer keeper", "keeper"),
+        ("keeper", "template"),
+        ("outer keeper", "template"),
+    ],
+    ids="+".join,
+)
+def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path) -> None:
+    def announce_and_sleep() -> str:
+        processes.daemonise()
+        pid = os.getpid()
+        processes.note(tmp_path / str(pid), processes.own_mark())
+        while not (tmp_path / "gate").exists():
+            time.sleep(0.01)
+        return processes.own_mark()
+
+    run = trx.Launcher(workers_per_host=2, linger=0).submit(announce_and_sleep)
+    assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    worker = next(tmp_path.iterdir())
+    mark = worker.read_text()
+    begun = time.monotonic()
+    pids = processes.above(int(worker.name))
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGKILL)
+
+    if all("keeper" in victim for victim in victims):  # the last line of defence: the run goes on
+        (tmp_path / "gate").touch()
+        assert run.result(timeout=30).rank(0) == mark
+    else:
+        with pytest.raises(trx.AgentFailedError) as caught:
+            run.result(timeout=30)
+        assert victims[-1] in str(caught.value)
+        assert time.monotonic() - begun < 2
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+
+
+@pytest.mark.parametrize("working_s", [0, 0.001, 0.002, 0.004, 0.008])
+def test_keeper_that_is_killed_at_its_work(cluster: None, working_s: float, tmp_path: Path) -> None:
+    """As Ray does when the raylet dies: the agent ends its template, and its child is killed."""
+
+    def announce_and_sleep() -> None:
+        for _ in range(20):
+            processes.daemonise()
+        processes.note(tmp_path / str(os.getpid()), processes.own_mark())
+        time.sleep(1000)
+
+    run = trx.Launcher(workers_per_host=1, linger=0).submit(announce_and_sleep)
+    assert processes.wait_until(lambda: list(tmp_path.iterdir()) != [], 30)
+    (worker,) = tmp_path.iterdir()
+    above = processes.above(int(worker.name))
+    mark = worker.read_text()
+    os.kill(above["outer keeper"], signal.SIGTERM)
+    time.sleep(working_s)
+    with contextlib.suppress(ProcessLookupError):  # a slow test; it was done already
+        os.kill(above["outer keeper"], signal.SIGKILL)
+    os.kill(above["agent"], signal.SIGKILL)
+
+    with pytest.raises(trx.AgentFailedError):
+        run.result(timeout=30)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+
+
+def test_keepers_are_not_in_the_group_that_ray_ends_with_the_agent(launcher: trx.Launcher) -> None:
+    """Ray's SIGTERM had it kill the template at its work, and SIGKILL came 0.2 s later.
+
+    Daemons of a worker that took longer to die were left.
+    """
+
+    def groups() -> tuple[set[int], int]:
+        above = processes.above(os.getpid())
+        keepers = above["outer keeper"], above["keeper"]
+        return {os.getpgid(pid) for pid in keepers}, above["outer keeper"]
+
+    assert all(groups == {outer} for groups, outer in launcher.run(groups))
+
+
+def test_workers_die_even_when_all_above_them_are_killed_at_once(
+    cluster: None, tmp_path: Path
+) -> None:
+    def announce_and_sleep() -> None:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(1000)
+
+    run = trx.Launcher(workers_per_host=2, linger=0).submit(announce_and_sleep)
+    assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    for victim in processes.above(workers[0]).values():
+        os.kill(victim, signal.SIGKILL)
+
+    with pytest.raises(trx.AgentFailedError):
+        run.result(timeout=30)
+    assert processes.wait_until(lambda: not any(map(processes.is_alive, workers)), 1)
+
+
+def test_template_that_dies_before_the_run_starts_is_a_failure(cluster: None) -> None:
+    """The launch "succeeded", with None for every value."""
+    with pytest.raises(trx.AgentFailedError, match="the template process"):
+        trx.Launcher(workers_per_host=1, extra_env_vars={"PYTHONHOME": "/nowhere"}).run(os.getpid)
+
+
+def test_killed_store_is_named(launcher: trx.Launcher) -> None:
+    """Collectives would go on, and the next new group would break."""
+
+    def kill_the_store() -> None:
+        if os.environ["RANK"] == "0":
+            template = os.getppid()
+            others = {int(os.environ["RANK"]), os.getpid()}
+            for entry in os.listdir("/proc"):
+                if entry.isdigit() and int(entry) not in others:
+                    is_child = processes.is_alive(int(entry)) and (
+                        processes.parent(int(entry)) == template
+                    )
+                    if is_child and os.getpgid(int(entry)) == os.getpgid(template):
+                        os.kill(int(entry), signal.SIGKILL)  # workers lead groups of their own
+        time.sleep(1000)
+
+    launcher.run(os.getpid)
+    caught = raised_soon(trx.AgentFailedError, 2, launcher.run, kill_the_store)
+    assert caught.match(r"serves the store .* was killed by SIGKILL")
+    assert list(launcher.run(lambda: "well")) == ["well", "well"]
+
+
+@pytest.mark.slow
+def test_frozen_agent_is_named_and_the_run_goes_on_when_it_wakes(
+    launcher: trx.Launcher, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def announce_and_wait() -> str:
+        processes.note(tmp_path / os.environ["RANK"], os.getpid())
+        while not (tmp_path / "gate").exists():
+            time.sleep(0.01)
+        return "well"
+
+    run = launcher.submit(announce_and_wait)
+    assert processes.wait_until((tmp_path / "1").exists, 30)
+    agent = processes.above(int((tmp_path / "1").read_text()))["agent"]
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        assert processes.wait_until(lambda: "has not answered for 15 s" in caplog.text, 25)
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    (tmp_path / "gate").touch()
+
+    assert list(run.result(timeout=30)) == ["well", "well"]

@@ -1,0 +1,212 @@
+"""A driver that is killed, interrupted or done leaves nothing of its launch."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+
+import torchrunx_ray as trx
+from tests import processes
+from tests.processes import wait_until
+from torchrunx_ray.driver.loop import in_thread
+
+
+def test_driver_that_is_killed_leaves_nothing(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import os, signal, subprocess, sys
+sys.path.insert(0, os.getcwd())
+import torchrunx_ray as trx
+
+def sleep(driver):
+    import time
+    subprocess.run(["setsid", "sh", "-c", "sleep 1000 &"], check=True)
+    print("mark", os.environ["TORCHRUNX_RAY_POOL"], flush=True)
+    if os.environ["RANK"] == "0":
+        time.sleep(1)
+        os.kill(driver, signal.SIGKILL)
+    time.sleep(1000)
+
+trx.launch(sleep, (os.getpid(),), workers_per_host=2)
+"""
+    )
+
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    mark = done.stdout.split()[-1]
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
+
+
+def test_ctrl_c_stops_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import ray, time, os
+import torchrunx_ray as trx
+ray.init(address="local", num_cpus=2, include_dashboard=False)
+
+def sleep():
+    print("mark", os.environ["TORCHRUNX_RAY_POOL"], flush=True)
+    time.sleep(1000)
+
+try:
+    trx.launch(sleep, workers_per_host=1)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    )
+    driver = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    mark = driver.stdout.readline().split()[1]
+    begun = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+
+    assert driver.stdout.readline() == "interrupted\n"
+    assert time.monotonic() - begun < 1
+    assert driver.wait(30) == 0
+    driver.stdout.close()
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+
+
+def test_driver_that_ends_while_a_preload_hangs_leaves_nothing(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
+) -> None:
+    """A template looks for its agent only after its imports."""
+    (tmp_path / "hangs.py").write_text(
+        f"import time; open({str(tmp_path / 'imported')!r}, 'w').close(); time.sleep(1000)"
+    )
+    done = run_script(
+        f"""
+import os, time, torchrunx_ray as trx
+trx.Launcher(
+    workers_per_host=1, preload=("hangs",), extra_env_vars={{"OF_THIS_TEST": {str(tmp_path)!r}}}
+).submit(os.getpid)
+while not os.path.exists({str(tmp_path / "imported")!r}):
+    time.sleep(0.01)
+"""
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert processes.wait_until(lambda: not processes.mentioning(f"OF_THIS_TEST={tmp_path}"))
+
+
+SAVES_ON_SIGTERM = """
+import os, pathlib, signal, sys, time, torchrunx_ray as trx
+
+def train(folder):
+    def save(*_):
+        (folder / f"saved {os.environ['RANK']}").touch()
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, save)
+    (folder / f"ready {os.environ['RANK']}").touch()
+    time.sleep(1000)
+
+def is_ready():
+    return len(list(pathlib.Path().glob("ready *"))) == 2
+
+folder = pathlib.Path().absolute()
+launcher = trx.Launcher(workers_per_host=2, backend=None, name="left")
+"""
+
+IN_TIME = """
+import threading
+def press():
+    while not is_ready():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=press).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("run = launcher.submit(train, folder)\nwhile not is_ready(): time.sleep(0.01)", 0),
+        (IN_TIME + "launcher.run(train, folder)", 15),
+        (IN_TIME + "with launcher.session() as session: session.run(train, folder)", 15),
+        (
+            IN_TIME + "import asyncio\nasync def main(): await launcher.submit(train, folder)\n"
+            "asyncio.run(main())",
+            15,
+        ),
+    ],
+    ids=["the script ends", "SIGTERM", "SIGTERM in a session", "SIGTERM while it is awaited"],
+)
+def test_workers_may_save_their_work_when_their_driver_ends(
+    script: str,
+    code: int,
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+    tmp_path: Path,
+) -> None:
+    """They were killed, and the driver said that it had left Ray and that nobody asked for the result."""
+    done = run_script(SAVES_ON_SIGTERM + script)
+
+    assert (done.returncode, done.stderr.count("nobody asked")) == (code, 0), done.stderr
+    assert {path.name for path in tmp_path.glob("saved *")} == {"saved 0", "saved 1"}, done.stderr
+    if code == 15 and "asyncio" not in script:
+        assert "was stopped: the driver is to end (SystemExit: 15" in done.stderr
+        assert "ranks 0-1: train (script.py:" in done.stderr
+
+
+def test_launch_that_a_signal_handler_ends_leaves_nothing(launcher: trx.Launcher) -> None:
+    """Only Ctrl-C stopped it: what a time limit raised left it running, with nobody to stop it."""
+
+    class TooLong(Exception):
+        pass
+
+    def raise_too_long(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, raise_too_long)
+    free = ray.available_resources()["CPU"]
+    try:
+        signal.alarm(2)
+        with pytest.raises(TooLong):
+            launcher.run(time.sleep, 1000)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert wait_until(lambda: ray.available_resources().get("CPU", 0) == free, 2)
+
+
+def test_forked_child_of_a_driver_stops_no_run_at_its_end(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    """It waited for its parent's run, without the thread that this lives in.
+
+    What Ray itself registered with atexit hangs in such a child; it is left out.
+    """
+    done = run_script(
+        """
+import os, time, torchrunx_ray.driver.run, torchrunx_ray as trx
+run = trx.Launcher(workers_per_host=1, backend=None).submit(time.sleep, 4)
+child = os.fork()
+if child == 0:
+    torchrunx_ray.driver.run._stop_living()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run.done())
+run.result()
+"""
+    )
+    assert done.stdout.splitlines() == ["7 False"], done.stderr
+
+
+async def test_calls_that_block_are_made_where_no_thread_starts_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As from Python 3.12 on at the end of a script, when runs that still go on are stopped."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert await in_thread(abs, -3) == 3
+    with pytest.raises(ZeroDivisionError):
+        await in_thread(divmod, 1, 0)

@@ -1,0 +1,125 @@
+"""What a function raises is what the launch raises; where that cannot be, it is shown as text."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import torchrunx_ray as trx
+from tests.exceptions import (
+    DecodeError,
+    DiskError,
+    FrozenError,
+    ShardError,
+    TwoArguments,
+    Unpicklable,
+)
+from tests.soon import raised_soon
+
+
+def test_users_exception_arrives_as_itself(launcher: trx.Launcher) -> None:
+    def fail() -> None:
+        try:
+            raise KeyError("inner")
+        except KeyError as error:
+            raise TwoArguments("outer", 7) from error
+
+    with pytest.raises(TwoArguments) as caught:
+        launcher.run(fail)
+
+    error = caught.value
+    assert type(error) is TwoArguments
+    assert str(error) == "outer (7)"
+    assert error.code == 7
+    cause = error.__cause__
+    assert isinstance(cause, trx.RemoteFailure)
+    assert cause.rank in (0, 1)
+    assert cause.local_rank == cause.rank
+    assert "KeyError: 'inner'" in cause.traceback
+    assert "The above exception was the direct cause" in cause.traceback
+    assert 'raise TwoArguments("outer", 7) from error' in str(cause)
+    assert "worker/outcome.py" not in str(cause), "our own frames are left out"
+    assert any(f"pid {cause.pid}" in note for note in error.__notes__)
+
+
+def test_exception_group_arrives_as_itself(launcher: trx.Launcher) -> None:
+    def fail() -> None:
+        raise ExceptionGroup("two things", [TwoArguments("one", 1), KeyError("other")])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        launcher.run(fail)
+
+    first, second = caught.value.exceptions
+    assert (type(first), str(first)) == (TwoArguments, "one (1)")
+    assert (type(second), second.args) == (KeyError, ("other",))
+    assert isinstance(caught.value.__cause__, trx.RemoteFailure)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: ShardError("shard 17"), id="constructor that words the message"),
+        pytest.param(lambda: FrozenError("cold"), id="refuses attributes"),
+        pytest.param(DecodeError, id="fields of a built-in"),
+        pytest.param(lambda: DiskError("sda"), id="fields of OSError"),
+        pytest.param(lambda: StopIteration("over"), id="StopIteration"),
+        pytest.param(lambda: asyncio.CancelledError("mine"), id="CancelledError"),
+        pytest.param(lambda: ExceptionGroup("two", [ValueError(), ShardError("b")]), id="group"),
+        pytest.param(lambda: KeyError("key"), id="KeyError"),
+        pytest.param(lambda: torch.cuda.OutOfMemoryError("no memory"), id="OutOfMemoryError"),
+        pytest.param(lambda: subprocess.CalledProcessError(3, ["cmd"]), id="CalledProcessError"),
+    ],
+)
+def test_exception_arrives_with_its_type_and_text(
+    launcher: trx.Launcher, make: Callable[[], BaseException]
+) -> None:
+    """Constructors ran twice on their own message; StopIteration and CancelledError were changed
+    by the coroutine that raised them; those that refuse attributes broke the report."""
+
+    def fail() -> None:
+        raise make()
+
+    with pytest.raises(type(make())) as caught:
+        launcher.run(fail)
+
+    assert type(caught.value) is type(make())
+    assert str(caught.value) == str(make())
+    assert isinstance(caught.value.__cause__, trx.RemoteFailure)
+
+
+def test_exception_that_cannot_be_pickled_is_shown_as_text(launcher: trx.Launcher) -> None:
+    def fail() -> None:
+        raise Unpicklable
+
+    launcher.run(os.getpid)
+    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, fail)
+
+    message = str(caught.value)
+    assert "raised tests.exceptions.Unpicklable: holds a lock" in message
+    assert "cannot pickle '_thread.lock'" in message
+    assert "raise Unpicklable" in message
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(0, None), (None, None), (3, "sys.exit(3)"), ("why", "sys.exit('why')")]
+)
+def test_sys_exit(launcher: trx.Launcher, code: object, said: str | None) -> None:
+    if said is None:
+        assert list(launcher.run(sys.exit, code)) == [None, None]
+        return
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(sys.exit, code)
+    assert f"called {said}" in str(caught.value)
+    assert caught.value.exit_code == (code if isinstance(code, int) else None)
+
+
+def test_keyboard_interrupt_in_the_function_is_a_worker_failure(launcher: trx.Launcher) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(trx.WorkerFailedError, match="KeyboardInterrupt"):
+        launcher.run(interrupt)

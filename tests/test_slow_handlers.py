@@ -1,0 +1,102 @@
+"""A handler that takes its time stops the workers: nothing is lost, unless somebody gives it up."""
+
+import itertools
+import logging
+import os
+import threading
+import time
+
+import pytest
+
+import torchrunx_ray as trx
+from tests.logs import Kept
+from tests.processes import wait_until
+from torchrunx_ray.driver import attempt
+
+
+@pytest.mark.slow
+def test_slow_handler_stops_workers_and_loses_nothing(cluster: None) -> None:
+    class Slow(Kept):
+        def emit(self, record: logging.LogRecord) -> None:
+            if not self.records:
+                time.sleep(5)
+            super().emit(record)
+
+    def flood() -> float:
+        begun = time.monotonic()
+        for i in range(400_000):
+            print(f"{i:100}")
+        return time.monotonic() - begun
+
+    slow = Slow()
+    launcher = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[slow])
+    took_s = launcher.run(flood).rank(0)
+
+    assert [int(text) for _, text in slow.said] == list(range(400_000))
+    assert took_s > 4  # nobody kept 40 MB for it
+
+
+@pytest.mark.slow
+def test_failure_is_heard_while_a_handler_blocks(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 4.0)
+
+    class Blocked(Kept):
+        def emit(self, record: logging.LogRecord) -> None:
+            super().emit(record)
+            ended.wait()
+
+    def flood_and_wait() -> None:
+        if os.environ["RANK"] == "0":
+            for i in itertools.count():
+                print(i, "x" * 10_000)
+        time.sleep(2)
+        raise ValueError("found out")
+
+    ended = threading.Event()
+    blocked = Blocked()
+    launcher = trx.Launcher(
+        workers_per_host=2, backend=None, log_handlers=[blocked], shutdown_timeout=1
+    )
+    run = launcher.submit(flood_and_wait)
+    try:
+        assert wait_until(lambda: "stopping" in repr(run), 30)
+        assert wait_until(lambda: not run.stacks(), 15)
+        # Its workers are gone, and the launch waits for its output to be taken, however long.
+        time.sleep(6)
+        assert not run.done()
+    finally:
+        ended.set()
+    with pytest.raises(ValueError, match="found out") as caught:
+        run.result(timeout=60)
+    assert len(caught.value.__cause__.failures) == 1  # the agent was not taken for a frozen one
+    counts = [int(record.getMessage().split()[0]) for record in blocked.records]
+    assert counts == list(range(counts[-1] + 1))
+
+
+def test_second_cancellation_gives_up_output_that_nobody_takes(
+    cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Blocked(Kept):
+        def emit(self, record: logging.LogRecord) -> None:
+            super().emit(record)
+            ended.wait()
+
+    def flood() -> None:
+        while True:
+            print("x" * 10_000)
+
+    ended = threading.Event()
+    blocked = Blocked()
+    run = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[blocked]).submit(flood)
+    try:
+        assert wait_until(lambda: bool(blocked.records), 30)
+        run.cancel()
+        time.sleep(1)  # a person's finger
+        assert not run.done()
+        run.cancel()
+        assert wait_until(run.done, 5)
+        assert "is not shown" in caplog.text
+    finally:
+        ended.set()

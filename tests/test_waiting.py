@@ -1,0 +1,133 @@
+"""Launches of one driver that wait for each other's room."""
+
+import os
+import random
+import time
+from concurrent.futures import CancelledError
+from typing import Any
+
+import pytest
+import ray
+from ray import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
+
+import torchrunx_ray as trx
+from tests.processes import wait_until
+from torchrunx_ray.driver import line
+
+CPUS = 8
+
+
+def test_launches_that_wait_for_each_other_take_about_as_long_as_one_after_another(
+    cluster: None,
+) -> None:
+    """Ray tries a group that waits once a second: of that second most was spent idle."""
+    launcher = of_cpus(CPUS)
+    launcher.run(int)
+    begun = time.monotonic()
+    for _ in range(10):
+        launcher.run(int)
+    one_after_another_s = time.monotonic() - begun
+
+    begun = time.monotonic()
+    for run in [launcher.submit(int) for _ in range(10)]:
+        run.result()
+    assert time.monotonic() - begun < 1.5 * one_after_another_s + 2
+
+
+def test_launch_begins_soon_after_the_one_that_it_waited_for(cluster: None) -> None:
+    """Ray has just tried it: the next time would be a second later."""
+    launcher = of_cpus(CPUS)
+    launcher.run(int)
+    for _ in range(5):
+        session = launcher.session()
+        run = launcher.submit(time.time)
+        until_ray_has_just_tried_again()
+        given_back = time.time()
+        session.close()
+        assert max(run.result()) - given_back < 0.7
+
+
+def test_launch_that_fits_is_not_held_up_by_an_earlier_one_that_does_not(cluster: None) -> None:
+    of_cpus(2).run(int)
+    small, large = of_cpus(2).session(), of_cpus(6).session()
+    too_large = of_cpus(CPUS).submit(int)
+    wait_until(lambda: len(waiting()) == 1)
+    fitting = of_cpus(6).submit(time.time)
+    wait_until(lambda: len(waiting()) == 2)
+    until_ray_has_just_tried_again()
+    given_back = time.time()
+    large.close()
+    assert max(fitting.result()) - given_back < 0.7
+
+    assert not too_large.done()
+    small.close()
+    too_large.result()
+
+
+def test_launch_that_has_waited_for_long_is_preceded_by_none_that_could_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group: Any = "group"
+    ours = line._Line()
+    ours.releases = 1
+    large, small = line.Place({"CPU": 8}), line.Place({"CPU": 2})
+    ours.places = [large, small]
+    assert list(ours._who_fits({"CPU": 2})) == [small]
+    assert list(ours._who_fits({"CPU": 8})) == [large]
+
+    large.since -= 3600
+    assert list(ours._who_fits({"CPU": 2})) == [small]  # others hold the rest
+    ours.held[group] = {"CPU": 6}
+    assert list(ours._who_fits({"CPU": 2})) == []
+
+
+def test_nothing_is_lost_where_launches_that_wait_are_cancelled(cluster: None) -> None:
+    rng = random.Random(1)
+    launchers = [of_cpus(cpus) for cpus in (8, 4, 2)]
+    launchers[0].run(int)
+    runs = [rng.choice(launchers).submit(os.getpid) for _ in range(30)]
+    for run in rng.sample(runs, 15):
+        time.sleep(rng.random() / 10)
+        run.cancel()
+    for run in runs:
+        try:
+            run.result()
+        except CancelledError:
+            pass
+
+    assert wait_until(lambda: ray.available_resources().get("CPU") == CPUS)
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+
+
+def test_waiting_launch_whose_placement_group_was_removed_says_so(cluster: None) -> None:
+    with of_cpus(CPUS).session():
+        run = of_cpus(CPUS).submit(int)
+        assert wait_until(lambda: len(waiting()) == 1)
+        group_id = PlacementGroupID(bytes.fromhex(waiting()[0]["placement_group_id"]))
+        remove_placement_group(PlacementGroup(group_id))
+        with pytest.raises(trx.PlacementError, match=r"somebody removed it.* Launch again\."):
+            run.result(timeout=30)
+
+
+def of_cpus(cpus: int) -> trx.Launcher:
+    return trx.Launcher(
+        hostnames=1, workers_per_host=2, cpus_per_worker=cpus / 2, backend=None, log_handlers=None
+    )
+
+
+def waiting() -> list[dict[str, Any]]:
+    return [group for group in placement_group_table().values() if group["state"] == "PENDING"]
+
+
+def until_ray_has_just_tried_again() -> None:
+    def attempts() -> list[int]:
+        return [group["stats"]["scheduling_attempt"] for group in waiting()]
+
+    assert wait_until(lambda: len(attempts()) > 0)
+    before = attempts()
+    assert wait_until(lambda: attempts() != before)

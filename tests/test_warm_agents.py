@@ -1,0 +1,87 @@
+"""An agent that stays after its launch serves the next one: for how long, and with what."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+import torchrunx_ray as trx
+from tests import processes
+
+
+def test_nothing_but_keepers_and_template_lingers_and_not_for_long(cluster: None) -> None:
+    def leave_things_behind() -> str:
+        processes.daemonise()
+        return processes.own_mark()
+
+    mark = trx.Launcher(workers_per_host=2, linger=2).run(leave_things_behind).rank(0)
+
+    assert len(processes.of_pool(mark)) == 3
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
+
+
+def test_short_linger_is_used(cluster: None) -> None:
+    """An agent that would end within 2 s was never taken."""
+    launcher = trx.Launcher(
+        workers_per_host=1, linger=1.5, extra_env_vars={"OWN_AGENT_FOR": "short linger"}
+    )
+
+    assert launcher.run(os.getppid).rank(0) == launcher.run(os.getppid).rank(0)
+
+
+def test_launches_at_the_end_of_linger_all_work(cluster: None) -> None:
+    launcher = trx.Launcher(
+        workers_per_host=1, linger=0.3, extra_env_vars={"OWN_AGENT_FOR": "a race"}
+    )
+    for i in range(8):
+        assert launcher.run(lambda: "well").rank(0) == "well"
+        time.sleep(0.26 + 0.01 * i)
+
+
+@pytest.mark.parametrize("victim", ["agent", "outer keeper", "keeper", "template"])
+def test_launch_after_a_resting_agent_was_killed(cluster: None, victim: str) -> None:
+    """It failed with "the agent could not be started"; a replaced template stayed alive."""
+    launcher = trx.Launcher(workers_per_host=1, extra_env_vars={"OWN_AGENT_FOR": victim})
+    pids = launcher.run(lambda: processes.above(os.getpid())).rank(0)
+    os.kill(pids[victim], signal.SIGKILL)
+    assert processes.wait_until(lambda: not all(map(processes.is_alive, pids.values())))
+
+    template = launcher.run(os.getppid).rank(0)
+    assert (template == pids["template"]) is (victim == "keeper"), "the outer keeper keeps it"
+    if victim != "keeper":
+        assert processes.wait_until(lambda: not processes.is_alive(pids["template"]))
+
+
+def test_file_that_a_run_writes_does_not_cost_the_next_its_template(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder was taken for an env_file that had changed."""
+    monkeypatch.chdir(tmp_path)
+    launcher = trx.Launcher(workers_per_host=1)
+
+    def write() -> int:
+        Path(f"checkpoint{time.time_ns()}").touch()
+        return os.getppid()
+
+    assert launcher.run(write).rank(0) == launcher.run(write).rank(0)
+
+
+def test_no_more_than_eight_agents_rest_on_a_node(cluster: None) -> None:
+    """Every value of a variable needs a template of its own: a sweep of them left one each."""
+
+    def names() -> set[str]:
+        found = ray.util.list_named_actors(all_namespaces=True)
+        return {actor["name"] for actor in found if actor["name"].startswith("sweeps-")}
+
+    for i in range(10):
+        trx.Launcher(
+            workers_per_host=1,
+            backend=None,
+            preload=(),
+            name="sweeps",
+            extra_env_vars={"N": str(i)},
+        ).run(int)
+    assert processes.wait_until(lambda: len(names()) == 8, 15), names()

@@ -1,0 +1,178 @@
+"""The driver's membership in a Ray cluster: how it begins, what is asked under it, and that it may end."""
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import multiprocessing
+import sys
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, ParamSpec, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.errors import LaunchError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+untyped_ray: Any = ray
+"""Most of Ray's functions have no types, or such that name none."""
+
+_LOOK_AROUND_S = 1.0
+"""How often a driver that waits for an answer looks whether it still belongs to the cluster."""
+
+_lost: set[object] = set()
+"""Connections through ray:// that Ray has given up; it tells so whoever uses them next."""
+
+_connecting = threading.Lock()
+
+# Ray's own atexit function, which was registered before, ends its worker under our thread's feet.
+_interpreter_ends = threading.Event()
+atexit.register(_interpreter_ends.set)
+
+
+class ClusterLeft(LaunchError):
+    """The driver called ray.shutdown() while a run went on, or its ray:// connection was lost."""
+
+    def __init__(self, *, through_client: bool) -> None:
+        super().__init__(
+            "the driver's ray:// connection to the Ray cluster ended before the run did: by ray.shutdown(), "
+            "or the head could not be reached for longer than RAY_CLIENT_RECONNECT_GRACE_PERIOD (30 s)"
+            if through_client
+            else "the driver left the Ray cluster by ray.shutdown() before the run ended"
+        )
+
+
+class Connection:
+    """The driver's membership in the cluster, as of now.
+
+    Where it has ended nothing may be asked of Ray: it would start or join another cluster.
+    """
+
+    def __init__(self) -> None:
+        self._through_client = is_remote_client()
+        self._membership = _membership()
+
+    async def ask(self, method: Any, *args: Any) -> Any:
+        """What an actor's method, or a remote function, returns.
+
+        Ray answers nothing more once the driver has called ray.shutdown().
+        """
+        self.check()
+        answer: asyncio.Future[Any] = asyncio.ensure_future(
+            self._ask_head(method, *args) if self._through_client else method.remote(*args)
+        )
+        try:
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)
+                if not answer.done():
+                    self.check()
+            return answer.result()
+        except RayError:
+            self.check()  # shutdown ends the actors that were asked, too
+            raise
+        finally:
+            answer.cancel()
+            del answer  # a failure refers to this frame, and must not wait for Python's gc
+
+    def check(self) -> None:
+        if not self.is_ours():
+            raise ClusterLeft(through_client=self._through_client)
+
+    def is_ours(self) -> bool:
+        if _interpreter_ends.is_set() or not untyped_ray.is_initialized():
+            return False
+        return self._membership == _membership() and self._membership not in _lost
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a function of Ray's returns that blocks: called in a thread."""
+        self.check()
+        with self._telling_its_loss():
+            return await in_thread(function, *args, **kwargs)
+
+    def inside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call it where it can reach all of the cluster: through ray:// that is a task on some node."""
+        self.check()
+        if not self._through_client:
+            return function(*args, **kwargs)
+        with self._telling_its_loss():
+            task = _task(function, self._membership)
+            return untyped_ray.get(task.remote(*args, **kwargs))
+
+    async def _ask_head(self, method: Any, *args: Any) -> Any:
+        """Through ray://, in a thread: each call waits for the head to take it.
+
+        What Ray has promised is never cancelled: its thread that answers would stumble over that.
+        """
+        with self._telling_its_loss():
+            future = await in_thread(lambda: method.remote(*args).future())
+            return await asyncio.shield(asyncio.wrap_future(future))
+
+    @contextlib.contextmanager
+    def _telling_its_loss(self) -> Generator[None]:
+        try:
+            yield
+        except RayError:
+            raise
+        except ConnectionError:
+            if not self._through_client:
+                raise
+            _lost.add(self._membership)
+            raise ClusterLeft(through_client=True) from None
+
+
+def connect() -> None:
+    """Join the cluster that Ray finds, or start one on this machine; once per driver.
+
+    Called in the user's own thread: Ray installs signal handlers, which only the main thread may.
+    """
+    _refuse_where_the_script_is_only_imported()
+    with _connecting:
+        if not untyped_ray.is_initialized():
+            _init()
+        elif not untyped_ray.util.client.ray.is_default():
+            raise LaunchError(
+                "ray.init(..., allow_multiple=True) connects one thread only, and launches go on in another. "
+                "Call ray.init without it."
+            )
+
+
+def _refuse_where_the_script_is_only_imported() -> None:
+    # Set as long as a spawned child prepares; each launch in there would have more such children.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "A launch was called by a process that multiprocessing starts, while it imports your script. "
+            'Put the launch under `if __name__ == "__main__":`.'
+        )
+
+
+def _init() -> None:
+    if sys.platform != "linux":
+        raise OSError(
+            f"torchrunx_ray runs workers on Linux, and this is {sys.platform}. From here you can "
+            'drive a Linux cluster: call ray.init("ray://<head>:10001") before the launch.'
+        )
+    untyped_ray.init()
+
+
+def is_remote_client() -> bool:
+    """Whether this driver is connected through ray://, where Ray tells less."""
+    return untyped_ray.util.client.ray.is_connected()
+
+
+def _membership() -> object:
+    """Another one after every ray.init()."""
+    if is_remote_client():
+        return untyped_ray.util.client.ray.get_context().client_worker  # its id would ask the head
+    context = untyped_ray.get_runtime_context()
+    return context.gcs_address, context.get_worker_id()  # every new cluster counts its drivers anew
+
+
+@functools.lru_cache(maxsize=16)
+def _task(call: Callable[..., Any], _membership: object) -> Any:
+    """Made once for each connection, which has it sent to the cluster."""
+    return untyped_ray.remote(num_cpus=0)(call)

@@ -1,0 +1,121 @@
+"""A launch's wait for room in the cluster."""
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+
+from ray.util.placement_group import PlacementGroup
+
+from torchrunx_ray.driver import line, orphans, placement_group
+from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.connection import ClusterLeft, Connection
+from torchrunx_ray.driver.line import Place
+from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.progress import Progress
+from torchrunx_ray.driver.room import Room
+from torchrunx_ray.driver.shape import Shape
+from torchrunx_ray.errors import PlacementError
+
+_VERDICT_S = 0.05
+"""After this Ray has decided whether the group is possible at all."""
+
+_LOOK_S = 1.0
+"""How often a launch that waits looks whether it still may; an autoscaler decides by the second."""
+
+_REPORT_EVERY_S = 10
+"""Also how long one question to Ray waits, which takes whole seconds."""
+
+
+class Waiting:
+    """A launch that asks Ray for its placement group, and asks anew when there may be room for it."""
+
+    def __init__(
+        self, options: Options, shape: Shape, connection: Connection, progress: Progress
+    ) -> None:
+        self._options = options
+        self._shape = shape
+        self._connection = connection
+        self._progress = progress
+        self._limit_s = math.inf if options.placement_timeout is None else options.placement_timeout
+        self._begun = time.monotonic()
+        self._reported = -math.inf
+        self._group: PlacementGroup | None = None
+        self._asking: asyncio.Task[bool] | None = None
+
+    async def until_placed(self, nodes: Sequence[Node]) -> PlacementGroup:
+        """The group once it has room; PlacementError when it cannot have any, or has not in time."""
+        with line.queued(self._shape.needed) as place:
+            group = self._group or await self._ask_in_turn(place, nodes)
+            pause_s = _VERDICT_S
+            while not await self._is_placed(group, place, pause_s):
+                if place.take():
+                    group = await self._ask_anew(group)
+                    pause_s = _VERDICT_S
+                else:
+                    place.pass_on()
+                    await self._look(group)
+                    pause_s = _LOOK_S
+            return group
+
+    async def give_up(self) -> None:
+        if self._group is not None:
+            await placement_group.remove_unplaced(self._group, self._connection)
+
+    async def _ask_in_turn(self, place: Place, nodes: Sequence[Node]) -> PlacementGroup:
+        """Not before Ray's head knows what we released a moment ago, if that may be enough."""
+        if self._shape.fits_in_sum(nodes):
+            await place.offered(line.recent_for_s())
+            place.take()
+        self._begun = time.monotonic()
+        return await self._ask()
+
+    async def _ask(self) -> PlacementGroup:
+        name = orphans.group_name(self._progress.name)
+        self._group = await placement_group.create(
+            self._options, self._shape, name, self._connection
+        )
+        return self._group
+
+    async def _ask_anew(self, group: PlacementGroup) -> PlacementGroup:
+        """Ray places at once what it is asked for now, but not what waits."""
+        if not await placement_group.withdraw(group, self._connection):
+            return group
+        self._group = self._asking = None
+        return await self._ask()
+
+    async def _is_placed(self, group: PlacementGroup, place: Place, timeout_s: float) -> bool:
+        """Wait for that, or for an offer."""
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._connection.call(group.wait, _REPORT_EVERY_S))
+            # The group may be removed while Ray is still asked about it.
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        asking = self._asking
+        left_s = max(_VERDICT_S, self._begun + self._limit_s - time.monotonic())
+        await place.offered(min(timeout_s, left_s), unless=asking)
+        if not asking.done():
+            return False
+        self._asking = None
+        try:
+            return asking.result()
+        except ClusterLeft:
+            raise
+        except Exception as error:  # Ray has no type for it
+            self._connection.check()
+            raise PlacementError(
+                f"Ray no longer knows the launch's placement group (somebody removed it, or its head was "
+                f"started anew): {error}. Launch again."
+            ) from None
+
+    async def _look(self, group: PlacementGroup) -> None:
+        """Whether it still may wait, and what for."""
+        self._connection.check()
+        now = time.monotonic()
+        room = await Room.now(group, self._options, self._shape, self._connection)
+        room.check(now - self._begun, self._limit_s)
+        self._progress.waiting_for = room.in_brief()
+        quiet_since = self._begun if room.is_being_reserved else -math.inf
+        if now - max(self._reported, quiet_since) >= _REPORT_EVERY_S:
+            room.report(self._progress.name, now - self._begun, self._limit_s)
+            orphans.sweep()
+            self._reported = now

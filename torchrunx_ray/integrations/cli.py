@@ -1,0 +1,83 @@
+"""A launcher's options on an argparse command line; with tyro, `tyro.cli(Launcher)` does it all."""
+
+import argparse
+import ast
+import inspect
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import cast
+
+from torchrunx_ray.driver.command_line import VALUES
+from torchrunx_ray.driver.launcher import Launcher
+from torchrunx_ray.driver.options import Options
+
+_PREFIX = "torchrunx_"
+"""Of the attributes of parsed arguments: a parser's own --name has the attribute `name`."""
+
+
+def add_torchrunx_argument_group(
+    parser: argparse.ArgumentParser, *, leave_out: Iterable[str] = ()
+) -> None:
+    """Add arguments for the options of `Launcher`, in groups by topic.
+
+    `leave_out` names options that get none, such as "name" where the parser has a --name of its own.
+    """
+    left_out = set(leave_out)
+    defaults = {field.name: field.default for field in fields(Options)}
+    if unknown := left_out - defaults.keys():
+        raise ValueError(f"leave_out={sorted(unknown)}: Launcher has no such option.")
+    texts = _docstrings()
+    for topic, values in VALUES.items():
+        group = parser.add_argument_group(f"launch: {topic}")
+        for name, metavar in values.items():
+            if name not in left_out:
+                group.add_argument(
+                    _flag(name),
+                    dest=_PREFIX + name,
+                    nargs="*" if metavar.endswith("...") else 1,
+                    metavar=metavar.removesuffix("..."),
+                    help=f"{texts[name]} (default: {_shown(defaults[name])})".replace("%", "%%"),
+                )
+
+
+def launcher_from_args(args: argparse.Namespace) -> Launcher:
+    """The launcher of the arguments; a value that cannot be ends the script as a wrong argument does."""
+    import tyro
+
+    words: list[str] = []
+    for field in fields(Options):
+        given = getattr(args, _PREFIX + field.name, None)
+        if given is not None:
+            words += _written(_flag(field.name), given)
+    return tyro.cli(Launcher, args=words)
+
+
+def _written(flag: str, values: list[str]) -> list[str]:
+    # As one word a value may begin with a dash.
+    return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _shown(default: object) -> str:
+    if not isinstance(default, tuple):
+        return str(default)
+    return " ".join(map(str, cast("tuple[object, ...]", default))) or "none"
+
+
+def _docstrings() -> dict[str, str]:
+    """What stands below each option in the source, where dataclasses do not keep it."""
+    (definition,) = ast.parse(inspect.getsource(Options)).body
+    assert isinstance(definition, ast.ClassDef)
+    found: dict[str, str] = {}
+    for option, below in zip(definition.body, definition.body[1:], strict=False):
+        match option, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                value=ast.Constant(value=str(text))
+            ):
+                found[name] = text
+            case _:
+                pass
+    return found

@@ -1,0 +1,5 @@
+"""torchrunx's ClusterEnvironment for PyTorch Lightning."""
+
+from torchrunx_ray.integrations.lightning import TorchrunxClusterEnvironment
+
+__all__ = ["TorchrunxClusterEnvironment"]

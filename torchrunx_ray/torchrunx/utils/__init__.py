@@ -1,0 +1,1 @@
+"""As torchrunx names it."""

@@ -1,0 +1,75 @@
+"""torchrunx's handlers for what agents and workers say."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchrunx_ray.driver.logs.handlers import file_handler
+from torchrunx_ray.driver.logs.to_files import default_files, new_directory
+
+__all__ = ["RedirectHandler", "default_handlers", "file_handlers", "get_handler_filter"]
+
+
+def get_handler_filter(
+    hostname: str, local_rank: int | None, log_level: int = logging.NOTSET
+) -> Callable[[logging.LogRecord], bool]:
+    """A filter that passes what one worker says, or with no local rank a host's agent."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        said: dict[str, Any] = vars(record)
+        speaker = said.get("hostname"), said.get("local_rank")
+        return speaker == (hostname, local_rank) and record.levelno >= log_level
+
+    return passes
+
+
+class RedirectHandler(logging.Handler):
+    """Gives records to the loggers `torchrunx.<hostname>[.<local_rank>]`, whose levels decide."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = logging.getLogger(record.name)
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+
+
+def file_handlers(
+    hostnames: Sequence[str],
+    workers_per_host: Sequence[int],
+    log_dir: str | os.PathLike[str] = Path("torchrunx_logs"),
+    log_level: int = logging.NOTSET,
+) -> list[logging.Handler]:
+    """One for each agent and worker, into files of theirs in a directory named after the time."""
+    directory = new_directory(Path(log_dir).absolute())
+    places = [
+        (hostname, local_rank)
+        for hostname, workers in zip(hostnames, workers_per_host, strict=True)
+        for local_rank in (None, *range(workers))
+    ]
+    return [
+        file_handler(*place, directory / f"{_file_name(*place)}.log", log_level=log_level)
+        for place in places
+    ]
+
+
+def default_handlers(
+    hostnames: Sequence[str], workers_per_host: Sequence[int]
+) -> list[logging.Handler]:
+    """The first host's agent and worker to the loggers named after them; all to files.
+
+    The files are in `$TORCHRUNX_LOG_DIR`, from `$TORCHRUNX_LOG_LEVEL` on; none where the former is
+    empty.
+    """
+    handlers: list[logging.Handler] = []
+    for local_rank in (None, 0):
+        handlers.append(RedirectHandler())
+        handlers[-1].addFilter(get_handler_filter(hostnames[0], local_rank))
+    files = default_files()
+    if files is not None:
+        handlers += file_handlers(hostnames, workers_per_host, files.parent, files.level)
+    return handlers
+
+
+def _file_name(hostname: str, local_rank: int | None) -> str:
+    return hostname if local_rank is None else f"{hostname}[{local_rank}]"

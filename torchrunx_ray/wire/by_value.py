@@ -1,0 +1,95 @@
+"""Classes and functions that travel by value, where cloudpickle alone would lose something of them."""
+
+import functools
+import io
+import pickle
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
+
+_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
+
+_by_id: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
+
+_loading = threading.RLock()
+"""cloudpickle lets others find a class before it is whole; what is loaded may load something itself."""
+
+_MAKES_A_CLASS = re.compile(rb"_class_setstate")
+
+
+def reduce(obj: Any) -> Any:
+    """As for pickle, or NotImplemented where cloudpickle does it well."""
+    if (
+        type(obj) is functools._lru_cache_wrapper  # pyright: ignore[reportPrivateUsage]
+        and _cloudpickle["_lookup_module_and_qualname"](obj) is None
+    ):
+        return _cached, (obj.__wrapped__, obj.cache_parameters())
+    return NotImplemented
+
+
+def with_slots(obj: object, reduced: Any) -> Any:
+    """What cloudpickle makes of a class, which otherwise comes without slots, so that its objects fit no other."""
+    if reduced is NotImplemented or reduced[0] is not _cloudpickle["_make_skeleton_class"]:
+        return reduced
+    slots = {name: value for name, value in vars(obj).items() if name == "__slots__"}
+    make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
+    return make, (metaclass, name, bases, namespace | slots, tracker_id, extra), *rest
+
+
+def loads(stream: "bytes | memoryview", buffers: Sequence[Any] = ()) -> Any:
+    """pickle.loads, but classes that this process has stay as they are."""
+    if _MAKES_A_CLASS.search(stream) is None:
+        return pickle.loads(stream, buffers=buffers)
+    with _loading:
+        return _Unpickler(io.BytesIO(stream), buffers=buffers).load_whole()
+
+
+class _Unpickler(pickle.Unpickler):
+    """A class of the script comes back with a value as it was in the worker, bound to that script's globals.
+
+    cloudpickle would write all of that into the driver's own class.
+    """
+
+    def __init__(self, file: io.BytesIO, *, buffers: Sequence[Any]) -> None:
+        super().__init__(file, buffers=buffers)
+        self._were_here: list[type] = []
+        self._made: list[Any] = []
+
+    def load_whole(self) -> Any:
+        try:
+            return self.load()
+        except BaseException:
+            for tracker_id in self._made:  # or the next attempt would take an empty class for whole
+                _by_id.pop(tracker_id, None)
+            raise
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        found = super().find_class(module_name, global_name)
+        if module_name == "cloudpickle.cloudpickle":
+            if global_name in ("_make_skeleton_class", "_make_skeleton_enum"):
+                return functools.partial(self._make_class, found)
+            if global_name == "_class_setstate":
+                return functools.partial(self._set_state, found)
+        return found
+
+    def _make_class(self, make: Callable[..., type], *arguments: Any) -> type:
+        *_, tracker_id, _ = arguments
+        here = _by_id.get(tracker_id)
+        kind = make(*arguments)
+        if kind is here:
+            self._were_here.append(kind)
+        else:
+            self._made.append(tracker_id)
+        return kind
+
+    def _set_state(self, set_state: Callable[..., type], kind: type, state: Any) -> type:
+        if any(kind is each for each in self._were_here):
+            return kind
+        return set_state(kind, state)
+
+
+def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
