@@ -12,13 +12,13 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from table import print_table
 
 from torchrunx_ray.driver import loop
 from torchrunx_ray.driver.attempt import Attempt, Crew
@@ -116,7 +116,7 @@ def main() -> None:
             for kind, taken in run_twice(hosts, arguments.workers, actors).items():
                 times.setdefault(f"{hosts} hosts: {kind}", []).append(taken)
     ray.shutdown()
-    report(times)
+    print_table("seconds", times, last_head="per host, ms", last=ms_per_host)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(times, indent=1))
 
@@ -159,14 +159,8 @@ def no_op() -> None:
     pass
 
 
-def report(times: dict[str, list[float]]) -> None:
-    print(f"{'seconds':44}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}   per host, ms")
-    for name, taken in times.items():
-        median = statistics.median(taken)
-        per_host = 1000 * median / int(name.split()[0])
-        print(
-            f"{name:44}{median:9.3f}{min(taken):9.3f}{max(taken):9.3f}{len(taken):4}{per_host:10.2f}"
-        )
+def ms_per_host(name: str, seconds: float) -> str:
+    return f"{1000 * seconds / int(name.split()[0]):.2f}"
 
 
 if __name__ == "__main__":

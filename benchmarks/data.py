@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from table import print_table
 
 import torchrunx_ray as trx
 
@@ -184,14 +185,15 @@ def torchrunx() -> Any:
 def report(times: dict[str, list[float]], size: int) -> None:
     base = statistics.median(times["baseline: put, get, copy"])
     words = f"{size // MIB} MiB" if size >= MIB else f"{size} bytes"
-    print(f"\n{words}; seconds")
-    print(f"{'':34}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}{'GB/s':>8}  of the baseline")
-    for name, taken in times.items():
-        median = statistics.median(taken)
-        row = f"{name:34}{median:9.3f}{min(taken):9.3f}{max(taken):9.3f}{len(taken):4}"
+
+    def speed(name: str, median: float) -> str:
+        if name.startswith("launch"):
+            return ""
         moved = ALL_RANKS * size if name.startswith("results") else size
-        speed = f"{moved / median / 1e9:8.2f}  {median / base:.2f}x"
-        print(row if name.startswith("launch") else row + speed, flush=True)
+        return f"{moved / median / 1e9:5.2f}   {median / base:.2f}x"
+
+    print()
+    print_table(f"{words}; seconds", times, last_head=" GB/s   of the baseline", last=speed)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.cluster_utils import Cluster
+from table import print_table
 
 import torchrunx_ray as trx
 
@@ -215,19 +215,11 @@ def main() -> None:
             name = f"SIGKILL of the {victim}"
             times.setdefault(name, []).append(killed(launcher, victim, kill_raylet))
         times.setdefault("SIGKILL of the raylet", []).append(of_raylet())
-    report(times)
+    print_table("seconds", dict(sorted(times.items())), digits=2)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(times, indent=1))
     ray.shutdown()
     cluster.shutdown()
-
-
-def report(times: dict[str, list[float]]) -> None:
-    print(f"{'seconds':44}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}")
-    for name, taken in sorted(times.items()):
-        if taken:
-            median = statistics.median(taken)
-            print(f"{name:44}{median:9.2f}{min(taken):9.2f}{max(taken):9.2f}{len(taken):4}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ gloo, 1 worker per host; then 1 host with more and more workers.
 import argparse
 import json
 import os
-import statistics
 import time
 from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
+from table import print_table
 
 import torchrunx_ray as trx
 
@@ -46,7 +46,7 @@ def main() -> None:
             times |= of(launcher, f"1 host x {count} workers, {backend}", arguments.samples)
     ray.shutdown()
     cluster.shutdown()
-    report(times)
+    print_table("seconds", times)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(times, indent=1))
 
@@ -62,13 +62,6 @@ def of(launcher: trx.Launcher, name: str, samples: int) -> dict[str, list[float]
             session.run(os.getpid)
             warm.append(time.perf_counter() - begun)
     return {f"{name}: first": [first], f"{name}: warm": warm}
-
-
-def report(times: dict[str, list[float]]) -> None:
-    print(f"{'seconds':44}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}")
-    for name, taken in times.items():
-        median = statistics.median(taken)
-        print(f"{name:44}{median:9.3f}{min(taken):9.3f}{max(taken):9.3f}{len(taken):4}")
 
 
 if __name__ == "__main__":

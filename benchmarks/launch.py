@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from table import print_table
+
 BASELINE = [sys.executable, "-c", "import torch, torch.distributed"]
 FORKS = """
 import gc, os, statistics, time, torch, torch.distributed
@@ -52,12 +54,20 @@ def main() -> None:
         baselines.append(seconds(lambda: subprocess.run(BASELINE, check=True)))
         forks.append(float(subprocess.check_output([sys.executable, "-c", FORKS])))
         samples.append(sample_in_fresh_process(arguments.workers))
-    report(baselines, forks, samples)
+    times = {
+        "baseline: python, import torch": baselines,
+        "floor: fork of such a process": forks,
+        **{q: [s for sample in samples for s in sample[q]] for q in samples[0]},
+    }
+    baseline = statistics.median(baselines)
+    print_table(
+        "seconds",
+        times,
+        last_head="of the baseline",
+        last=lambda name, median: "" if "MB" in name else f"{median / baseline:.2f}x",
+    )
     if arguments.json:
-        times = {q: [s for sample in samples for s in sample[q]] for q in samples[0]}
-        Path(arguments.json).write_text(
-            json.dumps({"baseline": baselines, "fork": forks, **times}, indent=1)
-        )
+        Path(arguments.json).write_text(json.dumps(times, indent=1))
 
 
 def sample_in_fresh_process(workers: int) -> dict[str, list[float]]:
@@ -145,24 +155,6 @@ def seconds(call: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     call()
     return time.perf_counter() - begun
-
-
-def report(
-    baselines: list[float], forks: list[float], samples: list[dict[str, list[float]]]
-) -> None:
-    baseline = statistics.median(baselines)
-    print(f"{'':32}{'median':>10}{'lowest':>10}{'highest':>10}{'n':>5}   of the baseline")
-    print_row("baseline: python, import torch", baselines, None)
-    print_row("floor: fork of such a process", forks, baseline)
-    for question in samples[0]:
-        times = [value for sample in samples for value in sample[question]]
-        print_row(question, times, None if "MB" in question else baseline)
-
-
-def print_row(name: str, values: list[float], baseline: float | None) -> None:
-    median = statistics.median(values)
-    row = f"{name:32}{median:10.3f}{min(values):10.3f}{max(values):10.3f}{len(values):5}"
-    print(row if baseline is None else f"{row}   {median / baseline:.2f}x")
 
 
 if __name__ == "__main__":

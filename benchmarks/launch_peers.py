@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from table import print_table
+
 HERE = Path(__file__).parent
 
 BEGIN = """
@@ -210,14 +212,14 @@ def last_words(error: subprocess.CalledProcessError) -> str:
 
 def report(name: str, times: dict[str, list[float]]) -> None:
     base = statistics.median(times["floor: import torch: whole process"])
-    print(f"\n{name:36}{'median':>9}{'lowest':>9}{'highest':>9}{'n':>4}   of the floor")
-    for row, taken in times.items():
-        median = statistics.median(taken)
-        print(
-            f"{row:36}{median:9.2f}{min(taken):9.2f}{max(taken):9.2f}{len(taken):4}"
-            f"   {median / base:.2f}x",
-            flush=True,
-        )
+    print()
+    print_table(
+        name,
+        times,
+        digits=2,
+        last_head="of the floor",
+        last=lambda _, median: f"{median / base:.2f}x",
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ray
+from table import print_table
 
 import torchrunx_ray as trx
 
@@ -61,7 +61,7 @@ def main() -> None:
     if importlib.util.find_spec("torchrunx") is not None:
         few = max(1, lines // 5)
         rates |= measure({"torchrunx: default files": lambda: torchrunx(workers, few)}, 3)
-    report(rates)
+    print_table("lines per second", rates, digits=0)
     print(f"the agent's memory grew by {growth_of_agent(workers, lines) / 2**20:.1f} MiB at most")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rates, indent=1))
@@ -77,12 +77,6 @@ def measure(questions: dict[str, Callable[[], float]], samples: int) -> dict[str
             if sample:
                 rates[name].append(rate)
     return rates
-
-
-def report(rates: dict[str, list[float]]) -> None:
-    print(f"{'lines per second':34}{'median':>10}{'lowest':>10}{'highest':>10}")
-    for name, seen in rates.items():
-        print(f"{name:34}{statistics.median(seen):>10,.0f}{min(seen):>10,.0f}{max(seen):>10,.0f}")
 
 
 def flood(lines: int) -> None:

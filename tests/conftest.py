@@ -11,6 +11,7 @@ import pytest
 import ray
 
 import torchrunx_ray as trx
+from tests.clusters.client_server import join
 from tests.logs import Kept
 from tests.processes import wait_until
 
@@ -52,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
     address = request.config.getoption("--address")
     new = {"num_cpus": 8, "include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, **new)
+    join(address, log_to_driver=False, **new)
     yield
     ray.shutdown()
 

@@ -2,10 +2,8 @@
 
 import concurrent.futures
 import os
-import re
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +11,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from ray.cluster_utils import Cluster
 
 import torchrunx_ray as trx
 from tests import processes
-from tests.clusters.raylets import raylets
-
-MIB = 2**20
-
-
-def megabytes(count: int) -> torch.Tensor:
-    return torch.ones(count * MIB, dtype=torch.uint8)
-
-
-def meminfo(key: str) -> int:
-    """Bytes."""
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def status(pid: int, key: str) -> int:
-    """Bytes."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+from tests.memory import MIB, megabytes, proportional_anon, status
 
 
 def test_references_are_resolved_at_any_depth(launcher: trx.Launcher) -> None:
@@ -175,13 +151,6 @@ def test_ranks_own_values_share_nothing(launcher: trx.Launcher) -> None:
     assert second.sum() == 0
 
 
-def proportional_anon(pid: int) -> int:
-    """Memory of a process that is no file's, shared pages divided by those who share them."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    (kib,) = (int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
-    return kib * 1024
-
-
 def test_argument_is_held_once_for_all_workers(cluster: None) -> None:
     """Beside Ray's store, whatever the number of workers."""
     launcher = trx.Launcher(workers_per_host=4, backend="gloo")
@@ -204,43 +173,6 @@ def test_argument_is_held_once_for_all_workers(cluster: None) -> None:
     assert {total for total, _ in result} == {200 * MIB}
     grown = sum(memory for _, memory in result) - before
     assert 0.8 * 200 * MIB < grown < 1.5 * 200 * MIB
-
-
-def test_nothing_of_a_hundred_launches_stays(cluster: None) -> None:
-    launcher = trx.Launcher(workers_per_host=2, backend=None)
-
-    def go(tensor: torch.Tensor, fail: bool) -> tuple[int, torch.Tensor]:
-        if fail and os.environ["RANK"] == "1":
-            raise KeyError
-        return processes.agent_pid(), tensor
-
-    def look(agent: int) -> tuple[int, int, int, list[str]]:
-        files = sorted(name for name in os.listdir("/dev/shm") if "torch" in name)
-        fds = len(os.listdir(f"/proc/{agent}/fd"))
-        return meminfo("Shmem"), status(agent, "RssAnon"), fds, files
-
-    with launcher.session() as session:
-
-        def some_launches(count: int) -> int:
-            agent = 0
-            for i in range(count):
-                if i % 5 == 4:
-                    with pytest.raises(KeyError):
-                        session.run(go, megabytes(5), True)
-                else:
-                    result = session.run(go, megabytes(5), False)
-                    agent = result.rank(0)[0] if i % 5 == 0 else agent
-            return agent
-
-        agent = some_launches(20)
-        shmem, anon, fds, files = look(agent)
-        assert some_launches(100) == agent
-
-        after = look(agent)
-        assert after[0] - shmem < 300 * MIB, "of 1500 MiB that were moved, on the whole machine"
-        assert after[1] - anon < 30 * MIB
-        assert after[2] <= fds + 2
-        assert after[3] == files
 
 
 def test_agent_keeps_no_copy_of_a_value_that_is_rays(cluster: None) -> None:
@@ -282,117 +214,3 @@ def test_large_value_on_its_way_does_not_block_the_agent(cluster: None) -> None:
     run = launcher.submit(megabytes, 1024)
     assert calls_meanwhile(run, run.stacks) < 0.2
     run.result()
-
-
-@pytest.fixture(scope="module")
-def two_nodes() -> Iterator[Cluster]:
-    """A head, where the driver is, and two nodes for workers."""
-    nodes = {"num_cpus": 2, "object_store_memory": 600 * MIB}
-    with raylets({"num_cpus": 0}, nodes, nodes) as cluster:
-        yield cluster
-
-
-def holders(ref: Any) -> set[str]:
-    return set(ray.experimental.get_object_locations([ref])[ref]["node_ids"])
-
-
-def worker_nodes() -> list[str]:
-    return [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-
-
-def test_reference_goes_from_host_to_host_without_the_driver(two_nodes: Cluster) -> None:
-    one, other = worker_nodes()
-    first = trx.Launcher(hostnames=[one], workers_per_host=1, backend=None).run(megabytes, 200)
-    before = status(os.getpid(), "VmRSS")
-    ref = first.ref(0)
-    assert holders(ref) == {one}
-
-    def look(tensor: torch.Tensor) -> tuple[int, bool]:
-        maps = Path(f"/proc/{processes.agent_pid()}/maps").read_text()
-        return len(tensor), "libtorch" in maps
-
-    second = trx.Launcher(hostnames=[other], workers_per_host=2, backend=None).run(look, ref)
-
-    assert list(second) == [(200 * MIB, False)] * 2
-    assert holders(ref) == {one, other}
-    assert status(os.getpid(), "VmRSS") - before < 50 * MIB
-
-
-def test_only_the_value_that_is_asked_for_is_fetched(two_nodes: Cluster) -> None:
-    here = ray.get_runtime_context().get_node_id()
-    launcher = trx.Launcher(hostnames=worker_nodes(), workers_per_host=1, backend=None)
-    result = launcher.run(megabytes, 20)
-    assert all(here not in holders(result.ref(rank)) for rank in (0, 1))
-
-    result.rank(1)
-    assert here in holders(result.ref(1))
-    assert here not in holders(result.ref(0))
-
-
-@pytest.mark.slow
-def test_value_whose_node_has_died_is_told_with_rank_and_host(two_nodes: Cluster) -> None:
-    """Last on these nodes: one of them goes."""
-    doomed = two_nodes.add_node(num_cpus=1)
-    ids = [n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") == 1]
-    result = trx.Launcher(hostnames=ids, workers_per_host=1, backend=None).run(megabytes, 20)
-    two_nodes.remove_node(doomed)
-
-    with pytest.raises(trx.AgentFailedError, match="the value that rank 0 returned is lost") as e:
-        result.rank(0)
-    assert e.value.hostname == ids[0]
-
-
-@pytest.mark.slow  # Ray looks for the value for 20 s
-def test_value_that_is_lost_names_its_rank(
-    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
-) -> None:
-    """A raw Ray error came out of `rank`. Lost here with the only node that had it."""
-    done = run_script(
-        """
-ray.shutdown()
-from ray.cluster_utils import Cluster
-import torchrunx_ray as trx
-cluster = Cluster()
-cluster.add_node(num_cpus=0, include_dashboard=False)
-node = cluster.add_node(num_cpus=2)
-ray.init(address=cluster.address, log_to_driver=False)
-result = trx.launch(bytearray, (1_000_000,), hostnames=1, workers_per_host=1, linger=0)
-cluster.remove_node(node, allow_graceful=False)
-try:
-    result.rank(0)
-except trx.AgentFailedError as error:
-    print(str(error).partition(" on ")[0])
-"""
-    )
-
-    # Ray tells of the node's end on stdout, too.
-    assert "the value that rank 0 returned is lost\n" in done.stdout, done.stderr
-
-
-@pytest.mark.slow
-def test_value_that_neither_store_nor_disk_takes_is_told_with_both_sizes(
-    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
-) -> None:
-    done = run_script(
-        """
-import torch, torchrunx_ray as trx
-ray.shutdown()
-full_disk = {"local_fs_capacity_threshold": 0.0}
-ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80 * 2**20,
-         _system_config=full_disk)
-launcher = trx.Launcher(workers_per_host=1, backend=None)
-try:
-    launcher.run(lambda: torch.ones(25 * 2**20)).rank(0)
-except trx.PayloadError as error:
-    print(error.rank, error)
-try:
-    launcher.run(len, torch.ones(25 * 2**20))
-except trx.PayloadError as error:
-    print(error.rank, error)
-"""
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "0 the return value of rank 0 cannot be stored on " in done.stdout
-    assert "it has 100 MiB; the node's object store has 80 MiB" in done.stdout
-    assert "they have 100 MiB; the object store of the driver's node has 80 MiB" in done.stdout

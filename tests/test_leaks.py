@@ -14,6 +14,7 @@ import torch
 
 import torchrunx_ray as trx
 from tests import processes
+from tests.memory import MIB, megabytes, meminfo, status
 from tests.traces import objects_in_store
 
 
@@ -56,3 +57,40 @@ def test_what_ended_leaves_rays_store_before_python_collects_garbage(
             assert processes.wait_until(lambda: objects_in_store() <= before, 5)
         finally:
             gc.enable()
+
+
+def test_nothing_of_a_hundred_launches_stays(cluster: None) -> None:
+    launcher = trx.Launcher(workers_per_host=2, backend=None)
+
+    def go(tensor: torch.Tensor, fail: bool) -> tuple[int, torch.Tensor]:
+        if fail and os.environ["RANK"] == "1":
+            raise KeyError
+        return processes.agent_pid(), tensor
+
+    def look(agent: int) -> tuple[int, int, int, list[str]]:
+        files = sorted(name for name in os.listdir("/dev/shm") if "torch" in name)
+        fds = len(os.listdir(f"/proc/{agent}/fd"))
+        return meminfo("Shmem"), status(agent, "RssAnon"), fds, files
+
+    with launcher.session() as session:
+
+        def some_launches(count: int) -> int:
+            agent = 0
+            for i in range(count):
+                if i % 5 == 4:
+                    with pytest.raises(KeyError):
+                        session.run(go, megabytes(5), True)
+                else:
+                    result = session.run(go, megabytes(5), False)
+                    agent = result.rank(0)[0] if i % 5 == 0 else agent
+            return agent
+
+        agent = some_launches(20)
+        shmem, anon, fds, files = look(agent)
+        assert some_launches(100) == agent
+
+        after = look(agent)
+        assert after[0] - shmem < 300 * MIB, "of 1500 MiB that were moved, on the whole machine"
+        assert after[1] - anon < 30 * MIB
+        assert after[2] <= fds + 2
+        assert after[3] == files

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import os
+import re
 import signal
 import subprocess
 import time
@@ -244,8 +245,18 @@ while "running" not in repr(run):
     assert ": running 1 worker>; it is being stopped, " in done.stderr
 
 
-def test_run_says_who_it_is(launcher: trx.Launcher) -> None:
-    run = launcher.submit(os.getpid)
-    run.result()
-    assert repr(run).startswith("<Run getpid-")
-    assert repr(run).endswith(": ended>")
+def test_run_says_who_it_is_and_how_it_ended(launcher: trx.Launcher) -> None:
+    def fail() -> None:
+        raise KeyError
+
+    ended, failed = launcher.submit(os.getpid), launcher.submit(fail)
+    cancelled = launcher.submit(time.sleep, 1000)
+    cancelled.cancel()
+    for run in (ended, failed, cancelled):
+        run.wait()
+    with pytest.raises(KeyError):
+        failed.result()
+
+    assert re.fullmatch(r"<Run getpid-\w+: ended>", repr(ended))
+    assert re.fullmatch(r"<Run fail-\w+: failed>", repr(failed))
+    assert re.fullmatch(r"<Run sleep-\w+: cancelled>", repr(cancelled))

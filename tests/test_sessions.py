@@ -85,3 +85,13 @@ def test_session_whose_room_was_taken_away_says_so(cluster: None) -> None:
 
         with pytest.raises(trx.PlacementError, match="was removed, by ray"):
             session.run(os.getpid)
+
+
+def test_session_says_where_it_is_and_what_it_does(cluster: None) -> None:
+    with trx.Launcher(workers_per_host=1, backend=None).session() as session:
+        (host,) = session.run(os.getpid).hostnames
+        assert repr(session) == f"<Session on {host}: idle>"
+        run = session.submit(time.sleep, 1)
+        assert repr(session) == f"<Session on {host}: 1 run under way>"
+        run.wait()
+    assert repr(session) == "<Session: closed>"

@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import ray
 
 from tests.clusters.started import free_port, ray_start
 from tests.processes import wait_until
@@ -16,8 +20,21 @@ _BEGIN = """
 import os, sys, time
 import ray
 import torchrunx_ray as trx
-ray.init(ADDRESS, log_to_driver=False)
+from tests.clusters.client_server import join
+join(ADDRESS, log_to_driver=False)
 """
+
+
+def join(address: str, **options: Any) -> Any:
+    """`ray.init`, again where the process that Ray forks to serve this driver died before it served."""
+    for _ in range(3):
+        try:
+            return ray.init(address, **options)
+        except ConnectionAbortedError as error:
+            if "Starting Ray client server failed" not in str(error):
+                raise
+        time.sleep(1)
+    return ray.init(address, **options)
 
 
 @dataclass(frozen=True)

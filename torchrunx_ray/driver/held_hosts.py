@@ -38,6 +38,11 @@ class HeldHosts:
         self._agents: dict[int, Agent] = {}
         self._turn = asyncio.Lock()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """None before they are there, and when they are given back."""
+        return () if self._placement is None else tuple(h.label for h in self._placement.hosts)
+
     async def open(self, progress: Progress) -> None:
         """Take room in the cluster."""
         self._placement = await place(self._options, progress)

@@ -153,8 +153,15 @@ class Run(Generic[R]):
         return outcome
 
     def __repr__(self) -> str:
-        state = "ended" if self._ended.done() else self._progress.phase
-        return f"<Run {self._progress.name}: {state}>"
+        return f"<Run {self._progress.name}: {self._state()}>"
+
+    def _state(self) -> str:
+        if not self._ended.done():
+            return self._progress.phase
+        if self._ended.cancelled():
+            return "cancelled"
+        has_failed = self._ended.exception() or isinstance(self._ended.result(), Failures)
+        return "failed" if has_failed else "ended"
 
     def __del__(self) -> None:
         """Tell of a failure that nobody has asked for; it would be lost without a word."""

@@ -85,6 +85,13 @@ class Session:
         if interruption is not None:
             raise interruption
 
+    def __repr__(self) -> str:
+        if not self._hosts.names:
+            return "<Session: closed>"
+        runs = sum(not run.done() for run in list(self._running))
+        state = f"{runs} {'run' if runs == 1 else 'runs'} under way" if runs else "idle"
+        return f"<Session on {', '.join(self._hosts.names)}: {state}>"
+
     async def _open(self) -> None:
         progress = Progress(unique(self._options.name or "session"))
         async with shown(progress, self._options):
