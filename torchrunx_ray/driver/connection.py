@@ -94,6 +94,13 @@ class Connection:
         with self._telling_its_loss():
             return await in_thread(function, *args, **kwargs)
 
+    async def begin(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a function returns that asks actors for something and does not wait for it."""
+        if self._through_client:  # where each call waits for the head to take it
+            return await self.call(function, *args, **kwargs)
+        self.check()
+        return function(*args, **kwargs)
+
     def inside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call it where it can reach all of the cluster: through ray:// that is a task on some node."""
         self.check()

@@ -56,7 +56,7 @@ class Talk:
         hearing.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
-            self.values = await self._cluster.call(_ask_for_values, calls, wanted)
+            self.values = await self._cluster.begin(_ask_for_values, calls, wanted)
             await hearing
         except ClusterLeft as left:
             return _failed(str(left), "")
