@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +151,35 @@ trx.launch(train, hostnames=2, workers_per_host=2, placement_timeout=60)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert wait_until(lambda: not any(of_pool(mark) for mark in marks()), 5)
     assert "STOPPED" in jobs.run("status", "stopped").stdout.upper()
+
+
+def test_jobs_that_want_the_same_hosts_take_turns(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        """
+import time
+import torchrunx_ray as trx
+
+def train():
+    begun = time.time()
+    time.sleep(3)
+    return begun, time.time()
+
+launcher = trx.Launcher(hostnames=2, workers_per_host=4, backend=None, placement_timeout=60)
+spans = list(launcher.run(train))
+print("SPAN", min(begun for begun, _ in spans), max(ended for _, ended in spans))
+"""
+    )
+    script = ("--working-dir", str(tmp_path), "--", sys.executable, "train.py")
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: jobs.run("submit", *script), range(2)))
+
+    said = [done.stdout + done.stderr for done in both]
+    assert [done.returncode for done in both] == [0, 0], said
+    spans = [re.search(r"^SPAN (\S+) (\S+)$", text, re.MULTILINE) for text in said]
+    (_, first_ended), (second_begun, _) = sorted(
+        (float(span[1]), float(span[2])) for span in spans if span is not None
+    )
+    assert first_ended < second_begun
 
 
 def test_failed_job_shows_its_output_and_traceback_and_how_far_it_was(

@@ -71,13 +71,15 @@ def test_function_that_makes_handlers_is_called_where_the_launch_is() -> None:
 
 def test_helpers_choose_by_place_and_by_rank(cluster: None, tmp_path: Path) -> None:
     (hostname,) = trx.Launcher(workers_per_host=1, backend=None).run(os.getpid).hostnames
-    by_rank, by_place = Kept(), Kept()
+    by_rank, by_place, of_errors = Kept(), Kept(), Kept(logging.ERROR)
     trx.add_filter_to_handler(by_rank, rank=1, log_level="ERROR")
+    trx.add_filter_to_handler(of_errors, rank=0)
     trx.add_filter_to_handler(by_place, hostname, 0)
 
     def make() -> Iterator[logging.Handler]:
         yield by_rank
         yield by_place
+        yield of_errors
         yield trx.file_handler(hostname, 1, tmp_path / "of 1")
         yield trx.stream_handler(rank=5)
 
@@ -89,6 +91,7 @@ def test_helpers_choose_by_place_and_by_rank(cluster: None, tmp_path: Path) -> N
     launcher.run(speak)
 
     assert by_rank.said == [("ERROR", "err 1")]
+    assert of_errors.said == [("ERROR", "err 0")]
     assert sorted(by_place.said) == [("ERROR", "err 0"), ("INFO", "out 0")]
     lines = (tmp_path / "of 1").read_text().splitlines()
     assert sorted(HEAD.sub("", line) for line in lines) == ["err 1", "out 1"]

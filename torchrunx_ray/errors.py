@@ -1,15 +1,16 @@
 """What a launch can raise, beside the user's own exceptions.
 
 * LaunchError (RuntimeError)
-  + PlacementError        the cluster has no room for the launch, now or ever
-  + PreloadError          a host's template cannot be forked from (also a ValueError)
-  + PayloadError          a function, argument or return value cannot travel
-  + WorkerFailedError     a worker died without raising
-  + AgentFailedError      an agent, its template, its store or its node died
-  + LaunchTimeoutError    not all ranks joined the process group in time
-* RemoteFailure           the `__cause__` of an exception that the user's function raised
+    * PlacementError: the cluster has no room for the launch, now or ever
+    * PreloadError: a host's template cannot be forked from (also a ValueError)
+    * PayloadError: a function, argument or return value cannot travel
+    * WorkerFailedError: a worker died without raising
+    * AgentFailedError: an agent, its template, its store or its node died
+    * LaunchTimeoutError: not all ranks joined the process group in time
+* RemoteFailure: the `__cause__` of an exception that the user's function raised
 
-A wrong option is a ValueError or TypeError from the constructor. What the user's function raises
+A wrong option is a ValueError or TypeError, from the constructor where it can be known then, else
+from the launch. What the user's function raises
 arrives as itself, with a RemoteFailure as its cause.
 
 Every class words its own message from the facts that it is given, and keeps them as attributes.

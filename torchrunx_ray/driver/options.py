@@ -49,7 +49,7 @@ class Options:
     ] = None
     """Further Ray resources to reserve on each host."""
     placement_strategy: Literal["STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK"] = "STRICT_SPREAD"
-    """Ray's placement strategy for the hosts' bundles."""
+    """STRICT_SPREAD: every host of the launch is another node. SPREAD, PACK: preferably apart, together. STRICT_PACK: all on one node."""
     backend: str | None = "auto"
     """Of the process group: "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl". "auto": nccl where each worker has a GPU of its own, else gloo. None: no process group. With nccl collectives take CUDA tensors only; "cpu:gloo,cuda:nccl" takes both."""
     timeout: float = 600
@@ -81,18 +81,18 @@ class Options:
         Sequence[int] | Literal["all"],
         written_as("console_ranks", Literal["all"] | tuple[int, ...] | list[int]),
     ] = (0,)
-    """Whose output "auto" brings to the driver."""
+    """Whose output "auto" brings to your console or loggers: a list of ranks, or "all"."""
     progress: bool | None = None
     """Show how far a run is. None: on a terminal, in a notebook and in a job's log."""
     preload: Annotated[Sequence[str], written_as("preload", tuple[str, ...] | list[str])] = (
         "torch",
         "torch.distributed",
     )
-    """Modules that are imported once per host, before workers are forked."""
+    """Modules that are imported once per host, before workers are forked; not with "spawn"."""
     start_method: StartMethod = "fork"
     """"fork" workers from the host's template, or "spawn" fresh interpreters."""
     runtime_env: Annotated[Mapping[str, Any] | None, written_as_json()] = None
-    """Ray's runtime environment, for the agents."""
+    """Ray's runtime environment for the agents, and so for the workers. A local working_dir belongs in ray.init."""
     name: str | None = None
     """Of the run, in logs, errors and the dashboard. None: the function's name."""
 

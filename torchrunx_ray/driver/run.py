@@ -23,10 +23,11 @@ _living: set["Run[Any]"] = set()
 
 
 class Run(Generic[R]):
-    """A launch in the background; its methods behave as those of concurrent.futures.Future.
+    """A launch in the background.
 
-    It can be awaited too, from any event loop; cancelling whoever awaits it stops it, as with asyncio's
-    own tasks.
+    `result` and `done` behave as those of concurrent.futures.Future; `cancel` also stops a run that has
+    begun. It can be awaited too, from any event loop; cancelling whoever awaits it stops it, as with
+    asyncio's own tasks.
     """
 
     def __init__(

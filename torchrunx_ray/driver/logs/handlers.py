@@ -17,7 +17,7 @@ def add_filter_to_handler(
     rank: int | None = None,
     log_level: int | str = logging.NOTSET,
 ) -> logging.Handler:
-    """Let a handler of a launch take one worker's output only, from a level on.
+    """Let a handler of a launch take one worker's output only, from a level on if one is given.
 
     The worker is named by host and local rank, or by `rank`, since hostnames are unknown where Ray
     chooses them. A hostname without local rank stands for what the host's template prints, and
@@ -28,7 +28,8 @@ def add_filter_to_handler(
     if local_rank is not None and hostname is None:
         raise ValueError(f"local_rank={local_rank} needs a hostname; or give rank")
     handler.addFilter(Only(hostname, local_rank, rank))
-    handler.setLevel(log_level)
+    if log_level != logging.NOTSET:
+        handler.setLevel(log_level)
     return handler
 
 
