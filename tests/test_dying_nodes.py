@@ -113,3 +113,20 @@ def test_session_goes_on_elsewhere_when_its_node_dies(nodes: Cluster) -> None:
         with pytest.raises(trx.AgentFailedError):
             session.run(signal.pause)
         assert len(session.run(os.getpid)) == 2
+
+
+def test_session_that_found_no_room_for_a_dead_node_finds_it_later(nodes: Cluster) -> None:
+    """It blamed others for the group that it had removed itself, for as long as it was open."""
+    launcher = trx.Launcher(hostnames=1, workers_per_host=2, cpus_per_worker=1, placement_timeout=3)
+    with launcher.session() as session:
+        session.run(os.getpid)
+        placed = group(lambda g: g["state"] == "CREATED")
+        assert placed is not None
+        with launcher.session():  # on the other node
+            signal_raylet(placed["bundles_to_node_id"][0], signal.SIGKILL)
+            with pytest.raises(trx.AgentFailedError):
+                session.run(signal.pause)
+            for _ in range(2):
+                with pytest.raises(trx.PlacementError, match="no room for this launch within"):
+                    session.run(os.getpid)
+        assert len(session.run(os.getpid)) == 2

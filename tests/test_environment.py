@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,19 @@ def test_relative_env_file_is_in_the_functions_folder(
     monkeypatch.chdir(tmp_path)
 
     assert seen(dataclasses.replace(launcher, env_file="env"), "A") == ["here"]
+
+
+def test_env_file_that_leaves_something_behind_is_not_waited_for(
+    cluster: None, tmp_path: Path
+) -> None:
+    """It held the pipe of bash's stderr: "bash had not sourced it after 60 s"."""
+    (tmp_path / "env").write_text(f"sleep 1000 & echo $! > {tmp_path}/pid\nexport A=1\n")
+    launcher = trx.Launcher(workers_per_host=1, backend=None, env_file=tmp_path / "env", linger=0)
+    begun = time.monotonic()
+
+    assert launcher.run(os.getenv, "A").rank(0) == "1"
+    assert time.monotonic() - begun < 30
+    assert not processes.is_alive(int((tmp_path / "pid").read_text()))
 
 
 def test_env_file_that_was_corrected_is_read_again(cluster: None, tmp_path: Path) -> None:

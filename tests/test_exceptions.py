@@ -1,6 +1,7 @@
 """What a function raises is what the launch raises; where that cannot be, it is shown as text."""
 
 import asyncio
+import enum
 import os
 import subprocess
 import sys
@@ -104,8 +105,21 @@ def test_exception_that_cannot_be_pickled_is_shown_as_text(launcher: trx.Launche
     assert "raise Unpicklable" in message
 
 
+class OwnCode(enum.IntEnum):
+    """Of a module that the agent must not import."""
+
+    BAD = 4
+
+
 @pytest.mark.parametrize(
-    ("code", "said"), [(0, None), (None, None), (3, "sys.exit(3)"), ("why", "sys.exit('why')")]
+    ("code", "said"),
+    [
+        (0, None),
+        (None, None),
+        (3, "sys.exit(3)"),
+        (OwnCode.BAD, "sys.exit(<OwnCode.BAD: 4>)"),
+        ("why", "sys.exit('why')"),
+    ],
 )
 def test_sys_exit(launcher: trx.Launcher, code: object, said: str | None) -> None:
     if said is None:

@@ -94,3 +94,18 @@ def test_nothing_of_a_hundred_launches_stays(cluster: None) -> None:
         assert after[1] - anon < 30 * MIB
         assert after[2] <= fds + 2
         assert after[3] == files
+
+
+def test_what_found_no_room_leaves_rays_store_before_python_collects_garbage(cluster: None) -> None:
+    """A loop that tries again filled the store with its arguments."""
+    launcher = trx.Launcher(workers_per_host=1, cpus_per_worker=1000)
+    gc.collect()
+    before = objects_in_store()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(trx.PlacementError):
+                launcher.run(len, torch.zeros(2**20))
+        assert processes.wait_until(lambda: objects_in_store() <= before, 5)
+    finally:
+        gc.enable()

@@ -201,3 +201,22 @@ def test_handler_may_serve_two_runs_at_once(
     assert "Logging error" not in capfd.readouterr().err
     assert sum("of log_handlers failed" in r.getMessage() for r in caplog.records) == 1
     assert "handleError" not in vars(broken)
+
+
+def test_drivers_handler_that_raises_leaves_the_room_free(cluster: None) -> None:
+    """The line of the placement was outside of what gives it back; `cluster` looks."""
+
+    class Dead(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError(f"the widget is closed, {record.levelname}")
+
+    ours = logging.getLogger("torchrunx_ray")
+    dead, level = Dead(), ours.level
+    ours.addHandler(dead)
+    ours.setLevel(logging.INFO)
+    try:
+        launcher = trx.Launcher(workers_per_host=1, backend=None, log_handlers=None)
+        assert launcher.run(len, "four").rank(0) == 4
+    finally:
+        ours.removeHandler(dead)
+        ours.setLevel(level)

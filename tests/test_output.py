@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,38 @@ trx.launch(speak, workers_per_host=1, backend=None)
         assert both.count(text) == 1, both
     assert ("torchrunx_ray." in done.stderr) is configured
     assert done.stdout == ("" if configured else "to stdout\n")
+
+
+def test_what_is_printed_is_whole_and_once_without_pythonunbuffered(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That variable hid that the template never wrote, and that each fork wrote it again."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    (tmp_path / "says_at_import.py").write_text(
+        "import ctypes\nprint('by Python')\nctypes.CDLL(None).puts(b'by C')\n"
+    )
+    done = run_script(
+        """
+import os, sys
+import torchrunx_ray as trx
+os.environ["TORCHRUNX_LOG_DIR"] = "logs"
+os.environ["PYTHONPATH"] += os.pathsep + os.getcwd()
+
+def speak():
+    print("past the redirect", file=sys.__stdout__)
+
+with trx.Launcher(
+    workers_per_host=2, backend=None, console_ranks=(), preload=("says_at_import",)
+).session() as session:
+    session.run(speak)
+    session.run(speak)
+"""
+    )
+
+    assert done.returncode == 0, done.stderr
+    written = "".join(path.read_text() for path in (tmp_path / "logs").glob("*/*.log"))
+    assert written.count("by Python") == 1, written
+    assert written.count("by C") == 1, written
+    assert written.count("past the redirect") == 4, written

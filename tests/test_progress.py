@@ -65,6 +65,44 @@ def on_a_terminal(script: str, folder: Path, **variables: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
+def test_run_outlives_its_terminal(tmp_path: Path) -> None:
+    """The status line could not be drawn: OSError, in place of what hours had brought."""
+    (tmp_path / "script.py").write_text(
+        BEGIN.format(before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+        + """
+def wait():
+    while not os.path.exists("gone"):
+        time.sleep(0.01)
+    print("to nobody")
+    time.sleep(1)
+    return os.environ["RANK"]
+
+result = trx.launch(wait, workers_per_host=2, backend=None)
+with open("returned", "w") as file:
+    file.write(" ".join(result))
+"""
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while b"running 2 workers" not in shown:
+        shown += os.read(ours, 65536)
+    os.close(ours)
+    (tmp_path / "gone").touch()
+    process.wait(60)
+
+    assert (tmp_path / "returned").read_text() == "0 1"
+
+
 def after_ray_started(shown: str) -> str:
     """And before it ends, with a code of colorama's."""
     return shown.rpartition("Started a local Ray instance.")[2].removesuffix("\x1b[0m")
@@ -289,7 +327,7 @@ def test_run_that_is_being_stopped_says_so(launcher: trx.Launcher, tmp_path: Pat
     run.cancel()
     assert wait_until(lambda: repr(run).endswith(": stopping 2 workers>"), 2)
     run.wait()
-    assert repr(run).endswith(": ended>")
+    assert repr(run).endswith(": cancelled>")
 
 
 def test_timeline_is_a_trace_of_every_rank(launcher: trx.Launcher, tmp_path: Path) -> None:

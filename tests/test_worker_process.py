@@ -303,3 +303,28 @@ def test_worker_exits_as_an_interpreter_does(launcher: trx.Launcher, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{what}{rank}" for what in ("exited", "finalized", "worked") for rank in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_what_is_left_in_buffers_is_written(
+    cluster: None, tmp_path: Path, start_method: StartMethod
+) -> None:
+    """An interpreter closes files at its end; they were lost with the process."""
+
+    def train() -> None:
+        class Trainer:
+            def __init__(self) -> None:
+                self.log = open(tmp_path / "log", "w")  # noqa: SIM115
+                self.step = self.write  # a cycle
+                self.raw = open(tmp_path / "raw", "wb")  # noqa: SIM115
+
+            def write(self) -> None:
+                self.log.write("last step")
+                self.raw.write(b"bytes")
+
+        Trainer().step()
+
+    trx.Launcher(workers_per_host=1, backend=None, start_method=start_method).run(train)
+
+    assert (tmp_path / "log").read_text() == "last step"
+    assert (tmp_path / "raw").read_text() == "bytes"

@@ -1,11 +1,13 @@
 """The environment and the folder that a template, and so every worker, starts with."""
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 
-from torchrunx_ray.wire import environment
+from torchrunx_ray.wire import environment, family
 from torchrunx_ray.wire.messages import TemplateWanted
 
 _SOURCING_S = 60
@@ -70,29 +72,18 @@ def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
             f"env_file={path!r}: No such file or directory. It is read on every host of the launch, not where "
             "the driver is: put it on all of them, or pass its values as extra_env_vars."
         )
-    try:
-        done = subprocess.run(
-            ["bash", "-c", _SOURCE, "bash", path],
-            env=dict(base),
-            capture_output=True,
-            check=False,
-            timeout=_SOURCING_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"env_file={path!r}: bash had not sourced it after {_SOURCING_S} s."
-        ) from None
-    said = done.stderr.decode(errors="replace").strip()
+    code, output, errors = _run_bash(path, base)
+    if code is None:
+        raise ValueError(f"env_file={path!r}: bash had not sourced it after {_SOURCING_S} s.")
+    said = errors.decode(errors="replace").strip()
     # A last line such as `[ -f x ] && export A=1` fails in silence, and nothing is wrong.
-    if done.returncode != 0 and said:
+    if code != 0 and said:
         raise ValueError(
-            f"env_file={path!r} could not be sourced by bash (exit code {done.returncode}):\n{said}"
+            f"env_file={path!r} could not be sourced by bash (exit code {code}):\n{said}"
         )
-    if not done.stdout:
+    if not output:
         raise ValueError(f"env_file={path!r} ends the shell that sources it: use return, not exit.")
-    pairs = (
-        entry.partition("=") for entry in done.stdout.decode(errors="surrogateescape").split("\0")
-    )
+    pairs = (entry.partition("=") for entry in output.decode(errors="surrogateescape").split("\0"))
     sourced = {name: value for name, _, value in pairs if name and name not in _BASHS_OWN}
     refused = {name for name in sourced if environment.forbidden(name)} - base.keys()
     if refused:
@@ -100,3 +91,29 @@ def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
             f"env_file={path!r} sets {', '.join(sorted(refused))}, which the launch itself sets."
         )
     return sourced | {name: base[name] for name in _BASHS_OWN & base.keys()}
+
+
+def _run_bash(path: str, base: Mapping[str, str]) -> tuple[int | None, bytes, bytes]:
+    """Its exit code, None where it took too long, and what it wrote. What the file started ends with it.
+
+    Into files: whatever the file leaves in the background would hold pipes open.
+    """
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        bash = subprocess.Popen(
+            ["bash", "-c", _SOURCE, "bash", path],
+            env=dict(base),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            process_group=0,
+        )
+        try:
+            code = bash.wait(_SOURCING_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            family.signal_group(bash.pid, signal.SIGKILL)
+            bash.wait()
+        output.seek(0)
+        errors.seek(0)
+        return code, output.read(), errors.read()

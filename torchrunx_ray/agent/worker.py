@@ -130,9 +130,10 @@ class Worker:
                 # Not its death: that is the exit status, which the template reports.
                 self._hang_up()
                 return
-            except OSError as error:
+            except Exception as error:
                 what = "the agent could not receive what a worker sent"
-                self._mailbox.put(messages.AgentFailed(now_ns(), what, str(error)))
+                evidence = f"{type(error).__name__}: {error}"
+                self._mailbox.put(messages.AgentFailed(now_ns(), what, evidence))
                 self._hang_up()
                 return
             if self.has_outcome:

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.clocks import Clocks
-from torchrunx_ray.driver.connection import Connection, untyped_ray
+from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.failures import Failure, Failures, NotJoined, Report
 from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.logs.run_logs import RunLogs
@@ -26,6 +26,7 @@ from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
+from torchrunx_ray.driver.references import missing_after_a_second
 from torchrunx_ray.driver.results import Value
 from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.driver.talk import Talk
@@ -156,8 +157,10 @@ class Attempt:
         return dataclasses.replace(failure, time_ns=time_ns)
 
     async def _see_stored(self, refs: "list[ray.ObjectRef[Any]]") -> None:
+        """Until then a value is in its agent only, and would be lost with it."""
         try:
-            await in_thread(self._cluster.inside, _wait_until_stored, refs)
+            while await in_thread(self._cluster.inside, missing_after_a_second, refs):
+                self._cluster.check()
         except RayError as error:
             # Of the task that waits, through ray://; the values are the agents'.
             logger.warning(
@@ -357,8 +360,3 @@ class Attempt:
                 what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
                 self._lose(i, what, "it is frozen, or cut off, or a process is stuck in the kernel")
                 watching.cancel()
-
-
-def _wait_until_stored(refs: "list[ray.ObjectRef[Any]]") -> None:
-    """Until then a value is in its agent only, and would be lost with it."""
-    untyped_ray.wait(refs, num_returns=len(refs), fetch_local=False)

@@ -54,6 +54,8 @@ class Connection:
     """
 
     def __init__(self) -> None:
+        if not untyped_ray.is_initialized():
+            raise ClusterLeft(through_client=False)
         self._through_client = is_remote_client()
         self._membership = _membership()
 

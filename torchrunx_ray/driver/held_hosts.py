@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger("torchrunx_ray")
 
+_SILENT_S = 15.0
+"""An agent answers at once when it is there, and is there in a few seconds where no package is installed first."""
+
 
 class HeldHosts:
     """A placement, and the agents on it. Lives in the background loop."""
@@ -35,13 +38,19 @@ class HeldHosts:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._placement: Placement | None = None
+        self._is_closed = False
         self._agents: dict[int, Agent] = {}
         self._turn = asyncio.Lock()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """None before they are there, and when they are given back."""
-        return () if self._placement is None else tuple(h.label for h in self._placement.hosts)
+        """None while there are none: before they are there, between two placements, at the end."""
+        placement = self._placement
+        return () if placement is None else tuple(host.label for host in placement.hosts)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
 
     async def open(self, progress: Progress) -> None:
         """Take room in the cluster."""
@@ -76,6 +85,7 @@ class HeldHosts:
     async def close(self) -> None:
         """Agents rest or end, and the room is given back. Safe to repeat."""
         async with self._turn:
+            self._is_closed = True
             agents, self._agents = list(self._agents.values()), {}
             placement, self._placement = self._placement, None
             releasing = [agent.release(self._options.linger) for agent in agents]
@@ -88,8 +98,10 @@ class HeldHosts:
     async def _assemble(self, progress: Progress, *, is_fresh: bool) -> tuple[Crew, str | None]:
         """An agent on every host; where a host's node has died, on hosts that are placed anew."""
         while True:
-            if self._placement is None:
+            if self._is_closed:
                 raise RuntimeError("the session is closed")
+            if self._placement is None:  # the last try to place it anew found no room
+                self._placement = await place(self._options, progress)
             placement, hosts = self._placement, self._placement.hosts
             try:
                 if not is_fresh:
@@ -103,8 +115,8 @@ class HeldHosts:
                     raise
                 logger.warning("a node died before the run began; it is placed again: %s", error)
                 await self._drop(set(self._agents))
+                self._placement = None
                 await placement.remove()
-                self._placement = await place(self._options, progress)
                 continue
             agents = [self._agents[i] for i in range(len(hosts))]
             return Crew(hosts, agents, met, gpu_ids), placement.backend
@@ -122,6 +134,7 @@ class HeldHosts:
                     host.node.node_id, wanted, self._options, f"{name}-{host.label}"
                 )
                 self._agents[index] = agent
+            silent = asyncio.get_running_loop().call_later(_SILENT_S, _say_silent, host.label)
             try:
                 met = await agent.meet(listen=index == 0)
             except RayError as error:
@@ -133,6 +146,8 @@ class HeldHosts:
                 raise AgentFailedError(
                     hostname=host.label, what=what, evidence=str(error)
                 ) from None
+            finally:
+                silent.cancel()
             if met is None:
                 await self._drop({index})
                 continue
@@ -149,6 +164,15 @@ class HeldHosts:
 
     async def _drop(self, indices: set[int]) -> None:
         await asyncio.gather(*(self._agents.pop(i).end() for i in indices if i in self._agents))
+
+
+def _say_silent(hostname: str) -> None:
+    logger.warning(
+        "%s: its agent has not answered for %.0f s: it is frozen, swapping or cut off, or Ray still makes its "
+        "runtime_env. The launch goes on when it answers.",
+        hostname,
+        _SILENT_S,
+    )
 
 
 async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[T]:

@@ -42,10 +42,12 @@ class Placement:
         self.hosts = hosts
         self.backend = shape.backend
         self._group = group
-        line.hold(group, shape.needed)
         self._cluster = Connection()
+        line.hold(group, shape.needed)
         # Asked for while agents start: the answer takes Ray a process.
         self._gpu_ids = asyncio.ensure_future(_gpu_ids(group, shape, options))
+        # Nobody asks for them where the launch fails before it needs them.
+        self._gpu_ids.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def gpu_ids(self) -> list[tuple[str, ...]]:
         """Of each host's bundle: they are the bundle's for as long as it lives."""
@@ -94,8 +96,12 @@ async def place(options: Options, progress: Progress) -> Placement:
         with contextlib.suppress(ClusterLeft):
             await to_the_end(waiting.give_up())
         raise
-    logger.info("%s: %s", progress.name, _in_words(shape, hosts, nodes))
-    return Placement(hosts, shape, group, options)
+    placement = Placement(hosts, shape, group, options)
+    with contextlib.suppress(
+        Exception
+    ):  # a handler of the driver's may fail; the room is given back
+        logger.info("%s: %s", progress.name, _in_words(shape, hosts, nodes))
+    return placement
 
 
 def _nodes_and_ours() -> tuple[list[Node], str]:

@@ -58,7 +58,7 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
     reported = -math.inf
     missing = len(refs)
     while missing:
-        missing = await in_thread(connection.inside, _missing_after_a_second, list(refs))
+        missing = await in_thread(connection.inside, missing_after_a_second, list(refs))
         connection.check()
         now = time.monotonic()
         if missing and now - reported >= _REPORT_EVERY_S:
@@ -72,7 +72,7 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
             reported = now
 
 
-def _missing_after_a_second(refs: list[Any]) -> int:
+def missing_after_a_second(refs: list[Any]) -> int:
     _, missing = untyped_ray.wait(refs, num_returns=len(refs), timeout=1, fetch_local=False)
     return len(missing)
 

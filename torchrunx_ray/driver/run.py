@@ -59,7 +59,10 @@ class Run(Generic[R]):
         if not self._ended.done():
             raise TimeoutError(f"the run goes on after {timeout:g} s; result() waits for it again")
         self._was_asked = True
-        return self._value_of(self._ended.result())
+        try:
+            return self._value_of(self._ended.result())
+        finally:
+            del self  # what is raised refers to this frame, and must not wait for Python's gc
 
     def stacks(self) -> Stacks:
         """What the workers are doing now; `print` it.

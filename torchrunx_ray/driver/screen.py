@@ -1,5 +1,6 @@
 """The streams that the driver has, and the status lines at the foot of a terminal."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -102,16 +103,19 @@ class Screen:
 
     def _end_live(self) -> None:
         live, self._live = self._live, None
-        live.stop()
-        self._drawn.clear()
-        self._remove_proxies()
+        try:
+            live.stop()
+        finally:
+            self._drawn.clear()
+            self._remove_proxies()
 
     def _remove_proxies(self) -> None:
-        for stream, proxy in self._proxies.items():
-            proxy.let_go()
+        proxies, self._proxies = self._proxies, {}
+        for stream, proxy in proxies.items():
             if getattr(sys, stream) is proxy:  # the driver has not put another in its place
                 setattr(sys, stream, proxy.file)
-        self._proxies = {}
+            with contextlib.suppress(OSError, ValueError):  # the terminal is gone, or was closed
+                proxy.let_go()
 
     def _text(self) -> Any:
         from rich.text import Text

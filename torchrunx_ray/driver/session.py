@@ -86,11 +86,11 @@ class Session:
             raise interruption
 
     def __repr__(self) -> str:
-        if not self._hosts.names:
+        if self._hosts.is_closed:
             return "<Session: closed>"
         runs = sum(not run.done() for run in list(self._running))
         state = f"{runs} {'run' if runs == 1 else 'runs'} under way" if runs else "idle"
-        return f"<Session on {', '.join(self._hosts.names)}: {state}>"
+        return f"<Session on {', '.join(self._hosts.names) or 'no hosts'}: {state}>"
 
     async def _open(self) -> None:
         progress = Progress(unique(self._options.name or "session"))

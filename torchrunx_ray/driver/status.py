@@ -59,8 +59,9 @@ async def _live(progress: Progress) -> AsyncGenerator[None, None]:
         over.set()
 
         async def hide() -> None:
-            await showing
-            await in_thread(screen.remove_status, progress)
+            for step in (showing, in_thread(screen.remove_status, progress)):
+                with contextlib.suppress(Exception):  # the terminal is gone; the run has an outcome
+                    await step
 
         await to_the_end(hide())
 
@@ -84,7 +85,8 @@ async def _say_phases(progress: Progress) -> None:
         still_waits = progress.history.placed_ns is None and now() - said_at >= _WAITING_S
         if is_news or still_waits:
             said, said_at = phase, now()
-            await in_thread(screen.write, "stderr", f"{progress.status}\n")
+            with contextlib.suppress(Exception):  # the terminal is gone
+                await in_thread(screen.write, "stderr", f"{progress.status}\n")
         await asyncio.sleep(_LOOK_S)
 
 

@@ -1,8 +1,9 @@
 """A worker's life: join the process group, call the function, report one outcome, end."""
 
 import atexit
-import ctypes
 import faulthandler
+import gc
+import io
 import multiprocessing.context
 import os
 import pickle
@@ -18,6 +19,8 @@ from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.transfer import map_file
 from torchrunx_ray.worker import group, logs, names, outcome, preload, script, stacks
+
+_BUFFERED = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 
 def main() -> NoReturn:
@@ -80,6 +83,7 @@ def _settle_in(argv: Sequence[str]) -> None:
         open(fd, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         for fd in (1, 2)
     )
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     faulthandler.enable(file=2)  # where a crash in C code happened
     # The default only: the function may still set another. Where it is not fork (Python 3.14), a
     # DataLoader could not pickle a Dataset class of the user's script.
@@ -124,31 +128,44 @@ def _end_forked_child(error: BaseException | None) -> NoReturn:
     elif error is not None:
         traceback.print_exception(error)
         code = 1
-    _flush()
+    preload.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def _end(leave_group: Callable[[], None] | None) -> NoReturn:
     """End as an interpreter does; after a failure (None), less what could wait for a peer."""
     if leave_group is not None:
-        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # joins the function's own threads; no public name
+        _join_threads()
         try:
             leave_group()
-        except Exception:
+        except BaseException:
             pass  # a peer failed, and the launch with it; this rank's value is on its way
     preload.note_late_imports()
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what multiprocessing's children call, too
-    _flush()
+    _flush_files()
+    preload.flush()
     os._exit(1 if leave_group is None else 0)
 
 
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
+def _join_threads() -> None:
+    """Wait for the function's own threads."""
+    try:
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # no public name
+    except BaseException:
+        pass  # a signal handler of the function raised; the value is on its way
+
+
+def _flush_files() -> None:
+    """Those that the function left open, which an interpreter closes at its end.
+
+    Text first: it lies above the bytes. The template's own are frozen, and not among them.
+    """
+    files = [each for each in gc.get_objects() if type(each) in _BUFFERED]
+    for file in sorted(files, key=lambda each: type(each) is not io.TextIOWrapper):
         try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):  # the function closed or replaced it
+            file.flush()
+        except Exception:  # closed, detached, not writable, or its disk is full
             pass
-    ctypes.CDLL(None).fflush(None)  # what C code printed
 
 
 if __name__ == "__main__":

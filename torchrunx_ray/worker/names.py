@@ -71,11 +71,13 @@ def _glibc_function(name: str) -> Any:
 @contextlib.contextmanager
 def _stderr_shut() -> Generator[None]:
     """Drop torch's line about the name; only where no other thread could write beside it."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
+    with contextlib.ExitStack() as at_end:
+        # Where the function has closed it, or has used up all descriptors, the line comes.
+        with contextlib.suppress(OSError):
+            kept = os.dup(2)
+            at_end.callback(os.close, kept)
+            null = os.open(os.devnull, os.O_WRONLY)
+            at_end.callback(os.close, null)
+            os.dup2(null, 2)
+            at_end.callback(os.dup2, kept, 2)
         yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)

@@ -139,7 +139,7 @@ def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) 
         _remote_traceback(error),
         exception,
         unraisable,
-        code if isinstance(code, int) else None,
+        int(code) if isinstance(code, int) else None,  # the agent has no IntEnum of the function's
         _was_raised_in_torch_distributed(error),
     )
 

@@ -1,5 +1,6 @@
 """What a template imports before it forks, and whether it can still be forked from."""
 
+import ctypes
 import gc
 import importlib
 import mmap
@@ -46,12 +47,25 @@ def load(modules: Sequence[str]) -> None:
     """
     _settings_of_template.update(_settings())
     gc.disable()
-    for module in modules:
-        _import(module)
-    _check_that_it_can_be_forked(modules)
+    try:
+        for module in modules:
+            _import(module)
+        _check_that_it_can_be_forked(modules)
+    finally:
+        flush()
     _spare_workers_the_teardown()
     gc.freeze()
     gc.enable()
+
+
+def flush() -> None:
+    """Write what was printed: every fork would have it once more, in Python's and in C's buffers."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # it was closed, or replaced by something of another kind
+            pass
+    ctypes.CDLL(None).fflush(None)
 
 
 def note_late_imports() -> None:
