@@ -11,7 +11,6 @@ import pytest
 import ray
 
 import torchrunx_ray as trx
-from tests.clusters.client_server import join
 from tests.logs import Kept
 from tests.processes import wait_until
 
@@ -53,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
     address = request.config.getoption("--address")
     new = {"num_cpus": 8, "include_dashboard": False} if address == "local" else {}
-    join(address, log_to_driver=False, **new)
+    ray.init(address, log_to_driver=False, **new)
     yield
     ray.shutdown()
 

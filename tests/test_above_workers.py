@@ -55,6 +55,26 @@ def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path)
     assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
 
 
+def test_agent_that_is_told_to_end_ends_at_once(cluster: None, tmp_path: Path) -> None:
+    """Ray sends SIGTERM where its owner died, and its own handler waits for a poll under way."""
+
+    def announce_and_sleep() -> None:
+        processes.note(tmp_path / str(os.getpid()), processes.own_mark())
+        time.sleep(1000)
+
+    run = trx.Launcher(workers_per_host=1, linger=0).submit(announce_and_sleep)
+    assert processes.wait_until(lambda: list(tmp_path.iterdir()) != [], 30)
+    (worker,) = tmp_path.iterdir()
+    mark = worker.read_text()
+    begun = time.monotonic()
+    os.kill(processes.above(int(worker.name))["agent"], signal.SIGTERM)
+
+    with pytest.raises(trx.AgentFailedError, match="the agent died"):
+        run.result(timeout=30)
+    assert time.monotonic() - begun < 2
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+
+
 @pytest.mark.parametrize("working_s", [0, 0.001, 0.002, 0.004, 0.008])
 def test_keeper_that_is_killed_at_its_work(cluster: None, working_s: float, tmp_path: Path) -> None:
     """As Ray does when the raylet dies: the agent ends its template, and its child is killed."""

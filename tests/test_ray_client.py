@@ -160,8 +160,8 @@ def test_working_dir_brings_the_drivers_modules(head: ClientServer, tmp_path: Pa
     script.write_text(
         f"""
 import torchrunx_ray as trx
-from tests.clusters.client_server import join
-join({head.address!r}, runtime_env={{"working_dir": "."}}, log_to_driver=False)
+import ray
+ray.init({head.address!r}, runtime_env={{"working_dir": "."}}, log_to_driver=False)
 import own_module
 print(trx.launch(own_module.train, workers_per_host=1, backend=None).rank(0))
 """
@@ -319,7 +319,7 @@ def test_driver_of_several_connections_is_told_what_to_do(head: ClientServer) ->
     done = head.drive(
         f"""
 ray.shutdown()
-with join({head.address!r}, allow_multiple=True):
+with ray.init({head.address!r}, allow_multiple=True):
     try:
         trx.launch(print, workers_per_host=1)
     except trx.LaunchError as error:

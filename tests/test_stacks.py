@@ -258,17 +258,19 @@ def test_ranks_that_go_on_long_after_others_are_named(
 def test_rank_that_returned_and_does_not_end_is_named(
     launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lookout, "_RETURNED_S", 0.3)
+    monkeypatch.setattr(lookout, "_RETURNED_S", 0.5)
 
     def leave_a_thread() -> None:
+        dist.barrier()  # they return at the same time
         if rank() == 1:
-            threading.Thread(target=time.sleep, args=(2,)).start()
+            threading.Thread(target=time.sleep, args=(3,)).start()
 
     with caplog.at_level(logging.WARNING, "torchrunx_ray"):
         launcher.run(leave_a_thread)
 
     (said,) = [record.getMessage() for record in caplog.records]
-    assert "the launch waits for their processes to end:\nrank 1: is past the function" in said
+    waits = "rank 1: is past the function, and waits for threads that it started: "
+    assert f"the launch waits for their processes to end:\n{waits}" in said
 
 
 def test_rank_whose_value_is_copied_is_shown_so(launcher: trx.Launcher) -> None:

@@ -5,13 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import ray
 
 from tests.clusters.started import free_port, ray_start
 from tests.processes import wait_until
@@ -20,21 +16,8 @@ _BEGIN = """
 import os, sys, time
 import ray
 import torchrunx_ray as trx
-from tests.clusters.client_server import join
-join(ADDRESS, log_to_driver=False)
+ray.init(ADDRESS, log_to_driver=False)
 """
-
-
-def join(address: str, **options: Any) -> Any:
-    """`ray.init`, again where the process that Ray forks to serve this driver died before it served."""
-    for _ in range(3):
-        try:
-            return ray.init(address, **options)
-        except ConnectionAbortedError as error:
-            if "Starting Ray client server failed" not in str(error):
-                raise
-        time.sleep(1)
-    return ray.init(address, **options)
 
 
 @dataclass(frozen=True)
@@ -78,7 +61,13 @@ def client_server(python: Path = Path(sys.executable)) -> Iterator[ClientServer]
     sizes = ("--num-cpus=4", "--include-dashboard=false")
     with tempfile.TemporaryDirectory(prefix="trx") as folder:
         arguments = (*of_head, *sizes, f"--temp-dir={folder}")
-        of_servers = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": "", "CLIENT_SERVER": folder}
+        of_servers = {
+            "RAY_AUTH_MODE": "disabled",
+            "PYTHONPATH": "",
+            "CLIENT_SERVER": folder,
+            # Otherwise gRPC's handlers kill one in 20 of the processes that Ray forks to serve a driver.
+            "GRPC_ENABLE_FORK_SUPPORT": "0",
+        }
         if python == Path(sys.executable):
             of_servers["PYTHONPATH"] = environment["PYTHONPATH"]
         with ray_start(*arguments, python=python, environment=of_servers):

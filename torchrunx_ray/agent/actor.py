@@ -1,7 +1,9 @@
 """The Ray actor that is a launch's agent on one host."""
 
 import asyncio
+import ctypes
 import os
+import signal
 import socket
 from typing import Any
 
@@ -36,6 +38,7 @@ class Agent:
     """
 
     def __init__(self, name: str, wanted: messages.TemplateWanted) -> None:
+        _end_at_sigterm()
         carry_values_packed()
         self._name = name
         self._wanted = wanted
@@ -230,3 +233,12 @@ class Agent:
     def _template_gone(self, death: Death) -> None:
         if self._run is not None:
             self._run.template_is_gone(death)
+
+
+def _end_at_sigterm() -> None:
+    """As Ray's node asks for where the agent's owner died.
+
+    Ray's own handler lets calls end first, and after each poll there is the next. Python would
+    have another set in the main thread only, which is Ray's.
+    """
+    ctypes.CDLL(None).signal(signal.SIGTERM, None)  # SIG_DFL

@@ -10,6 +10,7 @@ _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<fu
 _OURS = "/torchrunx_ray/worker/"
 _AFTER_THE_FUNCTION = {
     "_hand_over": "has returned, and its value is being copied",
+    "_join_threads": "is past the function, and waits for threads that it started",
     "_end": "is past the function, and is ending",
 }
 """What a worker is doing in these functions of ours, which no other process runs."""
