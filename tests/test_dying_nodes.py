@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,30 @@ def test_node_that_was_asked_for_dies_while_the_launch_waits(nodes: Cluster) -> 
     ):
         waiting.result(timeout=60)
     busy.close()
+
+
+def test_dead_node_is_seen_by_an_agent_that_something_else_started_for_ray(
+    nodes: Cluster, tmp_path: Path
+) -> None:
+    """As `uv run` does, whose child then is no child of Ray's."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n{sys.executable} "$@"\nexit $?\n')
+    python.chmod(0o755)
+
+    def announce_and_sleep() -> None:
+        (tmp_path / "runs").touch()
+        time.sleep(1000)
+
+    placed = ids()[0]
+    launcher = trx.Launcher(hostnames=[placed], runtime_env={"py_executable": str(python)})
+    run = launcher.submit(announce_and_sleep)
+    assert wait_until((tmp_path / "runs").exists, 60)
+    begun = time.monotonic()
+    signal_raylet(placed, signal.SIGKILL)
+
+    with pytest.raises(trx.AgentFailedError, match="the raylet, Ray's process for the node"):
+        run.result(timeout=60)
+    assert time.monotonic() - begun < 3
 
 
 def test_launch_waits_on_when_a_node_dies_and_takes_its_successor(nodes: Cluster) -> None:

@@ -202,9 +202,10 @@ class Agent:
     def _watch_raylet(self) -> None:
         """Ray itself tells of a killed raylet only after 15 to 30 s."""
         if self._raylet_fd is None:
-            self._raylet_fd = os.pidfd_open(os.getppid())
+            pid = int(os.environ["RAY_RAYLET_PID"])  # no parent of an actor that `uv run` started
+            self._raylet_fd = os.pidfd_open(pid)
             loop = asyncio.get_running_loop()
-            loop.add_reader(self._raylet_fd, self._raylet_gone, os.getppid(), loop)
+            loop.add_reader(self._raylet_fd, self._raylet_gone, pid, loop)
 
     def _raylet_gone(self, pid: int, loop: asyncio.AbstractEventLoop) -> None:
         assert self._raylet_fd is not None
