@@ -210,3 +210,32 @@ async def test_calls_that_block_are_made_where_no_thread_starts_any_more(
     assert await in_thread(abs, -3) == 3
     with pytest.raises(ZeroDivisionError):
         await in_thread(divmod, 1, 0)
+
+
+def test_forked_child_of_a_driver_is_told_that_it_cannot_launch(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    """It would wait for ever: neither Ray's threads nor ours come with a fork."""
+    done = run_script(
+        """
+import os, time, torchrunx_ray as trx
+launcher = trx.Launcher(workers_per_host=1, backend=None)
+run = launcher.submit(time.sleep, 2)
+child = os.fork()
+if child == 0:
+    for ask in (run.result, lambda: launcher.run(os.getpid), lambda: launcher.session()):
+        try:
+            ask()
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run.done())
+run.result()
+"""
+    )
+    asked, launched, session, parent = done.stdout.splitlines()
+    assert asked.startswith("RuntimeError sleep-")
+    assert asked.endswith("belongs to the process that this one was forked from")
+    assert launched == session
+    assert "was forked from one that was connected to Ray already" in launched
+    assert parent == "7 False", done.stderr

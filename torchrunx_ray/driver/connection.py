@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import functools
 import multiprocessing
+import os
 import sys
 import threading
 from collections.abc import Callable, Generator
@@ -27,6 +28,9 @@ _LOOK_AROUND_S = 1.0
 
 _lost: set[object] = set()
 """Connections through ray:// that Ray has given up; it tells so whoever uses them next."""
+
+_inherited: set[object] = set()
+"""Connections that a fork brought into this process, without the threads that they live by."""
 
 _connecting = threading.Lock()
 
@@ -88,7 +92,7 @@ class Connection:
     def is_ours(self) -> bool:
         if _interpreter_ends.is_set() or not untyped_ray.is_initialized():
             return False
-        return self._membership == _membership() and self._membership not in _lost
+        return self._membership == _membership() and self._membership not in _lost | _inherited
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What a function of Ray's returns that blocks: called in a thread."""
@@ -148,6 +152,12 @@ def connect() -> None:
                 "ray.init(..., allow_multiple=True) connects one thread only, and launches go on in another. "
                 "Call ray.init without it."
             )
+        elif _membership() in _inherited:
+            raise LaunchError(
+                f"this process (pid {os.getpid()}) was forked from one that was connected to Ray already, and "
+                "Ray's connection does not survive a fork. Launch in the process that called ray.init(), or start "
+                "this one by multiprocessing's method 'spawn'."
+            )
 
 
 def _refuse_where_the_script_is_only_imported() -> None:
@@ -185,3 +195,11 @@ def _membership() -> object:
 def _task(call: Callable[..., Any], _membership: object) -> Any:
     """Made once for each connection, which has it sent to the cluster."""
     return untyped_ray.remote(num_cpus=0)(call)
+
+
+def _note_inherited() -> None:
+    if untyped_ray.is_initialized():
+        _inherited.add(_membership())
+
+
+os.register_at_fork(after_in_child=_note_inherited)

@@ -24,7 +24,6 @@ class Progress:
         self.name = name
         self.history = History()
         self.attempt: HasStacks | None = None
-        self.attempt_number = 1
         self.waits_for_turn = False
         self.waiting_for = ""
         """While it waits for room: for what."""
@@ -52,8 +51,7 @@ class Progress:
         if len(history.started) < ranks:
             return f"starting {ranks} {_workers(ranks)}"
         if len(history.finished) < ranks:
-            attempt = f", attempt {self.attempt_number}" if self.attempt_number > 1 else ""
-            return f"running {ranks} {_workers(ranks)}{attempt}"
+            return f"running {ranks} {_workers(ranks)}"
         return "collecting results"
 
     @property

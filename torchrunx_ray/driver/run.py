@@ -196,7 +196,17 @@ def _stop_living() -> None:
             return  # told to end once more: what is left ends with the driver
 
 
-# A forked child has the runs, but not the thread that they live in.
-os.register_at_fork(after_in_child=_living.clear)
+def _leave_to_parent() -> None:
+    """A forked child has the runs, but not the thread that they live in."""
+    for run in _living:
+        run._ended = concurrent.futures.Future()
+        run._ended.set_exception(
+            RuntimeError(f"{run._progress.name} belongs to the process that this one was forked from")
+        )
+        run._was_asked = True
+    _living.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 # Before Ray's own, which was registered earlier, ends the agents.
 atexit.register(_stop_living)
