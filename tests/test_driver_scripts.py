@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.clusters.other_python import python_of_an_older_system
 from tests.clusters.started import free_port, ray_start
 from tests.clusters.two_hosts import namespaces_are_possible
 from tests.processes import mentioning, wait_until
@@ -32,10 +34,10 @@ def drive(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """Run a script as a user does, in a folder of its own."""
 
     def drive(
-        script: str, *redirected: str, **variables: str
+        script: str, *redirected: str, python: str | Path = sys.executable, **variables: str
     ) -> "subprocess.CompletedProcess[str]":
         (tmp_path / "train.py").write_text(script)
-        line = " ".join(["exec", sys.executable, "train.py", *redirected])
+        line = " ".join(["exec", str(python), "train.py", *redirected])
         return subprocess.run(
             ["bash", "-c", line],
             cwd=tmp_path,
@@ -61,10 +63,14 @@ def cluster_address() -> Iterator[str]:
 def test_ray_that_the_launch_started_ends_with_the_script(
     drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
+    """`RAY_TMPDIR` is where Ray looks for one that runs already: the machine may have others."""
     mark = f"OF_SCRIPT={tmp_path}"
-    done = drive(TRAIN, RAY_ADDRESS="local", OF_SCRIPT=str(tmp_path))
+    assert "RAY_ADDRESS" not in os.environ
+    with tempfile.TemporaryDirectory(prefix="trx") as folder:
+        done = drive(TRAIN, RAY_TMPDIR=folder, OF_SCRIPT=str(tmp_path))
 
     assert done.returncode == 0, done.stderr
+    assert "Started a local Ray instance" in done.stderr
     assert done.stdout.startswith("[(0, '"), done.stdout
     assert wait_until(lambda: not mentioning(mark), 10), mentioning(mark)
 
@@ -358,3 +364,32 @@ print(trx.launch(lambda: "well", workers_per_host=1).rank(0))
 
     assert done.stdout == "well\n", done.stderr
     assert "the driver's folder (deleted) cannot be used here; the function runs in" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_python_that_was_built_on_an_older_system_will_do(
+    drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, start_method: str
+) -> None:
+    """conda's, on which Ray's own images are built, lacks these whatever kernel it runs on."""
+    script = f"""
+import os
+import torchrunx_ray as trx
+
+def train():
+    assert not (hasattr(os, "pidfd_open") or hasattr(os, "memfd_create"))
+    if os.environ["RANK"] == "1":
+        raise ValueError("x" * 100_000)
+
+if __name__ == "__main__":
+    launcher = trx.Launcher(workers_per_host=2, start_method="{start_method}")
+    print(list(launcher.run(os.getenv, "RANK")))
+    try:
+        launcher.run(train)
+    except ValueError as error:
+        print(len(str(error)))
+"""
+    python = python_of_an_older_system(tmp_path / "older")
+    done = drive(script, python=python, RAY_ADDRESS="local", PYTHONPATH="")
+
+    assert done.stdout == "['0', '1']\n100000\n", done.stdout + done.stderr

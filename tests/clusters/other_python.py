@@ -1,4 +1,4 @@
-"""An interpreter that lacks a package."""
+"""Interpreters that lack something."""
 
 import subprocess
 import sys
@@ -20,3 +20,12 @@ def python_without(package: str, folder: Path) -> Path:
     if package != "torchrunx_ray":
         (there / "torchrunx_ray").symlink_to(Path(trx.__file__).parent)
     return folder / "bin" / "python"
+
+
+def python_of_an_older_system(folder: Path) -> Path:
+    """One that was built where the kernel's younger calls were not known, as conda's is."""
+    python = python_without("", folder)
+    (packages,) = folder.glob("lib/*/site-packages")
+    gone = "vars(os).pop('pidfd_open', None); vars(os).pop('memfd_create', None)"
+    (packages / "older.pth").write_text(f"import os; {gone}\n")
+    return python

@@ -7,6 +7,8 @@ import pickle
 import socket
 from collections.abc import Sequence
 
+from torchrunx_ray.wire import kernel
+
 _INLINE_LIMIT = 32 * 1024
 """A larger body travels in a memory file: one SEQPACKET message must fit the socket's buffer."""
 
@@ -31,7 +33,9 @@ class Channel:
 
     @classmethod
     def from_fd(cls, fd: int) -> "Channel":
-        return cls(socket.socket(fileno=fd))
+        sock = socket.socket(fileno=fd)
+        sock.settimeout(None)  # what a preloaded module has set for new ones is not meant for it
+        return cls(sock)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -51,7 +55,7 @@ class Channel:
         if len(body) <= _INLINE_LIMIT:
             socket.send_fds(self._socket, [_INLINE, body], fds)
             return
-        body_fd = os.memfd_create("torchrunx_ray_message")
+        body_fd = kernel.memory_file("torchrunx_ray_message")
         try:
             with open(body_fd, "wb", closefd=False) as file:
                 file.write(body)

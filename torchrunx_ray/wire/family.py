@@ -1,6 +1,8 @@
 """The processes below this one: who they are, and how none of them is left."""
 
+import contextlib
 import ctypes
+import itertools
 import os
 import select
 import signal
@@ -9,11 +11,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from torchrunx_ray.wire import kernel
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 _TRACKER_GRACE_S = 0.5
 """multiprocessing's resource tracker removes what its process left in /dev/shm, then ends."""
+
+_WAITED_FOR = 8
+"""Children at a time: each takes a descriptor."""
 
 _DEATH_S = 10.0
 """How long a killed process may take to give back its memory, or a GPU's."""
@@ -104,10 +111,11 @@ def _has_children() -> bool:
 
 
 def _wait_for_end_of_any(children: Iterable[int], timeout_s: float) -> None:
-    fds = [os.pidfd_open(pid) for pid in children]
-    any_is_ready(fds, timeout_s)
-    for fd in fds:
-        os.close(fd)
+    with contextlib.ExitStack() as opened:
+        fds = [kernel.pidfd_open(pid) for pid in itertools.islice(children, _WAITED_FOR)]
+        for fd in fds:
+            opened.callback(os.close, fd)
+        any_is_ready(fds, timeout_s)
 
 
 def _children_of_this_process() -> Iterator[int]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torchrunx_ray.wire import memory
+from torchrunx_ray.wire import kernel, memory
 from torchrunx_ray.wire.memory import Move, Remote
 from torchrunx_ray.wire.payload import Packed
 
@@ -91,8 +91,12 @@ def place_in_file(fd: int, values: Sequence[Packed]) -> None:
 
 def new_file(layout: Layout) -> int:
     """A file in memory, without a name in any folder, with room for these values."""
-    fd = os.memfd_create("torchrunx_ray_values")
-    os.ftruncate(fd, layout.size)
+    fd = kernel.memory_file("torchrunx_ray_values")
+    try:
+        os.ftruncate(fd, layout.size)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

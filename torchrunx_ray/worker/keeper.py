@@ -14,7 +14,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from torchrunx_ray.wire import family
+from torchrunx_ray.wire import family, kernel
 from torchrunx_ray.wire.channel import Channel
 
 _ENDING_S = 12.0
@@ -24,7 +24,7 @@ _ENDING_S = 12.0
 def main() -> int:
     channel = Channel.from_fd(int(sys.argv[1]))
     alive_fd = int(sys.argv[2])
-    agent_fd = os.pidfd_open(os.getppid())
+    agent_fd = kernel.pidfd_open(os.getppid())
     _shed_what_ray_gave()
     # Not to be ended before it can end the template.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -72,7 +72,7 @@ def _keep(
 
     signal.signal(signal.SIGTERM, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    child_fd = os.pidfd_open(child_pid)
+    child_fd = kernel.pidfd_open(child_pid)
     family.any_is_ready([agent_fd, child_fd])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     os.kill(child_pid, end_with)  # in vain where it has ended

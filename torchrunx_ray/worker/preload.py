@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Sequence
 from typing import NoReturn
 
-from torchrunx_ray.wire import family
+from torchrunx_ray.wire import family, kernel
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -160,7 +160,7 @@ def _fork_can_compute() -> bool:
     pid = os.fork()
     if pid == 0:
         _compute_and_exit()
-    pidfd = os.pidfd_open(pid)
+    pidfd = kernel.pidfd_open(pid)
     ended = family.any_is_ready([pidfd], _PROBE_TIMEOUT_S)
     os.close(pidfd)
     if not ended:

@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from torchrunx_ray.wire import family, messages
+from torchrunx_ray.wire import family, kernel, messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.transfer import Layout
 from torchrunx_ray.worker import entry
@@ -58,7 +58,7 @@ def _take_streams(stdout_fd: int, stderr_fd: int) -> None:
 def _exec_fresh_interpreter(
     wanted: messages.ForkWorker, layout: Layout, passed_fds: tuple[int, ...]
 ) -> NoReturn:
-    task_fd = os.memfd_create("torchrunx_ray_spawn")
+    task_fd = kernel.memory_file("torchrunx_ray_spawn")
     os.write(task_fd, pickle.dumps((wanted, layout, sys.path, os.environ.get("PYTHONPATH"))))
     os.lseek(task_fd, 0, os.SEEK_SET)
     fds = (task_fd, *passed_fds)

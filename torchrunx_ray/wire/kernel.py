@@ -1,0 +1,35 @@
+"""Calls of the kernel that not every Python has.
+
+conda's, and with it that of Ray's own images, is built on systems older than these calls, whatever
+kernel it runs on later.
+"""
+
+import ctypes
+import os
+import platform
+
+_PIDFD_OPEN = 434
+_MEMFD_CREATE = {"x86_64": 319, "aarch64": 279}
+_CLOSE_ON_EXEC = 1
+
+
+def pidfd_open(pid: int) -> int:
+    """A descriptor that can be read once the process has ended."""
+    if hasattr(os, "pidfd_open"):
+        return os.pidfd_open(pid)
+    return _call(_PIDFD_OPEN, pid, 0)
+
+
+def memory_file(name: str) -> int:
+    """A file in memory, without a name in any folder; `name` is for people who look."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    return _call(_MEMFD_CREATE[platform.machine()], name.encode(), _CLOSE_ON_EXEC)
+
+
+def _call(number: int, *arguments: int | bytes) -> int:
+    result = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
