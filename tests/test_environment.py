@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import torchrunx_ray as trx
 from tests import processes
@@ -281,3 +282,38 @@ print(trx.launch(look, workers_per_host=1).rank(0))
     )
 
     assert done.stdout == "('of the job', 42)\n", done.stderr
+
+
+def test_threads_that_ray_gives_a_task_are_not_the_workers(cluster: None) -> None:
+    launcher = trx.Launcher(workers_per_host=1, backend=None)
+
+    def launch_in_task(own: str | None) -> tuple[str, str | None]:
+        if own is not None:
+            os.environ["OMP_NUM_THREADS"] = own
+        return os.environ["OMP_NUM_THREADS"], launcher.run(os.getenv, "OMP_NUM_THREADS").rank(0)
+
+    task: Any = ray.remote(num_cpus=2)(launch_in_task)
+    assert ray.get(task.remote(None)) == ("2", None)
+    assert ray.get(task.options(num_cpus=3).remote("5")) == ("5", "5")
+
+
+def test_what_an_env_file_leaves_outside_of_its_group_is_ended(
+    launcher: trx.Launcher, tmp_path: Path
+) -> None:
+    """As ssh-agent does."""
+    env_file = tmp_path / "env.sh"
+    env_file.write_text("LEFT=4321 setsid sleep 4321 > /dev/null 2>&1 &\nsleep 0.2\n")
+    launcher = dataclasses.replace(launcher, env_file=env_file, linger=0)
+    launcher.run(os.getpid)
+
+    assert not processes.mentioning("LEFT=4321")
+
+
+def test_what_torchrun_set_for_the_driver_stays_there(
+    launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would take no rank for the master of a store that the function makes."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/error.json")
+
+    assert seen(launcher, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE") == [None, None]

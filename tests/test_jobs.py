@@ -40,6 +40,20 @@ class Jobs:
             check=False,
         )
 
+    def held(self) -> str:
+        """What launches hold of the cluster, as a job of its own sees it."""
+        look = """
+import ray
+ray.init(log_to_driver=False)
+groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+cpus = ray.cluster_resources()["CPU"] - ray.available_resources()["CPU"]
+actors = ray.util.list_named_actors(all_namespaces=True)
+ours = [actor for actor in actors if actor["namespace"] == "torchrunx_ray"]
+print(f"placement groups: {len(groups)}, CPUs: {cpus}, named actors: {len(ours)}")
+"""
+        said = self.run("submit", "--", sys.executable, "-c", look).stdout
+        return next(line for line in said.splitlines() if line.startswith("placement groups"))
+
 
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Jobs]:
@@ -151,6 +165,7 @@ trx.launch(train, hostnames=2, workers_per_host=2, placement_timeout=60)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert wait_until(lambda: not any(of_pool(mark) for mark in marks()), 5)
     assert "STOPPED" in jobs.run("status", "stopped").stdout.upper()
+    assert jobs.held() == "placement groups: 0, CPUs: 0.0, named actors: 0"
 
 
 def test_jobs_that_want_the_same_hosts_take_turns(jobs: Jobs, tmp_path: Path) -> None:
@@ -257,3 +272,26 @@ launcher.run(time.sleep, 15)
         assert seen[f'seconds_total phase="{phase}"'] > 0, seen
     succeeded = lambda: "SUCCEEDED" in jobs.run("status", "measured").stdout.upper()  # noqa: E731
     assert wait_until(succeeded, 60)
+
+
+@pytest.mark.parametrize(("given", "seen"), [({}, None), ({"OMP_NUM_THREADS": "3"}, "3")])
+def test_threads_that_ray_gives_the_jobs_supervisor_are_not_the_workers(
+    jobs: Jobs, tmp_path: Path, given: dict[str, str], seen: str | None
+) -> None:
+    """One worker alone on its host computed with one thread."""
+    (tmp_path / "train.py").write_text(
+        """
+import os
+import torchrunx_ray as trx
+
+launcher = trx.Launcher(hostnames=1, workers_per_host=1, backend=None)
+print("driver", os.environ["OMP_NUM_THREADS"])
+print("worker", launcher.run(os.getenv, "OMP_NUM_THREADS").rank(0))
+"""
+    )
+    options = (f"--runtime-env-json={json.dumps({'env_vars': given})}", "--working-dir")
+    done = jobs.run("submit", *options, str(tmp_path), "--", sys.executable, "train.py")
+
+    lines = done.stdout.splitlines()
+    assert f"driver {seen or 1}" in lines, done.stdout + done.stderr
+    assert f"worker {seen}" in lines

@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Mapping
 
+from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.wire import environment, family
 from torchrunx_ray.wire.messages import TemplateWanted
 
@@ -22,7 +24,7 @@ set +a
 "$env" -0
 exit "$1"
 """
-_BASHS_OWN = {"_", "SHLVL", "PWD", "OLDPWD"}
+_BASHS_OWN = {"_", "SHLVL", "PWD", "OLDPWD", environment.MARK}
 
 
 def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> dict[str, str]:
@@ -99,9 +101,10 @@ def _run_bash(path: str, base: Mapping[str, str]) -> tuple[int | None, bytes, by
     Into files: whatever the file leaves in the background would hold pipes open.
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        mark = uuid.uuid4().hex
         bash = subprocess.Popen(
             ["bash", "-c", _SOURCE, "bash", path],
-            env=dict(base),
+            env={**base, environment.MARK: mark},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
@@ -114,6 +117,7 @@ def _run_bash(path: str, base: Mapping[str, str]) -> tuple[int | None, bytes, by
         finally:
             family.signal_group(bash.pid, signal.SIGKILL)
             bash.wait()
+            kill_marked(mark)  # what left the group, such as a daemon
         output.seek(0)
         errors.seek(0)
         return code, output.read(), errors.read()

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 
+from torchrunx_ray.driver import omp_threads
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.wire import environment
 from torchrunx_ray.wire.messages import TemplateWanted
@@ -15,6 +16,8 @@ logger = logging.getLogger("torchrunx_ray")
 def template_wanted(options: Options, *, one_worker: bool) -> TemplateWanted:
     """From the options and this process: its environment, interpreter and folder."""
     travelling = environment.chosen(os.environ, options.variable_patterns())
+    if "OMP_NUM_THREADS" in travelling and omp_threads.were_set_by_ray():
+        del travelling["OMP_NUM_THREADS"]
     for name in sorted(options.named_variables() - os.environ.keys()):
         _warn_of_missing(name)
     return TemplateWanted(

@@ -22,7 +22,12 @@ DEFAULT_ENV_VARS = (
 MARK = "TORCHRUNX_RAY_POOL"
 """Stands in the environment of everything that one agent started, for finding what is left."""
 
-_NEVER_COPIED = ("CUDA_VISIBLE_DEVICES", "RAY_*", MARK, *sorted(RANK_VARIABLES))
+_TORCHRUNS_OWN = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE")
+"""Where torchrun started the driver: its store and its file are none of the workers'."""
+
+_NEVER_COPIED = (
+    "CUDA_VISIBLE_DEVICES", "RAY_*", MARK, *_TORCHRUNS_OWN, *sorted(RANK_VARIABLES)
+)  # fmt: skip
 
 _SAME_INTERPRETER_ONLY = ("PATH", "LD_LIBRARY*", "LIBRARY_PATH", "PYTHON*")
 """A laptop's paths break a container: these go only where the driver's interpreter is too."""
