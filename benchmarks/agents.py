@@ -69,6 +69,9 @@ class Agents:
         except TimeoutError:
             return []
 
+    async def others_have_ended(self, _index: int, _run_id: str) -> None:
+        """These serve no store."""
+
     async def value(self, _index: int, _run_id: str, local_rank: int) -> int:
         return local_rank
 

@@ -45,6 +45,20 @@ def test_ranks_are_contiguous_per_host_and_join_one_group(launcher: trx.Launcher
     assert len(set(result.hostnames)) == len(result.hostnames)
 
 
+def test_store_is_served_until_the_last_rank_has_returned(launcher: trx.Launcher) -> None:
+    """Also when all ranks of the first host, where it is, have done so long before."""
+
+    def use_the_store() -> bytes:
+        if dist.get_rank() < dist.get_world_size() - 1:
+            return b""
+        time.sleep(1.5)
+        store = dist.distributed_c10d._get_default_store()
+        store.set("late", "but served")
+        return store.get("late")
+
+    assert list(launcher.run(use_the_store))[-1] == b"but served"
+
+
 def test_values_are_found_by_rank_and_by_place(launcher: trx.Launcher) -> None:
     result = launcher.run(place)
 

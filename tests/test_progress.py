@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -342,3 +343,64 @@ def test_timeline_is_a_trace_of_every_rank(launcher: trx.Launcher, tmp_path: Pat
     runs = [span for span in spans if span["name"] == "run" and span["pid"] > 0]
     assert {span["tid"] for span in runs} == {1, 2}
     assert all(0.2e6 <= span["dur"] < 2e6 for span in runs)
+
+
+def test_failure_is_told_while_the_others_take_long_to_stop(
+    launcher: trx.Launcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is not lost where somebody then interrupts the run; the driver had not said a word."""
+
+    def fail_or_save() -> None:
+        if os.environ["RANK"] == "1":
+            raise ValueError("shard 17 is truncated")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(1000)
+
+    launcher = dataclasses.replace(launcher, shutdown_timeout=30)
+    run = launcher.submit(fail_or_save)
+    failure = "rank 1 on .*: ValueError: shard 17 is truncated"
+    says = lambda words: [  # noqa: E731
+        record for record in caplog.records if re.search(words, record.getMessage())
+    ]
+    assert wait_until(lambda: says(f"has failed, and stops what is left of it.*{failure}"), 30)
+    with caplog.at_level(logging.INFO, "torchrunx_ray"):
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt) as caught:
+                run.result()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+    assert re.search(f"Before that it had failed: {failure}", "\n".join(caught.value.__notes__))
+    assert says(f"stopped after .*; {failure}")
+
+
+@pytest.mark.slow
+def test_driver_may_put_a_stream_of_its_own_over_that_of_a_status_line(tmp_path: Path) -> None:
+    """As a tee does; each wrote to the other."""
+    script = """
+class Tee:
+    def __init__(self, below):
+        self.below = below
+
+    def write(self, text):
+        copy.append(text)
+        return self.below.write(text)
+
+    def flush(self):
+        self.below.flush()
+
+copy = []
+run = trx.Launcher(workers_per_host=1, backend=None, progress=True).submit(time.sleep, 4)
+while type(sys.stdout).__name__ != "_Above":
+    time.sleep(0.01)
+sys.stdout = Tee(sys.stdout)
+print("said through the tee")
+run.result()
+print("copied", "".join(copy).count("said through the tee"))
+"""
+    shown = on_a_terminal(BEGIN.format(before="") + script, tmp_path)
+
+    assert shown.count("said through the tee") == 1, shown
+    assert "copied 1" in shown

@@ -15,7 +15,7 @@ from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Death, Template
-from torchrunx_ray.wire import messages, versions
+from torchrunx_ray.wire import kernel, messages, versions
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed, carry_values_packed
 
@@ -75,7 +75,8 @@ class Agent:
         if not self._leaving:
             await self._have_template()
             if listen:
-                self._listening = socket.create_server(("", 0), backlog=4096)
+                family = socket.AF_INET6 if ":" in self._ip else socket.AF_INET
+                self._listening = socket.create_server(("", 0), family=family, backlog=4096)
                 port = self._listening.getsockname()[1]
         return messages.Met(
             ip=self._ip,
@@ -141,6 +142,11 @@ class Agent:
         else:
             self._stopped_early.add(run_id)
 
+    async def others_have_ended(self, run_id: str) -> None:
+        """No worker of another host asks the store of this one any more."""
+        if self._run is not None and self._run.run_id == run_id:
+            self._run.others_have_ended()
+
     async def rest(self, linger_s: float) -> None:
         """Wait for another run, holding no resources; end after `linger_s` without one."""
         self._run = None
@@ -203,7 +209,7 @@ class Agent:
         """Ray itself tells of a killed raylet only after 15 to 30 s."""
         if self._raylet_fd is None:
             pid = int(os.environ["RAY_RAYLET_PID"])  # no parent of an actor that `uv run` started
-            self._raylet_fd = os.pidfd_open(pid)
+            self._raylet_fd = kernel.pidfd_open(pid)
             loop = asyncio.get_running_loop()
             loop.add_reader(self._raylet_fd, self._raylet_gone, pid, loop)
 

@@ -40,6 +40,8 @@ class HostRun:
         self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
         self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
         self._all_forked = False
+        self._serves_others = False
+        """The store, which other hosts' workers may ask also after those of this one have ended."""
         self._template_died = False
         self._stopping = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
@@ -60,7 +62,11 @@ class HostRun:
             self._mailbox.put(self._template.loaded)
         if self._listening is not None:
             if not self._stopping.is_set():
-                self._check(await self._template.fork_store(self._listening))
+                served = await self._template.fork_store(self._listening)
+                self._check(served)
+                self._serves_others = (
+                    isinstance(served, messages.Forked) and self._wanted.places[0].hosts > 1
+                )
             self._listening.close()
         if not self._stopping.is_set():
             self._check(await self._template.hold_call((function, *inserted), self._is_wanted))
@@ -96,9 +102,13 @@ class HostRun:
         if grace_s > 0:
             self._signal(signal.SIGTERM, spare_failed=True)
             loop = asyncio.get_running_loop()
-            loop.call_later(grace_s, self._signal, signal.SIGKILL)
+            loop.call_later(grace_s, self._kill)
         else:
-            self._signal(signal.SIGKILL)
+            self._kill()
+
+    def others_have_ended(self) -> None:
+        self._serves_others = False
+        self._end_if_over()
 
     def has_exited(self, exited: messages.Exited) -> None:
         """The template reaped a worker or the store."""
@@ -120,6 +130,7 @@ class HostRun:
     def everything_is_gone(self) -> None:
         """End the run: what is not gone yet has nobody to report it."""
         self._stopping.set()
+        self._serves_others = False
         for worker in self._workers.values():
             worker.abandon()
         self._end_if_over()
@@ -181,6 +192,10 @@ class HostRun:
             what = "no process could be forked"
             self._fail(what, f"{answer.reason}; see the host's limits of processes and of memory")
 
+    def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        self.others_have_ended()
+
     def _signal(self, signum: int, spare_failed: bool = False) -> None:
         living = [
             worker.local_rank
@@ -192,7 +207,7 @@ class HostRun:
 
     def _end_if_over(self) -> None:
         over = self._all_forked and all(worker.has_exited for worker in self._workers.values())
-        if over and self._ending is None:
+        if over and not self._serves_others and self._ending is None:
             self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:

@@ -46,6 +46,9 @@ Longer than a template waits for a process that gives back much memory.
 """
 
 
+_SILENT_STOP_S = 2.0
+"""For how long failed runs may stop what is left of them before anybody is told why."""
+
 _ENDING_S = 0.8
 """For an agent that ends itself to say that its workers are gone."""
 
@@ -85,7 +88,7 @@ class Attempt:
         history.places = self._places()
         self._clocks = Clocks(crew.agents)
         self._lookout = Lookout(run_id, crew.agents, self._layout)
-        self._failures: list[tuple[int | None, Failure]] = []
+        self._failed: list[tuple[int | None, Failure]] = []
         """With the hosts on whose clocks their times are; None for the driver's."""
         self._comparing: asyncio.Task[None] | None = None
         self._stopped_at_ns: int | None = None
@@ -101,8 +104,10 @@ class Attempt:
         """What the workers were doing when the run was cancelled."""
         self.log_directory: Path | None = None
         """With the default files, once something was written to them."""
+        self._over: set[int] = set()
+        """Hosts, by index, of whose workers none lives, or that nobody will hear of any more."""
         self.broken: set[int] = set(range(len(crew.hosts)))
-        """Hosts, by index, whose agent cannot be used again: it has not ended the run."""
+        """Those whose agent cannot be used again: it has not said all that it had to say."""
 
     async def go(self, call: Call) -> list[list[Value]] | Failures:
         """Every rank's value, by host, or what failed.
@@ -140,14 +145,21 @@ class Attempt:
                 watching.cancel()
             await self._drain_logs()
             self.log_directory = self._logs.directory
-        if self._failures:
-            failures = [self._on_our_clock(*failure) for failure in self._failures]
-            return Failures(failures, self._stopped, self._stacks, self.log_directory)
+        if (failures := self.failures) is not None:
+            return failures
         await self._see_stored([ref for talk in talks for ref in talk.values])
         return [
             [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(talk.values)]
             for i, (host, talk) in enumerate(zip(self._crew.hosts, talks, strict=True))
         ]
+
+    @property
+    def failures(self) -> Failures | None:
+        """All that has failed so far."""
+        if not self._failed:
+            return None
+        failures = [self._on_our_clock(*failure) for failure in self._failed]
+        return Failures(failures, self._stopped, self._stacks, self.log_directory)
 
     def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
         """Only now: the clocks may not have been compared yet when it was heard of."""
@@ -225,9 +237,12 @@ class Attempt:
         )
 
     async def _watch(self, host_index: int, talk: Talk, call: Call) -> None:
-        failed = await talk.hold(self._wanted(host_index), call)
-        if failed is not None:
-            self._fail(host_index, None, None, failed)
+        try:
+            failed = await talk.hold(self._wanted(host_index), call)
+            if failed is not None:
+                self._fail(host_index, None, None, failed)
+        finally:
+            self._is_over(host_index)
 
     def _hear(self, host_index: int, event: messages.Event) -> None:
         self._note(host_index, event)
@@ -253,6 +268,8 @@ class Attempt:
                 self._fail(host_index, None, None, event)
             case messages.HostEnded():
                 self._has_ended(host_index, event)
+            case messages.OutputEnded():
+                self.broken.discard(host_index)
             case _:
                 pass  # the steps of a worker that is well
 
@@ -282,13 +299,23 @@ class Attempt:
             self._fail(host_index, exited.local_rank, exited.time_ns, died)
 
     def _has_ended(self, host_index: int, ended: messages.HostEnded) -> None:
-        self.broken.discard(host_index)
+        self._is_over(host_index)
         if ended.left:
             logger.warning(
                 "%s: processes %s are left; the kernel holds them, SIGKILL did not end them",
                 self._crew.hosts[host_index].label,
                 ", ".join(map(str, ended.left)),
             )
+
+    def _is_over(self, host_index: int) -> None:
+        """The store is served as long as a worker of another host may ask it."""
+        if host_index in self._over:
+            return
+        self._over.add(host_index)
+        serving = self._crew.agents[0]
+        alone = self._over == set(range(1, len(self._crew.hosts)))
+        if alone and not serving.is_gone and self._cluster.is_ours():
+            serving.calls.others_have_ended.remote(self._run_id)
 
     def _check_joined(self) -> None:
         """Tell who is missing, before those who wait for them give up."""
@@ -309,16 +336,27 @@ class Attempt:
         self, host_index: int, local_rank: int | None, time_ns: int | None, report: Report
     ) -> None:
         """Take note of a failure, whose time is on its host's clock; None for one that we see now."""
-        if not self._failures:
+        if not self._failed:
             self._lookout.close()
             self._looking = asyncio.create_task(self._look())
             self._later(_SETTLING_S, self._stop, self._options.shutdown_timeout)
+            self._later(_SILENT_STOP_S, self._tell_of_failure)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
         label = self._crew.hosts[host_index].label
         if time_ns is None:
-            self._failures.append((None, Failure(now_ns(), label, rank, report)))
+            self._failed.append((None, Failure(now_ns(), label, rank, report)))
         else:
-            self._failures.append((host_index, Failure(time_ns, label, rank, report)))
+            self._failed.append((host_index, Failure(time_ns, label, rank, report)))
+
+    def _tell_of_failure(self) -> None:
+        """Workers may take long to stop, as long as `shutdown_timeout` lets them save their work."""
+        assert self.failures is not None
+        logger.warning(
+            "%s has failed, and stops what is left of it, for %g s at most: %s",
+            self._run_id,
+            self._options.shutdown_timeout + _LAST_WORDS_S,
+            self.failures.in_brief,
+        )
 
     async def _look(self) -> None:
         """See what the others are doing while they still do it."""
@@ -356,7 +394,7 @@ class Attempt:
         One that has done so may have more to say than the driver's terminal takes just now.
         """
         for i, watching in enumerate(self._watching):
-            if i in self.broken and not watching.done():
+            if i not in self._over and not watching.done():
                 what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
                 self._lose(i, what, "it is frozen, or cut off, or a process is stuck in the kernel")
                 watching.cancel()

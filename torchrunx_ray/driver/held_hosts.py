@@ -76,6 +76,7 @@ class HeldHosts:
                 outcome = await attempt.go(call)
             finally:
                 progress.attempt, progress.stacks_at_stop = None, attempt.stacks_at_stop
+                progress.failures = attempt.failures
                 progress.log_directory = attempt.log_directory
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):
@@ -89,11 +90,12 @@ class HeldHosts:
             agents, self._agents = list(self._agents.values()), {}
             placement, self._placement = self._placement, None
             releasing = [agent.release(self._options.linger) for agent in agents]
-            for done in await asyncio.gather(*releasing, return_exceptions=True):
-                if isinstance(done, BaseException):
-                    logger.warning("an agent could not be released: %s", done)
+            released = await asyncio.gather(*releasing, return_exceptions=True)
             if placement is not None:
                 await placement.remove()
+            for done in released:
+                if isinstance(done, BaseException):
+                    logger.warning("an agent could not be released: %s", done)
 
     async def _assemble(self, progress: Progress, *, is_fresh: bool) -> tuple[Crew, str | None]:
         """An agent on every host; where a host's node has died, on hosts that are placed anew."""

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.stacks import Stacks
 
@@ -31,6 +32,8 @@ class Progress:
         """With the run's default files, when it has ended and something was written to them."""
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
+        self.failures: Failures | None = None
+        """What had failed, also where the run was cancelled after that."""
 
     async def stacks(self) -> Stacks:
         return Stacks({}) if self.attempt is None else await self.attempt.stacks()

@@ -18,8 +18,8 @@ R = TypeVar("R")
 
 logger = logging.getLogger("torchrunx_ray")
 
-_living: set["Run[Any]"] = set()
-"""Runs go on when nobody holds them, and an event loop keeps no task alive."""
+_living: dict["Run[Any]", Callable[[], None]] = {}
+"""Runs go on when nobody holds them, and an event loop keeps no task alive; with what a fork asks of them."""
 
 
 class Run(Generic[R]):
@@ -39,7 +39,7 @@ class Run(Generic[R]):
         )
         self._was_asked = False
         self._loop = loop.running()
-        _living.add(self)
+        _living[self] = self._leave_to_parent
         self._loop.call_soon_threadsafe(self._begin, life)
 
     def result(self, timeout: float | None = None) -> LaunchResult[R]:
@@ -121,6 +121,8 @@ class Run(Generic[R]):
             return
 
     def _tell_of_stop(self, interruption: BaseException) -> None:
+        if (failures := self._progress.failures) is not None:
+            interruption.add_note(f"Before that it had failed: {failures.in_brief}")
         if stacks := self._progress.stacks_at_stop:
             interruption.add_note(f"When it was interrupted:\n{stacks.summary}")
         if self._progress.log_directory is not None:
@@ -138,7 +140,7 @@ class Run(Generic[R]):
         self._task.add_done_callback(self._end)
 
     def _end(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
-        _living.discard(self)
+        _living.pop(self, None)
         if task.cancelled():
             self._ended.cancel()
             self._ended.set_running_or_notify_cancel()
@@ -148,6 +150,15 @@ class Run(Generic[R]):
             self._ended.set_exception(error)
         else:
             self._ended.set_result(task.result())
+
+    def _leave_to_parent(self) -> None:
+        self._was_asked = True
+        self._ended = concurrent.futures.Future()
+        self._ended.set_exception(
+            RuntimeError(
+                f"{self._progress.name} belongs to the process that this one was forked from"
+            )
+        )
 
     def _value_of(self, outcome: "LaunchResult[R] | Failures") -> LaunchResult[R]:
         if isinstance(outcome, Failures):
@@ -198,12 +209,8 @@ def _stop_living() -> None:
 
 def _leave_to_parent() -> None:
     """A forked child has the runs, but not the thread that they live in."""
-    for run in _living:
-        run._ended = concurrent.futures.Future()
-        run._ended.set_exception(
-            RuntimeError(f"{run._progress.name} belongs to the process that this one was forked from")
-        )
-        run._was_asked = True
+    for leave in _living.values():
+        leave()
     _living.clear()
 
 
