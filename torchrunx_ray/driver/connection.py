@@ -34,6 +34,9 @@ _inherited: set[object] = set()
 
 _connecting = threading.Lock()
 
+_came_through_client = False
+"""Whether the last launch of this process reached its cluster through ray://."""
+
 # Ray's own atexit function, which was registered before, ends its worker under our thread's feet.
 _interpreter_ends = threading.Event()
 atexit.register(_interpreter_ends.set)
@@ -84,6 +87,11 @@ class Connection:
         finally:
             answer.cancel()
             del answer  # a failure refers to this frame, and must not wait for Python's gc
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether it is the parent's, from which this process was forked."""
+        return self._membership in _inherited
 
     def check(self) -> None:
         if not self.is_ours():
@@ -143,9 +151,12 @@ def connect() -> None:
 
     Called in the user's own thread: Ray installs signal handlers, which only the main thread may.
     """
+    global _came_through_client
     _refuse_where_the_script_is_only_imported()
     with _connecting:
         if not untyped_ray.is_initialized():
+            if _came_through_client:
+                raise _no_longer_connected()
             _init()
         elif not untyped_ray.util.client.ray.is_default():
             raise LaunchError(
@@ -153,11 +164,27 @@ def connect() -> None:
                 "Call ray.init without it."
             )
         elif _membership() in _inherited:
-            raise LaunchError(
-                f"this process (pid {os.getpid()}) was forked from one that was connected to Ray already, and "
-                "Ray's connection does not survive a fork. Launch in the process that called ray.init(), or start "
-                "this one by multiprocessing's method 'spawn'."
-            )
+            raise forked()
+        elif _membership() in _lost:
+            raise _no_longer_connected()
+        _came_through_client = is_remote_client()
+
+
+def forked() -> LaunchError:
+    """What a launch in a forked child is told."""
+    return LaunchError(
+        f"this process (pid {os.getpid()}) was forked from one that was connected to Ray already, and "
+        "Ray's connection does not survive a fork. Launch in the process that called ray.init(), or start "
+        "this one by multiprocessing's method 'spawn'."
+    )
+
+
+def _no_longer_connected() -> LaunchError:
+    """To call ray.init() for the user would start a Ray on his laptop, and launch there."""
+    return LaunchError(
+        "this process reached its Ray cluster through ray://, and is not connected any more. Connect again before "
+        'the launch: ray.shutdown(), then ray.init("ray://<head>:10001").'
+    )
 
 
 def _refuse_where_the_script_is_only_imported() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+import contextvars
 import os
 import threading
 import time
@@ -51,8 +53,11 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         except BaseException as error:
             future.set_exception(error)
 
+    context = contextvars.copy_context()  # a notebook knows by it whose cell a line belongs to
     try:
-        threading.Thread(target=work, name="torchrunx_ray call", daemon=True).start()
+        threading.Thread(
+            target=context.run, args=(work,), name="torchrunx_ray call", daemon=True
+        ).start()
     except RuntimeError:  # from Python 3.12 on none starts any more when the script has ended
         work()
     return await asyncio.shield(asyncio.wrap_future(future))
@@ -82,10 +87,17 @@ def running() -> asyncio.AbstractEventLoop:
     global _loop
     with _lock:
         if _loop is None:
-            _loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=_loop.run_forever, name="torchrunx_ray", daemon=True)
-            thread.start()
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=_serve, args=(loop,), name="torchrunx_ray", daemon=True).start()
+            _loop = loop
         return _loop
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """For ever: a handler of `logging` that calls sys.exit may fail its run, not all of them."""
+    while True:
+        with contextlib.suppress(BaseException):
+            loop.run_forever()
 
 
 def _forget() -> None:

@@ -24,10 +24,10 @@ class Screen:
         self._live: Any = None
         self._proxies: dict[TextStream, _Above] = {}
 
-    def write(self, stream: TextStream, lines: str) -> None:
-        """Whole lines."""
+    def write(self, stream: TextStream, lines: str, target: TextIO | None = None) -> None:
+        """Whole lines, to what the stream is now, or to another one."""
         with self._lock:
-            target = _file(stream)
+            target = target or _file(stream)
             if target is None:
                 return  # as in `python train.py >&-`; Python's own print says nothing either
             text = _writable(lines, target)
@@ -143,7 +143,8 @@ class _Above:
             return self.file.write(text)
         lines, newline, self._rest = (self._rest + text).rpartition("\n")
         if newline:
-            self._screen.write(self._stream, lines + newline)
+            # To its own: what the driver has put in its place may write to this one.
+            self._screen.write(self._stream, lines + newline, self.file)
         return len(text)
 
     def let_go(self) -> None:

@@ -49,6 +49,8 @@ class Session:
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background."""
+        if self._cluster.is_inherited:
+            raise connection.forked()
         if not self._cluster.is_ours():
             raise LaunchError(
                 "the session's hosts went with the Ray cluster that it was opened in, which the driver has "
@@ -67,6 +69,8 @@ class Session:
 
         Ctrl-C, or what else a signal handler raises, cancels these; a second one kills them.
         """
+        if self._cluster.is_inherited:
+            return  # it is the parent's to close
         interruption: BaseException | None = None
         for _ in range(3):
             try:

@@ -97,4 +97,5 @@ def _someone_looks() -> bool:
 def _is_notebook() -> bool:
     ipython: Any = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    # Colab's is derived from it.
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)

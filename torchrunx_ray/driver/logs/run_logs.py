@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import queue
 import threading
@@ -51,7 +52,10 @@ class RunLogs:
         self._has_room.set()
         self._loop = asyncio.get_running_loop()
         self._done = asyncio.Event()
-        threading.Thread(target=self._write_all, name="torchrunx_ray output", daemon=True).start()
+        context = contextvars.copy_context()  # a notebook knows by it whose cell a line belongs to
+        threading.Thread(
+            target=context.run, args=(self._write_all,), name="torchrunx_ray output", daemon=True
+        ).start()
 
     @property
     def level(self) -> int:
@@ -65,7 +69,7 @@ class RunLogs:
 
     @property
     def has_room(self) -> bool:
-        return self._has_room.is_set()
+        return self._is_given_up or self._has_room.is_set()
 
     async def until_room(self) -> None:
         await self._has_room.wait()
