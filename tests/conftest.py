@@ -17,6 +17,9 @@ from tests.processes import wait_until
 # A cluster that somebody else started on this machine is not ours to test on.
 os.environ.pop("RAY_ADDRESS", None)
 
+# Ray's gRPC has handlers for forks, in which a process that forks may hang, or its child die.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 # Most tests look at other things than log files.
 os.environ["TORCHRUNX_LOG_DIR"] = ""
 

@@ -18,6 +18,7 @@ WITH_LINKS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md",
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<code>.*?)^ *```$", re.M | re.S)
 _SETUP = re.compile(r"^<!-- run first\n(?P<code>.*?)^-->$", re.M | re.S)
 _REASON = re.compile(r"<!-- not run: (?P<reason>\S.*) -->\s*$")
+_ELSEWHERE = re.compile(r"<!-- run by (?P<test>\S+) -->\s*$")
 
 
 def script_of(page: str) -> str:
@@ -65,17 +66,25 @@ def test_block_is_left_out_for_a_reason_only() -> None:
         assert "false(" in script_of(page.format(other))
 
 
-def shell_blocks() -> list[tuple[str, str]]:
+def shell_blocks() -> list[tuple[str, str, str]]:
+    """With their page, and the page's text before them."""
+    pages = [(page.name, page.read_text()) for page in WITH_LINKS]
     return [
-        (page.name, block["code"])
-        for page in WITH_LINKS
-        for block in _FENCE.finditer(page.read_text())
+        (name, text[: block.start()], block["code"])
+        for name, text in pages
+        for block in _FENCE.finditer(text)
         if block["kind"] in ("bash", "sh", "sbatch")
     ]
 
 
-@pytest.mark.parametrize(("page", "code"), shell_blocks(), ids=[name for name, _ in shell_blocks()])
-def test_shell_blocks_are_shell(page: str, code: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "before", "code"), shell_blocks(), ids=[name for name, *_ in shell_blocks()]
+)
+def test_shell_blocks_are_run_by_a_test_or_say_why_not(page: str, before: str, code: str) -> None:
+    if (elsewhere := _ELSEWHERE.search(before)) is not None:
+        assert page in (ROOT / elsewhere["test"]).read_text()
+    else:
+        assert _REASON.search(before) is not None
     done = subprocess.run(["bash", "-n"], input=code, capture_output=True, text=True, check=False)
 
     assert not done.stderr

@@ -239,3 +239,55 @@ run.result()
     assert launched == session
     assert "was forked from one that was connected to Ray already" in launched
     assert parent == "7 False", done.stderr
+
+
+def test_forked_child_leaves_a_session_to_its_parent(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = run_script(
+        """
+import os, sys, time, torchrunx_ray as trx
+with trx.Launcher(workers_per_host=1, backend=None).session() as session:
+    run = session.submit(time.sleep, 2)
+    child = os.fork()
+    if child == 0:
+        try:
+            session.run(os.getpid)
+        except trx.LaunchError as error:
+            print(error, flush=True)
+        session.close()
+        os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run.done())
+    print(len(session.run(os.getpid)))
+"""
+    )
+    launched, parent, again = done.stdout.splitlines()
+    assert "was forked from one that was connected to Ray already" in launched
+    assert (parent, again) == ("7 False", "1"), done.stderr
+
+
+def test_launch_works_after_one_that_no_thread_could_be_started_for(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    """It hung: the loop was there, and nobody ran it."""
+    done = run_script(
+        """
+import os, threading, torchrunx_ray as trx
+launcher = trx.Launcher(workers_per_host=1, backend=None)
+start = threading.Thread.start
+
+def refuse(thread):
+    if thread.name == "torchrunx_ray":
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+threading.Thread.start = refuse
+try:
+    launcher.run(os.getpid)
+except RuntimeError as error:
+    print(error)
+threading.Thread.start = start
+print(len(launcher.run(os.getpid)))
+"""
+    )
+    assert done.stdout.splitlines() == ["can't start new thread", "1"], done.stderr

@@ -1,5 +1,6 @@
 """Handlers and loggers of the driver's own get what they ask for, and harm nothing where they fail."""
 
+import contextvars
 import dataclasses
 import logging
 import os
@@ -220,3 +221,35 @@ def test_drivers_handler_that_raises_leaves_the_room_free(cluster: None) -> None
     finally:
         ours.removeHandler(dead)
         ours.setLevel(level)
+
+
+def test_output_is_written_in_the_context_of_whoever_launched(cluster: None) -> None:
+    """A notebook's kernel may know by that which cell a line belongs to."""
+    cell: contextvars.ContextVar[int] = contextvars.ContextVar("cell")
+    written: list[int] = []
+
+    class Noting(logging.Handler):
+        def emit(self, _record: logging.LogRecord) -> None:
+            written.append(cell.get(-1))
+
+    launcher = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[Noting()])
+    for number in (5, 6):
+        cell.set(number)
+        launcher.run(print, "one line")
+    assert written == [5, 6]
+
+
+def test_drivers_handler_that_exits_fails_its_run_only(cluster: None) -> None:
+    class Exiting(logging.Handler):
+        def emit(self, _record: logging.LogRecord) -> None:
+            sys.exit("a warning is an error here")
+
+    ours, exiting = logging.getLogger("torchrunx_ray"), Exiting(logging.WARNING)
+    launcher = trx.Launcher(workers_per_host=1, backend=None)
+    ours.addHandler(exiting)
+    try:
+        with pytest.raises(SystemExit):
+            dataclasses.replace(launcher, console_ranks=[7]).run(os.getpid)
+    finally:
+        ours.removeHandler(exiting)
+    assert len(launcher.run(os.getpid)) == 1

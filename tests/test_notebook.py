@@ -1,5 +1,6 @@
 """In a real Jupyter kernel."""
 
+import contextlib
 import os
 import re
 import time
@@ -12,6 +13,8 @@ import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
+
+from tests.clusters.raylets import raylets
 
 pytestmark = pytest.mark.slow
 
@@ -98,15 +101,22 @@ class Notebook:
         return content.get("execution_state")
 
 
-@pytest.fixture
-def notebook(tmp_path: Path) -> Iterator[Notebook]:
-    manager, client = start_new_kernel(
-        cwd=str(tmp_path), env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Notebook]:
+    manager, client = start_new_kernel(cwd=str(folder), env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         notebook = Notebook(manager, client)
+        notebook.run("import os, time, ray, torchrunx_ray as trx")
+        yield notebook
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Iterator[Notebook]:
+    with opened(tmp_path) as notebook:
         notebook.run(
-            "import os, time, ray, torchrunx_ray as trx\n"
             "ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
             "launcher = trx.Launcher(workers_per_host=2, backend=None)\n"
             "def train(seconds):\n"
@@ -115,9 +125,6 @@ def notebook(tmp_path: Path) -> Iterator[Notebook]:
             "    return os.getppid()\n"
         )
         yield notebook
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
 
 
 def test_session_of_several_cells_survives_an_interrupt(notebook: Notebook) -> None:
@@ -154,3 +161,28 @@ def test_progress_is_a_line_for_each_long_phase(notebook: Notebook) -> None:
     said = notebook.run("launcher.run(train, 6)")
 
     assert re.fullmatch(r"at it\n\d\d:\d\d train-\w+: running 2 workers\n", said)
+
+
+def test_notebook_on_a_cluster_uses_all_of_its_nodes(tmp_path: Path) -> None:
+    with raylets({"num_cpus": 2}, {"num_cpus": 2}) as cluster, opened(tmp_path) as notebook:
+        notebook.run(f"ray.init({cluster.address!r}, log_to_driver=False)")
+        notebook.run(
+            "class Point:\n"
+            "    def __init__(self, rank): self.rank = rank\n"
+            "def place(): return Point(int(os.environ['RANK'])), ray.util.get_node_ip_address()\n"
+        )
+        notebook.run("result = trx.launch(place, hostnames=2, workers_per_host=2)")
+        shown = notebook.run(
+            "print(len(set(result.hostnames)), [point.rank for point, _ in result],"
+            " all(type(point) is Point for point, _ in result))"
+        )
+        assert shown == "2 [0, 1, 2, 3] True\n"
+
+
+def test_function_that_takes_a_huge_global_along_is_told_of(notebook: Notebook) -> None:
+    notebook.run("import numpy\ntable = numpy.zeros(2**27, dtype=numpy.uint8)")
+    notebook.run("def use(): return len(table)")
+
+    said = notebook.run("print(launcher.run(use).rank(0))")
+    assert "global 'table' used by use has 128 MiB" in said
+    assert f"{2**27}\n" in said

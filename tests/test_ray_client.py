@@ -336,6 +336,15 @@ try:
     launcher.run(sleep, 1000)
 except trx.LaunchError as error:
     print("LOST", type(error).__name__, error)
+try:
+    launcher.run(os.getpid)
+except trx.LaunchError as error:
+    print("AGAIN", error)
+ray.shutdown()
+try:
+    launcher.run(os.getpid)
+except trx.LaunchError as error:
+    print("AFTER SHUTDOWN", error)
 """
     with sleeping_driver(head, begin) as (driver, marks):
         for server in servers_of(head):
@@ -344,6 +353,11 @@ except trx.LaunchError as error:
 
         assert "LOST" in said, said
         assert "ray:// connection to the Ray cluster ended before the run did" in said
+        not_at_home = (
+            "this process reached its Ray cluster through ray://, and is not connected any more"
+        )
+        assert f"AGAIN {not_at_home}" in said
+        assert f"AFTER SHUTDOWN {not_at_home}" in said
         assert "Callback error" not in said
         assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 30)
 

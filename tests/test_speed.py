@@ -52,13 +52,13 @@ def test_cold_launch_costs_about_one_import(cluster: None, no_op: Callable[[], N
 def test_warm_launches_cost_a_part_of_that(cluster: None, no_op: Callable[[], None]) -> None:
     launcher = trx.Launcher(workers_per_host=4)
     launcher.run(no_op)
-    plain_s = best_s(lambda: launcher.run(no_op), 10)
+    plain_s = best_s(lambda: launcher.run(no_op), 20)
     with launcher.session() as session:
-        in_session_s = best_s(lambda: session.run(no_op), 10)
+        in_session_s = best_s(lambda: session.run(no_op), 20)
     floor_s = best_s(import_torch, 3)
 
-    assert plain_s < 0.2 * floor_s
-    assert in_session_s < 0.15 * floor_s
+    assert plain_s < 0.13 * floor_s
+    assert in_session_s < 0.11 * floor_s
 
 
 def test_next_launch_of_a_training_step_does_not_import_again(cluster: None) -> None:
@@ -73,6 +73,6 @@ def test_next_launch_of_a_training_step_does_not_import_again(cluster: None) -> 
     launcher = trx.Launcher(workers_per_host=4)
     for _ in range(2):  # the second one waits for the template, which imports it
         launcher.run(step)
-    warm_s = best_s(lambda: launcher.run(step), 5)
+    warm_s = best_s(lambda: launcher.run(step), 10)
 
-    assert warm_s < 0.4 * best_s(import_torch, 3)
+    assert warm_s < 0.21 * best_s(import_torch, 3)

@@ -65,8 +65,7 @@ def client_server(python: Path = Path(sys.executable)) -> Iterator[ClientServer]
             "RAY_AUTH_MODE": "disabled",
             "PYTHONPATH": "",
             "CLIENT_SERVER": folder,
-            # Otherwise gRPC's handlers kill one in 20 of the processes that Ray forks to serve a driver.
-            "GRPC_ENABLE_FORK_SUPPORT": "0",
+            "GRPC_ENABLE_FORK_SUPPORT": "0",  # see conftest.py
         }
         if python == Path(sys.executable):
             of_servers["PYTHONPATH"] = environment["PYTHONPATH"]

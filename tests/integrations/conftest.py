@@ -37,6 +37,17 @@ def run_example(tmp_path: Path) -> Callable[[str], list[str]]:
 
 
 @pytest.fixture
+def run_script(tmp_path: Path) -> Callable[[str], list[str]]:
+    """The same with a script of a test's own."""
+
+    def run(script: str) -> list[str]:
+        (tmp_path / "script.py").write_text(script)
+        return _output_of([sys.executable, "script.py"], tmp_path)
+
+    return run
+
+
+@pytest.fixture
 def call_plainly(tmp_path: Path) -> Callable[..., Any]:
     """Call an example's function in one plain Python process, with neither ranks nor group."""
 
