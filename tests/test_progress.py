@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -345,6 +346,19 @@ def test_timeline_is_a_trace_of_every_rank(launcher: trx.Launcher, tmp_path: Pat
     assert all(0.2e6 <= span["dur"] < 2e6 for span in runs)
 
 
+def interrupted(run: trx.Run[Any]) -> KeyboardInterrupt:
+    """What comes of Ctrl-C while somebody waits for the run."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        run.result()
+    except KeyboardInterrupt as interrupt:
+        return interrupt
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    raise AssertionError("it has ended before")
+
+
 def test_failure_is_told_while_the_others_take_long_to_stop(
     launcher: trx.Launcher, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -356,7 +370,7 @@ def test_failure_is_told_while_the_others_take_long_to_stop(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1000)
 
-    launcher = dataclasses.replace(launcher, shutdown_timeout=30)
+    launcher = dataclasses.replace(launcher, shutdown_timeout=6)
     run = launcher.submit(fail_or_save)
     failure = "rank 1 on .*: ValueError: shard 17 is truncated"
     says = lambda words: [  # noqa: E731
@@ -364,16 +378,24 @@ def test_failure_is_told_while_the_others_take_long_to_stop(
     ]
     assert wait_until(lambda: says(f"has failed, and stops what is left of it.*{failure}"), 30)
     with caplog.at_level(logging.INFO, "torchrunx_ray"):
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-        try:
-            with pytest.raises(KeyboardInterrupt) as caught:
-                run.result()
-        finally:
-            signal.signal(signal.SIGALRM, before)
+        caught = interrupted(run)
 
-    assert re.search(f"Before that it had failed: {failure}", "\n".join(caught.value.__notes__))
-    assert says(f"stopped after .*; {failure}")
+    assert re.search(f"Before that it had failed: {failure}", "\n".join(caught.__notes__))
+    assert says(f"stopped after .*; before that it had failed: {failure}")
+
+
+def test_what_an_interrupt_makes_fail_is_not_told_as_its_reason(
+    launcher: trx.Launcher, tmp_path: Path
+) -> None:
+    def save_and_exit() -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        (tmp_path / os.environ["RANK"]).touch()
+        time.sleep(1000)
+
+    run = launcher.submit(save_and_exit)
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    caught = interrupted(run)
+    assert "had failed" not in "\n".join(caught.__notes__)
 
 
 @pytest.mark.slow

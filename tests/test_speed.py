@@ -44,7 +44,7 @@ def no_op() -> Callable[[], None]:
 def test_cold_launch_costs_about_one_import(cluster: None, no_op: Callable[[], None]) -> None:
     launcher = trx.Launcher(workers_per_host=4, linger=0)
     cold_s = best_s(lambda: launcher.run(no_op), 4)
-    floor_s = best_s(import_torch, 3)
+    floor_s = best_s(import_torch, 5)
 
     assert cold_s < 1.7 * floor_s
 
@@ -55,7 +55,7 @@ def test_warm_launches_cost_a_part_of_that(cluster: None, no_op: Callable[[], No
     plain_s = best_s(lambda: launcher.run(no_op), 20)
     with launcher.session() as session:
         in_session_s = best_s(lambda: session.run(no_op), 20)
-    floor_s = best_s(import_torch, 3)
+    floor_s = best_s(import_torch, 5)
 
     assert plain_s < 0.13 * floor_s
     assert in_session_s < 0.11 * floor_s
@@ -75,4 +75,4 @@ def test_next_launch_of_a_training_step_does_not_import_again(cluster: None) -> 
         launcher.run(step)
     warm_s = best_s(lambda: launcher.run(step), 10)
 
-    assert warm_s < 0.21 * best_s(import_torch, 3)
+    assert warm_s < 0.25 * best_s(import_torch, 5)

@@ -1,5 +1,6 @@
 """An agent that stays after its launch serves the next one: for how long, and with what."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ import ray
 
 import torchrunx_ray as trx
 from tests import processes
+from tests.clusters.raylets import raylets
 
 
 def test_nothing_but_keepers_and_template_lingers_and_not_for_long(cluster: None) -> None:
@@ -85,3 +87,15 @@ def test_no_more_than_eight_agents_rest_on_a_node(cluster: None) -> None:
             extra_env_vars={"N": str(i)},
         ).run(int)
     assert processes.wait_until(lambda: len(names()) == 8, 15), names()
+
+
+@pytest.mark.slow
+def test_other_hosts_may_be_done_before_the_first_one_has_begun() -> None:
+    """The first host serves the store until the others have ended; it waited for ever."""
+    with raylets({"num_cpus": 1}, {"num_cpus": 1}):
+        first, second = (node["NodeID"] for node in ray.nodes())
+        launcher = trx.Launcher(workers_per_host=1, backend=None)
+        dataclasses.replace(launcher, hostnames=[second]).run(os.getpid)
+
+        run = dataclasses.replace(launcher, hostnames=[first, second]).submit(os.getpid)
+        assert len(run.result(timeout=30)) == 2

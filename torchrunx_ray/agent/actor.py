@@ -55,6 +55,7 @@ class Agent:
         self._mailbox = Mailbox(self._resume_output, self._metrics.hear)
         self._run: HostRun | None = None
         self._stopped_early: set[str] = set()
+        self._outlasted_early: set[str] = set()
         self._listening: socket.socket | None = None
         self._rest_ends: asyncio.TimerHandle | None = None
         self._leaving = False
@@ -102,7 +103,10 @@ class Agent:
         self._run = run
         if wanted.run_id in self._stopped_early:
             run.stop(0)
+        if wanted.run_id in self._outlasted_early:
+            run.others_have_ended()
         self._stopped_early.clear()
+        self._outlasted_early.clear()
         await run.start(function, inserted)
 
     async def poll(self, with_output: bool) -> list[messages.Event]:
@@ -143,9 +147,11 @@ class Agent:
             self._stopped_early.add(run_id)
 
     async def others_have_ended(self, run_id: str) -> None:
-        """No worker of another host asks the store of this one any more."""
+        """No worker of another host asks the store of this one any more. Like `stop` it may come early."""
         if self._run is not None and self._run.run_id == run_id:
             self._run.others_have_ended()
+        else:
+            self._outlasted_early.add(run_id)
 
     async def rest(self, linger_s: float) -> None:
         """Wait for another run, holding no resources; end after `linger_s` without one."""

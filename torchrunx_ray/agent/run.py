@@ -40,7 +40,7 @@ class HostRun:
         self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
         self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
         self._all_forked = False
-        self._serves_others = False
+        self._serves_others = listening is not None and wanted.places[0].hosts > 1
         """The store, which other hosts' workers may ask also after those of this one have ended."""
         self._template_died = False
         self._stopping = asyncio.Event()
@@ -62,11 +62,7 @@ class HostRun:
             self._mailbox.put(self._template.loaded)
         if self._listening is not None:
             if not self._stopping.is_set():
-                served = await self._template.fork_store(self._listening)
-                self._check(served)
-                self._serves_others = (
-                    isinstance(served, messages.Forked) and self._wanted.places[0].hosts > 1
-                )
+                self._check(await self._template.fork_store(self._listening))
             self._listening.close()
         if not self._stopping.is_set():
             self._check(await self._template.hold_call((function, *inserted), self._is_wanted))

@@ -100,8 +100,11 @@ class Attempt:
         """Ranks of each host by pid."""
         self._stacks = Stacks({})
         self._looking: asyncio.Task[None] | None = None
+        self._was_cancelled = False
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
+        self.failures_before_stop: Failures | None = None
+        """What had failed by then; what fails afterwards does so because of it."""
         self.log_directory: Path | None = None
         """With the default files, once something was written to them."""
         self._over: set[int] = set()
@@ -194,6 +197,8 @@ class Attempt:
                 break
             except asyncio.CancelledError as error:
                 if cancelled is None:
+                    self.failures_before_stop = self.failures
+                    self._was_cancelled = True
                     self._looking = asyncio.create_task(self._look_and_stop(grace_s))
                 else:
                     self._stop(grace_s)
@@ -340,7 +345,8 @@ class Attempt:
             self._lookout.close()
             self._looking = asyncio.create_task(self._look())
             self._later(_SETTLING_S, self._stop, self._options.shutdown_timeout)
-            self._later(_SILENT_STOP_S, self._tell_of_failure)
+            if not self._was_cancelled:
+                self._later(_SILENT_STOP_S, self._tell_of_failure)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
         label = self._crew.hosts[host_index].label
         if time_ns is None:

@@ -155,7 +155,8 @@ def connect() -> None:
     _refuse_where_the_script_is_only_imported()
     with _connecting:
         if not untyped_ray.is_initialized():
-            if _came_through_client:
+            by_itself = os.environ.get("RAY_ADDRESS", "").startswith("ray://")
+            if _came_through_client and not by_itself:
                 raise _no_longer_connected()
             _init()
         elif not untyped_ray.util.client.ray.is_default():
@@ -183,7 +184,7 @@ def _no_longer_connected() -> LaunchError:
     """To call ray.init() for the user would start a Ray on his laptop, and launch there."""
     return LaunchError(
         "this process reached its Ray cluster through ray://, and is not connected any more. Connect again before "
-        'the launch: ray.shutdown(), then ray.init("ray://<head>:10001").'
+        'the launch: ray.init("ray://<head>:10001"), after ray.shutdown() where the connection was lost.'
     )
 
 
@@ -210,6 +211,11 @@ def is_remote_client() -> bool:
     return untyped_ray.util.client.ray.is_connected()
 
 
+def is_in_rays_worker() -> bool:
+    """Whether this process runs a task or an actor of Ray's."""
+    return untyped_ray._private.worker.global_worker.mode == untyped_ray.WORKER_MODE
+
+
 def _membership() -> object:
     """Another one after every ray.init()."""
     if is_remote_client():
@@ -225,7 +231,8 @@ def _task(call: Callable[..., Any], _membership: object) -> Any:
 
 
 def _note_inherited() -> None:
-    if untyped_ray.is_initialized():
+    # Behind ray:// is_initialized may ask the head, which nothing in a forked child can do.
+    if is_remote_client() or untyped_ray.is_initialized():
         _inherited.add(_membership())
 
 

@@ -76,7 +76,7 @@ class HeldHosts:
                 outcome = await attempt.go(call)
             finally:
                 progress.attempt, progress.stacks_at_stop = None, attempt.stacks_at_stop
-                progress.failures = attempt.failures
+                progress.failures_before_stop = attempt.failures_before_stop
                 progress.log_directory = attempt.log_directory
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):

@@ -96,7 +96,7 @@ def running() -> asyncio.AbstractEventLoop:
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
     """For ever: a handler of `logging` that calls sys.exit may fail its run, not all of them."""
     while True:
-        with contextlib.suppress(BaseException):
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # all that asyncio lets out
             loop.run_forever()
 
 

@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-from torchrunx_ray.driver.connection import untyped_ray
+from torchrunx_ray.driver.connection import is_in_rays_worker, untyped_ray
 
 _NAME = "OMP_NUM_THREADS"
 
@@ -23,8 +23,9 @@ def were_set_by_ray() -> bool:
         except OSError:  # another user's
             return False
         if _NAME not in begun_with:
-            is_rays_own = "RAY_RAYLET_PID" in begun_with
-            return is_rays_own and (pid != os.getpid() or value == _as_ray_sets_it_here())
+            if pid == os.getpid():
+                return is_in_rays_worker() and value == _as_ray_sets_it_here()
+            return "RAY_RAYLET_PID" in begun_with
         if begun_with[_NAME] != value:
             return False
         pid = parent

@@ -13,7 +13,7 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from torchrunx_ray.driver import cluster
-from torchrunx_ray.driver.connection import Connection, untyped_ray
+from torchrunx_ray.driver.connection import Connection, is_in_rays_worker, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 
 logger = logging.getLogger("torchrunx_ray")
@@ -26,7 +26,7 @@ _sweeping: set[asyncio.Task[None]] = set()
 
 def group_name(name: str) -> str:
     """What a placement group is called: inside a Ray task or actor also after its process."""
-    if untyped_ray._private.worker.global_worker.mode != untyped_ray.WORKER_MODE:
+    if not is_in_rays_worker():
         return name
     context = cluster.context()
     return f"{name}@{context.get_node_id()[:_SHORT]}.{context.get_worker_id()[:_SHORT]}"

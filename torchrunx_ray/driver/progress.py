@@ -32,8 +32,8 @@ class Progress:
         """With the run's default files, when it has ended and something was written to them."""
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
-        self.failures: Failures | None = None
-        """What had failed, also where the run was cancelled after that."""
+        self.failures_before_stop: Failures | None = None
+        """What had failed before that."""
 
     async def stacks(self) -> Stacks:
         return Stacks({}) if self.attempt is None else await self.attempt.stacks()

@@ -121,7 +121,7 @@ class Run(Generic[R]):
             return
 
     def _tell_of_stop(self, interruption: BaseException) -> None:
-        if (failures := self._progress.failures) is not None:
+        if (failures := self._progress.failures_before_stop) is not None:
             interruption.add_note(f"Before that it had failed: {failures.in_brief}")
         if stacks := self._progress.stacks_at_stop:
             interruption.add_note(f"When it was interrupted:\n{stacks.summary}")

@@ -16,8 +16,9 @@ logger = logging.getLogger("torchrunx_ray")
 def template_wanted(options: Options, *, one_worker: bool) -> TemplateWanted:
     """From the options and this process: its environment, interpreter and folder."""
     travelling = environment.chosen(os.environ, options.variable_patterns())
-    if "OMP_NUM_THREADS" in travelling and omp_threads.were_set_by_ray():
-        del travelling["OMP_NUM_THREADS"]
+    is_asked_for = "OMP_NUM_THREADS" in options.named_variables()
+    if not is_asked_for and omp_threads.were_set_by_ray():
+        travelling.pop("OMP_NUM_THREADS", None)
     for name in sorted(options.named_variables() - os.environ.keys()):
         _warn_of_missing(name)
     return TemplateWanted(

@@ -33,8 +33,8 @@ async def told(
         return outcome
     except asyncio.CancelledError:
         how = "stopped"
-        if progress.failures is not None:
-            why = f"; {progress.failures.in_brief}"
+        if progress.failures_before_stop is not None:
+            why = f"; before that it had failed: {progress.failures_before_stop.in_brief}"
         raise
     finally:
         progress.history.ended_ns = now_ns()
