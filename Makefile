@@ -12,17 +12,28 @@ INTEGRATIONS := $(VENV)-integrations
 # Debian's python3 may lack venv.
 environment = $(PYTHON) -m venv $(1) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(1); }
 
-.PHONY: demo test test-all test-oldest test-integrations check bench docs format clean
+# Tests run side by side, in lanes that cannot see each other; one after the other if the machine gives no namespaces.
+LANES ?= 4
+in_lanes = $(shell tests/lane true >/dev/null 2>&1 && \
+	echo "--dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(BIN)/python'")
+
+.PHONY: demo test test-ci test-all test-oldest test-integrations check bench docs format clean
 
 # A Ray of its own: the machine may have others, or their remains.
 demo: $(READY)
 	RAY_ADDRESS=local $(BIN)/python examples/quickstart.py
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest $(in_lanes) -m "not slow and not alone" $(ARGS)
+
+# What .ci/run runs. Benchmarks want the machine for themselves.
+test-ci: $(READY)
+	$(BIN)/pytest $(in_lanes) -m "not exhaustive and not alone" $(ARGS)
+	$(BIN)/pytest -m "alone and not exhaustive" $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(in_lanes) --exhaustive -m "not alone" $(ARGS)
+	$(BIN)/pytest --exhaustive -m "alone" $(ARGS)
 
 # The lowest versions that pyproject.toml allows; several gigabytes, as its torch comes with CUDA. Their own
 # warnings, and what that gloo prints, are not ours to test.

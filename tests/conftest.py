@@ -4,8 +4,9 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 import ray
@@ -26,6 +27,22 @@ os.environ["TORCHRUNX_LOG_DIR"] = ""
 
 SHOWN_AT_END = pytest.StashKey[list[str]]()
 """What tests have to show beside whether they passed."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # a lane's: its /tmp is not the one that pytest-xdist means
+        config.option.basetemp = None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share a cluster of their module's in one lane."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        scopes = {definition.scope for definitions in fixtures for definition in definitions}
+        if "module" in scopes:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_terminal_summary(
@@ -73,6 +90,18 @@ def cluster(_ray: None) -> Iterator[None]:
 
 
 @pytest.fixture
+def address(cluster: None) -> str:
+    """Where scripts join the shared cluster: in a third of a second, where a Ray of their own takes four."""
+    return ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture
+def joined(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the scripts that a test starts join the shared cluster, unless they say otherwise."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+
+
+@pytest.fixture
 def launcher(cluster: None) -> trx.Launcher:
     """Two workers on every host, on agents that stay warm from test to test."""
     return trx.Launcher(workers_per_host=2)
@@ -89,14 +118,28 @@ def one(cluster: None, kept: Kept) -> trx.Launcher:
     return trx.Launcher(workers_per_host=1, backend=None, log_handlers=[kept])
 
 
-@pytest.fixture
-def run_script(tmp_path: Path) -> Callable[[str], "subprocess.CompletedProcess[str]"]:
-    """Run a user's script in a folder of its own, with a Ray of its own."""
+class RunScript(Protocol):
+    def __call__(
+        self, script: str, *, own_ray: Mapping[str, Any] | None = None
+    ) -> "subprocess.CompletedProcess[str]": ...
 
-    def run(script: str) -> "subprocess.CompletedProcess[str]":
+
+@pytest.fixture
+def run_script(address: str, tmp_path: Path) -> RunScript:
+    """Run a user's script in a folder of its own.
+
+    It joins the shared cluster; with `own_ray` it starts a Ray with these options of ray.init.
+    """
+
+    def run(
+        script: str, *, own_ray: Mapping[str, Any] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        if own_ray is None:
+            options = {"address": address}
+        else:
+            options = {"address": "local", "num_cpus": 4, "include_dashboard": False, **own_ray}
         path = tmp_path / "script.py"
-        start_ray = "import ray; ray.init(address='local', num_cpus=4, include_dashboard=False)\n"
-        path.write_text(start_ray + script)
+        path.write_text(f"import ray; ray.init(**{options!r})\n{script}")
         return subprocess.run(
             [sys.executable, str(path)],
             cwd=tmp_path,

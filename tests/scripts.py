@@ -7,12 +7,15 @@ from pathlib import Path
 
 
 def run_alone(script: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """With a Ray that the launch starts: what else the script did would be done by its children."""
+    """Run a script that does nothing about Ray: its launch joins one, or starts one.
+
+    What else the script did would be done by its children.
+    """
     (folder / "script.py").write_text(script)
     return subprocess.run(
         [sys.executable, "script.py"],
         cwd=folder,
-        env={**os.environ, "RAY_ADDRESS": "local"},
+        env={"RAY_ADDRESS": "local", **os.environ},
         capture_output=True,
         text=True,
         timeout=110,

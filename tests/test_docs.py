@@ -43,12 +43,12 @@ def _left_out(block: "re.Match[str]", page: str) -> bool:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if script_of(page.read_text())], ids=lambda page: page.name
 )
-def test_blocks_of_a_page_run_one_after_the_other(page: Path, tmp_path: Path) -> None:
+def test_blocks_of_a_page_run_one_after_the_other(joined: None, page: Path, tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text(script_of(page.read_text()))
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:__main__", "page.py"],
         cwd=tmp_path,
-        env={**os.environ, "RAY_ADDRESS": "local", "TORCHRUNX_LOG_DIR": str(tmp_path / "logs")},
+        env={**os.environ, "TORCHRUNX_LOG_DIR": str(tmp_path / "logs")},
         capture_output=True,
         text=True,
         timeout=110,

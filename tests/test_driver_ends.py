@@ -44,13 +44,13 @@ trx.launch(sleep, (os.getpid(),), workers_per_host=2)
     assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
 
 
-def test_ctrl_c_stops_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_run_and_leaves_nothing(joined: None, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         """
 import ray, time, os
 import torchrunx_ray as trx
-ray.init(address="local", num_cpus=2, include_dashboard=False)
+ray.init()
 
 def sleep():
     print("mark", os.environ["TORCHRUNX_RAY_POOL"], flush=True)

@@ -203,7 +203,7 @@ def test_launch_that_calls_ray_init_changes_what_that_changes(
 
 @pytest.mark.slow
 def test_stdout_that_is_closed_costs_a_launch_nothing(
-    drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
+    joined: None, drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
     """It warned that nothing could be shown. (Without a stderr Ray itself does not start.)"""
     done = drive(
@@ -219,7 +219,6 @@ trx.launch(speak, hostnames=1, workers_per_host=2, backend=None, progress=True)
 open("done", "w").close()
 """,
         ">&-",
-        RAY_ADDRESS="local",
     )
 
     assert (done.returncode, (tmp_path / "done").exists()) == (0, True), done.stderr
@@ -230,7 +229,7 @@ open("done", "w").close()
 
 @pytest.mark.slow
 def test_stream_that_the_script_has_closed_is_told_once(
-    drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
+    joined: None, drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
     done = drive(
         """
@@ -242,7 +241,7 @@ def speak():
         print("hello", flush=True)
         time.sleep(0.01)
 
-ray.init(address="local", include_dashboard=False)
+ray.init()
 sys.stdout.close()
 trx.launch(speak, hostnames=1, workers_per_host=2, backend=None)
 open("done", "w").close()
@@ -289,7 +288,7 @@ trx.launch(print, ("caf\\u00e9",), workers_per_host=1)
 @pytest.mark.skipif(
     not namespaces_are_possible(), reason="needs root and a kernel that gives mount namespaces"
 )
-def test_read_only_folder_costs_the_log_files_and_one_warning(tmp_path: Path) -> None:
+def test_read_only_folder_costs_the_log_files_and_one_warning(joined: None, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "train.py").write_text(
         """
@@ -309,7 +308,7 @@ launcher.run(speak, 3)
         f"mount -t tmpfs -o ro none {tmp_path / 'here'} && cd {tmp_path / 'here'} && "
         f"exec {sys.executable} {tmp_path / 'train.py'}"
     )
-    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_ADDRESS": "local"}
+    variables = {"PYTHONPATH": str(Path(__file__).parents[1])}
     by_default = {"TORCHRUNX_LOG_DIR": "torchrunx_logs"}
     done = subprocess.run(
         ["unshare", "-m", "bash", "-c", inside],
@@ -328,14 +327,14 @@ launcher.run(speak, 3)
 
 @pytest.mark.slow
 def test_deleted_folder_costs_the_log_files_and_one_warning(
-    drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
+    joined: None, drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
     """The launch failed, with a bare FileNotFoundError."""
     done = drive(
         f"""
 import os, ray
 import torchrunx_ray as trx
-ray.init(address="local", include_dashboard=False, log_to_driver=False)
+ray.init(log_to_driver=False)
 os.mkdir("gone")
 os.chdir("gone")
 os.rmdir({str(tmp_path / "gone")!r})

@@ -8,11 +8,11 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_quickstart_learns_and_ranks_agree(tmp_path: Path) -> None:
+def test_quickstart_learns_and_ranks_agree(joined: None, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "quickstart.py")],
         cwd=tmp_path,
-        env={**os.environ, "RAY_ADDRESS": "local"},
+        env=os.environ,
         capture_output=True,
         text=True,
         timeout=100,

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 import torchrunx_ray as trx
 from tests.processes import of_pool, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("joined")]
 
 SCRIPT = """
 import os, signal, sys, time, traceback
@@ -29,7 +29,7 @@ import ray
 import torchrunx_ray as trx
 
 phase = sys.argv[1]
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+ray.init(log_to_driver=False)
 before = signal.getsignal(signal.SIGINT)
 
 class PickledLast:
@@ -198,7 +198,7 @@ def test_notebook_that_is_interrupted_lives_on_and_launches_again(tmp_path: Path
     try:
         client.execute_interactive(
             "import os, time, ray, torchrunx_ray as trx\n"
-            "ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
+            "ray.init(log_to_driver=False)\n"
             "launcher = trx.Launcher(workers_per_host=2, console_ranks='all')\n"
             "class Stuck(Exception): pass\n"
             "def train(seconds):\n"

@@ -114,10 +114,10 @@ def opened(folder: Path) -> Iterator[Notebook]:
 
 
 @pytest.fixture
-def notebook(tmp_path: Path) -> Iterator[Notebook]:
+def notebook(joined: None, tmp_path: Path) -> Iterator[Notebook]:
     with opened(tmp_path) as notebook:
         notebook.run(
-            "ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
+            "ray.init(log_to_driver=False)\n"
             "launcher = trx.Launcher(workers_per_host=2, backend=None)\n"
             "def train(seconds):\n"
             "    print('at it', flush=True)\n"

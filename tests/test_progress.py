@@ -19,12 +19,14 @@ import pytest
 import torchrunx_ray as trx
 from tests.processes import wait_until
 
+pytestmark = pytest.mark.usefixtures("joined")
+
 BEGIN = """
 import sys
 {before}
 import os, time, ray
 import torchrunx_ray as trx
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+ray.init(log_to_driver=False)
 """
 
 SPEAKING = """
@@ -105,15 +107,15 @@ with open("returned", "w") as file:
     assert (tmp_path / "returned").read_text() == "0 1"
 
 
-def after_ray_started(shown: str) -> str:
-    """And before it ends, with a code of colorama's."""
-    return shown.rpartition("Started a local Ray instance.")[2].removesuffix("\x1b[0m")
+def after_ray_was_joined(shown: str) -> str:
+    """And before the driver ends, with a code of colorama's."""
+    return shown.rpartition("Connected to Ray cluster.")[2].removesuffix("\x1b[0m")
 
 
 @pytest.mark.slow
 def test_terminal_has_a_status_line_beside_the_output(tmp_path: Path) -> None:
     script = BEGIN.format(before="OPTIONS = {}") + SPEAKING
-    shown = after_ray_started(on_a_terminal(script, tmp_path))
+    shown = after_ray_was_joined(on_a_terminal(script, tmp_path))
 
     assert "shown-" in shown
     assert ": running 2 workers" in shown
@@ -136,7 +138,7 @@ def test_terminal_without_a_status_line_is_the_functions(
     before: str, options: dict[str, object], tmp_path: Path
 ) -> None:
     script = BEGIN.format(before=f"{before}\nOPTIONS = {options}") + SPEAKING
-    shown = after_ray_started(on_a_terminal(script, tmp_path))
+    shown = after_ray_was_joined(on_a_terminal(script, tmp_path))
 
     assert "".join(f"\rdrawn {i}" for i in range(3)) in shown
     assert "\rdrawn 5" in shown
@@ -161,7 +163,7 @@ with contextlib.redirect_stdout(io.StringIO()):
 print("y" * 205)
 """
     )
-    shown = after_ray_started(on_a_terminal(script, tmp_path))
+    shown = after_ray_was_joined(on_a_terminal(script, tmp_path))
 
     assert "running 1 worker" in shown
     assert "x" * 205 + "\r\n" in shown  # not wrapped
@@ -174,7 +176,7 @@ def test_handlers_that_write_to_the_terminal_are_not_mixed_with_a_status_line(
     tmp_path: Path,
 ) -> None:
     before = "import logging; logging.basicConfig(level=logging.INFO)\nOPTIONS = {}"
-    shown = after_ray_started(on_a_terminal(BEGIN.format(before=before) + SPEAKING, tmp_path))
+    shown = after_ray_was_joined(on_a_terminal(BEGIN.format(before=before) + SPEAKING, tmp_path))
 
     (line,) = [line for line in shown.splitlines() if "line of 0" in line]
     assert line.startswith("INFO:torchrunx_ray.")
@@ -233,7 +235,7 @@ def test_launch_that_waits_says_for_what(
     done = run_script(
         """
 import time, torchrunx_ray as trx
-session = trx.Launcher(workers_per_host=3, backend=None).session()
+session = trx.Launcher(workers_per_host=7, backend=None).session()
 run = trx.Launcher(workers_per_host=2, backend=None, progress=True).submit(time.sleep, 0)
 time.sleep(4)
 session.close()
@@ -242,7 +244,7 @@ run.result()
     )
     assert "placing 0/1 hosts, waiting for 2 CPU on 1 more host" in done.stderr, done.stderr
     assert "waiting for room in the Ray cluster" in done.stderr
-    assert "1 of 4 CPU" in done.stderr
+    assert "1 of 8 CPU" in done.stderr
 
 
 def test_summary_tells_the_phases_and_where_the_logs_are(

@@ -50,7 +50,7 @@ def begin():
     open("begun", "a").close()
     time.sleep(1000)
 
-launcher = trx.Launcher(workers_per_host=4)
+launcher = trx.Launcher(workers_per_host=1, cpus_per_worker=ray.cluster_resources()['CPU'])
 first = launcher.submit(begin)
 while not os.path.exists("begun"):
     time.sleep(0.01)

@@ -4,8 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+
 import torchrunx_ray as trx
 from tests.scripts import run_alone
+
+pytestmark = pytest.mark.usefixtures("joined")
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -36,7 +40,7 @@ def test_first_example_and_what_follows_it(tmp_path: Path) -> None:
 
 
 def test_failing_example_says_what_the_readme_says(tmp_path: Path) -> None:
-    done = run_alone("import ray; ray.init(num_cpus=4)\n" + code_block("DataError"), tmp_path)
+    done = run_alone(code_block("DataError"), tmp_path)
 
     assert done.returncode == 1
     assert "torchrunx_ray.errors.RemoteFailure: on rank 2 (" in done.stderr

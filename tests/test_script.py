@@ -6,7 +6,7 @@ import pytest
 
 from tests.scripts import run_alone
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("joined")]
 
 
 SCRIPT = """
@@ -150,7 +150,7 @@ import functools
 import ray
 import torchrunx_ray as trx
 
-ray.init(address="local", num_cpus=2, include_dashboard=False)
+ray.init()
 LOG, RATE = [], 0.1
 
 class Model:
@@ -225,7 +225,7 @@ import pickle, sys, types
 import ray
 import torchrunx_ray as trx
 
-ray.init(address="local", num_cpus=2, include_dashboard=False)
+ray.init()
 
 def make():
     import fractions, sys, types

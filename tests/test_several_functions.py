@@ -90,12 +90,12 @@ def test_memory_is_free_between_functions(two_nodes: Cluster) -> None:
     assert processes.wait_until(lambda: held_by_object_stores() < 5 * MIB)
 
 
-def test_example_trains_and_evaluates(tmp_path: Path) -> None:
+def test_example_trains_and_evaluates(joined: None, tmp_path: Path) -> None:
     example = Path(__file__).parents[1] / "examples" / "train_then_evaluate.py"
     done = subprocess.run(
         [sys.executable, str(example)],
         cwd=tmp_path,
-        env={**os.environ, "RAY_ADDRESS": "local"},
+        env=os.environ,
         capture_output=True,
         text=True,
         check=False,

@@ -11,6 +11,7 @@ from grpc import RpcError
 from ray._private.internal_api import node_stats
 
 from tests import processes
+from tests.memory import shared_memory
 
 MARK = "TORCHRUNX_RAY_TRACES"
 """In the environment of all that is ours: somebody else may work on this machine meanwhile."""
@@ -39,7 +40,7 @@ class Traces:
             groups=[g["name"] for g in groups.values() if g["state"] != "REMOVED"],
             free_cpus=ray.available_resources().get("CPU", 0),
             in_dev_shm=[name for name in os.listdir("/dev/shm") if "plasma" not in name],
-            shared_memory=shared_memory(),
+            shared_memory=shared_memory(of_ray=False),
             temporary=os.listdir(os.environ["TMPDIR"]),
             objects=objects_in_store(),
         )
@@ -62,29 +63,6 @@ class Traces:
         if now.objects > self.objects:
             left.append(f"{now.objects} objects in Ray's store")
         return left
-
-
-def shared_memory() -> int:
-    """In bytes, with what has no name; less what Ray's stores keep once they have touched it."""
-    (line,) = (
-        line for line in Path("/proc/meminfo").read_text().splitlines() if line[:6] == "Shmem:"
-    )
-    return int(line.split()[1]) * 1024 - sum(_stores().values())
-
-
-def _stores() -> dict[int, int]:
-    """The bytes in memory of the files that raylets have their stores in, by inode."""
-    sizes: dict[int, int] = {}
-    for fd in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            if fd.with_name("comm").read_text() != "raylet\n":
-                continue
-            for entry in fd.iterdir():
-                if os.readlink(entry).startswith("/dev/shm/plasma"):  # it has no name any more
-                    sizes[entry.stat().st_ino] = entry.stat().st_blocks * 512
-        except OSError:
-            continue  # it ended
-    return sizes
 
 
 def _marked_processes() -> Iterator[tuple[str, str]]:
