@@ -8,6 +8,8 @@ OLDEST := $(VENV)-oldest
 BENCH := $(VENV)-bench
 DOCS := $(VENV)-docs
 INTEGRATIONS := $(VENV)-integrations
+DIST := $(VENV)-dist
+EMPTY := $(VENV)-empty
 
 # Debian's python3 may lack venv.
 environment = $(PYTHON) -m venv $(1) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(1); }
@@ -17,7 +19,7 @@ LANES ?= 4
 in_lanes = $(shell tests/lane true >/dev/null 2>&1 && \
 	echo "--dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(BIN)/python'")
 
-.PHONY: demo test test-ci test-all test-oldest test-integrations check bench docs format clean
+.PHONY: demo test test-ci test-all test-oldest test-integrations check bench docs dist format clean
 
 # A Ray of its own: the machine may have others, or their remains.
 demo: $(READY)
@@ -60,6 +62,20 @@ bench: $(BENCH)/.ready
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
+# Into dist/: what a release would upload. The wheel is tried where nothing else is, with the sdist's quickstart.
+dist: $(DIST)/.ready
+	rm -rf dist $(EMPTY)
+	$(DIST)/bin/python -m build --no-isolation
+	$(DIST)/bin/python -m twine check --strict dist/*
+	$(DIST)/bin/python tests/check_dist.py
+	$(call environment,$(EMPTY))
+	$(EMPTY)/bin/python -m pip install --quiet --no-compile -c constraints.txt dist/*.whl
+	$(EMPTY)/bin/python -m pip check
+	tar -xzf dist/*.tar.gz -C $(EMPTY) --strip-components 2 --wildcards '*/examples/quickstart.py'
+	cd $(EMPTY) && RAY_ADDRESS=local bin/python quickstart.py > quickstart.out
+	grep "^both ranks hold equal parameters: True" $(EMPTY)/quickstart.out
+	rm -rf $(EMPTY)
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -89,5 +105,10 @@ $(INTEGRATIONS)/.ready: pyproject.toml constraints.txt requirements-integrations
 	$(INTEGRATIONS)/bin/python -m pip install --quiet -c constraints.txt -r requirements-integrations.txt -e .
 	touch $@
 
+$(DIST)/.ready: requirements-dist.txt
+	$(call environment,$(DIST))
+	$(DIST)/bin/python -m pip install --quiet -r requirements-dist.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(BENCH) $(DOCS) $(INTEGRATIONS) site
+	rm -rf $(VENV) $(OLDEST) $(BENCH) $(DOCS) $(INTEGRATIONS) $(DIST) $(EMPTY) dist site
