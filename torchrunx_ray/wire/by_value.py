@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,15 +20,41 @@ _loading = threading.RLock()
 
 _MAKES_A_CLASS = re.compile(rb"_class_setstate")
 
+_NO_FILE = "<dynamic-code>"
+"""What cloudpickle writes in place of a file's name, since 3.1.3."""
+
 
 def reduce(obj: Any) -> Any:
     """As for pickle, or NotImplemented where cloudpickle does it well."""
+    if type(obj) is types.CodeType:
+        return _with_file(obj)
+    if issubclass(type(obj), type) and _is_struct(obj):
+        raise TypeError(
+            "msgspec keeps what it knows of a Struct class out of Python's reach; put the class into a "
+            "module beside the script, and import it"
+        )
     if (
         type(obj) is functools._lru_cache_wrapper  # pyright: ignore[reportPrivateUsage]
         and _cloudpickle["_lookup_module_and_qualname"](obj) is None
     ):
         return _cached, (obj.__wrapped__, obj.cache_parameters())
     return NotImplemented
+
+
+def _with_file(code: types.CodeType) -> Any:
+    """Tracebacks, inspect.getsource and torch.jit.script look for its lines there."""
+    make, parts = _cloudpickle["_code_reduce"](code)
+    return make, tuple(
+        code.co_filename if type(part) is str and part == _NO_FILE else part for part in parts
+    )
+
+
+def _is_struct(kind: type) -> bool:
+    """Whether a class is made by msgspec and has to travel by value."""
+    return (
+        type(kind).__module__.partition(".")[0] == "msgspec"
+        and _cloudpickle["_lookup_module_and_qualname"](kind) is None
+    )
 
 
 def with_slots(obj: object, reduced: Any) -> Any:
@@ -78,7 +105,12 @@ class _Unpickler(pickle.Unpickler):
     def _make_class(self, make: Callable[..., type], *arguments: Any) -> type:
         *_, tracker_id, _ = arguments
         here = _by_id.get(tracker_id)
-        kind = make(*arguments)
+        try:
+            kind = make(*arguments)
+        except Exception:
+            if "__slots__" not in arguments[3]:
+                raise
+            kind = make(*_without_slots(*arguments))
         if kind is here:
             self._were_here.append(kind)
         else:
@@ -89,6 +121,12 @@ class _Unpickler(pickle.Unpickler):
         if any(kind is each for each in self._were_here):
             return kind
         return set_state(kind, state)
+
+
+def _without_slots(metaclass: Any, name: Any, bases: Any, namespace: Any, *rest: Any) -> Any:
+    """For a metaclass that makes the slots and forbids the name, as that of typing.NamedTuple."""
+    namespace = {key: value for key, value in namespace.items() if key != "__slots__"}
+    return metaclass, name, bases, namespace, *rest
 
 
 def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
