@@ -156,7 +156,7 @@ def test_code_of_a_script_keeps_its_file_and_its_lines(one: trx.Launcher, tmp_pa
     )
 
 
-KINDS = """import typing
+KINDS = """import functools
 from typing import Any, Generic, NamedTuple, Protocol, TypedDict, TypeVar
 
 import attrs
@@ -190,6 +190,34 @@ class Forbids(type):
 
 class Slotless(tuple, metaclass=Forbids):
     pass
+
+
+@functools.singledispatch
+def size(value):
+    return 0
+
+
+@size.register
+def size_of_int(value: int):
+    return size("") + value
+
+
+class Circle:
+    def __init__(self):
+        self.radius = 2
+
+    @functools.cached_property
+    def area(self):
+        \"\"\"About.\"\"\"
+        return 3 * self.radius**2
+
+    @functools.singledispatchmethod
+    def scaled(self, by):
+        return None
+
+    @scaled.register
+    def _(self, by: int):
+        return self.radius * by
 
 
 class Options(TypedDict):
@@ -237,6 +265,8 @@ def look(values):
         Config(steps=-1)
     except pydantic.ValidationError:
         said = [point.total(), pair.first, deeper.total(), slotless[0], tree.score(), config._seen]
+    circle = Circle()
+    said += [circle.area, vars(circle)["area"], Circle.area.__doc__, circle.scaled(3), size(4), size]
     return said, [hasattr(value, "__dict__") for value in values], Options(rate=0.1), values
 """
 
@@ -246,7 +276,9 @@ def test_classes_of_every_metaclass_travel_both_ways(one: trx.Launcher, tmp_path
     script = of_a_script(KINDS, tmp_path)
     said, has_dict, options, values = one.run(script.look, script.VALUES).rank(0)
 
-    assert said == [3, "a", 7, 1, 2, 3]
+    assert said[:6] == [3, "a", 7, 1, 2, 3]
+    assert said[6:-1] == [12, 12, "About.", 6, 4]
+    assert (said[-1](4), said[-1](None), said[-1].__name__) == (4, 0, "size")
     assert has_dict == [hasattr(value, "__dict__") for value in script.VALUES]
     assert options == {"rate": 0.1}
     assert values == script.VALUES

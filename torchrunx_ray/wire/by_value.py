@@ -7,7 +7,7 @@ import re
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
@@ -24,21 +24,36 @@ _NO_FILE = "<dynamic-code>"
 """What cloudpickle writes in place of a file's name, since 3.1.3."""
 
 
+class UnfitError(TypeError):
+    """A value is not made to travel. The message says what to do instead."""
+
+
 def reduce(obj: Any) -> Any:
     """As for pickle, or NotImplemented where cloudpickle does it well."""
-    if type(obj) is types.CodeType:
+    kind = cast("Any", type(obj))
+    if kind is types.CodeType:
         return _with_file(obj)
-    if issubclass(type(obj), type) and _is_struct(obj):
-        raise TypeError(
+    if kind is functools.cached_property:  # it has a lock, before Python 3.12
+        return _cached_property, (obj.func, obj.attrname)
+    if kind is functools._lru_cache_wrapper and _has_no_name(obj):  # pyright: ignore[reportPrivateUsage]
+        return _cached, (obj.__wrapped__, obj.cache_parameters())
+    if kind is types.FunctionType and _dispatches(obj) and _has_no_name(obj):
+        return _dispatching, (), tuple(obj.registry.items()), None, None, _take_implementations
+    if issubclass(kind, type) and _is_of_msgspec(kind) and _has_no_name(obj):
+        raise UnfitError(
             "msgspec keeps what it knows of a Struct class out of Python's reach; put the class into a "
             "module beside the script, and import it"
         )
-    if (
-        type(obj) is functools._lru_cache_wrapper  # pyright: ignore[reportPrivateUsage]
-        and _cloudpickle["_lookup_module_and_qualname"](obj) is None
-    ):
-        return _cached, (obj.__wrapped__, obj.cache_parameters())
     return NotImplemented
+
+
+def _has_no_name(obj: object) -> bool:
+    """Whether it is in no module that others could import."""
+    return _cloudpickle["_lookup_module_and_qualname"](obj) is None
+
+
+def _is_of_msgspec(metaclass: type) -> bool:
+    return any(each.__module__.partition(".")[0] == "msgspec" for each in metaclass.__mro__)
 
 
 def _with_file(code: types.CodeType) -> Any:
@@ -49,12 +64,10 @@ def _with_file(code: types.CodeType) -> Any:
     )
 
 
-def _is_struct(kind: type) -> bool:
-    """Whether a class is made by msgspec and has to travel by value."""
-    return (
-        type(kind).__module__.partition(".")[0] == "msgspec"
-        and _cloudpickle["_lookup_module_and_qualname"](kind) is None
-    )
+def _dispatches(function: Any) -> bool:
+    """Whether functools.singledispatch made it, whose table has weak references."""
+    table = getattr(function, "registry", None)
+    return isinstance(table, types.MappingProxyType) and hasattr(function, "dispatch")
 
 
 def with_slots(obj: object, reduced: Any) -> Any:
@@ -127,6 +140,23 @@ def _without_slots(metaclass: Any, name: Any, bases: Any, namespace: Any, *rest:
     """For a metaclass that makes the slots and forbids the name, as that of typing.NamedTuple."""
     namespace = {key: value for key, value in namespace.items() if key != "__slots__"}
     return metaclass, name, bases, namespace, *rest
+
+
+def _cached_property(function: Callable[..., Any], name: str | None) -> Any:
+    made = functools.cached_property(function)
+    made.attrname = name
+    return made
+
+
+def _dispatching() -> Any:
+    """Return an empty one: its functions may name it, and find it by that."""
+    return functools.singledispatch(_dispatching)
+
+
+def _take_implementations(function: Any, implementations: Sequence[Any]) -> None:
+    for kind, implementation in implementations:
+        function.register(kind, implementation)
+    functools.update_wrapper(function, function.registry[object])
 
 
 def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
