@@ -1,5 +1,6 @@
 """What is wrong is said before anything is left running, in words that help."""
 
+import bdb
 import functools
 import importlib
 import os
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,48 @@ def takes_two(first: int, second: int = 0) -> None: ...
 async def waits() -> None: ...
 
 
+def gives() -> Iterator[int]:
+    yield 1
+
+
+async def gives_later() -> AsyncIterator[int]:
+    yield 1
+
+
+class Waits:
+    async def __call__(self) -> None: ...
+
+
+def train(data: str, *, learning_rate: float = 0.1) -> None: ...
+
+
+NOT_CALLED = {"data": "a", "learning_rat": 1}
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda: trx.launch(takes_two), r"takes_two\(first.*missing a required argument: 'first'"),
         (lambda: trx.launch(takes_two, (1, 2, 3)), "too many positional arguments"),
-        (lambda: trx.Launcher().run(takes_two, 1, timeout=3), "'timeout'. Options go into"),  # pyright: ignore[reportCallIssue]
+        (
+            lambda: trx.Launcher().run(takes_two, 1, timeout=3),
+            "'timeout'; it takes .* Options go into",
+        ),  # pyright: ignore[reportCallIssue]
         (lambda: trx.Launcher().submit(functools.partial(takes_two, 1), 2, 3), "too many"),  # pyright: ignore[reportCallIssue]
         (lambda: trx.launch(waits), r"func=waits is an async function.*asyncio.run\(waits"),
+        (lambda: trx.launch(Waits()), r"func=Waits is an async function.*asyncio.run\(Waits"),
+        (lambda: trx.launch(gives), r"func=gives is a generator function.*list\(gives\(\.\.\.\)"),
+        (lambda: trx.launch(functools.partial(gives)), "func=gives is a generator function"),
+        (lambda: trx.launch(gives_later), "func=gives_later is an async generator function"),
+        (
+            lambda: trx.launch(train, func_kwargs=NOT_CALLED),
+            r"train has no parameter 'learning_rat'; it takes \(data: str, \*, learning_rate: float "
+            r"= 0\.1\)\. Did you mean 'learning_rate'\?$",
+        ),
+        (
+            lambda: trx.launch(train, func_kwargs={"data": "a", "zzz": 1}),
+            r"train has no parameter 'zzz'; it takes \(data.*0\.1\)\.$",
+        ),
     ],
 )
 def test_function_that_cannot_be_called_so_is_refused_at_once(
@@ -62,6 +97,32 @@ def test_function_that_is_not_callable(nothing_is_asked_of_ray: None) -> None:
     not_a_function: Any = 3
     with pytest.raises(TypeError, match="func=3 is not callable; pass the function itself"):
         trx.Launcher().run(not_a_function)
+
+
+def test_launch_result_is_refused_with_what_to_pass(launcher: trx.Launcher) -> None:
+    """A worker said that the driver had left its cluster."""
+    result = launcher.run(os.getpid)
+    for launch in (
+        lambda: launcher.submit(print, [result]),
+        lambda: launcher.submit(lambda: result.rank(0)),
+    ):
+        with pytest.raises(trx.PayloadError) as caught:
+            launch()
+        said = str(caught.value).partition(" cannot be pickled: ")
+        assert said[0] in ("args[0][0]", "variable 'result' captured by <lambda>")
+        assert said[2].startswith("it is a LaunchResult, whose values")
+        assert said[2].endswith("pass result.ref(i), the reference to one rank's value.")
+
+
+def test_breakpoint_says_that_a_worker_has_no_stdin(launcher: trx.Launcher) -> None:
+    def stop_here() -> None:
+        breakpoint()
+
+    with pytest.raises(bdb.BdbQuit) as caught:
+        launcher.run(stop_here)
+
+    (note,) = [each for each in caught.value.__notes__ if "no stdin" in each]
+    assert "debugpy" in note
 
 
 class Config:

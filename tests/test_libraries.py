@@ -59,6 +59,16 @@ def test_ddp_with_data_loader_workers(launcher: trx.Launcher) -> None:
         assert sum(losses[-4:]) < sum(losses[:4])
 
 
+def test_ddp_model_that_is_returned_is_told_what_to_return(launcher: trx.Launcher) -> None:
+    def make() -> torch.nn.Module:
+        return torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+
+    result = launcher.run(make)
+    with pytest.raises(trx.PayloadError, match="process group has not been initialized") as caught:
+        result.rank(0)
+    assert str(caught.value).endswith("Return model.module or its state_dict() instead.")
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_torch_compile(launcher: trx.Launcher, tmp_path: Path) -> None:
     def compile_and_call() -> float:

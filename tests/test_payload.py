@@ -1,5 +1,6 @@
 """Values as they travel: packed, from memory to memory, and unpacked."""
 
+import collections
 import dataclasses
 import os
 import pickle
@@ -346,6 +347,65 @@ def test_recursion_that_is_too_deep() -> None:
 class RaisesInReduce:
     def __reduce__(self) -> Any:
         raise RuntimeError("in reduce")
+
+
+class Config:
+    def __init__(self) -> None:
+        self.left_out = threading.Lock()
+        self.parts = collections.deque([threading.Lock()])
+
+    def __getstate__(self) -> object:
+        return {"parts": self.parts}
+
+
+MADE_INSIDE = "Make it inside the function instead."
+
+
+def object_of_a_script() -> object:
+    """Of a class that no worker can import."""
+    return type("Locked", (), {"lock": threading.Lock(), "__module__": "of_no_module"})()
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "reason", "advice"),
+    [
+        (threading.Lock, "", "TypeError: cannot pickle '_thread.lock' object", MADE_INSIDE),
+        (lambda: (i for i in ()), "", "TypeError: cannot pickle 'generator' object", MADE_INSIDE),
+        (
+            lambda: iter(torch.utils.data.DataLoader([1])),  # pyright: ignore[reportArgumentType]
+            "",
+            "NotImplementedError: _SingleProcessDataLoaderIter cannot be pickled",
+            MADE_INSIDE,
+        ),
+        (
+            Config,
+            ".parts[0]",
+            "TypeError: cannot pickle '_thread.lock' object",
+            "Make it inside the function instead, or give Config a __getstate__ that leaves it out.",
+        ),
+        (
+            RaisesInReduce,
+            "",
+            "RuntimeError: in reduce",
+            "Make it inside the function instead, or give RaisesInReduce a __reduce__ or __getstate__ "
+            "that works.",
+        ),
+        (
+            object_of_a_script,
+            ".__class__.lock",
+            "TypeError: cannot pickle '_thread.lock' object",
+            "Put the class Locked into a module beside the script, and import it: of a module's class "
+            "only the name travels.",
+        ),
+    ],
+)
+def test_what_cannot_be_pickled_is_named_with_its_own_reason_and_fitting_advice(
+    make: Callable[[], object], path: str, reason: str, advice: str
+) -> None:
+    with pytest.raises(PayloadError) as caught:
+        pack([("args", ([make()],))])
+
+    assert str(caught.value) == f"args[0][0]{path} cannot be pickled: {reason}\n{advice}"
 
 
 def test_exception_in_reduce_is_shown_with_the_path() -> None:

@@ -120,6 +120,7 @@ class PayloadError(LaunchError):
         rank: int | None = None,
         hostname: str | None = None,
         missing_module: str | None = None,
+        advice: str | None = None,
     ) -> None:
         self.path = path
         self.step = step
@@ -130,11 +131,12 @@ class PayloadError(LaunchError):
         if step == "unpickle" and rank is not None:  # a return value, which the driver unpickles
             whose, where = f"{whose}{where}", " on the driver"
         done = {"store": "stored", "fetch": "fetched"}.get(step, f"{step}d")
-        advice = _travel_advice(step, is_value=rank is not None, missing_module=missing_module)
-        super().__init__(f"{path}{whose} cannot be {done}{where}: {reason}\n{advice}")
+        if advice is None:
+            advice = _travel_advice(step, reason, rank is not None, missing_module)
+        super().__init__(f"{path}{whose} cannot be {done}{where}: {reason}\n{advice}".rstrip())
 
 
-def _travel_advice(step: str, *, is_value: bool, missing_module: str | None) -> str:
+def _travel_advice(step: str, reason: str, is_value: bool, missing_module: str | None) -> str:
     if step == "fetch":
         return "The task that makes it failed, or Ray has lost it with the node that held it."
     if step == "store":
@@ -143,8 +145,13 @@ def _travel_advice(step: str, *, is_value: bool, missing_module: str | None) -> 
             "and room on the disk that Ray falls back to."
         )
     if step == "pickle":
-        instead = "Return what can be" if is_value else "Make it inside the function"
-        return f"{instead} instead, or give its class a __reduce__ or __getstate__."
+        return ""
+    if "process group" in reason:
+        instead = "Return" if is_value else "Pass"
+        return (
+            "A DistributedDataParallel model, and whatever else holds a process group, arrives only where such "
+            f"a group is. {instead} model.module or its state_dict() instead."
+        )
     if missing_module is None:
         return "Is the module it was defined in importable there, in the same version?"
     if is_value:

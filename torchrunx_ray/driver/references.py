@@ -12,6 +12,8 @@ from ray.actor import ActorHandle
 
 from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.wire.by_value import UnfitError
 from torchrunx_ray.wire.payload import Inserted, Packed, pack
 
 logger = logging.getLogger("torchrunx_ray")
@@ -24,6 +26,7 @@ _of_ours: set[bytes] = set()
 # Generic to the type checker, and of unknown parameters where they are looked for.
 _ActorHandle: Any = ActorHandle
 _ObjectRef: Any = ray.ObjectRef
+_LaunchResult: Any = LaunchResult
 
 
 def are_packed(actor: Any) -> None:
@@ -41,6 +44,11 @@ class Found:
         if isinstance(value, _ObjectRef):
             index = self._refs.setdefault(value, len(self._refs))
             return Inserted(index).__reduce__()
+        if isinstance(value, _LaunchResult):
+            raise UnfitError(
+                "it is a LaunchResult, whose values only the driver can fetch; pass result.ref(i), the "
+                "reference to one rank's value."
+            )
         _refuse_handle(value)
         return NotImplemented
 
@@ -95,7 +103,7 @@ def _pack(value: object) -> Packed:
 
 def _refuse(value: Any) -> Any:
     if isinstance(value, _ObjectRef):
-        raise TypeError(
+        raise UnfitError(
             "it is an ObjectRef inside of another's value, and a worker is no process of Ray's; pass "
             "it by itself"
         )
@@ -113,7 +121,7 @@ def _writable(value: Any) -> Any:
 
 def _refuse_handle(value: Any) -> None:
     if isinstance(value, _ActorHandle) or type(value).__name__ == "ClientActorHandle":
-        raise TypeError(
+        raise UnfitError(
             "it is a handle of a Ray actor, and a worker is no process of Ray's; call the actor in "
             "the driver, or have the function call ray.init(namespace=...) and look it up by name"
         )

@@ -5,8 +5,9 @@ import io
 import pickle
 import re
 import threading
+import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
@@ -19,15 +20,54 @@ _loading = threading.RLock()
 
 _MAKES_A_CLASS = re.compile(rb"_class_setstate")
 
+_NO_FILE = "<dynamic-code>"
+"""What cloudpickle writes in place of a file's name, since 3.1.3."""
+
+
+class UnfitError(TypeError):
+    """A value is not made to travel. The message says what to do instead."""
+
 
 def reduce(obj: Any) -> Any:
     """As for pickle, or NotImplemented where cloudpickle does it well."""
-    if (
-        type(obj) is functools._lru_cache_wrapper  # pyright: ignore[reportPrivateUsage]
-        and _cloudpickle["_lookup_module_and_qualname"](obj) is None
-    ):
+    kind = cast("Any", type(obj))
+    if kind is types.CodeType:
+        return _with_file(obj)
+    if kind is functools.cached_property:  # it has a lock, before Python 3.12
+        return _cached_property, (obj.func, obj.attrname)
+    if kind is functools._lru_cache_wrapper and _has_no_name(obj):  # pyright: ignore[reportPrivateUsage]
         return _cached, (obj.__wrapped__, obj.cache_parameters())
+    if kind is types.FunctionType and _dispatches(obj) and _has_no_name(obj):
+        return _dispatching, (), tuple(obj.registry.items()), None, None, _take_implementations
+    if issubclass(kind, type) and _is_of_msgspec(kind) and _has_no_name(obj):
+        raise UnfitError(
+            "msgspec keeps what it knows of a Struct class out of Python's reach; put the class into a "
+            "module beside the script, and import it"
+        )
     return NotImplemented
+
+
+def _has_no_name(obj: object) -> bool:
+    """Whether it is in no module that others could import."""
+    return _cloudpickle["_lookup_module_and_qualname"](obj) is None
+
+
+def _is_of_msgspec(metaclass: type) -> bool:
+    return any(each.__module__.partition(".")[0] == "msgspec" for each in metaclass.__mro__)
+
+
+def _with_file(code: types.CodeType) -> Any:
+    """Tracebacks, inspect.getsource and torch.jit.script look for its lines there."""
+    make, parts = _cloudpickle["_code_reduce"](code)
+    return make, tuple(
+        code.co_filename if type(part) is str and part == _NO_FILE else part for part in parts
+    )
+
+
+def _dispatches(function: Any) -> bool:
+    """Whether functools.singledispatch made it, whose table has weak references."""
+    table = getattr(function, "registry", None)
+    return isinstance(table, types.MappingProxyType) and hasattr(function, "dispatch")
 
 
 def with_slots(obj: object, reduced: Any) -> Any:
@@ -78,7 +118,12 @@ class _Unpickler(pickle.Unpickler):
     def _make_class(self, make: Callable[..., type], *arguments: Any) -> type:
         *_, tracker_id, _ = arguments
         here = _by_id.get(tracker_id)
-        kind = make(*arguments)
+        try:
+            kind = make(*arguments)
+        except Exception:
+            if "__slots__" not in arguments[3]:
+                raise
+            kind = make(*_without_slots(*arguments))
         if kind is here:
             self._were_here.append(kind)
         else:
@@ -89,6 +134,29 @@ class _Unpickler(pickle.Unpickler):
         if any(kind is each for each in self._were_here):
             return kind
         return set_state(kind, state)
+
+
+def _without_slots(metaclass: Any, name: Any, bases: Any, namespace: Any, *rest: Any) -> Any:
+    """For a metaclass that makes the slots and forbids the name, as that of typing.NamedTuple."""
+    namespace = {key: value for key, value in namespace.items() if key != "__slots__"}
+    return metaclass, name, bases, namespace, *rest
+
+
+def _cached_property(function: Callable[..., Any], name: str | None) -> Any:
+    made = functools.cached_property(function)
+    made.attrname = name
+    return made
+
+
+def _dispatching() -> Any:
+    """Return an empty one: its functions may name it, and find it by that."""
+    return functools.singledispatch(_dispatching)
+
+
+def _take_implementations(function: Any, implementations: Sequence[Any]) -> None:
+    for kind, implementation in implementations:
+        function.register(kind, implementation)
+    functools.update_wrapper(function, function.registry[object])
 
 
 def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:

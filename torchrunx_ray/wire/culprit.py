@@ -1,19 +1,22 @@
 """Which part of a value is to blame for a pickling error."""
 
+import contextlib
 import copyreg
 import dis
 import functools
 import os
 import pickle
+import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
 from torchrunx_ray.wire import pickling
 
-_DEPTH = 20
+_DEPTH = 50
 
 _PICKLING = (
     f"{os.path.dirname(os.path.dirname(__file__))}{os.sep}",
@@ -24,23 +27,43 @@ _PICKLING = (
 """Where the code lies that pickles, and unpickles."""
 
 
+@dataclass(frozen=True)
+class Culprit:
+    """The deepest part that cannot be pickled by itself."""
+
+    path: str
+    error: Exception
+    """What pickling it raises."""
+    chain: Sequence[object]
+    """The parts that the path leads through, the deepest last."""
+
+
 def find_culprit(
-    parts: Iterable[tuple[str, object]], replace: pickling.Replace | None = None
-) -> str:
-    """The path to the deepest part that cannot be pickled by itself, starting at a named part."""
-    path = "the value"
+    parts: Iterable[tuple[str, object]],
+    error: Exception,
+    replace: pickling.Replace | None = None,
+) -> Culprit:
+    """Look for it, starting at named parts of a value that raised this when it was pickled."""
+    found = Culprit("the value", error, ())
     candidates: Iterable[tuple[str, object]] = parts
     seen: set[int] = set()
     for _ in range(_DEPTH):
-        for child_path, child in candidates:
-            if id(child) not in seen and not _can_be_pickled(child, replace):
-                path = child_path
-                seen.add(id(child))
-                candidates = _parts(child, child_path)
+        for path, part in candidates:
+            reason = None if id(part) in seen else _why_not_pickled(part, replace)
+            if reason is not None:
+                found = Culprit(path, reason, (*found.chain, part))
+                seen.add(id(part))
+                candidates = _parts(part, path)
                 break
         else:
             break
-    return path
+    return found
+
+
+def is_of_a_library(kind: type) -> bool:
+    """Whether its module is an installed one."""
+    file: str = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return any(f"{os.sep}{each}{os.sep}" in file for each in ("site-packages", "dist-packages"))
 
 
 def users_part(error: BaseException) -> BaseException | None:
@@ -59,12 +82,12 @@ def users_part(error: BaseException) -> BaseException | None:
     return None
 
 
-def _can_be_pickled(value: object, replace: pickling.Replace | None) -> bool:
+def _why_not_pickled(value: object, replace: pickling.Replace | None) -> Exception | None:
     try:
         pickling.dumps_with_buffers(value, replace)
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return error
+    return None
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, object]]:
@@ -86,8 +109,16 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, object]]:
         yield f"{path}.__self__", value.__self__
     elif isinstance(value, types.FunctionType):
         yield from parts_of_function(value, path)
-    elif not isinstance(value, type | types.ModuleType):
+    elif isinstance(value, type):
+        yield from parts_of_class(value, path)
+    elif isinstance(value, property):
+        accessors = (("fget", value.fget), ("fset", value.fset), ("fdel", value.fdel))
+        yield from ((f"{path}.{name}", function) for name, function in accessors)
+    elif isinstance(value, staticmethod | classmethod):
+        yield f"{path}.__func__", value.__func__  # pyright: ignore[reportUnknownMemberType]  # any
+    elif not isinstance(value, types.ModuleType):
         yield from _attributes(value, path)
+        yield f"{path}.__class__", type(value)
 
 
 def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple[str, object]]:
@@ -106,6 +137,17 @@ def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple
         yield f"default {name!r} of {path}", default
 
 
+def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
+    """What cloudpickle takes along with a class: what its body set, and its bases."""
+    made_by_python = types.GetSetDescriptorType
+    for name, part in vars(kind).items():
+        kind_of_part: Any = type(part)  # pyright: ignore[reportUnknownVariableType]
+        if not isinstance(part, made_by_python) and not is_of_a_library(kind_of_part):
+            yield f"{path}.{name}", part
+    for i, base in enumerate(kind.__bases__):
+        yield f"{path}.__bases__[{i}]", base
+
+
 def _globals_named_in(code: types.CodeType) -> Iterator[str]:
     """Also by functions that it makes."""
     for instruction in dis.get_instructions(code):
@@ -116,11 +158,22 @@ def _globals_named_in(code: types.CodeType) -> Iterator[str]:
             yield from _globals_named_in(constant)
 
 
-def _attributes(value: object, path: str) -> Iterator[tuple[str, object]]:
-    names = list(getattr(value, "__dict__", {}))
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else list(slots)
-    for name in names:
-        if hasattr(value, name):
-            yield f"{path}.{name}", getattr(value, name)
+def _attributes(value: Any, path: str) -> Iterator[tuple[str, object]]:
+    """What is pickled of an object; nothing where its class refuses to be."""
+    reduced: Any = ""
+    with contextlib.suppress(Exception):
+        reduced = value.__reduce_ex__(5)
+    if isinstance(reduced, str):  # the name of a global
+        return
+    reduced = (*reduced, None, None, None)
+    arguments, state, items, pairs = reduced[1:5]
+    for each in state if isinstance(state, tuple) else (state,):  # pyright: ignore[reportUnknownVariableType]  # its __dict__, and slots
+        if isinstance(each, dict):
+            yield from ((f"{path}.{name}", part) for name, part in each.items())  # pyright: ignore[reportUnknownVariableType]
+        else:
+            yield f"{path}.__getstate__()", each
+    yield from ((f"{path}[{i}]", item) for i, item in enumerate(items or ()))
+    yield from ((f"{path}[{key!r}]", item) for key, item in pairs or ())
+    for i, part in enumerate(arguments):
+        if part is not type(value):
+            yield f"{path}.__reduce__()[1][{i}]", part

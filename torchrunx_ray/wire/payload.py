@@ -11,6 +11,7 @@ from typing import Any
 
 from torchrunx_ray.errors import PayloadError
 from torchrunx_ray.wire import by_value, pickling
+from torchrunx_ray.wire.advice import advice_on, reason_of
 from torchrunx_ray.wire.culprit import find_culprit, users_part
 
 _keep_packed: ContextVar[bool] = ContextVar("_keep_packed", default=False)
@@ -82,13 +83,19 @@ def pack(
     try:
         pickled = pickling.dumps_with_buffers(values[0] if len(values) == 1 else values, replace)
     except Exception as error:
-        path = find_culprit(parts, replace)
-        reason = f"{type(error).__name__}: {error}"
-        raise PayloadError(path=path, reason=reason, rank=rank, hostname=hostname) from users_part(
-            error
-        )
-    buffers = tuple(buffer.raw() for buffer in pickled.buffers)
-    return Packed(pickled.stream, buffers, pickled.owners)
+        failed = error
+    else:
+        buffers = tuple(buffer.raw() for buffer in pickled.buffers)
+        return Packed(pickled.stream, buffers, pickled.owners)
+    culprit = find_culprit(parts, failed, replace)
+    del failed  # it refers to this frame
+    raise PayloadError(
+        path=culprit.path,
+        reason=reason_of(culprit.error),
+        rank=rank,
+        hostname=hostname,
+        advice=advice_on(culprit, is_returned=rank is not None),
+    ) from users_part(culprit.error)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What became of the function, as one message to the agent."""
 
+import bdb
 import contextlib
 import dataclasses
 import errno
@@ -22,6 +23,13 @@ from torchrunx_ray.wire.transfer import Layout, Spans
 _TWICE_NOTE = (
     "torchrunx_ray made a process group before it called the function; launch with backend=None "
     "to make your own, or destroy_process_group() first."
+)
+
+_NO_STDIN_NOTE = (
+    "A worker has no stdin, so a debugger that reads it ends at once. Call the function by itself in one "
+    "process, or let the worker wait for a debugger that attaches: debugpy.listen(...), then "
+    "debugpy.wait_for_client(). PYTHONBREAKPOINT=0 makes breakpoint() do nothing; run.stacks() shows what "
+    "every rank is doing."
 )
 
 _NOT_REPORTED_ADVICE = (
@@ -128,6 +136,8 @@ def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseExc
 def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
     if isinstance(error, ValueError) and "default process group twice" in str(error):
         error.add_note(_TWICE_NOTE)
+    if isinstance(error, bdb.BdbQuit):
+        error.add_note(_NO_STDIN_NOTE)
     exception, unraisable = _dump(error)
     code = error.code if isinstance(error, SystemExit) else None
     return messages.Failed(

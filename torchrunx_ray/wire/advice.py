@@ -1,0 +1,52 @@
+"""What to do about a value that cannot be pickled."""
+
+import sys
+
+from torchrunx_ray.wire.by_value import UnfitError
+from torchrunx_ray.wire.culprit import Culprit, is_of_a_library
+
+
+def reason_of(error: Exception) -> str:
+    """Its type and words; torch leaves some of its own unformatted."""
+    if isinstance(error, UnfitError):
+        return str(error)
+    words = str(error)
+    if len(error.args) > 1 and isinstance(error.args[0], str) and "{}" in error.args[0]:
+        words = error.args[0].format(*error.args[1:])
+    return f"{type(error).__name__}: {words}"
+
+
+def advice_on(culprit: Culprit, *, is_returned: bool) -> str:
+    """A sentence; empty where the reason says it."""
+    if isinstance(culprit.error, UnfitError):
+        return ""
+    for part in reversed(culprit.chain):
+        if isinstance(part, type):
+            return (
+                f"Put the class {part.__qualname__} into a module beside the script, and import it: of a "
+                "module's class only the name travels."
+            )
+    if is_returned and culprit.chain and _is_of_torch_distributed(type(culprit.chain[-1])):
+        return "Return tensors or a state_dict instead: process groups end with the workers."
+    instead = "Return what can be pickled" if is_returned else "Make it inside the function"
+    return f"{instead} instead{_what_a_class_could_do(culprit)}."
+
+
+def _what_a_class_could_do(culprit: Culprit) -> str:
+    """The nearest one that is the user's to change: nobody can give a lock a __reduce__."""
+    for part in reversed(culprit.chain):
+        if _is_users(type(part)):
+            name = type(part).__qualname__
+            if part is culprit.chain[-1]:
+                return f", or give {name} a __reduce__ or __getstate__ that works"
+            return f", or give {name} a __getstate__ that leaves it out"
+    return ""
+
+
+def _is_of_torch_distributed(kind: type) -> bool:
+    return kind.__module__.startswith(("torch.distributed", "torch._C._distributed"))
+
+
+def _is_users(kind: type) -> bool:
+    root = kind.__module__.partition(".")[0]
+    return root not in sys.stdlib_module_names and not is_of_a_library(kind)
