@@ -1,8 +1,10 @@
 """Launches on three raylets: a head with CPUs only, and two nodes of 4 CPUs and 4 (logical) GPUs."""
 
 import concurrent.futures
+import dataclasses
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from ray.cluster_utils import Cluster
 import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
+from torchrunx_ray.driver import returning
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +360,50 @@ def test_launch_inside_a_ray_task_and_an_actor(three_raylets: Cluster) -> None:
     actor: Any = ray.remote(num_cpus=0)(Trainer)
     trainer = actor.remote()
     assert ray.get([task.remote(), trainer.train.remote()]) == [[0, 1], [0, 1]]
+
+
+def test_node_that_left_a_moment_ago_is_waited_for(
+    three_raylets: Cluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passing: dict[str, Any] = {
+        "num_cpus": 2,
+        "resources": {"passing": 1},
+        "labels": {"zone": "c"},
+        "node_ip_address": "127.0.0.2",
+    }
+    by_name = trx.Launcher(hostnames=["127.0.0.2"], workers_per_host=1, backend=None)
+    by_label = trx.Launcher(workers_per_host="cpu", label_selector={"zone": "c"}, backend=None)
+    launchers = [
+        by_name,
+        dataclasses.replace(by_label, cpus_per_worker=0.1),
+        dataclasses.replace(by_name, hostnames=1, resources_per_host={"passing": 1}),
+    ]
+    node = three_raylets.add_node(**passing)
+    by_id = dataclasses.replace(by_name, hostnames=[nodes(passing=1)[0]["NodeID"]])
+    session = by_name.session()
+    session.run(os.getpid)
+    runs = [dataclasses.replace(by_name, cpus_per_worker=2).submit(os.getpid)]
+    assert processes.wait_until(lambda: "waiting for room" in caplog.text, 10)
+
+    three_raylets.remove_node(node, allow_graceful=True)
+    with pytest.raises(trx.PlacementError, match="is no live node"):
+        by_id.run(os.getpid)  # its successor has another id
+    with monkeypatch.context() as patched:
+        patched.setattr(returning, "WAIT_S", 0)
+        for launcher in launchers:
+            with pytest.raises(trx.PlacementError):
+                launcher.run(os.getpid)
+    caplog.clear()
+    runs += [session.submit(os.getpid), *(launcher.submit(os.getpid) for launcher in launchers)]
+    left = r"127\.0\.0\.2, \w+\) left the cluster \d+ s ago\. A node that left is waited for"
+    assert processes.wait_until(lambda: re.search(left, caplog.text) is not None, 20), caplog.text
+    assert not any(run.done() for run in runs)
+
+    three_raylets.add_node(**passing)
+    for run in runs[1:]:
+        assert run.result(timeout=60).hostnames[0] in ("127.0.0.2", "vm")
+    session.close()
+    assert len(runs[0].result(timeout=60)) == 1
 
 
 def test_killed_raylet_is_told_at_once(three_raylets: Cluster, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 
 import torchrunx_ray as trx
 from tests.processes import wait_until
-from torchrunx_ray.driver import line
+from torchrunx_ray.driver import line, reports
 
 CPUS = 8
 
@@ -112,6 +112,26 @@ def test_waiting_launch_whose_placement_group_was_removed_says_so(cluster: None)
         remove_placement_group(PlacementGroup(group_id))
         with pytest.raises(trx.PlacementError, match=r"somebody removed it.* Launch again\."):
             run.result(timeout=30)
+
+
+def test_launches_that_wait_at_once_are_told_in_one_warning(
+    cluster: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fifty submits printed 45 tables within a second."""
+    monkeypatch.setattr(reports, "EVERY_S", 2)
+    with of_cpus(CPUS).session():
+        runs = [of_cpus(CPUS).submit(int) for _ in range(8)]
+        assert wait_until(lambda: len(waiting()) == 8, 20)
+        begun = time.monotonic()
+        assert wait_until(lambda: "7 more launches of this driver wait" in caplog.text, 20)
+        passed_s = time.monotonic() - begun
+        for run in runs:
+            run.cancel()
+        for run in runs:
+            with pytest.raises(CancelledError):
+                run.result()
+    said = [r.getMessage() for r in caplog.records if "waiting for room" in r.getMessage()]
+    assert len(said) <= 2 + passed_s / 2
 
 
 def of_cpus(cpus: int) -> trx.Launcher:

@@ -132,7 +132,8 @@ def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
 
 def _node_called(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node | None:
     for node in nodes:
-        names = (node.hostname, node.hostname.partition(".")[0], node.ip, node.node_id)
+        names = [node.hostname, node.hostname.partition(".")[0], node.ip]
+        names += [node.node_id] if node.left_s is None else []  # it comes back with another id
         if name in names or (name == "localhost" and node.node_id == driver_node_id):
             return node
     return None
