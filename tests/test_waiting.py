@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 
 import torchrunx_ray as trx
 from tests.processes import wait_until
-from torchrunx_ray.driver import line
+from torchrunx_ray.driver import line, reports
 
 CPUS = 8
 
@@ -112,6 +112,56 @@ def test_waiting_launch_whose_placement_group_was_removed_says_so(cluster: None)
         remove_placement_group(PlacementGroup(group_id))
         with pytest.raises(trx.PlacementError, match=r"somebody removed it.* Launch again\."):
             run.result(timeout=30)
+
+
+def test_launches_that_wait_at_once_are_told_in_one_warning(
+    cluster: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fifty submits printed 45 tables within a second."""
+    monkeypatch.setattr(reports, "EVERY_S", 2)
+    with of_cpus(CPUS).session():
+        runs = [of_cpus(CPUS).submit(int) for _ in range(8)]
+        assert wait_until(lambda: len(waiting()) == 8, 20)
+        begun = time.monotonic()
+        assert wait_until(lambda: "7 more launches of this driver wait" in caplog.text, 20)
+        passed_s = time.monotonic() - begun
+        for run in runs:
+            run.cancel()
+        for run in runs:
+            with pytest.raises(CancelledError):
+                run.result()
+    said = [r.getMessage() for r in caplog.records if "waiting for room" in r.getMessage()]
+    assert len(said) <= 2 + passed_s / 2
+
+
+def test_error_right_after_a_launch_shows_as_free_what_is_given_back(cluster: None) -> None:
+    for _ in range(5):
+        of_cpus(CPUS).run(int)
+        with pytest.raises(trx.PlacementError) as caught:
+            of_cpus(CPUS + 2).run(int)
+        assert [free.get("CPU") for free in caught.value.free.values()] == [CPUS]
+
+
+def test_workers_that_share_cpus_are_told_of_once(
+    cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    launcher = trx.Launcher(hostnames=1, workers_per_host=CPUS * 2 + 1, backend=None)
+    for _ in range(2):
+        launcher.session().close()
+
+    said = [r.getMessage() for r in caplog.records if "share" in r.getMessage()]
+    assert len(said) == 1
+    assert f"17 workers share {CPUS} CPUs, up to 3 on each" in said[0]
+
+
+def test_workers_for_gpus_that_are_not_there_are_told_what_to_write(cluster: None) -> None:
+    options: list[dict[str, Any]] = [{}, {"hostnames": 1}, {"hostnames": ["localhost"]}]
+    for option in options:
+        with pytest.raises(trx.PlacementError, match="has no GPU") as caught:
+            trx.Launcher(workers_per_host="gpu", **option).run(int)
+        advice = str(caught.value).splitlines()[-1]
+        assert advice.startswith('Use workers_per_host="cpu", or a number of workers')
+        assert "autoscaler" not in advice  # this Ray was started here
 
 
 def of_cpus(cpus: int) -> trx.Launcher:

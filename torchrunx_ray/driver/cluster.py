@@ -1,21 +1,28 @@
 """The nodes of the Ray cluster that this driver belongs to."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ray._raylet
+
 from torchrunx_ray.driver.connection import Connection, is_remote_client, untyped_ray
+
+_raylet: Any = ray._raylet  # Cython, without types
 
 
 @dataclass(frozen=True)
 class Node:
-    """A live node of the cluster, and what it has in all."""
+    """A node of the cluster, and what it has in all."""
 
     node_id: str
     hostname: str
     ip: str
     resources: Mapping[str, float]
     labels: Mapping[str, str]
+    left_s: float | None = None
+    """Seconds since it left the cluster; None while it is there."""
 
     @property
     def name(self) -> str:
@@ -62,6 +69,33 @@ def live_nodes() -> list[Node]:
         for node in nodes
         if node["Alive"]
     ]
+
+
+def left_nodes() -> list[Node]:
+    """Return the nodes that left the cluster, as far as Ray's head still knows them."""
+    return Connection().inside(_left_nodes)
+
+
+def _left_nodes() -> list[Node]:
+    # Ray's public table tells neither when a node left nor what it had.
+    gcs = _raylet.GcsClient(address=context().gcs_address)
+    return [
+        Node(
+            node_id=info.node_id.hex(),
+            hostname=info.node_manager_hostname,
+            ip=info.node_manager_address,
+            resources=dict(info.resources_total),
+            labels=dict(info.labels),
+            left_s=time.time() - info.end_time_ms / 1000,
+        )
+        for info in gcs.get_all_node_info(timeout=5).values()
+        if info.end_time_ms
+    ]
+
+
+def total_resources() -> dict[str, float]:
+    """Return what the whole cluster has."""
+    return untyped_ray.cluster_resources()
 
 
 def free_resources() -> dict[str, float]:

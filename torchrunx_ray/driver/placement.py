@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import logging
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +12,22 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from torchrunx_ray.driver import cluster, line, orphans, placement_group
+from torchrunx_ray.driver import cluster, line, orphans, placement_group, reports
 from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.connection import ClusterLeft, Connection, untyped_ray
-from torchrunx_ray.driver.loop import in_thread, to_the_end
+from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
-from torchrunx_ray.driver.shape import Shape, resolve
+from torchrunx_ray.driver.returning import resolve_when_back
+from torchrunx_ray.driver.room import HostLeft
+from torchrunx_ray.driver.shape import Shape
 from torchrunx_ray.driver.waiting import Waiting
 from torchrunx_ray.errors import PlacementError
 
 logger = logging.getLogger("torchrunx_ray")
+
+_said: set[str] = set()
+"""What this driver has warned of."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +84,29 @@ class Placement:
 
 
 async def place(options: Options, progress: Progress) -> Placement:
-    """Reserve room for the launch; PlacementError where there is none in time."""
-    connection = Connection()
-    nodes, here = await connection.call(_nodes_and_ours)
-    if options.hostnames == "slurm":  # that asks Slurm, and names
-        shape = await in_thread(resolve, options, nodes, here)
-    else:
-        shape = resolve(options, nodes, here)
+    """Reserve room for the launch; PlacementError if there is none in time."""
     orphans.sweep()
-    waiting = Waiting(options, shape, connection, progress)
+    begun = time.monotonic()
+    left: HostLeft | None = None
+    try:
+        while True:
+            try:
+                return await _place(options, progress, begun)
+            except HostLeft as host:
+                left = host
+            except PlacementError as error:
+                if left is None:
+                    raise
+                raise left.error from error
+    finally:
+        reports.forget(progress.name)
+
+
+async def _place(options: Options, progress: Progress, begun: float) -> Placement:
+    """Choose hosts and wait until they have room; HostLeft if others must be chosen."""
+    connection = Connection()
+    shape, nodes = await resolve_when_back(options, progress, connection, begun)
+    waiting = Waiting(options, shape, connection, progress, time.monotonic() - begun)
     try:
         while True:
             group = await waiting.until_placed(nodes)
@@ -101,11 +122,8 @@ async def place(options: Options, progress: Progress) -> Placement:
         Exception
     ):  # a handler of the driver's may fail; the room is given back
         logger.info("%s: %s", progress.name, _in_words(shape, hosts, nodes))
+        _say_who_shares(options, hosts)
     return placement
-
-
-def _nodes_and_ours() -> tuple[list[Node], str]:
-    return cluster.live_nodes(), cluster.context().get_node_id()
 
 
 async def _hosts_of(
@@ -122,6 +140,23 @@ async def _hosts_of(
         Host(nodes[node_id], host.label or hostname, host.workers, shape.gpus_per_worker)
         for node_id, host, hostname in zip(node_ids, shape.hosts, hostnames, strict=True)
     ]
+
+
+def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
+    """Warn if workers share CPUs that nobody has asked them to share; once of each such host."""
+    if options.cpus_per_worker is not None:
+        return
+    for host in hosts:
+        cpus = int(host.node.cpus)
+        if cpus and host.workers > cpus:
+            said = (
+                f"{host.workers} workers share {cpus} CPUs, up to {math.ceil(host.workers / cpus)} on "
+                f"each, on {host.label}: they take turns. If that is meant, cpus_per_worker="
+                f"{math.floor(100 * cpus / host.workers) / 100:g} says so; else give fewer workers_per_host."
+            )
+            if said not in _said:
+                _said.add(said)
+                logger.warning(said)
 
 
 def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:

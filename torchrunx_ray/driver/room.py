@@ -7,16 +7,28 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
-from torchrunx_ray.driver import cluster, placement_group
+from torchrunx_ray.driver import cluster, placement_group, returning
 from torchrunx_ray.driver.autoscaler import Outlook, outlook
 from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.fit import unplaced, what_no_node_is, why_impossible
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.reports import For
 from torchrunx_ray.driver.shape import Shape
 from torchrunx_ray.errors import PlacementError, amounts_in_words, room_table
 
 logger = logging.getLogger("torchrunx_ray")
+
+
+class HostLeft(Exception):
+    """A host that was chosen left the cluster while the launch waited for room.
+
+    `error` is for the user, if no other host will do.
+    """
+
+    def __init__(self, error: PlacementError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,8 @@ class Room:
     options: Options
     shape: Shape
     nodes: Sequence[Node]
+    left: Sequence[Node]
+    """Nodes that may be back soon."""
     free_by_node: Mapping[str, Mapping[str, float]]
     scheduling_state: str
     outlook: Outlook
@@ -39,6 +53,7 @@ class Room:
             options,
             shape,
             await connection.call(cluster.live_nodes),
+            await returning.nodes_that_left(connection),
             await connection.call(cluster.free_by_node),
             await connection.call(placement_group.scheduling_state, group),
             await connection.call(outlook, untyped_group.id.hex()),
@@ -54,16 +69,15 @@ class Room:
         return self.scheduling_state in placement_group.UNDECIDED
 
     def check(self, waited_s: float, limit_s: float) -> None:
-        """Raise where waiting has no end, or has come to its end."""
+        """Raise HostLeft, or PlacementError if more waiting is no use or the time is over."""
         gone = self._host_that_left()
         if gone is not None:
-            raise self._error(
-                f"{gone}, chosen as one of the launch's hosts, left the cluster while it waited.",
-                "Launch again: hosts are chosen among the nodes that live. If hostnames names it, bring "
-                "it back or leave it out.",
+            problem = (
+                f"{gone}, chosen as one of the launch's hosts, left the cluster while it waited."
             )
+            raise HostLeft(self._error(problem, "Bring it back, or leave it out of hostnames."))
         never = self._why_never()
-        if never is not None:
+        if never is not None and self.waits_for is not For.RETURN:
             raise self._error(
                 f"The Ray cluster can never hold this launch: {never}.",
                 "Ask for fewer hosts or workers, or for less per worker."
@@ -71,7 +85,7 @@ class Room:
                 else "Ask for one that is there, or add a node that has it.",
             )
         if waited_s >= limit_s:
-            starting = self._starting()
+            starting = self._news()
             raise self._error(
                 f"The Ray cluster had no room for this launch within placement_timeout={limit_s:g} s"
                 + (f"; {starting}." if starting else "."),
@@ -89,10 +103,10 @@ class Room:
             "`ray list actors` and `ray list tasks` tell. Wait longer, or ask for less."
         )
 
-    def report(self, name: str, waited_s: float, limit_s: float) -> None:
-        starting = self._starting()
+    def report(self, name: str, waited_s: float, limit_s: float, others: str) -> None:
+        starting = self._news()
         logger.warning(
-            "%s is waiting for %s, %.0f s%s so far%s\n%s",
+            "%s is waiting for %s, %.0f s%s so far%s%s\n%s",
             name,
             "Ray to reserve its room (is a node slow to answer Ray's head?)"
             if self.is_being_reserved
@@ -100,6 +114,7 @@ class Room:
             waited_s,
             "" if self.options.placement_timeout is None else f" of {limit_s:g}",
             f"; {starting}" if starting else "",
+            others,
             room_table(self._wanted(), self._free(), self._total()),
         )
 
@@ -132,7 +147,18 @@ class Room:
             return "Ray finds no way to place the hosts as placement_strategy and labels ask"
         return reason
 
-    def _starting(self) -> str:
+    @property
+    def waits_for(self) -> For:
+        """Return For.RETURN if only nodes that left a moment ago are missing."""
+        if not self.left or self._why_never() is None:
+            return For.ROOM
+        with_them = [*self.nodes, *self.left]
+        return For.ROOM if why_impossible(self._wanted(), with_them, self.options) else For.RETURN
+
+    def _news(self) -> str:
+        """Return which nodes may come."""
+        if self.waits_for is For.RETURN:
+            return returning.in_words(self.left)
         if not self.outlook.can_grow:
             return ""
         nodes = ", ".join(f"{count} x {kind}" for kind, count in self.outlook.starting.items())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ray.util.placement_group import PlacementGroup
 
-from torchrunx_ray.driver import line, orphans, placement_group
+from torchrunx_ray.driver import line, orphans, placement_group, reports
 from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.line import Place
@@ -23,28 +23,38 @@ _VERDICT_S = 0.05
 _LOOK_S = 1.0
 """How often a launch that waits looks whether it still may; an autoscaler decides by the second."""
 
-_REPORT_EVERY_S = 10
-"""Also how long one question to Ray waits, which takes whole seconds."""
+_QUESTION_S = 10
+"""How long one question to Ray waits, in whole seconds."""
 
 
 class Waiting:
     """A launch that asks Ray for its placement group, and asks anew when there may be room for it."""
 
     def __init__(
-        self, options: Options, shape: Shape, connection: Connection, progress: Progress
+        self,
+        options: Options,
+        shape: Shape,
+        connection: Connection,
+        progress: Progress,
+        waited_s: float,
     ) -> None:
+        """`waited_s`: for nodes that left, which counts for placement_timeout, too."""
         self._options = options
         self._shape = shape
         self._connection = connection
         self._progress = progress
         self._limit_s = math.inf if options.placement_timeout is None else options.placement_timeout
-        self._begun = time.monotonic()
-        self._reported = -math.inf
+        self._waited_s = waited_s
+        self._begun = time.monotonic() - waited_s
         self._group: PlacementGroup | None = None
         self._asking: asyncio.Task[bool] | None = None
 
     async def until_placed(self, nodes: Sequence[Node]) -> PlacementGroup:
-        """The group once it has room; PlacementError when it cannot have any, or has not in time."""
+        """Return the group once it has room.
+
+        Raises PlacementError if it cannot have any, or has none in time; HostLeft if hosts must be
+        chosen again.
+        """
         with line.queued(self._shape.needed) as place:
             group = self._group or await self._ask_in_turn(place, nodes)
             pause_s = _VERDICT_S
@@ -67,7 +77,7 @@ class Waiting:
         if self._shape.fits_in_sum(nodes):
             await place.offered(line.recent_for_s())
             place.take()
-        self._begun = time.monotonic()
+        self._begun = time.monotonic() - self._waited_s
         return await self._ask()
 
     async def _ask(self) -> PlacementGroup:
@@ -87,7 +97,7 @@ class Waiting:
     async def _is_placed(self, group: PlacementGroup, place: Place, timeout_s: float) -> bool:
         """Wait for that, or for an offer."""
         if self._asking is None:
-            self._asking = asyncio.create_task(self._connection.call(group.wait, _REPORT_EVERY_S))
+            self._asking = asyncio.create_task(self._connection.call(group.wait, _QUESTION_S))
             # The group may be removed while Ray is still asked about it.
             self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         asking = self._asking
@@ -111,11 +121,23 @@ class Waiting:
         """Whether it still may wait, and what for."""
         self._connection.check()
         now = time.monotonic()
-        room = await Room.now(group, self._options, self._shape, self._connection)
-        room.check(now - self._begun, self._limit_s)
+        room = await self._checked_room(group, now - self._begun)
         self._progress.waiting_for = room.in_brief()
-        quiet_since = self._begun if room.is_being_reserved else -math.inf
-        if now - max(self._reported, quiet_since) >= _REPORT_EVERY_S:
-            room.report(self._progress.name, now - self._begun, self._limit_s)
+        is_early = room.is_being_reserved and now - self._begun < reports.EVERY_S
+        if not is_early and reports.is_due(self._progress.name, room.waits_for):
+            others = reports.others_than(self._progress.name)
+            room.report(self._progress.name, now - self._begun, self._limit_s, others)
             orphans.sweep()
-            self._reported = now
+
+    async def _checked_room(self, group: PlacementGroup, waited_s: float) -> Room:
+        """Return the room, or raise its error, which counts as free what is being given back."""
+        room = await Room.now(group, self._options, self._shape, self._connection)
+        try:
+            room.check(waited_s, self._limit_s)
+        except PlacementError:
+            if not line.release_is_recent():
+                raise
+            await line.until_head_knows(self._connection)
+            room = await Room.now(group, self._options, self._shape, self._connection)
+            room.check(waited_s, self._limit_s)
+        return room

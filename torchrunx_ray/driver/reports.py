@@ -1,0 +1,54 @@
+"""Warnings of launches that wait: every 10 s one for all of this driver's."""
+
+import os
+import time
+from enum import Enum, auto
+
+EVERY_S = 10.0
+
+_NAMES_SHOWN = 4
+
+
+class For(Enum):
+    """What a launch waits for."""
+
+    ROOM = auto()
+    RETURN = auto()
+    """A node that left the cluster is back."""
+
+
+_waiting: dict[str, For] = {}
+"""The launches that wait, by name."""
+
+_last: dict[For, float] = {}
+"""When the last warning of each kind was made."""
+
+
+def is_due(name: str, what: For) -> bool:
+    """Note that the launch waits, and return whether it is to say so, for all that do."""
+    is_first = what not in _waiting.values()
+    _waiting[name] = what
+    if not is_first and time.monotonic() - _last[what] < EVERY_S:
+        return False
+    _last[what] = time.monotonic()
+    return True
+
+
+def others_than(name: str) -> str:
+    """Return which other launches wait, as the end of a sentence."""
+    names = [waiting for waiting in _waiting if waiting != name]
+    if not names:
+        return ""
+    shown = ", ".join([*names[:_NAMES_SHOWN], *(["..."] if names[_NAMES_SHOWN:] else [])])
+    if len(names) == 1:
+        return f"; 1 more launch of this driver waits: {shown}"
+    return f"; {len(names)} more launches of this driver wait: {shown}"
+
+
+def forget(name: str) -> None:
+    """Note that the launch waits no more."""
+    _waiting.pop(name, None)
+
+
+# A forked child has none of its parent's launches.
+os.register_at_fork(after_in_child=_waiting.clear)
