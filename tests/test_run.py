@@ -85,8 +85,8 @@ def test_early_cancels_leave_no_placement_group(cluster: None) -> None:
     assert wait_until(lambda: living() <= before)
 
 
-def test_many_cancels_leave_no_worker(launcher: trx.Launcher, tmp_path: Path) -> None:
-    """A third cancellation gave up on workers that ignore SIGTERM; the next launch met them."""
+def test_many_kills_leave_no_worker(launcher: trx.Launcher, tmp_path: Path) -> None:
+    """The third of them gave up on workers that ignore SIGTERM; the next launch met them."""
 
     def ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -95,8 +95,8 @@ def test_many_cancels_leave_no_worker(launcher: trx.Launcher, tmp_path: Path) ->
 
     run = launcher.submit(ignore_sigterm)
     assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
-    for _ in range(5):
-        run.cancel()
+    for stop in (run.cancel, *[run.kill] * 4):
+        stop()
         time.sleep(0.001)
     with pytest.raises(concurrent.futures.CancelledError):
         run.result(timeout=30)

@@ -75,7 +75,7 @@ def test_failure_is_heard_while_a_handler_blocks(
     assert counts == list(range(counts[-1] + 1))
 
 
-def test_second_cancellation_gives_up_output_that_nobody_takes(
+def test_kill_gives_up_output_that_nobody_takes(
     cluster: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Blocked(Kept):
@@ -95,7 +95,7 @@ def test_second_cancellation_gives_up_output_that_nobody_takes(
         run.cancel()
         time.sleep(1)  # a person's finger
         assert not run.done()
-        run.cancel()
+        run.kill()
         assert wait_until(run.done, 5)
         assert "is not shown" in caplog.text
     finally:

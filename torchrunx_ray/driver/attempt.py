@@ -101,6 +101,7 @@ class Attempt:
         self._stacks = Stacks({})
         self._looking: asyncio.Task[None] | None = None
         self._was_cancelled = False
+        self._is_to_be_killed = False
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
         self.failures_before_stop: Failures | None = None
@@ -115,8 +116,8 @@ class Attempt:
     async def go(self, call: Call) -> list[list[Value]] | Failures:
         """Every rank's value, by host, or what failed.
 
-        On cancellation, as on failure, it returns only when no worker lives; a second
-        cancellation kills them.
+        On cancellation, as on failure, it returns only when no worker lives; a cancellation after
+        `kill`, or a second one, kills them.
         """
         self._logs = RunLogs(self._options, call.log_handlers, self._speakers())
         talks = [
@@ -185,6 +186,10 @@ class Attempt:
                 error,
             )
 
+    def kill(self) -> None:
+        """Let the next cancellation kill the workers."""
+        self._is_to_be_killed = True
+
     async def stacks(self) -> Stacks:
         """What the workers that live are doing."""
         return await self._lookout.stacks()
@@ -199,9 +204,10 @@ class Attempt:
                 if cancelled is None:
                     self.failures_before_stop = self.failures
                     self._was_cancelled = True
+                if cancelled is None and not self._is_to_be_killed:
                     self._looking = asyncio.create_task(self._look_and_stop(grace_s))
                 else:
-                    self._stop(grace_s)
+                    self._stop(0)
                     self._logs.give_up()
                 cancelled = error
         if cancelled is not None:

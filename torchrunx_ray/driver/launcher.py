@@ -13,6 +13,7 @@ from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.driver.session import Session
 from torchrunx_ray.driver.told import told
+from torchrunx_ray.driver.tracebacks import short_traceback
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,17 +29,21 @@ class Launcher(Options):
         Raises what the first failing worker raised, as the type that it is, or a LaunchError.
         Either way nothing of the launch is left running.
         """
-        return self.submit(func, *args, **kwargs).result()
+        with short_traceback:
+            return self.submit(func, *args, **kwargs).result()
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background; wait for it by the run's `result()`, or await it."""
-        call = put_call(func, args, kwargs, self)
-        progress = Progress(call.run_name)
-        return Run(told(lambda: run_once(self, call, progress), progress, self), progress)
+        with short_traceback:
+            call = put_call(func, args, kwargs, self)
+            progress = Progress(call.run_name)
+            life = told(lambda: run_once(self, call, progress), progress, self)
+            return Run(life, progress, self.shutdown_timeout)
 
     def session(self) -> Session:
         """Reserve the hosts for several runs. Waits until there is room."""
-        return Session(self)
+        with short_traceback:
+            return Session(self)
 
 
 def launch(
@@ -51,6 +56,7 @@ def launch(
 
     The options are those of `Launcher`; raises what `Launcher.run` raises.
     """
-    check_option_names(options, (field.name for field in fields(Options)), "launch()")
-    check_arguments(func_args, func_kwargs)
-    return Launcher(**options).run(func, *func_args, **(func_kwargs or {}))
+    with short_traceback:
+        check_option_names(options, (field.name for field in fields(Options)), "launch()")
+        check_arguments(func_args, func_kwargs)
+        return Launcher(**options).run(func, *func_args, **(func_kwargs or {}))

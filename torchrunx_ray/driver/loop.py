@@ -53,6 +53,12 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         except BaseException as error:
             future.set_exception(error)
 
+    start_thread(work)
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def start_thread(work: Callable[[], None]) -> None:
+    """Do it in a daemon thread, or here where no thread can be started."""
     context = contextvars.copy_context()  # a notebook knows by it whose cell a line belongs to
     try:
         threading.Thread(
@@ -60,7 +66,19 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         ).start()
     except RuntimeError:  # from Python 3.12 on none starts any more when the script has ended
         work()
-    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def waker(future: "concurrent.futures.Future[Any]") -> "asyncio.Future[None]":
+    """A future of the running event loop, done when the other one is, whatever became of it."""
+    here = asyncio.get_running_loop()
+    woken: asyncio.Future[None] = here.create_future()
+
+    def wake(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # that loop was closed meanwhile
+            here.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
+
+    future.add_done_callback(wake)
+    return woken
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:

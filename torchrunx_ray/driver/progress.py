@@ -9,10 +9,12 @@ from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.stacks import Stacks
 
 
-class HasStacks(Protocol):
+class GoesOn(Protocol):
     """An attempt, as far as the user of its run may ask it."""
 
     async def stacks(self) -> Stacks: ...
+
+    def kill(self) -> None: ...
 
 
 class Progress:
@@ -24,7 +26,7 @@ class Progress:
     def __init__(self, name: str) -> None:
         self.name = name
         self.history = History()
-        self.attempt: HasStacks | None = None
+        self.attempt: GoesOn | None = None
         self.waits_for_turn = False
         self.waiting_for = ""
         """While it waits for room: for what."""

@@ -132,7 +132,7 @@ class LaunchResult(Generic[R]):
             raise AgentFailedError(hostname=hostname, what=what, evidence=str(error)) from error
         try:
             return packed.unpack()
-        except Exception as error:
+        except (Exception, SystemExit, GeneratorExit) as error:  # Ctrl-C is the driver's own
             raise PayloadError(
                 path="the return value",
                 reason=f"{type(error).__name__}: {error}",

@@ -4,17 +4,24 @@ import asyncio
 import atexit
 import concurrent.futures
 import logging
+import math
+import numbers
 import os
+import types
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Generic, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-from torchrunx_ray.driver import loop
+from torchrunx_ray.driver import interruption, loop
 from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.stacks import Stacks
+from torchrunx_ray.driver.tracebacks import short_traceback, shorten
+from torchrunx_ray.errors import LaunchError
 
 R = TypeVar("R")
+
+Life = Coroutine[Any, Any, LaunchResult[Any] | Failures]
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -22,47 +29,58 @@ _living: dict["Run[Any]", Callable[[], None]] = {}
 """Runs go on when nobody holds them, and an event loop keeps no task alive; with what a fork asks of them."""
 
 
-class Run(Generic[R]):
-    """A launch in the background.
+class Run(concurrent.futures.Future[LaunchResult[R]]):
+    """A launch in the background: a `concurrent.futures.Future` of its result.
 
-    `result` and `done` behave as those of concurrent.futures.Future; `cancel` also stops a run that has
-    begun. It can be awaited too, from any event loop; cancelling whoever awaits it stops it, as with
-    asyncio's own tasks.
+    `concurrent.futures.wait` and `as_completed` take it. `done()` is True when the run has ended and
+    given its hosts back, `cancelled()` when `cancel` or `kill` ended it. `add_done_callback(fn)` calls
+    `fn(run)` at the end, in a thread of its own. Unlike other futures a run can be cancelled until it
+    ends.
+
+    A run can be awaited, from any event loop. Cancelling the task that awaits a run cancels the run,
+    as with asyncio's own tasks.
     """
 
-    def __init__(
-        self, life: Coroutine[Any, Any, "LaunchResult[Any] | Failures"], progress: Progress
-    ) -> None:
+    _was_asked = True  # until __init__ is through
+
+    def __init__(self, life: Life, progress: Progress, shutdown_timeout: float) -> None:
+        super().__init__()
         self._progress = progress
-        self._ended: concurrent.futures.Future[LaunchResult[R] | Failures] = (
-            concurrent.futures.Future()
-        )
-        self._was_asked = False
+        self._shutdown_timeout = shutdown_timeout
+        self._asked_to: Literal["go on", "stop", "die"] = "go on"
+        self._failures: Failures | None = None
+        self._raised_at: types.TracebackType | None = None
         self._loop = loop.running()
+        self._was_asked = False
         _living[self] = self._leave_to_parent
         self._loop.call_soon_threadsafe(self._begin, life)
+
+    @property
+    def name(self) -> str:
+        """Name of the run in logs, errors and the dashboard."""
+        return self._progress.name
 
     def result(self, timeout: float | None = None) -> LaunchResult[R]:
         """Wait for all workers; raise what the first failing one raised.
 
-        After `timeout` seconds TimeoutError is raised, and the run goes on. Ctrl-C stops the run
-        and raises KeyboardInterrupt when nothing of it is left; a second one kills it. So does
+        After `timeout` seconds TimeoutError is raised, and the run goes on. Ctrl-C cancels the run,
+        and raises KeyboardInterrupt when nothing of the run is left; a second Ctrl-C kills it. So does
         whatever else a signal handler raises: Ray's makes SystemExit of SIGTERM.
         """
-        try:
-            loop.wait(self._ended, timeout)
-        except BaseException as interruption:
-            self._was_asked = True
-            self._stop()
-            self._tell_of_stop(interruption)
-            raise
-        if not self._ended.done():
-            raise TimeoutError(f"the run goes on after {timeout:g} s; result() waits for it again")
-        self._was_asked = True
-        try:
-            return self._value_of(self._ended.result())
-        finally:
-            del self  # what is raised refers to this frame, and must not wait for Python's gc
+        with short_traceback:
+            try:
+                self._wait_for_end(timeout)
+                return self._outcome(concurrent.futures.CancelledError)
+            finally:
+                del self  # what is raised refers to this frame, and must not wait for Python's gc
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as `result` does; return what it would raise, None where it would return."""
+        with short_traceback:
+            self._wait_for_end(timeout)
+            if self.cancelled():
+                raise concurrent.futures.CancelledError(f"{self.name} was cancelled")
+            return self._error()
 
     def stacks(self) -> Stacks:
         """What the workers are doing now; `print` it.
@@ -73,122 +91,184 @@ class Run(Generic[R]):
         loop.wait(asked)
         return asked.result()
 
-    def done(self) -> bool:
-        """Whether it has ended and given its hosts back."""
-        return self._ended.done()
+    def running(self) -> bool:
+        """Return True from when it has its hosts until it ends."""
+        return self._progress.history.placed_ns is not None and not self.done()
 
     def cancel(self) -> bool:
-        """Begin to stop the run; False where it has ended. `result` will raise CancelledError."""
-        if self._ended.done():
-            return False
-        self._loop.call_soon_threadsafe(lambda: self._task.cancel())
-        return True
+        """Begin to stop the run; False if it has ended.
+
+        Workers get SIGTERM, and SIGKILL after `shutdown_timeout`. Calling `cancel` again changes
+        nothing. `result` raises CancelledError when the run has stopped.
+        """
+        return self._is_asked_to(self._stop)
+
+    def kill(self) -> bool:
+        """Stop the run without giving its workers time to end; False if it has ended.
+
+        Workers get SIGKILL, also those that a `cancel` lets save their work.
+        """
+        return self._is_asked_to(self._die)
 
     def wait(self) -> None:
         """Return when the run has ended, in whatever way."""
-        loop.wait(self._ended)
-
-    def call_when_done(self, call: "Callable[[Run[Any]], object]") -> None:
-        """Call it with this run, in some thread, once it has ended."""
-        once = [self]  # a future keeps its callbacks, and a run keeps its future
-        self._ended.add_done_callback(lambda _: call(once.pop()))
+        loop.wait(self)
 
     def __await__(self) -> Generator[Any, None, LaunchResult[R]]:
-        self._was_asked = True
-        yield from self._until_ended().__await__()
-        return self._value_of(self._ended.result())
+        with short_traceback:
+            try:
+                self._was_asked = True
+                yield from self._until_ended().__await__()
+                return self._outcome(asyncio.CancelledError)
+            finally:
+                del self
 
     async def _until_ended(self) -> None:
-        ended = asyncio.wrap_future(self._ended)
-        try:
-            await asyncio.shield(ended)
-        except asyncio.CancelledError:
-            while not self._ended.done():
+        ended = loop.waker(self)
+        cancelled: asyncio.CancelledError | None = None
+        while not ended.done():
+            is_again = cancelled is not None
+            try:
+                await asyncio.shield(ended)
+                break
+            except asyncio.CancelledError as error:
+                cancelled = error
+            if is_again and interruption.is_second_ctrl_c_of_asyncio():
+                self.kill()
+            else:
                 self.cancel()
-                try:
-                    await asyncio.shield(asyncio.wait({ended}))
-                except asyncio.CancelledError:
-                    continue  # a second one kills it
+        try:
+            if cancelled is not None:
+                raise cancelled
+        finally:
+            del cancelled  # it refers to this frame
+
+    def _wait_for_end(self, timeout: float | None) -> None:
+        seconds = _checked(timeout)
+        try:
+            loop.wait(self, seconds)
+        except BaseException as error:
+            if interruption.is_interruption(error):
+                self._was_asked = True
+                self._stop_and_wait(error)
+                interruption.tell_of_stop(error, self._progress)
             raise
+        if not self.done():
+            raise TimeoutError(f"the run goes on after {seconds:g} s; result() waits for it again")
+        self._was_asked = True
+
+    def _stop_and_wait(self, first: BaseException) -> None:
+        told_of: BaseException | None = first
+        for stop in (self.cancel, self.kill):
+            stop()
+            try:
+                interruption.wait_after(told_of, self, self.name, self._shutdown_timeout)
+                return
+            except BaseException:
+                told_of = None
+
+    def _outcome(self, cancelled: type[BaseException]) -> LaunchResult[R]:
+        if self.cancelled():
+            raise cancelled(f"{self.name} was cancelled")
+        error = self._error()
+        try:
+            if error is None:
+                return super().result(0)
+            raise BaseException.with_traceback(error, self._raised_at)
+        finally:
+            del error
+
+    def _error(self) -> BaseException | None:
+        # Unpickled in the caller's thread: this may import modules of the user's, or yield
+        # CancelledError, which asyncio treats specially.
+        return super().exception(0) if self._failures is None else self._failures.exception
+
+    def _is_asked_to(self, end: Callable[[], None]) -> bool:
+        if self.done():
+            return False
+        self._loop.call_soon_threadsafe(end)
+        return True
 
     def _stop(self) -> None:
-        for _ in range(2):
-            self.cancel()
-            try:
-                self.wait()
-            except BaseException:
-                continue  # a second one kills it
+        if self._asked_to == "go on":
+            self._asked_to = "stop"
+            self._task.cancel()
+
+    def _die(self) -> None:
+        if self._asked_to == "die":
             return
+        self._asked_to = "die"
+        if self._progress.attempt is not None:
+            self._progress.attempt.kill()
+        self._task.cancel()
 
-    def _tell_of_stop(self, interruption: BaseException) -> None:
-        if (failures := self._progress.failures_before_stop) is not None:
-            interruption.add_note(f"Before that it had failed: {failures.in_brief}")
-        if stacks := self._progress.stacks_at_stop:
-            interruption.add_note(f"When it was interrupted:\n{stacks.summary}")
-        if self._progress.log_directory is not None:
-            interruption.add_note(f"All output of this launch: {self._progress.log_directory}")
-        if isinstance(interruption, SystemExit):  # which Python ends with, without a word
-            logger.warning(
-                "%s was stopped: the driver is to end (SystemExit: %s, as Ray makes of SIGTERM).\n%s",
-                self._progress.name,
-                interruption,
-                "\n".join(getattr(interruption, "__notes__", ())),
-            )
-
-    def _begin(self, life: Coroutine[Any, Any, "LaunchResult[Any] | Failures"]) -> None:
+    def _begin(self, life: Life) -> None:
         self._task = asyncio.ensure_future(life)
         self._task.add_done_callback(self._end)
 
     def _end(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
+        # Callbacks of the user's may block, or launch something.
+        loop.start_thread(lambda: self._settle(task))
+
+    def _settle(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
         _living.pop(self, None)
         if task.cancelled():
-            self._ended.cancel()
-            self._ended.set_running_or_notify_cancel()
-            return
-        error = task.exception()
-        if error is not None:
-            self._ended.set_exception(error)
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        elif (error := task.exception()) is not None:
+            logger.debug("%s ended by this", self.name, exc_info=error)
+            shorten(error)
+            self._raised_at = error.__traceback__
+            self.set_exception(error)
+        elif isinstance(outcome := task.result(), Failures):
+            self._failures = outcome
+            self.set_exception(
+                LaunchError(outcome.in_brief)
+            )  # in place of the one that `_error` makes
         else:
-            self._ended.set_result(task.result())
+            self.set_result(outcome)
 
     def _leave_to_parent(self) -> None:
+        super().__init__()
         self._was_asked = True
-        self._ended = concurrent.futures.Future()
-        self._ended.set_exception(
-            RuntimeError(
-                f"{self._progress.name} belongs to the process that this one was forked from"
-            )
+        self.set_exception(
+            RuntimeError(f"{self.name} belongs to the process that this one was forked from")
         )
 
-    def _value_of(self, outcome: "LaunchResult[R] | Failures") -> LaunchResult[R]:
-        if isinstance(outcome, Failures):
-            # Made and raised in the user's thread: his exceptions may be of any kind, even such as
-            # an event loop understands otherwise, and bring imports along.
-            raise outcome.exception
-        return outcome
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self.name} cannot be copied or pickled: a run belongs to the process that started it. "
+            "Pass on what its `result()` holds: `result().ref(rank)` is the reference to one value."
+        )
 
     def __repr__(self) -> str:
-        return f"<Run {self._progress.name}: {self._state()}>"
+        return f"<Run {self.name}: {self._phase()}>"
 
-    def _state(self) -> str:
-        if not self._ended.done():
+    def _phase(self) -> str:
+        if not self.done():
             return self._progress.phase
-        if self._ended.cancelled():
+        if self.cancelled():
             return "cancelled"
-        has_failed = self._ended.exception() or isinstance(self._ended.result(), Failures)
-        return "failed" if has_failed else "ended"
+        return "ended" if super().exception(0) is None else "failed"
 
     def __del__(self) -> None:
         """Tell of a failure that nobody has asked for; it would be lost without a word."""
-        if self._was_asked or not self._ended.done() or self._ended.cancelled():
+        if self._was_asked or not self.done() or self.cancelled():
             return
-        error = self._ended.exception()
-        outcome = self._ended.result() if error is None else None
-        reason = outcome.in_brief_with_logs if isinstance(outcome, Failures) else error
+        error = super().exception(0)
+        reason = error if self._failures is None else self._failures.in_brief_with_logs
         if reason is not None:
-            logger.error(
-                "%s failed, and nobody asked for its result: %s", self._progress.name, reason
-            )
+            logger.error("%s failed, and nobody asked for its result: %s", self.name, reason)
+
+
+def _checked(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if not isinstance(timeout, numbers.Real):
+        raise TypeError(f"timeout={timeout!r}: expected a number of seconds, or None")
+    if math.isnan(timeout):
+        raise ValueError("timeout=nan: expected a number of seconds, or None")
+    return float(timeout)
 
 
 def _stop_living() -> None:

@@ -1,10 +1,10 @@
 """A placement that is kept over several runs."""
 
 import types
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from torchrunx_ray.driver import connection, loop
+from torchrunx_ray.driver import connection, interruption, loop
 from torchrunx_ray.driver.call import put_call, unique
 from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.held_hosts import HeldHosts
@@ -14,10 +14,13 @@ from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.driver.status import shown
 from torchrunx_ray.driver.told import told
+from torchrunx_ray.driver.tracebacks import short_traceback
 from torchrunx_ray.errors import LaunchError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Stop = Literal["cancel", "kill"]
 
 
 class Session:
@@ -45,49 +48,64 @@ class Session:
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
         """Call the function on every worker, and wait for all of them."""
-        return self.submit(func, *args, **kwargs).result()
+        with short_traceback:
+            return self.submit(func, *args, **kwargs).result()
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Start the same in the background."""
-        if self._cluster.is_inherited:
-            raise connection.forked()
-        if not self._cluster.is_ours():
-            raise LaunchError(
-                "the session's hosts went with the Ray cluster that it was opened in, which the driver has "
-                "left, by ray.shutdown() or as its ray:// connection was lost: open a new session."
-            )
-        call = put_call(func, args, kwargs, self._options)
-        progress = Progress(call.run_name)
-        life = told(lambda: self._hosts.run(call, progress), progress, self._options)
-        run: Run[R] = Run(life, progress)
-        self._running.add(run)
-        run.call_when_done(self._running.discard)
-        return run
+        with short_traceback:
+            self._check_usable()
+            call = put_call(func, args, kwargs, self._options)
+            progress = Progress(call.run_name)
+            life = told(lambda: self._hosts.run(call, progress), progress, self._options)
+            run: Run[R] = Run(life, progress, self._options.shutdown_timeout)
+            self._running.add(run)
+            run.add_done_callback(self._running.discard)
+            return run
 
     def close(self) -> None:
         """Give the hosts back, after the runs that were submitted.
 
         Ctrl-C, or what else a signal handler raises, cancels these; a second one kills them.
         """
+        with short_traceback:
+            self._close(("cancel", "kill"))
+
+    def _close(self, stops: Sequence[Stop], told_of: BaseException | None = None) -> None:
+        """Wait for the runs; each interruption stops them in the next of these ways."""
         if self._cluster.is_inherited:
             return  # it is the parent's to close
-        interruption: BaseException | None = None
-        for _ in range(3):
+        raised: BaseException | None = None
+        for stop in (*stops, None):
             try:
-                for run in list(self._running):
-                    run.wait()
-                closing = loop.start(self._hosts.close())
-                loop.wait(closing)
-            except BaseException as error:
-                interruption = error
-                self._cancel_all()
-            else:
-                closing.result()
+                self._wait_until_closed(told_of)
                 break
+            except BaseException as error:
+                if not interruption.is_interruption(error):
+                    raise
+                raised, told_of = error, error if stop == "cancel" else None
+                self._stop_all(stop)
         else:
             loop.start(self._hosts.close())  # nobody waits for it any more
-        if interruption is not None:
-            raise interruption
+        try:
+            if raised is not None:
+                raise raised
+        finally:
+            del raised, told_of  # they refer to this frame
+
+    def _wait_until_closed(self, told_of: BaseException | None) -> None:
+        for run in list(self._running):
+            interruption.wait_after(told_of, run, run.name, self._options.shutdown_timeout)
+        closing = loop.start(self._hosts.close())
+        loop.wait(closing)
+        closing.result()
+
+    def _stop_all(self, stop: Stop | None) -> None:
+        for run in list(self._running):
+            if stop == "cancel":
+                run.cancel()
+            elif stop == "kill":
+                run.kill()
 
     def __repr__(self) -> str:
         if self._hosts.is_closed:
@@ -101,9 +119,14 @@ class Session:
         async with shown(progress, self._options):
             await self._hosts.open(progress)
 
-    def _cancel_all(self) -> None:
-        for run in list(self._running):
-            run.cancel()
+    def _check_usable(self) -> None:
+        if self._cluster.is_inherited:
+            raise connection.forked()
+        if not self._cluster.is_ours():
+            raise LaunchError(
+                "the session's hosts went with the Ray cluster that it was opened in, which the driver has "
+                "left, by ray.shutdown() or as its ray:// connection was lost: open a new session."
+            )
 
     def __enter__(self) -> "Session":
         return self
@@ -114,6 +137,10 @@ class Session:
         error: BaseException | None,
         traceback: types.TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._cancel_all()
-        self.close()
+        with short_traceback:
+            if error is None:
+                self._close(("cancel", "kill"))
+                return
+            self._stop_all("cancel")
+            was_interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            self._close(("kill",) if was_interrupted else ("cancel", "kill"), error)

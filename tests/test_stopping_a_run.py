@@ -1,0 +1,181 @@
+"""`cancel` lets workers save their work, however often it is called; `kill` does not."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import torchrunx_ray as trx
+from tests.processes import is_alive, wait_until
+
+
+@pytest.fixture
+def patient(cluster: None) -> trx.Launcher:
+    """Which gives workers so much time that no test waits for its end."""
+    return trx.Launcher(workers_per_host=2, backend=None, shutdown_timeout=100)
+
+
+def save_when_stopped(folder: Path) -> None:
+    def save(*_: object) -> None:
+        (folder / f"saving {os.environ['RANK']}").touch()
+        wait_until(lambda: (folder / "go on").exists(), 20)
+        (folder / f"saved {os.environ['RANK']}").touch()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, save)
+    (folder / f"ready {os.environ['RANK']}").touch()
+    time.sleep(1000)
+
+
+def ignore_sigterm(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (folder / f"ready {os.getpid()}").touch()
+    time.sleep(1000)
+
+
+def both(folder: Path, what: str) -> bool:
+    return wait_until(lambda: len(list(folder.glob(f"{what} *"))) == 2, 20)
+
+
+def test_cancelling_again_leaves_workers_to_save_their_work(
+    patient: trx.Launcher, tmp_path: Path
+) -> None:
+    """`finally: run.cancel()` killed them in the middle of the checkpoint."""
+    run = patient.submit(save_when_stopped, tmp_path)
+    assert both(tmp_path, "ready")
+    assert run.cancel()
+    assert both(tmp_path, "saving")
+    assert run.cancel()
+    with pytest.raises(KeyboardInterrupt):
+        result_with_one_ctrl_c(run, tmp_path)  # after a `cancel` it is the first one
+    assert both(tmp_path, "saved")
+    assert run.cancelled()
+
+
+def result_with_one_ctrl_c(run: trx.Run[None], folder: Path) -> None:
+    def interrupt(*_: object) -> None:
+        (folder / "go on").touch()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        run.result()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+async def test_cancelling_who_awaits_twice_leaves_workers_to_save_their_work(
+    patient: trx.Launcher, tmp_path: Path
+) -> None:
+    async def wait_for(run: trx.Run[None]) -> None:
+        await run
+
+    run = patient.submit(save_when_stopped, tmp_path)
+    assert await asyncio.to_thread(both, tmp_path, "ready")
+    waiting = asyncio.create_task(wait_for(run))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    assert await asyncio.to_thread(both, tmp_path, "saving")
+    waiting.cancel()
+    await asyncio.sleep(0.1)
+    (tmp_path / "go on").touch()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert both(tmp_path, "saved")
+
+
+def test_session_that_an_exception_ends_leaves_cancelled_workers_to_save_their_work(
+    patient: trx.Launcher, tmp_path: Path
+) -> None:
+    with contextlib.suppress(KeyError), patient.session() as session:
+        run = session.submit(save_when_stopped, tmp_path)
+        assert both(tmp_path, "ready")
+        run.cancel()
+        assert both(tmp_path, "saving")
+        (tmp_path / "go on").touch()
+        raise KeyError
+    assert run.cancelled()
+    assert both(tmp_path, "saved")
+
+
+@pytest.mark.parametrize("before", [[], ["cancel"], ["cancel", "wait"], ["kill"]])
+def test_kill_ends_workers_that_ignore_sigterm(
+    patient: trx.Launcher, before: list[str], tmp_path: Path
+) -> None:
+    run = patient.submit(ignore_sigterm, tmp_path)
+    assert both(tmp_path, "ready")
+    for each in before:
+        time.sleep(0.5) if each == "wait" else getattr(run, each)()
+    assert run.kill()
+    with pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=60)
+    assert not any(is_alive(int(path.name.split()[1])) for path in tmp_path.iterdir())
+    assert run.kill() is False
+
+
+def test_run_that_waits_for_room_can_be_killed(patient: trx.Launcher) -> None:
+    with patient.session():
+        run = dataclasses.replace(patient, workers_per_host=8).submit(os.getpid)
+        run.kill()
+        with pytest.raises(concurrent.futures.CancelledError):
+            run.result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"), [("3", TypeError), (float("nan"), ValueError), ([], TypeError)]
+)
+def test_wrong_timeout_is_refused_and_stops_nothing(
+    patient: trx.Launcher, timeout: float, error: type[Exception], tmp_path: Path
+) -> None:
+    """It was taken for an interruption."""
+
+    def wait_for_gate() -> None:
+        wait_until((tmp_path / "gate").exists, 20)
+
+    run = patient.submit(wait_for_gate)
+    for ask in (run.result, run.exception):
+        with pytest.raises(error, match=r"^timeout="):
+            ask(timeout=timeout)
+    (tmp_path / "gate").touch()
+    assert list(run.result(timeout=60)) == [None, None]
+
+
+def test_exception_of_the_wait_itself_stops_nothing(
+    patient: trx.Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only what comes from outside does: Ctrl-C, sys.exit, and a signal handler's exception."""
+
+    def wait_for_gate() -> None:
+        wait_until((tmp_path / "gate").exists, 20)
+
+    run = patient.submit(wait_for_gate)
+    with monkeypatch.context() as patched:
+        patched.setattr("torchrunx_ray.driver.loop._STEP_S", "no number")
+        with pytest.raises(TypeError):
+            run.result()
+    (tmp_path / "gate").touch()
+    assert list(run.result(timeout=60)) == [None, None]
+
+
+def test_run_can_be_neither_copied_nor_pickled(
+    patient: trx.Launcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = patient.submit(os.getpid)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=rf"{run.name} cannot be copied or pickled: .*result"):
+            copied(run)
+    with pytest.raises(trx.PayloadError, match=r"args\[0\] .* cannot be copied or pickled"):
+        patient.run(str, run)
+    run.wait()
+    del run
+    assert "Exception ignored" not in capfd.readouterr().err

@@ -1,0 +1,73 @@
+"""Ctrl-C and other signals while the user waits for a run."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import sys
+from typing import Any
+
+from torchrunx_ray.driver import loop
+from torchrunx_ray.driver.progress import Progress
+from torchrunx_ray.driver.tracebacks import has_users_frame
+
+logger = logging.getLogger("torchrunx_ray")
+
+_TELL_AFTER_S = 0.5
+"""Most workers end sooner, and nothing is left to be killed."""
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether an exception that was raised while we waited came from outside.
+
+    Ctrl-C, `sys.exit`, and what a signal handler raises do. The handler's frame is in the traceback.
+    """
+    return isinstance(error, KeyboardInterrupt | SystemExit) or has_users_frame(error)
+
+
+def is_second_ctrl_c_of_asyncio() -> bool:
+    """Whether asyncio.run is ending because Ctrl-C was pressed twice.
+
+    It cancels its main task at the first, and cancels it again at its end. A second one is a
+    KeyboardInterrupt in its event loop; after only one, the KeyboardInterrupt is made from the main
+    task's CancelledError.
+    """
+    raised = sys.exception()
+    return isinstance(raised, KeyboardInterrupt) and not isinstance(
+        raised.__context__, asyncio.CancelledError
+    )
+
+
+def wait_after(
+    interruption: BaseException | None,
+    run: "concurrent.futures.Future[Any]",
+    name: str,
+    shutdown_timeout: float,
+) -> None:
+    """Wait for a run; after a Ctrl-C that did not stop it soon, say how to kill it."""
+    if isinstance(interruption, KeyboardInterrupt) and not loop.wait(run, _TELL_AFTER_S):
+        with contextlib.suppress(Exception):  # a handler of the driver's may fail
+            logger.warning(
+                "%s is being stopped: its workers have %g s (shutdown_timeout) to end. A second Ctrl-C "
+                "kills them at once.",
+                name,
+                shutdown_timeout,
+            )
+    loop.wait(run)
+
+
+def tell_of_stop(interruption: BaseException, progress: Progress) -> None:
+    """Add to an interruption what the run that it stopped was doing."""
+    if (failures := progress.failures_before_stop) is not None:
+        interruption.add_note(f"Before that it had failed: {failures.in_brief}")
+    if stacks := progress.stacks_at_stop:
+        interruption.add_note(f"When it was interrupted:\n{stacks.summary}")
+    if progress.log_directory is not None:
+        interruption.add_note(f"All output of this launch: {progress.log_directory}")
+    if isinstance(interruption, SystemExit):  # which Python ends with, without a word
+        logger.warning(
+            "%s was stopped: the driver is to end (SystemExit: %s, as Ray makes of SIGTERM).\n%s",
+            progress.name,
+            interruption,
+            "\n".join(getattr(interruption, "__notes__", ())),
+        )
