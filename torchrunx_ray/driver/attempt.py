@@ -1,9 +1,11 @@
 """One attempt of a run: workers start, the first failure or every value comes back."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from ray.exceptions import RayError
 
 from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.clocks import Clocks
-from torchrunx_ray.driver.connection import Connection
+from torchrunx_ray.driver.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.failures import Failure, Failures, NotJoined, Report
 from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.logs.run_logs import RunLogs
@@ -45,6 +47,8 @@ _LAST_WORDS_S = 12.0
 Longer than a template waits for a process that gives back much memory.
 """
 
+_DEAF_S = 1.0
+"""How long after a second cancellation an agent may take to hear that it shall kill."""
 
 _SILENT_STOP_S = 2.0
 """For how long failed runs may stop what is left of them before anybody is told why."""
@@ -92,6 +96,11 @@ class Attempt:
         """With the hosts on whose clocks their times are; None for the driver's."""
         self._comparing: asyncio.Task[None] | None = None
         self._stopped_at_ns: int | None = None
+        self._kills_at = math.inf
+        """Time of the loop at which SIGKILL follows."""
+        self._deaf: set[int] = set(range(len(crew.hosts)))
+        """Hosts, by index, whose agents have not confirmed that they stop."""
+        self._telling: set[asyncio.Task[None]] = set()
         self._stopped: list[str] = []
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
@@ -142,11 +151,9 @@ class Attempt:
             self._lookout.close()
             for timer in self._timers:
                 timer.cancel()
-            for asking in (self._looking, self._comparing):
-                if asking is not None:
-                    asking.cancel()
-            for watching in self._watching:
-                watching.cancel()
+            for task in (self._looking, self._comparing, *self._telling, *self._watching):
+                if task is not None:
+                    task.cancel()
             await self._drain_logs()
             self.log_directory = self._logs.directory
         if (failures := self.failures) is not None:
@@ -208,6 +215,7 @@ class Attempt:
                     self._looking = asyncio.create_task(self._look_and_stop(grace_s))
                 else:
                     self._stop(0)
+                    self._later(_DEAF_S, self._give_up_deaf)
                     self._logs.give_up()
                 cancelled = error
         if cancelled is not None:
@@ -387,26 +395,48 @@ class Attempt:
         return [place for places in self._layout for place in places]
 
     def _stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after the grace. Again only with a shorter one."""
+        kills_at = asyncio.get_running_loop().time() + grace_s
+        if kills_at >= self._kills_at:
+            return
+        self._kills_at = kills_at
         if self._stopped_at_ns is None:
             self._stopped_at_ns = now_ns()
         self._history.is_stopping = True
-        for agent, watching in zip(self._crew.agents, self._watching, strict=True):
+        for i, watching in enumerate(self._watching):
             if not watching.done() and self._cluster.is_ours():
-                agent.calls.stop.remote(self._run_id, grace_s)
+                telling = asyncio.create_task(self._tell_to_stop(i, grace_s))
+                self._telling.add(telling)
+                telling.add_done_callback(self._telling.discard)
         self._later(grace_s + _LAST_WORDS_S, self._give_up)
 
+    async def _tell_to_stop(self, host_index: int, grace_s: float) -> None:
+        stop = self._crew.agents[host_index].calls.stop
+        with contextlib.suppress(RayError, ClusterLeft):  # the talk with that agent tells why
+            await self._cluster.ask(stop, self._run_id, grace_s)
+            self._deaf.discard(host_index)
+
     def _forget(self, host_index: int) -> None:
-        """Its agent has said that it ends; whether it still hears us, Ray tells much later."""
+        """Ask its agent nothing more: it ends, is frozen or cut off, which Ray tells much later."""
         self._crew.agents[host_index].is_gone = True
         self._watching[host_index].cancel()
 
     def _give_up(self) -> None:
-        """A host that does not even report the end of killed workers is not waited for.
+        """Wait no longer for hosts that do not even report the end of killed workers.
 
         One that has done so may have more to say than the driver's terminal takes just now.
         """
+        what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
+        evidence = "it is frozen, or cut off, or a process is stuck in the kernel"
         for i, watching in enumerate(self._watching):
             if i not in self._over and not watching.done():
-                what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
-                self._lose(i, what, "it is frozen, or cut off, or a process is stuck in the kernel")
-                watching.cancel()
+                self._lose(i, what, evidence)
+                self._forget(i)
+
+    def _give_up_deaf(self) -> None:
+        """Wait no longer for agents that do not even confirm that they kill."""
+        what = f"{_DEAF_S:g} s after it was told to kill the workers the agent has not answered"
+        for i in sorted(self._deaf - self._over):
+            if not self._watching[i].done():
+                self._lose(i, what, "it is frozen, swapping or cut off")
+                self._forget(i)

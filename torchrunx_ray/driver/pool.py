@@ -45,7 +45,7 @@ class Agent:
     connection: Connection
     is_new: bool = True
     is_gone: bool = False
-    """Ray says so; it would be asked in vain for seconds."""
+    """Dead, frozen or cut off: it would be asked in vain for seconds."""
     rests_until: float = 0
     ahead_ns: int = 0
     """How far its host's clock is before the driver's, once `Clocks` has compared them."""

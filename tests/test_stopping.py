@@ -1,0 +1,81 @@
+"""A run that is being stopped: what its workers, and its driver, see of that."""
+
+import concurrent.futures
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import torchrunx_ray as trx
+from tests import processes
+
+
+def test_sigterm_is_sent_once_when_a_rank_exits_in_its_handler(
+    launcher: trx.Launcher, tmp_path: Path
+) -> None:
+    """A second one enters the handler of a rank that is saving its checkpoint again."""
+
+    def save_at_sigterm() -> None:
+        rank = int(os.environ["RANK"])
+
+        def handle(_signum: int, _frame: object) -> None:
+            (tmp_path / f"signal {rank} {time.monotonic_ns()}").touch()
+            if rank == 0:
+                sys.exit(3)
+            time.sleep(1)
+            (tmp_path / "saved").touch()
+            os._exit(0)
+
+        signal.signal(signal.SIGTERM, handle)
+        (tmp_path / f"ready {rank}").touch()
+        time.sleep(1000)
+
+    run = launcher.submit(save_at_sigterm)
+    assert processes.wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 30)
+    run.cancel()
+    with pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=30)
+
+    assert (tmp_path / "saved").exists()
+    assert len(list(tmp_path.glob("signal 0*"))) == 1
+    assert len(list(tmp_path.glob("signal 1*"))) == 1
+
+
+def test_second_interruption_does_not_wait_for_a_frozen_agent(
+    cluster: None, tmp_path: Path
+) -> None:
+    def announce_and_sleep() -> None:
+        processes.note(tmp_path / "pid", f"{os.getpid()} {processes.own_mark()}")
+        time.sleep(1000)
+
+    def interrupt(_signum: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    run = trx.Launcher(workers_per_host=1, linger=0).submit(announce_and_sleep)
+    assert processes.wait_until((tmp_path / "pid").exists, 30)
+    pid, mark = (tmp_path / "pid").read_text().split()
+    agent = processes.above(int(pid))["agent"]
+    os.kill(agent, signal.SIGSTOP)
+    interrupts = [threading.Timer(s, os.kill, (os.getpid(), signal.SIGUSR1)) for s in (0.2, 1.0)]
+    begun = time.monotonic()
+    try:
+        for timer in interrupts:
+            timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            run.result()
+        assert time.monotonic() - begun < 8, "it waited for the agent: 12 s for its last words"
+        assert run.done()
+    finally:
+        for timer in interrupts:
+            timer.join()
+        signal.signal(signal.SIGUSR1, before)
+        gone = processes.wait_until(lambda: not processes.is_alive(agent), 10)
+        if not gone:
+            os.kill(agent, signal.SIGCONT)
+    assert gone, "Ray has not killed the frozen agent"
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
