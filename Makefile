@@ -37,8 +37,8 @@ test-ci: $(READY)
 	$(BIN)/pytest -m "alone and not exhaustive" $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/pytest $(in_lanes) --exhaustive -m "not alone" $(ARGS)
-	$(BIN)/pytest --exhaustive -m "alone" $(ARGS)
+	$(BIN)/pytest $(in_lanes) -m "not alone" $(ARGS)
+	$(BIN)/pytest -m "alone" $(ARGS)
 
 # The lowest versions that pyproject.toml allows; several gigabytes, as its torch comes with CUDA. Their own
 # warnings, and what that gloo prints, are not ours to test.

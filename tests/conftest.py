@@ -104,7 +104,8 @@ def joined(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launcher(cluster: None) -> trx.Launcher:
     """Two workers on every host, on agents that stay warm from test to test."""
-    return trx.Launcher(workers_per_host=2)
+    # With this grace a rank that should end by SIGTERM and does not is taken for a hang.
+    return trx.Launcher(workers_per_host=2, shutdown_timeout=30)
 
 
 @pytest.fixture

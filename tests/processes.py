@@ -43,7 +43,7 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5) -> bool:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
     """For what sends no event, such as the end of a process that is nobody's child here."""
     deadline = time.monotonic() + timeout_s
     while not condition():

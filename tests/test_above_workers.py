@@ -10,7 +10,7 @@ import pytest
 
 import torchrunx_ray as trx
 from tests import processes
-from tests.soon import raised_soon
+from tests.soon import raised_soon, soon
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,6 @@ def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path)
     assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
     worker = next(tmp_path.iterdir())
     mark = worker.read_text()
-    begun = time.monotonic()
     pids = processes.above(int(worker.name))
     for victim in victims:
         os.kill(pids[victim], signal.SIGKILL)
@@ -48,11 +47,10 @@ def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path)
         (tmp_path / "gate").touch()
         assert run.result(timeout=30).rank(0) == mark
     else:
-        with pytest.raises(trx.AgentFailedError) as caught:
+        with soon(), pytest.raises(trx.AgentFailedError) as caught:
             run.result(timeout=30)
         assert victims[-1] in str(caught.value)
-        assert time.monotonic() - begun < 2
-    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
 def test_agent_that_is_told_to_end_ends_at_once(cluster: None, tmp_path: Path) -> None:
@@ -66,13 +64,12 @@ def test_agent_that_is_told_to_end_ends_at_once(cluster: None, tmp_path: Path) -
     assert processes.wait_until(lambda: list(tmp_path.iterdir()) != [], 30)
     (worker,) = tmp_path.iterdir()
     mark = worker.read_text()
-    begun = time.monotonic()
     os.kill(processes.above(int(worker.name))["agent"], signal.SIGTERM)
 
-    with pytest.raises(trx.AgentFailedError, match="the agent died"):
+    # Ray kills an agent that has not ended 5 s after its SIGTERM.
+    with soon(4.5), pytest.raises(trx.AgentFailedError, match="the agent died"):
         run.result(timeout=30)
-    assert time.monotonic() - begun < 2
-    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
 @pytest.mark.parametrize("working_s", [0, 0.001, 0.002, 0.004, 0.008])
@@ -98,7 +95,7 @@ def test_keeper_that_is_killed_at_its_work(cluster: None, working_s: float, tmp_
 
     with pytest.raises(trx.AgentFailedError):
         run.result(timeout=30)
-    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
 def test_keepers_are_not_in_the_group_that_ray_ends_with_the_agent(launcher: trx.Launcher) -> None:
@@ -130,7 +127,7 @@ def test_workers_die_even_when_all_above_them_are_killed_at_once(
 
     with pytest.raises(trx.AgentFailedError):
         run.result(timeout=30)
-    assert processes.wait_until(lambda: not any(map(processes.is_alive, workers)), 1)
+    assert processes.wait_until(lambda: not any(map(processes.is_alive, workers)))
 
 
 def test_template_that_dies_before_the_run_starts_is_a_failure(cluster: None) -> None:
@@ -156,7 +153,7 @@ def test_killed_store_is_named(launcher: trx.Launcher) -> None:
         time.sleep(1000)
 
     launcher.run(os.getpid)
-    caught = raised_soon(trx.AgentFailedError, 2, launcher.run, kill_the_store)
+    caught = raised_soon(trx.AgentFailedError, launcher.run, kill_the_store)
     assert caught.match(r"serves the store .* was killed by SIGKILL")
     assert list(launcher.run(lambda: "well")) == ["well", "well"]
 

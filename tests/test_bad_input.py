@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 import threading
-import time
 import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import ray
 
 import torchrunx_ray as trx
 from tests import processes
+from tests.soon import soon
 
 
 def takes_two(first: int, second: int = 0) -> None: ...
@@ -313,7 +313,7 @@ def test_preload_that_cannot_be_forked_from(
     assert isinstance(caught.value, ValueError), "it is an option that is wrong"
     assert said in str(caught.value)
     assert str(caught.value).startswith("On ")
-    assert processes.wait_until(lambda: not processes.mentioning(str(tmp_path)), 2)
+    assert processes.wait_until(lambda: not processes.mentioning(str(tmp_path)))
 
 
 def test_preload_with_threads_that_a_fork_can_live_with(cluster: None, tmp_path: Path) -> None:
@@ -351,11 +351,9 @@ def test_host_that_is_not_there_is_named_with_those_that_are(cluster: None) -> N
 
 
 def test_more_than_the_cluster_has_fails_at_once_with_the_numbers(cluster: None) -> None:
-    begun = time.monotonic()
-    with pytest.raises(trx.PlacementError) as caught:
+    with soon(), pytest.raises(trx.PlacementError) as caught:
         trx.Launcher(workers_per_host=1, cpus_per_worker=1000, placement_timeout=60).run(os.getpid)
 
-    assert time.monotonic() - begun < 0.5
     assert caught.value.wanted == [{"CPU": 1000}]
     assert next(iter(caught.value.total.values()))["CPU"] == 8
     assert "a host needs 1000 CPU; the largest node has 8" in str(caught.value)

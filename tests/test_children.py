@@ -23,7 +23,7 @@ def test_data_loader_children_do_not_delay_the_report_of_a_death(launcher: trx.L
         os.kill(os.getpid(), signal.SIGKILL)
 
     launcher.run(os.getpid)
-    raised_soon(trx.WorkerFailedError, 2, launcher.run, leave_a_child_and_die)
+    raised_soon(trx.WorkerFailedError, launcher.run, leave_a_child_and_die)
 
 
 def test_children_of_a_worker_end_with_it_while_others_run_on(

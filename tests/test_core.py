@@ -194,7 +194,7 @@ def test_every_kind_of_failure_on_the_last_host_is_told_soon_and_leaves_nothing(
 ) -> None:
     result = launcher.run(own_mark)
     last = len(result) - 1
-    caught = raised_soon(error, 0.3 + 2, launcher.run, end_on_the_last, how)
+    caught = raised_soon(error, launcher.run, end_on_the_last, how)
 
     assert said.replace("LAST", str(last)) in str(caught.value)
     assert result.hostnames[-1] in str(caught.value)
@@ -204,7 +204,7 @@ def test_every_kind_of_failure_on_the_last_host_is_told_soon_and_leaves_nothing(
     ended = {"template", "agent"} & {how}
     for rank, mark in enumerate(result):
         expected = 0 if ended and rank >= last - 1 else 3  # else keepers and template
-        assert wait_until(lambda: len(of_pool(mark)) == expected, 5)  # noqa: B023
+        assert wait_until(lambda: len(of_pool(mark)) == expected)  # noqa: B023
     assert len(launcher.run(place)) == last + 1
 
 
@@ -215,7 +215,7 @@ def test_failure_ends_ranks_that_wait_for_ever(launcher: trx.Launcher) -> None:
         time.sleep(1000)
 
     launcher.run(place)
-    raised_soon(OwnError, 2, launcher.run, fail_on_the_last)
+    raised_soon(OwnError, launcher.run, fail_on_the_last)
 
 
 @pytest.mark.unconfigured_logging

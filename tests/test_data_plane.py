@@ -15,6 +15,7 @@ import torch
 import torchrunx_ray as trx
 from tests import processes
 from tests.memory import MIB, megabytes, proportional_anon, status
+from tests.soon import soon
 
 
 def test_references_are_resolved_at_any_depth(launcher: trx.Launcher) -> None:
@@ -110,16 +111,14 @@ def test_cancel_does_not_wait_for_an_argument(
 
     @ray.remote(num_cpus=0)
     def make() -> None:
-        time.sleep(8)
+        time.sleep(30)
 
     run = trx.Launcher(hostnames=1, workers_per_host=1, backend=None).submit(print, make.remote())
     assert processes.wait_until(lambda: "waiting for 1 of 1 ObjectRefs" in caplog.text, 10)
-    begun = time.monotonic()
     run.cancel()
 
-    with pytest.raises(concurrent.futures.CancelledError):
-        run.result(timeout=10)
-    assert time.monotonic() - begun < 1
+    with soon(), pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=30)
 
 
 def test_handle_of_an_actor_is_refused_with_its_path(launcher: trx.Launcher) -> None:
@@ -195,6 +194,15 @@ def calls_meanwhile(run: "trx.Run[Any]", call: Callable[[], object]) -> float:
     return longest
 
 
+def copying_s(size: int) -> float:
+    """How long a copy into fresh memory takes, as the agent makes one."""
+    source = np.ones(size, np.uint8)
+    begun = time.monotonic()
+    source.copy()
+    return time.monotonic() - begun
+
+
+@pytest.mark.alone
 def test_large_value_on_its_way_does_not_block_the_agent(cluster: None) -> None:
     launcher = trx.Launcher(
         workers_per_host=1, backend=None, name="unblocked", extra_env_vars={"OWN_AGENT": "1"}
@@ -208,9 +216,9 @@ def test_large_value_on_its_way_does_not_block_the_agent(cluster: None) -> None:
     agent: Any = ray.get_actor(name, namespace="torchrunx_ray")
     run = launcher.submit(megabytes, 1024)
 
-    assert calls_meanwhile(run, lambda: ray.get(agent.clock.remote())) < 0.2
+    assert calls_meanwhile(run, lambda: ray.get(agent.clock.remote())) < copying_s(2**30) / 2
     assert run.result().rank(0).shape == (1024 * MIB,)
 
     run = launcher.submit(megabytes, 1024)
-    assert calls_meanwhile(run, run.stacks) < 0.2
+    assert calls_meanwhile(run, run.stacks) < copying_s(2**30) / 2
     run.result()

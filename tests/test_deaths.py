@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import torchrunx_ray as trx
-from tests.soon import raised_soon
+from tests.soon import SOON_S, raised_soon
 from torchrunx_ray.agent import memory_group
 
 RunScript = Callable[[str], "subprocess.CompletedProcess[str]"]
@@ -51,7 +51,7 @@ def test_death_by_signal_names_rank_pid_and_signal(
         time.sleep(1000)
 
     launcher.run(os.getpid)
-    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, die)
+    caught = raised_soon(trx.WorkerFailedError, launcher.run, die)
 
     error = caught.value
     assert (error.rank, error.local_rank, error.signal, error.exit_code) == (1, 1, signum, None)
@@ -65,7 +65,7 @@ def test_death_by_signal_names_rank_pid_and_signal(
 @pytest.mark.parametrize("code", [0, 3])
 def test_exit_without_an_outcome(launcher: trx.Launcher, code: int) -> None:
     launcher.run(os.getpid)
-    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, os._exit, code)
+    caught = raised_soon(trx.WorkerFailedError, launcher.run, os._exit, code)
 
     assert caught.value.exit_code == code
     assert "before its function returned or raised" in str(caught.value)
@@ -236,7 +236,7 @@ def test_crash_in_the_template_is_told_with_its_last_words(cluster: None, tmp_pa
     with pytest.raises(trx.AgentFailedError) as caught:
         launcher.run(os.getpid)
 
-    assert time.monotonic() - float((tmp_path / "crashed").read_text()) < 2
+    assert time.monotonic() - float((tmp_path / "crashed").read_text()) < SOON_S
     assert "the template process, from which workers are forked, died" in str(caught.value)
     assert "it was killed by SIGSEGV" in str(caught.value)
     assert 'crashing_preload.py", line 3 in <module>' in str(caught.value)

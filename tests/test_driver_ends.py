@@ -14,6 +14,7 @@ import ray
 import torchrunx_ray as trx
 from tests import processes
 from tests.processes import wait_until
+from tests.soon import soon
 from torchrunx_ray.driver.loop import in_thread
 
 
@@ -41,7 +42,7 @@ trx.launch(sleep, (os.getpid(),), workers_per_host=2)
 
     assert done.returncode == -signal.SIGKILL, done.stderr
     mark = done.stdout.split()[-1]
-    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
 def test_ctrl_c_stops_the_run_and_leaves_nothing(joined: None, tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def sleep():
     time.sleep(1000)
 
 try:
-    trx.launch(sleep, workers_per_host=1)
+    trx.launch(sleep, workers_per_host=1, shutdown_timeout=60)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
@@ -65,14 +66,13 @@ except KeyboardInterrupt:
     driver = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     mark = driver.stdout.readline().split()[1]
-    begun = time.monotonic()
     driver.send_signal(signal.SIGINT)
 
-    assert driver.stdout.readline() == "interrupted\n"
-    assert time.monotonic() - begun < 1
+    with soon():
+        assert driver.stdout.readline() == "interrupted\n"
     assert driver.wait(30) == 0
     driver.stdout.close()
-    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 2)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
 def test_driver_that_ends_while_a_preload_hangs_leaves_nothing(
@@ -173,7 +173,7 @@ def test_launch_that_a_signal_handler_ends_leaves_nothing(launcher: trx.Launcher
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert wait_until(lambda: ray.available_resources().get("CPU", 0) == free, 2)
+    assert wait_until(lambda: ray.available_resources().get("CPU", 0) == free)
 
 
 def test_forked_child_of_a_driver_stops_no_run_at_its_end(

@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 import torchrunx_ray as trx
 from tests.clusters.raylets import raylets
 from tests.processes import command_line, wait_until
+from tests.soon import soon
 
 # Ray itself notices a killed raylet after 15 to 30 s.
 pytestmark = pytest.mark.slow
@@ -78,12 +79,10 @@ def test_dead_node_is_seen_by_an_agent_that_something_else_started_for_ray(
     launcher = trx.Launcher(hostnames=[placed], runtime_env={"py_executable": str(python)})
     run = launcher.submit(announce_and_sleep)
     assert wait_until((tmp_path / "runs").exists, 60)
-    begun = time.monotonic()
     signal_raylet(placed, signal.SIGKILL)
 
-    with pytest.raises(trx.AgentFailedError, match="the raylet, Ray's process for the node"):
+    with soon(), pytest.raises(trx.AgentFailedError, match="the raylet, Ray's process for the"):
         run.result(timeout=60)
-    assert time.monotonic() - begun < 3
 
 
 def test_launch_waits_on_when_a_node_dies_and_takes_its_successor(nodes: Cluster) -> None:

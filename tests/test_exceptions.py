@@ -97,7 +97,7 @@ def test_exception_that_cannot_be_pickled_is_shown_as_text(launcher: trx.Launche
         raise Unpicklable
 
     launcher.run(os.getpid)
-    caught = raised_soon(trx.WorkerFailedError, 2, launcher.run, fail)
+    caught = raised_soon(trx.WorkerFailedError, launcher.run, fail)
 
     message = str(caught.value)
     assert "raised tests.exceptions.Unpicklable: holds a lock" in message

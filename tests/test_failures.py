@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torchrunx_ray as trx
 from tests import processes
 from tests.exceptions import TwoArguments
-from tests.soon import raised_soon
+from tests.soon import raised_soon, soon
 
 
 def test_first_failure_is_raised_while_others_wait_in_a_collective(launcher: trx.Launcher) -> None:
@@ -24,7 +24,7 @@ def test_first_failure_is_raised_while_others_wait_in_a_collective(launcher: trx
         dist.all_reduce(torch.ones(1))
 
     launcher.run(os.getpid)
-    caught = raised_soon(TwoArguments, 2, launcher.run, fail_on_rank_1)
+    caught = raised_soon(TwoArguments, launcher.run, fail_on_rank_1)
 
     assert isinstance(caught.value.__cause__, trx.RemoteFailure)
     assert caught.value.__cause__.rank == 1
@@ -52,7 +52,7 @@ def test_failure_stops_ranks_that_would_never_return(launcher: trx.Launcher) -> 
         time.sleep(1000)
 
     launcher.run(os.getpid)
-    caught = raised_soon(ValueError, 2, launcher.run, fail_or_sleep)
+    caught = raised_soon(ValueError, launcher.run, fail_or_sleep)
 
     assert caught.value.args == ("no",)
     assert caught.value.__notes__[-1].startswith("Stopped by the launch after that: rank 1 on ")
@@ -100,7 +100,7 @@ def test_rank_that_is_parked_in_c_and_deaf_neither_delays_nor_survives(
             of_last_attempt.unlink()
         launcher.run(fail_or_park)
 
-    caught = raised_soon((TwoArguments, trx.WorkerFailedError), 0.3 + 1 + 1.7, run_anew)
+    caught = raised_soon((TwoArguments, trx.WorkerFailedError), run_anew)
 
     assert any("rank 0: fail_or_park (test_failures.py:" in note for note in caught.value.__notes__)
     (parked,) = tmp_path.iterdir()
@@ -120,10 +120,8 @@ def test_worker_that_left_its_process_group_is_stopped_too(
         raise ValueError("elsewhere")
 
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(ValueError, match="elsewhere"):
+    with soon(), pytest.raises(ValueError, match="elsewhere"):
         launcher.run(leave_or_fail)
-    assert time.monotonic() - begun < 2
 
 
 def test_rank_that_has_returned_but_not_ended_does_not_delay_a_failure(
@@ -141,10 +139,8 @@ def test_rank_that_has_returned_but_not_ended_does_not_delay_a_failure(
         raise ValueError("elsewhere")
 
     launcher.run(os.getpid)
-    begun = time.monotonic()
-    with pytest.raises(ValueError, match="elsewhere"):
+    with soon(), pytest.raises(ValueError, match="elsewhere"):
         launcher.run(return_or_fail)
-    assert time.monotonic() - begun < 2
 
 
 def test_sigterm_is_delivered_once(cluster: None, tmp_path: Path) -> None:

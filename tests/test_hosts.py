@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
+from tests.soon import SOON_S, soon
 from torchrunx_ray.driver import cluster, returning
 from torchrunx_ray.driver.shape import resolve
 
@@ -261,11 +262,9 @@ def test_two_agents_on_one_node_do_not_disturb_each_other(three_raylets: Cluster
 
 
 def test_impossible_is_said_at_once_with_the_numbers(three_raylets: Cluster) -> None:
-    begun = time.monotonic()
-    with pytest.raises(trx.PlacementError) as caught:
+    with soon(), pytest.raises(trx.PlacementError) as caught:
         trx.Launcher(hostnames=2, workers_per_host=1, gpus_per_worker=8).run(place)
 
-    assert time.monotonic() - begun < 1
     assert "a host needs 8 GPU; the largest node has 4" in str(caught.value)
     assert "wanted: 2 x (1 CPU, 8 GPU)" in str(caught.value)
     assert len(caught.value.total) == 3
@@ -306,7 +305,7 @@ def test_placement_timeout_leaves_no_demand_behind(three_raylets: Cluster) -> No
         begun = time.monotonic()
         with pytest.raises(trx.PlacementError, match=r"placement_timeout=0\.5 s") as caught:
             launcher.run(place)
-        assert 0.4 < time.monotonic() - begun < 2
+        assert 0.4 < time.monotonic() - begun < SOON_S
     assert {"CPU": 0.0} in [{"CPU": free.get("CPU", 0.0)} for free in caught.value.free.values()]
 
     table = ray.util.placement_group_table()
@@ -454,11 +453,9 @@ def test_killed_raylet_is_told_at_once(three_raylets: Cluster, tmp_path: Path) -
     assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
     raylet, mark = (tmp_path / "1").read_text().split()
     assert "raylet" in processes.command_line(int(raylet))
-    begun = time.monotonic()
     os.kill(int(raylet), signal.SIGKILL)
 
-    with pytest.raises(trx.AgentFailedError, match="raylet") as caught:
+    with soon(), pytest.raises(trx.AgentFailedError, match="raylet") as caught:
         run.result(timeout=60)
-    assert time.monotonic() - begun < 3
     assert caught.value.hostname.endswith("#1")
     assert processes.wait_until(lambda: not processes.of_pool(mark))

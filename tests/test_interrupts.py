@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 
 import torchrunx_ray as trx
 from tests.processes import of_pool, wait_until
+from tests.soon import SOON_S, soon
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("joined")]
 
@@ -28,7 +29,7 @@ import os, signal, sys, time, traceback
 import ray
 import torchrunx_ray as trx
 
-phase = sys.argv[1]
+phase, grace_s = sys.argv[1], float(sys.argv[2])
 ray.init(log_to_driver=False)
 before = signal.getsignal(signal.SIGINT)
 
@@ -64,7 +65,7 @@ def train():
 
 launcher = trx.Launcher(
     workers_per_host=2,
-    shutdown_timeout=2,
+    shutdown_timeout=grace_s,
     console_ranks="all",
     preload=("torch", "torch.distributed", *([phase] if phase in ("importing", "forming") else [])),
     runtime_env={"env_vars": {"PYTHONPATH": os.getcwd()}} if phase in ("importing", "forming") else None,
@@ -99,7 +100,7 @@ MODULES = {
 class Terminal:
     """A driver in the foreground of a terminal."""
 
-    def __init__(self, phase: str, folder: Path) -> None:
+    def __init__(self, phase: str, grace_s: float, folder: Path) -> None:
         (folder / "script.py").write_text(SCRIPT)
         for name, text in MODULES.items():
             (folder / f"{name}.py").write_text(text)
@@ -108,7 +109,7 @@ class Terminal:
         if self.pid == 0:
             os.chdir(folder)
             os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
-            os.execv(sys.executable, [sys.executable, "script.py", phase])
+            os.execv(sys.executable, [sys.executable, "script.py", phase, str(grace_s)])
 
     def press_ctrl_c(self) -> None:
         os.write(self._fd, b"\x03")
@@ -138,8 +139,8 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def terminal(phase: str, folder: Path) -> Iterator[Terminal]:
-    terminal = Terminal(phase, folder)
+def terminal(phase: str, grace_s: float, folder: Path) -> Iterator[Terminal]:
+    terminal = Terminal(phase, grace_s, folder)
     try:
         yield terminal
     finally:
@@ -153,36 +154,36 @@ AT_IT = {"placing": "waiting for room"}
     "phase",
     ["placing", "importing", "forming", "running", "session", "collecting", "tearing down"],
 )
-def test_ctrl_c_ends_every_phase_within_a_second(phase: str, tmp_path: Path) -> None:
-    with terminal(phase, tmp_path) as driver:
+def test_ctrl_c_ends_every_phase_long_before_the_grace_is_over(phase: str, tmp_path: Path) -> None:
+    with terminal(phase, 60, tmp_path) as driver:
         times = 2 if phase in ("running", "session", "tearing down") else 1
         driver.wait_for(AT_IT.get(phase, "at it"), 40, times)
         driver.press_ctrl_c()
-        assert driver.wait_for("INTERRUPTED", 5) < 1
-        driver.wait_for("AND AGAIN 2", 20)
+        driver.wait_for("INTERRUPTED", SOON_S)
+        driver.wait_for("AND AGAIN 2", 40)
         if phase in ("running", "session"):
             assert "ranks 0-1: train (script.py:" in driver.shown
-    assert wait_until(driver.nothing_is_left, 5)
+    assert wait_until(driver.nothing_is_left)
 
 
 @pytest.mark.parametrize("phase", ["deaf", "deaf and parked"])
 def test_ctrl_c_waits_for_deaf_workers_as_long_as_it_was_told(phase: str, tmp_path: Path) -> None:
-    with terminal(phase, tmp_path) as driver:
+    with terminal(phase, 2, tmp_path) as driver:
         driver.wait_for("at it", 40)
         driver.press_ctrl_c()
-        assert 2 <= driver.wait_for("INTERRUPTED", 6) < 3
-        driver.wait_for("AND AGAIN 2", 20)
+        assert driver.wait_for("INTERRUPTED", 2 + SOON_S) >= 2
+        driver.wait_for("AND AGAIN 2", 40)
 
 
 @pytest.mark.parametrize("phase", ["deaf", "deaf and parked"])
 def test_second_ctrl_c_kills_at_once(phase: str, tmp_path: Path) -> None:
-    with terminal(phase, tmp_path) as driver:
+    with terminal(phase, 60, tmp_path) as driver:
         driver.wait_for("at it", 40)
         driver.press_ctrl_c()
         time.sleep(0.5)  # a person's finger
         driver.press_ctrl_c()
-        assert driver.wait_for("INTERRUPTED", 5) < 1
-        driver.wait_for("AND AGAIN 2", 20)
+        driver.wait_for("INTERRUPTED", SOON_S)
+        driver.wait_for("AND AGAIN 2", 40)
 
 
 def test_notebook_that_is_interrupted_lives_on_and_launches_again(tmp_path: Path) -> None:
@@ -212,11 +213,10 @@ def test_notebook_that_is_interrupted_lives_on_and_launches_again(tmp_path: Path
         client.execute("launcher.run(train, 1000)")
         while "".join(said).count("at it") < 2:
             hear(client.get_iopub_msg(timeout=60))
-        begun = time.monotonic()
-        manager.interrupt_kernel()
-        while "KeyboardInterrupt" not in "".join(said):
-            hear(client.get_iopub_msg(timeout=5))
-        assert time.monotonic() - begun < 1.5
+        with soon():
+            manager.interrupt_kernel()
+            while "KeyboardInterrupt" not in "".join(said):
+                hear(client.get_iopub_msg(timeout=SOON_S))
         assert "ranks 0-1: train" in "".join(said)
         client.get_shell_msg(timeout=10)  # until then the kernel takes no other cell
 
@@ -284,7 +284,7 @@ def test_driver_that_ends_while_a_run_goes_on_leaves_nothing(
     driver.wait(60)
 
     marks = marks_in(tmp_path)
-    assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 5)
+    assert wait_until(lambda: not any(of_pool(mark) for mark in marks))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_task_or_actor_that_ends_while_its_run_goes_on_leaves_nothing(
         ray.get(ending, timeout=60)
 
     marks = marks_in(tmp_path)
-    assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 5)
+    assert wait_until(lambda: not any(of_pool(mark) for mark in marks))
     assert len(trx.Launcher(workers_per_host=8).run(os.getpid)) == 8
 
 

@@ -163,7 +163,7 @@ trx.launch(train, hostnames=2, workers_per_host=2, placement_timeout=60)
     stopped = jobs.run("stop", "stopped")
 
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    assert wait_until(lambda: not any(of_pool(mark) for mark in marks()), 5)
+    assert wait_until(lambda: not any(of_pool(mark) for mark in marks()))
     assert "STOPPED" in jobs.run("status", "stopped").stdout.upper()
     assert jobs.held() == "placement groups: 0, CPUs: 0.0, named actors: 0"
 

@@ -17,8 +17,9 @@ import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
 from tests.conftest import SHOWN_AT_END
+from tests.soon import SOON_S
 from tests.traces import MARK, Traces
-from tests.victims import MAY_RAISE, Driven, is_soon, matrix, may_also
+from tests.victims import MAY_RAISE, Driven, matrix, may_also
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -101,9 +102,7 @@ def test_nothing_is_left(
     if "raylet" in victims:
         machine.renew_node()
     assert outcome in {*(MAY_RAISE[victim] for victim in victims), *may_also(moment)}, driven.said
-    # Of an agent that died with its raylet Ray tells only what it makes of the silence.
-    silent = victims == ("agent", "raylet") and took_s < 8
-    assert silent or is_soon(took_s, outcome, moment), driven.said
+    assert took_s < SOON_S, driven.said
     assert_nothing_is_left(before, raylet_was_renewed="raylet" in victims)
     assert launch_again() == 2
 
@@ -112,7 +111,7 @@ def assert_nothing_is_left(before: Traces, *, raylet_was_renewed: bool = False) 
     def left() -> list[str]:
         return before.missing_from(Traces.now(), 2, raylet_was_renewed=raylet_was_renewed)
 
-    assert processes.wait_until(lambda: left() == [], 5), left()
+    assert processes.wait_until(lambda: left() == []), left()
 
 
 def launch_again() -> int:

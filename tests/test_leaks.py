@@ -54,7 +54,7 @@ def test_what_ended_leaves_rays_store_before_python_collects_garbage(
             with contextlib.suppress(ValueError, trx.AgentFailedError, CancelledError):
                 run.result(timeout=30)
             del run
-            assert processes.wait_until(lambda: objects_in_store() <= before, 5)
+            assert processes.wait_until(lambda: objects_in_store() <= before)
         finally:
             gc.enable()
 
@@ -106,6 +106,6 @@ def test_what_found_no_room_leaves_rays_store_before_python_collects_garbage(clu
         for _ in range(3):
             with pytest.raises(trx.PlacementError):
                 launcher.run(len, torch.zeros(2**20))
-        assert processes.wait_until(lambda: objects_in_store() <= before, 5)
+        assert processes.wait_until(lambda: objects_in_store() <= before)
     finally:
         gc.enable()

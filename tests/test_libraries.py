@@ -164,4 +164,4 @@ def test_shared_memory_with_names_is_gone_after_a_run(launcher: trx.Launcher) ->
         launcher.run(share, "raises")
     with pytest.raises(trx.WorkerFailedError):
         launcher.run(share, "is killed")
-    assert wait_until(lambda: named() <= before, 5), named() - before
+    assert wait_until(lambda: named() <= before), named() - before

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
 from tests.clusters.raylets import raylets
+from tests.soon import soon
 
 pytestmark = pytest.mark.slow
 
@@ -132,10 +132,9 @@ def test_session_of_several_cells_survives_an_interrupt(notebook: Notebook) -> N
     first = notebook.run("print('template', session.run(train, 0).rank(0))")
     notebook.begin("session.run(train, 1000)")
     notebook.wait_for("at it")
-    begun = time.monotonic()
-    notebook.interrupt()
-    notebook.wait_for("KeyboardInterrupt")
-    assert time.monotonic() - begun < 2
+    with soon():
+        notebook.interrupt()
+        notebook.wait_for("KeyboardInterrupt")
     notebook.wait_for_end()
     second = notebook.run("print('template', session.run(train, 0).rank(0))")
     notebook.run("session.close()")

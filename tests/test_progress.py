@@ -18,6 +18,7 @@ import pytest
 
 import torchrunx_ray as trx
 from tests.processes import wait_until
+from tests.soon import SOON_S
 
 pytestmark = pytest.mark.usefixtures("joined")
 
@@ -315,7 +316,7 @@ def test_run_that_waits_for_its_turn_says_so(launcher: trx.Launcher) -> None:
     with launcher.session() as session:
         runs = [session.submit(time.sleep, 1) for _ in range(2)]
         waiting = lambda: "waiting for the session's other runs" in runs[1]._progress.status  # noqa: E731
-        assert wait_until(waiting, 5)
+        assert wait_until(waiting)
         for run in runs:
             run.result()
 
@@ -329,7 +330,7 @@ def test_run_that_is_being_stopped_says_so(launcher: trx.Launcher, tmp_path: Pat
     run = dataclasses.replace(launcher, shutdown_timeout=2).submit(resist)
     assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
     run.cancel()
-    assert wait_until(lambda: repr(run).endswith(": stopping 2 workers>"), 2)
+    assert wait_until(lambda: repr(run).endswith(": stopping 2 workers>"))
     run.wait()
     assert repr(run).endswith(": cancelled>")
 
@@ -345,7 +346,7 @@ def test_timeline_is_a_trace_of_every_rank(launcher: trx.Launcher, tmp_path: Pat
     assert all(span["dur"] >= 0 for span in spans)
     runs = [span for span in spans if span["name"] == "run" and span["pid"] > 0]
     assert {span["tid"] for span in runs} == {1, 2}
-    assert all(0.2e6 <= span["dur"] < 2e6 for span in runs)
+    assert all(0.2e6 <= span["dur"] < SOON_S * 1e6 for span in runs)
 
 
 def interrupted(run: trx.Run[Any]) -> KeyboardInterrupt:

@@ -39,7 +39,7 @@ def test_worker_that_is_killed_while_its_value_is_copied(cluster: None, tmp_path
             except (ProcessLookupError, trx.WorkerFailedError):
                 pass  # it had ended already, or is told as what it is
             run.wait()
-            assert processes.wait_until(lambda: status(agent, "RssAnon") - before < 50 * MIB, 2)
+            assert processes.wait_until(lambda: status(agent, "RssAnon") - before < 50 * MIB)
             assert session.run(processes.agent_pid).rank(0) == agent
 
 

@@ -15,6 +15,7 @@ import ray
 
 import torchrunx_ray as trx
 from tests.processes import is_alive, wait_until
+from tests.soon import soon
 
 
 def test_submit_does_not_wait(launcher: trx.Launcher, tmp_path: Path) -> None:
@@ -43,13 +44,11 @@ def test_cancelled_run_leaves_no_worker(launcher: trx.Launcher, tmp_path: Path) 
 
     run = launcher.submit(announce_and_sleep)
     assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
-    begun = time.monotonic()
     assert run.cancel()
 
-    with pytest.raises(concurrent.futures.CancelledError):
-        run.result(timeout=10)
+    with soon(), pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=30)
     assert run.done()
-    assert time.monotonic() - begun < 1
     assert not any(is_alive(int(path.name)) for path in tmp_path.iterdir())
 
 

@@ -96,7 +96,7 @@ def test_kill_gives_up_output_that_nobody_takes(
         time.sleep(1)  # a person's finger
         assert not run.done()
         run.kill()
-        assert wait_until(run.done, 5)
+        assert wait_until(run.done)
         assert "is not shown" in caplog.text
     finally:
         ended.set()

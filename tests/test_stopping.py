@@ -78,4 +78,4 @@ def test_second_interruption_does_not_wait_for_a_frozen_agent(
         if not gone:
             os.kill(agent, signal.SIGCONT)
     assert gone, "Ray has not killed the frozen agent"
-    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {})

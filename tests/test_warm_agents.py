@@ -22,7 +22,7 @@ def test_nothing_but_keepers_and_template_lingers_and_not_for_long(cluster: None
     mark = trx.Launcher(workers_per_host=2, linger=2).run(leave_things_behind).rank(0)
 
     assert len(processes.of_pool(mark)) == 3
-    assert processes.wait_until(lambda: processes.of_pool(mark) == {}, 5)
+    assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
 def test_short_linger_is_used(cluster: None) -> None:

@@ -124,11 +124,6 @@ def matrix(outcomes: Mapping[tuple[str, str], str], moments: Sequence[str]) -> s
     return "\n".join(lines)
 
 
-def is_soon(took_s: float, outcome: str, moment: str) -> bool:
-    """With room for busy machines, and for copies of what is reported."""
-    return took_s < (8 if outcome == "returned" or moment == "reporting" else 3)
-
-
 class Driven:
     """A launch of two workers on each host, with victims on the last one."""
 
