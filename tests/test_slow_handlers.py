@@ -1,5 +1,6 @@
 """A handler that takes its time stops the workers: nothing is lost, unless somebody gives it up."""
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -100,3 +101,38 @@ def test_kill_gives_up_output_that_nobody_takes(
         assert "is not shown" in caplog.text
     finally:
         ended.set()
+
+
+def test_drivers_handler_that_blocks_stops_no_run_and_loses_no_line(launcher: trx.Launcher) -> None:
+    """As on a terminal that was stopped by Ctrl-S, where Ctrl-C did nothing either."""
+
+    class Blocked(Kept):
+        def emit(self, record: logging.LogRecord) -> None:
+            is_reached.set()
+            ended.wait()
+            super().emit(record)
+
+    def names_rank(rank: int) -> trx.Run[int]:
+        return dataclasses.replace(launcher, console_ranks=[rank]).submit(len, "four")
+
+    def named() -> list[str]:
+        return [text[15] for _, text in blocked.said if text.startswith("console_ranks=[")]
+
+    is_reached, ended, blocked = threading.Event(), threading.Event(), Blocked()
+    ours = logging.getLogger("torchrunx_ray")
+    ours.addHandler(blocked)
+    try:
+        sleeping = launcher.submit(time.sleep, 1000)
+        assert [list(names_rank(rank).result(timeout=30)) for rank in (7, 8, 9)] == [[4, 4]] * 3
+        assert wait_until(lambda: "running" in repr(sleeping), 30)
+        sleeping.cancel()
+        assert wait_until(sleeping.done, 30)
+        assert is_reached.is_set()
+        assert named() == []
+        ended.set()
+        assert wait_until(lambda: named() == ["7", "8", "9"], 30)
+        names_rank(6).result()
+        assert named() == ["7", "8", "9", "6"]  # the last one is there when its run has ended
+    finally:
+        ended.set()
+        ours.removeHandler(blocked)

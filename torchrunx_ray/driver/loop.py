@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
+from torchrunx_ray.driver.logs.own_lines import own_lines
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -112,7 +114,8 @@ def running() -> asyncio.AbstractEventLoop:
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """For ever: a handler of `logging` that calls sys.exit may fail its run, not all of them."""
+    """For ever: a signal handler's or a callback's sys.exit may fail its run, not all of them."""
+    own_lines.divert_this_thread()
     while True:
         with contextlib.suppress(SystemExit, KeyboardInterrupt):  # all that asyncio lets out
             loop.run_forever()

@@ -8,6 +8,7 @@ from torchrunx_ray.driver import connection, interruption, loop
 from torchrunx_ray.driver.call import put_call, unique
 from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.held_hosts import HeldHosts
+from torchrunx_ray.driver.logs.own_lines import own_lines
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
@@ -118,6 +119,7 @@ class Session:
         progress = Progress(unique(self._options.name or "session"))
         async with shown(progress, self._options):
             await self._hosts.open(progress)
+        await own_lines.written()
 
     def _check_usable(self) -> None:
         if self._cluster.is_inherited:

@@ -1,12 +1,13 @@
 """A run's life as it is told: its status while it goes on, and a summary at its end."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from torchrunx_ray.driver.failures import Failures
+from torchrunx_ray.driver.logs.own_lines import own_lines
+from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
@@ -38,9 +39,8 @@ async def told(
         raise
     finally:
         progress.history.ended_ns = now_ns()
-        # A handler of the driver's may fail; the run has an outcome of its own.
-        with contextlib.suppress(Exception):
-            logger.info("%s %s%s", progress.name, _summary(progress, how), why)
+        logger.info("%s %s%s", progress.name, _summary(progress, how), why)
+        await to_the_end(own_lines.written())
 
 
 def _summary(progress: Progress, how: str) -> str:
