@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import torchrunx_ray as trx
 
-pytestmark = pytest.mark.slow  # it wants the machine for itself
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def best_s(call: Callable[[], object], tries: int) -> float:
@@ -76,3 +76,21 @@ def test_next_launch_of_a_training_step_does_not_import_again(cluster: None) -> 
     warm_s = best_s(lambda: launcher.run(step), 10)
 
     assert warm_s < 0.25 * best_s(import_torch, 5)
+
+
+def test_failure_ends_a_warm_launch_in_a_part_of_that(cluster: None) -> None:
+    """With the failing rank's exception, and after the rank that would sleep on was stopped."""
+
+    def fail_or_sleep() -> None:
+        if dist.get_rank() == 1:
+            raise ValueError
+        time.sleep(1000)
+
+    launcher = trx.Launcher(workers_per_host=2, shutdown_timeout=60)
+
+    def launch() -> None:
+        with pytest.raises(ValueError, match=r"^$"):
+            launcher.run(fail_or_sleep)
+
+    launch()
+    assert best_s(launch, 10) < 0.4 * best_s(import_torch, 5)
