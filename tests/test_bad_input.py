@@ -195,7 +195,9 @@ class Poison:
 
 def test_argument_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
     with pytest.raises(
-        trx.PayloadError, match=r"cannot be unpickled on .*: ValueError: invalid literal"
+        trx.PayloadError,
+        match=r"cannot be unpickled on .*: ValueError: invalid literal.*\n"
+        r"The class's own code raised that there\.",
     ):
         launcher.run(print, Poison())
 

@@ -152,6 +152,11 @@ def _travel_advice(step: str, reason: str, is_value: bool, missing_module: str |
             "A DistributedDataParallel model, and whatever else holds a process group, arrives only where such "
             f"a group is. {instead} model.module or its state_dict() instead."
         )
+    if not reason.startswith(("ModuleNotFoundError", "ImportError", "AttributeError")):
+        return (
+            "The class's own code raised that there. Does the class need something that only the sending "
+            "process has, or another version of its module?"
+        )
     if missing_module is None:
         return "Is the module it was defined in importable there, in the same version?"
     if is_value:

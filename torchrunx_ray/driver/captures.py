@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchrunx_ray.errors import PayloadError, bytes_in_words
-from torchrunx_ray.wire.culprit import parts_of_function
+from torchrunx_ray.wire.culprit import parts_of_class, parts_of_function
 from torchrunx_ray.wire.payload import pack
 from torchrunx_ray.wire.pickling import Replace
 
@@ -86,11 +86,6 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, object]] | None:
     if isinstance(value, types.MethodType):
         return iter([(path, value.__func__), (f"the object of {path}", value.__self__)])
     if isinstance(value, type):
-        made_by_python = types.GetSetDescriptorType
-        return (
-            (f"{path}.{name}", part)
-            for name, part in vars(value).items()
-            if not isinstance(part, made_by_python)
-        )
+        return parts_of_class(value, path)
     inner = getattr(value, "func", getattr(value, "__func__", None))  # a partial; a static method
     return iter([(path, inner)]) if isinstance(inner, types.FunctionType) else None
