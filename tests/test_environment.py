@@ -1,10 +1,13 @@
 """Which variables reach workers, and from where."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +32,47 @@ def seen(launcher: trx.Launcher, *names: str) -> list[str | None]:
 @pytest.fixture
 def launcher(cluster: None) -> trx.Launcher:
     return trx.Launcher(workers_per_host=1, linger=5)
+
+
+@pytest.mark.parametrize("in_session", [False, True])
+def test_launch_that_waits_starts_as_its_driver_was_when_it_was_submitted(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_session: bool
+) -> None:
+    launcher = trx.Launcher(
+        hostnames=1,
+        workers_per_host=1,
+        cpus_per_worker=ray.cluster_resources()["CPU"],
+        backend=None,
+        preload=(),
+        extra_env_vars=["SEED"],
+        linger=0,
+    )
+    gate = tmp_path / "gate"
+
+    def wait_for_gate() -> None:
+        while not gate.exists():
+            time.sleep(0.01)
+
+    def look() -> tuple[str, str, list[str]]:
+        return os.environ["SEED"], os.getcwd(), sys.argv
+
+    with contextlib.ExitStack() as opened:
+        submit = opened.enter_context(launcher.session()).submit if in_session else launcher.submit
+        first, runs = submit(wait_for_gate), []
+        for seed in ("1", "2"):
+            folder = tmp_path / seed
+            folder.mkdir()
+            monkeypatch.setenv("SEED", seed)
+            monkeypatch.chdir(folder)
+            monkeypatch.setattr(sys, "argv", ["train.py", seed])
+            runs.append(submit(look))
+        monkeypatch.setenv("SEED", "3")
+        gate.touch()
+        first.result()
+
+        assert [run.result().rank(0) for run in runs] == [
+            (seed, str(tmp_path / seed), ["train.py", seed]) for seed in ("1", "2")
+        ]
 
 
 def test_drivers_variables_travel_by_default_patterns_and_by_asking(
@@ -61,6 +105,58 @@ def test_default_patterns_can_be_replaced(
     assert seen(only_mine, "MINE", "NCCL_DEBUG") == ["1", None]
 
 
+def test_variable_that_no_process_can_be_started_with_is_named(
+    one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended in 'Argument list too long', in a traceback of Ray's."""
+    monkeypatch.setenv("NCCL_BIG", "x" * 2**22)
+    with pytest.raises(ValueError, match="the driver's environment: NCCL_BIG has 4194314 bytes"):
+        one.run(os.getpid)
+    monkeypatch.delenv("NCCL_BIG")
+
+    (tmp_path / "env").write_text("printf -v OF_FILE '%*s' 4194304 x")
+    with pytest.raises(trx.LaunchError, match="OF_FILE, which has 4194304 characters"):
+        dataclasses.replace(one, env_file=tmp_path / "env").run(os.getpid)
+
+
+def test_place_and_level_of_log_files_need_no_other_template(
+    one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log folder for each experiment made every launch wait for an import of torch."""
+
+    def template() -> int:
+        return one.run(os.getppid).rank(0)
+
+    before = template()
+    monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHRUNX_LOG_LEVEL", "DEBUG")
+    assert template() == before
+
+    asking = dataclasses.replace(one, extra_env_vars=["TORCHRUNX_LOG_DIR"])
+    assert seen(asking, "TORCHRUNX_LOG_DIR") == [str(tmp_path)]
+
+
+def test_launch_that_no_warm_template_fits_says_what_differs(
+    one: trx.Launcher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options: dict[str, Any] = {"extra_env_vars": {"OWN_AGENT_FOR": "differences"}, "preload": ()}
+    warm = dataclasses.replace(one, **options)
+    folder = warm.run(os.getcwd).rank(0)
+    monkeypatch.setenv("NCCL_DEBUG", "a secret")
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO, "torchrunx_ray"):
+        dataclasses.replace(warm, preload=("json",)).run(os.getpid)
+
+    (said,) = [text for text in caplog.messages if "no warm one fits" in text]
+    assert said.endswith(
+        "The nearest differs in: the driver's variable NCCL_DEBUG; the folder "
+        f"{str(tmp_path)!r} instead of {folder!r}; preload ('json',) instead of ()"
+    )
+
+
 def test_name_that_the_driver_does_not_have_is_warned_of_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +169,7 @@ def test_name_that_the_driver_does_not_have_is_warned_of_once(
         extra_env_vars=("PRESENT", "ABSENT_KEY", "NONE_LIKE_*", "NOT_IN_THE_DRIVER", "ABSENT_KEY="),
     )
     for _ in range(2):
-        template_wanted(options, one_worker=False)
+        template_wanted(options)
 
     assert caplog.messages == [
         "extra_env_vars: the driver has no variable NOT_IN_THE_DRIVER to send, so that workers have it "

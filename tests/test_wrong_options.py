@@ -56,6 +56,8 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("extra_env_vars", [""], ValueError, "'': expected NAME=value, or a pattern"),
     ("extra_env_vars", {"A=B": "1"}, ValueError, "'A=B': expected a name without ="),
     ("extra_env_vars", ["A=\0"], ValueError, "text without NUL"),
+    ("extra_env_vars", {"BIG": "x" * 2**22}, ValueError, "BIG has 4194309 bytes"),
+    ("extra_env_vars", ["BIG=" + "x" * 2**22], ValueError, "BIG has 4194309 bytes"),
     ("extra_env_vars", ("RANK=1",), ValueError, "RANK is set by the launch itself"),
     ("extra_env_vars", {"CUDA_VISIBLE_DEVICES": "0"}, ValueError, "gpus_per_worker decides GPUs"),
     ("env_file", 3, TypeError, "a path on the hosts"),
@@ -125,7 +127,7 @@ def test_argument_of_the_function_that_is_given_as_an_option_is_told_where_it_go
 @pytest.mark.parametrize(
     ("option", "value", "kind", "accepted"),
     WRONG_OPTIONS,
-    ids=[f"{option}={value!r}" for option, value, _, _ in WRONG_OPTIONS],
+    ids=[f"{option}={value!r:.80}" for option, value, _, _ in WRONG_OPTIONS],
 )
 def test_wrong_option_is_named_with_its_value_and_what_is_accepted(
     option: str, value: Any, kind: type[Exception], accepted: str

@@ -21,8 +21,12 @@ set -a
 source "$1" >&2
 set -- $?
 set +a
-"$env" -0
-exit "$1"
+"$env" -0 && exit "$1"
+for each in $(compgen -e); do
+    value=${!each}
+    [ ${#value} -gt 65536 ] && echo "Linux starts no process with $each, which has ${#value} characters" >&2
+done
+exit 126
 """
 _BASHS_OWN = {"_", "SHLVL", "PWD", "OLDPWD", environment.MARK}
 
@@ -34,6 +38,7 @@ def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> 
         dict(wanted.driver_variables),
         same_interpreter=sys.executable == wanted.driver_executable,
     )
+    _check_sizes(made)
     if wanted.env_file is not None:
         made = _source(os.path.join(cwd, wanted.env_file), made)
     made |= dict(wanted.explicit_variables)
@@ -41,6 +46,7 @@ def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> 
         # As torchrun does. It must stand here: OpenMP reads it when torch is loaded.
         made.setdefault("OMP_NUM_THREADS", "1")
     made["RAY_ADDRESS"] = ray_address
+    _check_sizes(made)
     return made
 
 
@@ -65,6 +71,11 @@ def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple
     return here, (
         f"the driver's folder {wanted.driver_cwd} cannot be used here; the function runs in {here}"
     )
+
+
+def _check_sizes(made: Mapping[str, str]) -> None:
+    if (problem := environment.too_large(made)) is not None:
+        raise ValueError(f"the environment of workers: {problem}")
 
 
 def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +236,7 @@ class Attempt:
             await to_the_end(self._logs.drain())
             raise
 
-    def _wanted(self, host_index: int) -> messages.RunWanted:
+    def _wanted(self, host_index: int, call: Call) -> messages.RunWanted:
         master = self._crew.met[0]
         assert master.master_port is not None
         host = self._crew.hosts[host_index]
@@ -251,13 +250,13 @@ class Attempt:
             timeout=self._options.timeout,
             gpu_ids=self._crew.gpu_ids[host_index],
             gpus_per_worker=host.gpus_per_worker,
-            argv=tuple(sys.argv),
+            argv=call.argv,
             log_level=self._logs.level,
         )
 
     async def _watch(self, host_index: int, talk: Talk, call: Call) -> None:
         try:
-            failed = await talk.hold(self._wanted(host_index), call)
+            failed = await talk.hold(self._wanted(host_index, call), call)
             if failed is not None:
                 self._fail(host_index, None, None, failed)
         finally:

@@ -1,5 +1,6 @@
 """A function with its arguments, on its way into the cluster."""
 
+import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from torchrunx_ray.driver.cells import Brought
 from torchrunx_ray.driver.checks import check_handlers
 from torchrunx_ray.driver.connection import untyped_ray
 from torchrunx_ray.driver.options import LogHandlers, Options
+from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.errors import LaunchError, PayloadError, bytes_in_words
 from torchrunx_ray.wire import versions
+from torchrunx_ray.wire.messages import TemplateWanted
 from torchrunx_ray.wire.payload import Packed, pack
 
 
@@ -24,12 +27,15 @@ class Call:
 
     `inserted` refer to the packed values of the references in its arguments. Ray keeps them all
     for as long as this object lives. `log_handlers` is the option, with the handlers made.
+    `template` and `argv` show the driver as it was when the run was submitted.
     """
 
     run_name: str
     packed: Any
     inserted: Sequence[Any]
     log_handlers: LogHandlers
+    template: TemplateWanted
+    argv: tuple[str, ...]
 
 
 def put_call(
@@ -39,6 +45,7 @@ def put_call(
     check_function(func)
     check_call(func, args, kwargs)
     log_handlers = _made(options)
+    template, argv = template_wanted(options), tuple(sys.argv)
     function_name = _name(func)
     found, brought = references.Found(), Brought()
 
@@ -60,7 +67,8 @@ def put_call(
         captures.tell_of_large(function_name, func, found.replace)
     stored = _put(packed)
     inserted = found.packed(options.runtime_env)
-    return Call(unique(options.name or function_name), stored, inserted, log_handlers)
+    name = unique(options.name or function_name)
+    return Call(name, stored, inserted, log_handlers, template, argv)
 
 
 def _made(options: Options) -> LogHandlers:

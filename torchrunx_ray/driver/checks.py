@@ -13,7 +13,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any
 
-from torchrunx_ray.wire.environment import forbidden
+from torchrunx_ray.wire.environment import forbidden, too_large
 
 _BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
 """Those of torch, and of the accelerators that it knows by name."""
@@ -194,6 +194,13 @@ def _check_extra_variables(extra: Any) -> None:
             _require(name, "extra_env_vars", entry, "NAME=value, or a pattern such as WANDB_*")
     for text in texts:
         _require("\0" not in text, "extra_env_vars", text, "text without NUL")
+    pairs = (
+        extra
+        if _is_mapping(extra)
+        else dict(entry.split("=", 1) for entry in extra if "=" in entry)
+    )
+    if (problem := too_large(pairs)) is not None:
+        raise ValueError(f"extra_env_vars: {problem}")
     for name in filter(forbidden, names):
         raise ValueError(
             f"extra_env_vars: {name} is set by the launch itself, for every worker; leave it "

@@ -1,6 +1,7 @@
 """Hosts that are held for one run or for a session of several, with an agent on each."""
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -18,11 +19,10 @@ from torchrunx_ray.driver.placement import Host, Placement, place
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.results import LaunchResult
-from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire import versions
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.messages import Met
+from torchrunx_ray.wire.messages import Met, TemplateWanted
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class HeldHosts:
             progress.waits_for_turn = False
             await references.wait_for(call.inserted, Connection())
             progress.history.placed_ns = now_ns()
-            crew, backend = await self._assemble(progress, is_fresh=is_fresh)
+            crew, backend = await self._assemble(call.template, progress, is_fresh=is_fresh)
             progress.history.met_ns = now_ns()
             attempt = Attempt(call.run_name, self._options, crew, backend, progress.history)
             progress.attempt = attempt
@@ -97,7 +97,9 @@ class HeldHosts:
                 if isinstance(done, BaseException):
                     logger.warning("an agent could not be released: %s", done)
 
-    async def _assemble(self, progress: Progress, *, is_fresh: bool) -> tuple[Crew, str | None]:
+    async def _assemble(
+        self, template: TemplateWanted, progress: Progress, *, is_fresh: bool
+    ) -> tuple[Crew, str | None]:
         """An agent on every host; where a host's node has died, on hosts that are placed anew."""
         while True:
             if self._is_closed:
@@ -109,7 +111,7 @@ class HeldHosts:
                 if not is_fresh:
                     await placement.check()
                 met = await _all_or_first_error(
-                    [self._meet(i, host, progress.name) for i, host in enumerate(hosts)]
+                    [self._meet(i, host, template, progress.name) for i, host in enumerate(hosts)]
                 )
                 gpu_ids = await placement.gpu_ids()
             except (AgentFailedError, RayError) as error:
@@ -123,10 +125,10 @@ class HeldHosts:
             agents = [self._agents[i] for i in range(len(hosts))]
             return Crew(hosts, agents, met, gpu_ids), placement.backend
 
-    async def _meet(self, index: int, host: Host, name: str) -> Met:
+    async def _meet(self, index: int, host: Host, template: TemplateWanted, name: str) -> Met:
         """Have an agent on this host, in place of one that died since its last run."""
+        wanted = dataclasses.replace(template, one_worker=host.workers == 1)
         while True:
-            wanted = template_wanted(self._options, one_worker=host.workers == 1)
             agent = self._agents.get(index)
             if agent is not None and agent.wanted != wanted:  # the driver's environment or folder
                 await self._agents.pop(index).release(self._options.linger)

@@ -18,6 +18,7 @@ from torchrunx_ray.agent.actor import Agent as _AgentActor
 from torchrunx_ray.driver import references
 from torchrunx_ray.driver.connection import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.template_wanted import differences
 from torchrunx_ray.wire.messages import Met, TemplateWanted
 
 logger = logging.getLogger("torchrunx_ray")
@@ -118,6 +119,18 @@ class _Resting:
                     return agent
             return None
 
+    def nearest(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> str | None:
+        """Say how the most similar agent of the node differs from what is wanted; None without one."""
+        with self._lock:
+            self._forget_those_that_left()
+            there = [agent for agent in self._agents if agent.node_id == node_id]
+        found = [
+            differences(wanted, agent.wanted)
+            + ([] if agent.runtime_env == runtime_env else ["runtime_env"])
+            for agent in there
+        ]
+        return "; ".join(min(found, key=len)) if found else None
+
     def _forget_those_that_left(self) -> None:
         now = time.monotonic()
         self._agents = [
@@ -143,6 +156,12 @@ async def acquire(node_id: str, wanted: TemplateWanted, options: Options, name: 
     runtime_env = repr(options.runtime_env)
     agent = _resting.take(node_id, wanted, runtime_env)
     if agent is None:
+        if difference := _resting.nearest(node_id, wanted, runtime_env):
+            logger.info(
+                "%s: a new template is started, since no warm one fits. The nearest differs in: %s",
+                name,
+                difference,
+            )
         connection = Connection()
         calls = await connection.call(_create, node_id, wanted, options, name)
         agent = Agent(node_id, wanted, runtime_env, calls, connection)

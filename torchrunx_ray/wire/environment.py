@@ -1,6 +1,7 @@
 """Which environment variables travel, and how a template's environment is put together."""
 
 import fnmatch
+import os
 from collections.abc import Iterable, Mapping
 
 from torchrunx_ray.wire.ranks import RANK_VARIABLES
@@ -29,6 +30,9 @@ _NEVER_COPIED = (
     "CUDA_VISIBLE_DEVICES", "RAY_*", MARK, *_TORCHRUNS_OWN, *sorted(RANK_VARIABLES)
 )  # fmt: skip
 
+_DRIVERS_OWN = ("TORCHRUNX_LOG_DIR", "TORCHRUNX_LOG_LEVEL")
+"""Only the driver reads these. They travel when they are asked for by name."""
+
 _SAME_INTERPRETER_ONLY = ("PATH", "LD_LIBRARY*", "LIBRARY_PATH", "PYTHON*")
 """A laptop's paths break a container: these go only where the driver's interpreter is too."""
 
@@ -53,8 +57,24 @@ def chosen(environment: Mapping[str, str], patterns: Iterable[str]) -> dict[str,
     return {
         name: value
         for name, value in environment.items()
-        if _matches(name, patterns) and not forbidden(name) and not _is_rays_debugger(name, value)
+        if _matches(name, patterns)
+        and not forbidden(name)
+        and not _is_rays_debugger(name, value)
+        and (name in patterns or name not in _DRIVERS_OWN)
     }
+
+
+def too_large(environment: Mapping[str, str]) -> str | None:
+    """Name a variable that Linux lets no process start with; None if all are small enough."""
+    limit = 32 * os.sysconf("SC_PAGE_SIZE")  # MAX_ARG_STRLEN of the kernel
+    for name, value in environment.items():
+        size = len(os.fsencode(f"{name}={value}")) + 1
+        if size > limit:
+            return (
+                f"{name} has {size} bytes, and Linux starts no process with a variable of more than "
+                f"{limit} bytes, name included. Pass the value as an argument of the function, or in a file."
+            )
+    return None
 
 
 def for_template(
