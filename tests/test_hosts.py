@@ -6,10 +6,11 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ray.cluster_utils import Cluster
 import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
-from torchrunx_ray.driver import returning
+from torchrunx_ray.driver import cluster, returning
+from torchrunx_ray.driver.shape import resolve
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,20 @@ def test_accelerator_type_that_no_node_has(three_raylets: Cluster) -> None:
     assert "fewer hosts" not in str(caught.value)
 
 
+def test_what_ray_makes_of_an_accelerator_type_is_in_no_message(three_raylets: Cluster) -> None:
+    launcher = trx.Launcher(
+        hostnames=1, workers_per_host=5, gpus_per_worker=1, accelerator_type="H100"
+    )
+    with pytest.raises(trx.PlacementError) as caught:
+        launcher.run(place)
+
+    message = str(caught.value)
+    assert "wanted: 1 x (5 CPU, 5 GPU, accelerator type H100)\n" in message
+    assert "0.001" not in message
+    assert "accelerator_type:" not in message
+    assert "4 of 4 CPU, 4 of 4 GPU free, accelerator type H100\n" in message
+
+
 def test_label_that_no_node_has(three_raylets: Cluster) -> None:
     selector = {"zone": "mars", "planet": "!in(earth)"}
     with pytest.raises(trx.PlacementError) as caught:
@@ -210,8 +226,23 @@ def test_hosts_by_node_id_are_taken_in_order(three_raylets: Cluster) -> None:
 
 def test_one_node_by_two_names_is_refused(three_raylets: Cluster) -> None:
     mine = ray.get_runtime_context().get_node_id()
-    with pytest.raises(ValueError, match="are the same node"):
-        trx.Launcher(hostnames=["localhost", mine], workers_per_host=1).run(place)
+    for other in (mine, "127.0.0.1"):
+        with pytest.raises(ValueError, match="are the same node"):
+            trx.Launcher(hostnames=["localhost", other], workers_per_host=1).run(place)
+
+
+@pytest.mark.parametrize("change", [str, str.upper, str.title])
+def test_hostnames_ignore_case_and_loopback_names_mean_the_drivers_host(
+    three_raylets: Cluster, change: Callable[[str], str]
+) -> None:
+    there = cluster.live_nodes()
+    mine = ray.get_runtime_context().get_node_id()
+    names = ("localhost", "127.0.0.1", "127.0.1.1", "::1", socket.gethostname())
+    for name in names:
+        options = trx.Launcher(hostnames=[change(name)], workers_per_host=1)
+        (host,) = resolve(options, there, mine).hosts
+        assert host.node is not None
+        assert host.node.node_id == mine, name
 
 
 def test_list_of_counts_must_have_one_for_each_host(three_raylets: Cluster) -> None:
@@ -243,9 +274,14 @@ def test_impossible_is_said_at_once_with_the_numbers(three_raylets: Cluster) -> 
 
 def test_more_hosts_than_nodes_is_impossible(three_raylets: Cluster) -> None:
     with pytest.raises(
-        trx.PlacementError, match=r"5 hosts need as many nodes, .* 3 could hold one"
+        trx.PlacementError, match=r"5 hosts are wanted, each on another node .* has 3 nodes"
     ):
         trx.Launcher(hostnames=5, workers_per_host=1).run(place)
+    in_a = {"label_selector": {"zone": "a"}}
+    with pytest.raises(trx.PlacementError, match=r"2 hosts are wanted, .* 1 node that matches"):
+        trx.Launcher(hostnames=2, workers_per_host=4, **in_a).run(place)
+    with pytest.raises(trx.PlacementError, match=r"3 hosts are wanted, .* only 2 could hold one"):
+        trx.Launcher(hostnames=3, workers_per_host=1, gpus_per_worker=1).run(place)
 
 
 def test_busy_cluster_is_waited_for_and_said(

@@ -153,3 +153,13 @@ def test_squatter_cannot_take_the_port(launcher: trx.Launcher) -> None:
 
     own_group = dataclasses.replace(launcher, backend=None)
     assert list(own_group.run(squat_and_join)) == [("EADDRINUSE", 2.0)] * 2
+
+
+def test_fake_backend_is_a_group_that_sends_nothing(launcher: trx.Launcher) -> None:
+    """Torch registers it only when its module is imported: "Unknown c10d backend type FAKE"."""
+
+    def reduce() -> tuple[str, float]:
+        return dist.get_backend(), total()
+
+    fake = dataclasses.replace(launcher, backend="fake")
+    assert list(fake.run(reduce)) == [("fake", 0.0), ("fake", 1.0)]

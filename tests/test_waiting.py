@@ -134,6 +134,36 @@ def test_launches_that_wait_at_once_are_told_in_one_warning(
     assert len(said) <= 2 + passed_s / 2
 
 
+def test_error_right_after_a_launch_shows_as_free_what_is_given_back(cluster: None) -> None:
+    for _ in range(5):
+        of_cpus(CPUS).run(int)
+        with pytest.raises(trx.PlacementError) as caught:
+            of_cpus(CPUS + 2).run(int)
+        assert [free.get("CPU") for free in caught.value.free.values()] == [CPUS]
+
+
+def test_workers_that_share_cpus_are_told_of_once(
+    cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    launcher = trx.Launcher(hostnames=1, workers_per_host=CPUS * 2 + 1, backend=None)
+    for _ in range(2):
+        launcher.session().close()
+
+    said = [r.getMessage() for r in caplog.records if "share" in r.getMessage()]
+    assert len(said) == 1
+    assert f"17 workers share {CPUS} CPUs, up to 3 on each" in said[0]
+
+
+def test_workers_for_gpus_that_are_not_there_are_told_what_to_write(cluster: None) -> None:
+    options: list[dict[str, Any]] = [{}, {"hostnames": 1}, {"hostnames": ["localhost"]}]
+    for option in options:
+        with pytest.raises(trx.PlacementError, match="has no GPU") as caught:
+            trx.Launcher(workers_per_host="gpu", **option).run(int)
+        advice = str(caught.value).splitlines()[-1]
+        assert advice.startswith('Use workers_per_host="cpu", or a number of workers')
+        assert "autoscaler" not in advice  # this Ray was started here
+
+
 def of_cpus(cpus: int) -> trx.Launcher:
     return trx.Launcher(
         hostnames=1, workers_per_host=2, cpus_per_worker=cpus / 2, backend=None, log_handlers=None

@@ -307,16 +307,29 @@ def room_table(
             f"{_amount(free[node].get(name, 0)) + ' of ' if node in free else ''}"
             f"{_amount(amounts.get(name, 0))} {name}"
             for name in names
-            if name in amounts or name in ("CPU", "GPU")
+            if (name in amounts and not _is_accelerator(name)) or name in ("CPU", "GPU")
         )
-        lines.append(f"  {node}: {shown}{' free' if node in free else ''}")
+        kinds = [_named(name) for name in names if name in amounts and _is_accelerator(name)]
+        lines.append(f"  {node}: {', '.join([shown + ' free' * (node in free), *kinds])}")
     if len(total) > _NODES_SHOWN:
         lines.append(f"  and {len(total) - _NODES_SHOWN} nodes more")
     return "\n".join(lines)
 
 
 def amounts_in_words(amounts: Mapping[str, float]) -> str:
-    return ", ".join(f"{_amount(amount)} {name}" for name, amount in sorted(amounts.items()))
+    return ", ".join(
+        _named(name) if _is_accelerator(name) else f"{_amount(amount)} {name}"
+        for name, amount in sorted(amounts.items())
+    )
+
+
+def _is_accelerator(name: str) -> bool:
+    """Whether it is a resource that Ray makes of a type of accelerator; its amount means nothing."""
+    return name.startswith("accelerator_type:")
+
+
+def _named(accelerator: str) -> str:
+    return accelerator.replace("accelerator_type:", "accelerator type ")
 
 
 def bytes_in_words(size: float) -> str:

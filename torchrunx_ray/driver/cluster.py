@@ -93,6 +93,11 @@ def _left_nodes() -> list[Node]:
     ]
 
 
+def total_resources() -> dict[str, float]:
+    """Return what the whole cluster has."""
+    return untyped_ray.cluster_resources()
+
+
 def free_resources() -> dict[str, float]:
     """What the whole cluster has free, as Ray's head knows it."""
     return untyped_ray.available_resources()

@@ -43,6 +43,13 @@ def why_impossible(
     if unknown is not None:
         return unknown
     nodes = [node for node in nodes if _has_labels(node, options)]
+    apart = "each on another node (placement_strategy='STRICT_SPREAD')"
+    is_apart = options.placement_strategy == "STRICT_SPREAD"
+    if is_apart and len(nodes) < len(wanted):
+        count = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+        matching = f" that match{'es' * (len(nodes) == 1)} label_selector"
+        which = count + (matching if options.label_selector else "")
+        return f"{len(wanted)} hosts are wanted, {apart}, and the cluster has {which}"
     for bundle in wanted:
         for name, amount in bundle.items():
             largest = max(node.resources.get(name, 0) for node in nodes)
@@ -55,11 +62,8 @@ def why_impossible(
         if total < needed:
             return f"its hosts need {needed:g} {name} together; the cluster has {total:g}"
     fitting = sum(any(_fits(bundle, node) for bundle in wanted) for node in nodes)
-    if options.placement_strategy == "STRICT_SPREAD" and fitting < len(wanted):
-        return (
-            f"{len(wanted)} hosts need as many nodes, unless placement_strategy is 'PACK', and "
-            f"{fitting} could hold one"
-        )
+    if is_apart and fitting < len(wanted):
+        return f"{len(wanted)} hosts are wanted, {apart}, and only {fitting} could hold one"
     return None
 
 

@@ -165,6 +165,18 @@ def release(group: PlacementGroup) -> None:
         _line.serve()
 
 
+async def until_head_knows(connection: Connection) -> None:
+    """Return when Ray's head shows what was released as free, or when the release is no longer recent."""
+    total = await connection.call(cluster.total_resources)
+    while release_is_recent():
+        known = Counter[str]()
+        for amounts in (await connection.call(cluster.free_resources), *_line.held.values()):
+            known.update(amounts)
+        if all(known[name] >= total.get(name, 0) for name in ("CPU", "GPU")):
+            return
+        await asyncio.sleep(_POLL_S)
+
+
 def release_is_recent() -> bool:
     """Whether Ray's head may not yet know of it."""
     return recent_for_s() > 0

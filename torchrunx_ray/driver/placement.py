@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from torchrunx_ray.driver.waiting import Waiting
 from torchrunx_ray.errors import PlacementError
 
 logger = logging.getLogger("torchrunx_ray")
+
+_said: set[str] = set()
+"""What this driver has warned of."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ async def _place(options: Options, progress: Progress, begun: float) -> Placemen
         Exception
     ):  # a handler of the driver's may fail; the room is given back
         logger.info("%s: %s", progress.name, _in_words(shape, hosts, nodes))
+        _say_who_shares(options, hosts)
     return placement
 
 
@@ -135,6 +140,23 @@ async def _hosts_of(
         Host(nodes[node_id], host.label or hostname, host.workers, shape.gpus_per_worker)
         for node_id, host, hostname in zip(node_ids, shape.hosts, hostnames, strict=True)
     ]
+
+
+def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
+    """Warn if workers share CPUs that nobody has asked them to share; once of each such host."""
+    if options.cpus_per_worker is not None:
+        return
+    for host in hosts:
+        cpus = int(host.node.cpus)
+        if cpus and host.workers > cpus:
+            said = (
+                f"{host.workers} workers share {cpus} CPUs, up to {math.ceil(host.workers / cpus)} on "
+                f"each, on {host.label}: they take turns. If that is meant, cpus_per_worker="
+                f"{math.floor(100 * cpus / host.workers) / 100:g} says so; else give fewer workers_per_host."
+            )
+            if said not in _said:
+                _said.add(said)
+                logger.warning(said)
 
 
 def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:

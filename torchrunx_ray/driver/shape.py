@@ -1,5 +1,6 @@
 """From options and the live nodes to the shape of a launch: hosts, workers, what each must hold."""
 
+import ipaddress
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,6 @@ from torchrunx_ray.driver.fit import could_be_host, least_needs, why_impossible
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import PlacementError
 from torchrunx_ray.wire.ranks import gpus_held
-
-_NUMBERS_FOR_AN_AUTOSCALER = (
-    "To have an autoscaler start nodes give numbers, as in hostnames=2, workers_per_host=8, "
-    "gpus_per_worker=1: without the last, a node that is not there yet counts as one without GPUs."
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ def _choose(
             f"are live: {reason}.",
             wanted=wanted,
             total={node.name: node.resources for node in nodes},
-            advice=_NUMBERS_FOR_AN_AUTOSCALER,
+            advice=_numbers_for_an_autoscaler().strip(),
         )
     chosen: list[Node | None] = list(candidates[:count])
     chosen += [None] * (count - len(chosen))
@@ -131,12 +127,26 @@ def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
 
 
 def _node_called(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node | None:
-    for node in nodes:
-        names = [node.hostname, node.hostname.partition(".")[0], node.ip]
-        names += [node.node_id] if node.left_s is None else []  # it comes back with another id
-        if name in names or (name == "localhost" and node.node_id == driver_node_id):
-            return node
-    return None
+    """Return the node; the driver's if it is one of several that are called so."""
+    wanted = name.lower()
+    called = [node for node in nodes if wanted in _names(node)]
+    if wanted == "localhost" or (_is_loopback(wanted) and not called):
+        called = [node for node in nodes if node.node_id == driver_node_id]
+    return min(called, key=lambda node: node.node_id != driver_node_id, default=None)
+
+
+def _names(node: Node) -> list[str]:
+    hostname = node.hostname.lower()
+    names = [hostname, hostname.partition(".")[0], node.ip.lower()]
+    # A node that left comes back with another id.
+    return [*names, node.node_id] if node.left_s is None else names
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _addresses(name: str) -> set[str]:
@@ -187,11 +197,28 @@ def _workers(options: Options, chosen: Sequence[Node | None]) -> list[int]:
         raise PlacementError(
             f"workers_per_host={workers!r}: {node.hostname} has no {'GPU' if use_gpus else 'CPU'}.",
             total={node.name: node.resources for node in nodes},
-            advice="Say how many workers it shall run, or leave it out of hostnames."
-            if options.hostnames == "slurm" or not isinstance(options.hostnames, int | str)
-            else _NUMBERS_FOR_AN_AUTOSCALER,
+            advice=_instead_of_counting(options, use_gpus=use_gpus),
         )
     return counts
+
+
+def _instead_of_counting(options: Options, *, use_gpus: bool) -> str:
+    """Return what to write if a host has none of what workers are counted by."""
+    numbers = (
+        'workers_per_host="cpu", or a number of workers' if use_gpus else "a number of workers"
+    )
+    if options.hostnames == "slurm" or not isinstance(options.hostnames, int | str):
+        return f"Use {numbers}, or leave the host out of hostnames."
+    return f"Use {numbers}." + _numbers_for_an_autoscaler()
+
+
+def _numbers_for_an_autoscaler() -> str:
+    if was_started_here():
+        return ""
+    return (
+        " To have an autoscaler start nodes give numbers, as in hostnames=2, workers_per_host=8, "
+        "gpus_per_worker=1: without the last, a node that is not there yet counts as one without GPUs."
+    )
 
 
 def _gpus_per_worker(

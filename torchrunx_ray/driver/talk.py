@@ -104,8 +104,9 @@ class Talk:
 
     def _say_silent(self) -> None:
         logger.warning(
-            "%s has not answered for %.0f s: its agent is frozen, swapping, or cut off. The run goes "
-            "on when it wakes, and fails when Ray gives the node up.",
+            "%s has not answered for %.0f s: the machine is too busy to run its agent, or is swapping, or "
+            "the agent is frozen or cut off. The run goes on when it answers, and fails if Ray gives the "
+            "node up.",
             self._hostname,
             _SILENT_S,
         )

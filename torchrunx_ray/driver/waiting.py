@@ -121,11 +121,23 @@ class Waiting:
         """Whether it still may wait, and what for."""
         self._connection.check()
         now = time.monotonic()
-        room = await Room.now(group, self._options, self._shape, self._connection)
-        room.check(now - self._begun, self._limit_s)
+        room = await self._checked_room(group, now - self._begun)
         self._progress.waiting_for = room.in_brief()
         is_early = room.is_being_reserved and now - self._begun < reports.EVERY_S
         if not is_early and reports.is_due(self._progress.name, room.waits_for):
             others = reports.others_than(self._progress.name)
             room.report(self._progress.name, now - self._begun, self._limit_s, others)
             orphans.sweep()
+
+    async def _checked_room(self, group: PlacementGroup, waited_s: float) -> Room:
+        """Return the room, or raise its error, which counts as free what is being given back."""
+        room = await Room.now(group, self._options, self._shape, self._connection)
+        try:
+            room.check(waited_s, self._limit_s)
+        except PlacementError:
+            if not line.release_is_recent():
+                raise
+            await line.until_head_knows(self._connection)
+            room = await Room.now(group, self._options, self._shape, self._connection)
+            room.check(waited_s, self._limit_s)
+        return room

@@ -1,5 +1,6 @@
 """The worker's process group, and the rendezvous of those that its function makes itself."""
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -90,6 +91,8 @@ def _check_backend(backend: str, hostname: str) -> None:
     from torch import distributed
 
     names = [part.rpartition(":")[2] for part in backend.split(",")]
+    if "fake" in names:
+        importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers it
     for name in names:
         if not distributed.is_backend_available(name):
             there = [
