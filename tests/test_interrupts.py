@@ -156,7 +156,7 @@ AT_IT = {"placing": "waiting for room"}
 def test_ctrl_c_ends_every_phase_within_a_second(phase: str, tmp_path: Path) -> None:
     with terminal(phase, tmp_path) as driver:
         times = 2 if phase in ("running", "session", "tearing down") else 1
-        driver.wait_for(AT_IT.get(phase, "at it"), 40, times)
+        driver.wait_for(AT_IT.get(phase, "at it"), 90, times)
         driver.press_ctrl_c()
         assert driver.wait_for("INTERRUPTED", 5) < 1
         driver.wait_for("AND AGAIN 2", 20)
@@ -168,7 +168,7 @@ def test_ctrl_c_ends_every_phase_within_a_second(phase: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("phase", ["deaf", "deaf and parked"])
 def test_ctrl_c_waits_for_deaf_workers_as_long_as_it_was_told(phase: str, tmp_path: Path) -> None:
     with terminal(phase, tmp_path) as driver:
-        driver.wait_for("at it", 40)
+        driver.wait_for("at it", 90)
         driver.press_ctrl_c()
         assert 2 <= driver.wait_for("INTERRUPTED", 6) < 3
         driver.wait_for("AND AGAIN 2", 20)
@@ -177,7 +177,7 @@ def test_ctrl_c_waits_for_deaf_workers_as_long_as_it_was_told(phase: str, tmp_pa
 @pytest.mark.parametrize("phase", ["deaf", "deaf and parked"])
 def test_second_ctrl_c_kills_at_once(phase: str, tmp_path: Path) -> None:
     with terminal(phase, tmp_path) as driver:
-        driver.wait_for("at it", 40)
+        driver.wait_for("at it", 90)
         driver.press_ctrl_c()
         time.sleep(0.5)  # a person's finger
         driver.press_ctrl_c()
