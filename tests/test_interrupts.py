@@ -157,7 +157,7 @@ AT_IT = {"placing": "waiting for room"}
 def test_ctrl_c_ends_every_phase_long_before_the_grace_is_over(phase: str, tmp_path: Path) -> None:
     with terminal(phase, 60, tmp_path) as driver:
         times = 2 if phase in ("running", "session", "tearing down") else 1
-        driver.wait_for(AT_IT.get(phase, "at it"), 40, times)
+        driver.wait_for(AT_IT.get(phase, "at it"), 90, times)
         driver.press_ctrl_c()
         driver.wait_for("INTERRUPTED", SOON_S)
         driver.wait_for("AND AGAIN 2", 40)
