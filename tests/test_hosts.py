@@ -459,3 +459,38 @@ def test_killed_raylet_is_told_at_once(three_raylets: Cluster, tmp_path: Path) -
         run.result(timeout=60)
     assert caught.value.hostname.endswith("#1")
     assert processes.wait_until(lambda: not processes.of_pool(mark))
+
+
+BREAKS_THE_QUESTION = """
+import os, sys
+
+class Breaks:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchrunx_ray.driver" and os.path.exists(BROKEN):
+            raise ImportError("the disk is away")
+        return None
+
+BROKEN = os.path.join(os.path.dirname(__file__), "broken")
+sys.meta_path.insert(0, Breaks())
+"""
+
+
+def test_failed_question_for_gpus_fails_its_run_only(
+    three_raylets: Cluster, tmp_path: Path
+) -> None:
+    """Ray answers it by a task, in a process that imports us."""
+    (tmp_path / "sitecustomize.py").write_text(BREAKS_THE_QUESTION)
+    (tmp_path / "broken").touch()
+    launcher = trx.Launcher(
+        hostnames=1,
+        workers_per_host=2,
+        gpus_per_worker=1,
+        backend=None,
+        runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
+        linger=0,
+    )
+    with launcher.session() as session:
+        with pytest.raises(trx.AgentFailedError, match="which GPUs the launch has there"):
+            session.run(gpus)
+        (tmp_path / "broken").unlink()
+        assert list(session.run(gpus)) == ["0", "1"]

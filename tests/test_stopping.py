@@ -12,6 +12,7 @@ import pytest
 
 import torchrunx_ray as trx
 from tests import processes
+from torchrunx_ray.wire import messages
 
 
 def test_sigterm_is_sent_once_when_a_rank_exits_in_its_handler(
@@ -79,3 +80,31 @@ def test_second_interruption_does_not_wait_for_a_frozen_agent(
             os.kill(agent, signal.SIGCONT)
     assert gone, "Ray has not killed the frozen agent"
     assert processes.wait_until(lambda: processes.of_pool(mark) == {})
+
+
+def test_event_that_the_driver_cannot_handle_ends_the_run_at_once(
+    cluster: None, tmp_path: Path
+) -> None:
+    """A run that waits for its other hosts hangs as long as these have something to do."""
+
+    def say_what_no_worker_says() -> None:
+        if os.environ["RANK"] == "0":
+            frame = sys._getframe()
+            while "channel" not in frame.f_locals:
+                assert frame.f_back is not None
+                frame = frame.f_back
+            frame.f_locals["channel"].send(messages.Joined(99, 0))
+        (tmp_path / os.environ["RANK"]).write_text(str(os.getpid()))
+        time.sleep(1000)
+
+    launcher = trx.Launcher(
+        hostnames=2, placement_strategy="STRICT_PACK", workers_per_host=1, backend=None
+    )
+    with pytest.raises(trx.LaunchError, match="IndexError") as caught:
+        launcher.submit(say_what_no_worker_says).result(timeout=60)
+
+    assert "Joined" in str(caught.value)
+    assert isinstance(caught.value.__cause__, IndexError)
+    pids = [int(path.read_text()) for path in tmp_path.iterdir()]
+    assert not any(map(processes.is_alive, pids))
+    assert len(launcher.run(os.getpid)) == 2

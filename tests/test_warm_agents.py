@@ -76,14 +76,13 @@ def test_no_more_than_eight_agents_rest_on_a_node(cluster: None) -> None:
 
     def names() -> set[str]:
         found = ray.util.list_named_actors(all_namespaces=True)
-        return {actor["name"] for actor in found if actor["name"].startswith("sweeps-")}
+        return {actor["name"] for actor in found if actor["name"].startswith("agent-")}
 
     for i in range(10):
         trx.Launcher(
             workers_per_host=1,
             backend=None,
             preload=(),
-            name="sweeps",
             extra_env_vars={"N": str(i)},
         ).run(int)
     assert processes.wait_until(lambda: len(names()) == 8, 15), names()

@@ -62,8 +62,8 @@ class Agent:
         self._raylet_fd: int | None = None
 
     def __repr__(self) -> str:
-        """What Ray puts before the actor's own lines."""
-        return f"torchrunx_ray agent {self._name}"
+        """Return what Ray puts before the actor's own lines, and shows in its dashboard."""
+        return f"torchrunx_ray {self._name}"
 
     async def meet(self, listen: bool) -> messages.Met:
         """Claim the agent for a run; with `listen`, hold a port for the run's store."""
@@ -108,6 +108,11 @@ class Agent:
         self._stopped_early.clear()
         self._outlasted_early.clear()
         await run.start(function, inserted)
+
+    async def fork(self, run_id: str) -> None:
+        """Fork the workers of a run that waits for all hosts to be able to."""
+        if self._run is not None and self._run.run_id == run_id:
+            self._run.fork()
 
     async def poll(self, with_output: bool) -> list[messages.Event]:
         """Events as soon as there are some; none after a while."""

@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from torchrunx_ray.agent import gpus, memory_group
 from torchrunx_ray.agent.mailbox import Mailbox
@@ -16,6 +17,8 @@ from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.ranks import Place
+
+T = TypeVar("T")
 
 
 class HostRun:
@@ -43,6 +46,7 @@ class HostRun:
         self._serves_others = listening is not None and wanted.places[0].hosts > 1
         """The store, which other hosts' workers may ask also after those of this one have ended."""
         self._template_died = False
+        self._may_fork = asyncio.Event()
         self._stopping = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
 
@@ -52,7 +56,7 @@ class HostRun:
 
     async def start(self, function: Packed, inserted: Sequence[Packed]) -> None:
         """Return once every worker is forked, or the run has ended without."""
-        refused = await self._ready_or_stopped()
+        refused = await self._unless_stopped(self._template.ready())
         if refused is not None:
             self._mailbox.put(refused)
             self._stopping.set()
@@ -66,6 +70,10 @@ class HostRun:
             self._listening.close()
         if not self._stopping.is_set():
             self._check(await self._template.hold_call((function, *inserted), self._is_wanted))
+        if not self._stopping.is_set():
+            self._mailbox.put(messages.CanFork())
+            if self._wanted.forks_when_told:
+                await self._unless_stopped(self._may_fork.wait())
         for place in self._wanted.places:
             if not self._stopping.is_set():
                 await self._fork(place)
@@ -75,6 +83,10 @@ class HostRun:
             if not worker.is_forked:
                 worker.abandon()
         self._end_if_over()
+
+    def fork(self) -> None:
+        """Let `start` go on: all hosts can fork."""
+        self._may_fork.set()
 
     async def value(self, local_rank: int) -> Packed | None:
         return await self._workers[local_rank].value()
@@ -143,13 +155,16 @@ class HostRun:
             return None
         return OomKills(str(group.path), group.limit, before, after)
 
-    async def _ready_or_stopped(self) -> messages.TemplateRefused | None:
-        """Ctrl-C must not wait for an import of torch."""
-        ready = asyncio.ensure_future(self._template.ready())
+    async def _unless_stopped(self, wanted: Coroutine[Any, Any, T]) -> T | None:
+        """Ctrl-C must not wait for an import of torch, nor for other hosts."""
+        waiting = asyncio.ensure_future(wanted)
         stopped = asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        return ready.result() if ready.done() else None
+        if waiting.done():
+            return waiting.result()
+        waiting.cancel()
+        return None
 
     async def _fork(self, place: Place) -> None:
         wanted = self._wanted

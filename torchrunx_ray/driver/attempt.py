@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.clocks import Clocks
 from torchrunx_ray.driver.connection import ClusterLeft, Connection
-from torchrunx_ray.driver.failures import Failure, Failures, NotJoined, Report
+from torchrunx_ray.driver.failures import DriverFailed, Failure, Failures, NotJoined, Report
 from torchrunx_ray.driver.history import History
 from torchrunx_ray.driver.logs.run_logs import RunLogs
 from torchrunx_ray.driver.logs.speaker import Speaker
@@ -48,6 +48,11 @@ Longer than a template waits for a process that gives back much memory.
 
 _DEAF_S = 1.0
 """How long after a second cancellation an agent may take to hear that it shall kill."""
+_SLOW_START_S = 60.0
+"""How long a host may take until it can fork before that is told."""
+
+_START_S = 1800.0
+"""How long a host may take until it can fork before the run fails."""
 
 _SILENT_STOP_S = 2.0
 """For how long failed runs may stop what is left of them before anybody is told why."""
@@ -104,6 +109,8 @@ class Attempt:
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
         self._sizes: dict[tuple[int, int], int] = {}
+        self._can_fork: set[int] = set()
+        """Hosts, by index, of which the workers can be forked."""
         self._pids: list[dict[int, int]] = [{} for _ in crew.hosts]
         """Ranks of each host by pid."""
         self._stacks = Stacks({})
@@ -143,8 +150,8 @@ class Attempt:
             self._watching = [
                 asyncio.create_task(self._watch(i, talk, call)) for i, talk in enumerate(talks)
             ]
-            if self._backend is not None:
-                self._later(self._options.timeout, self._check_joined)
+            for wait_s, is_enough in ((_SLOW_START_S, False), (_START_S, True)):
+                self._later(wait_s, self._check_can_fork, wait_s, is_enough)
             await self._until_ended()
         finally:
             self._lookout.close()
@@ -252,23 +259,39 @@ class Attempt:
             gpus_per_worker=host.gpus_per_worker,
             argv=call.argv,
             log_level=self._logs.level,
+            forks_when_told=self._forks_when_told,
         )
 
     async def _watch(self, host_index: int, talk: Talk, call: Call) -> None:
         try:
             failed = await talk.hold(self._wanted(host_index, call), call)
-            if failed is not None:
-                self._fail(host_index, None, None, failed)
+        except Exception as error:
+            failed = DriverFailed("talked with an agent", error)
         finally:
             self._is_over(host_index)
+        if failed is not None:
+            self._fail(host_index, None, None, failed)
 
     def _hear(self, host_index: int, event: messages.Event) -> None:
+        """Handle an event; a bug must not keep the others, and this host's end, from being heard."""
+        try:
+            self._handle(host_index, event)
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # the latter from a handler of the driver's logging
+            doing = f"handled {type(event).__name__} of an agent"
+            self._fail(host_index, None, None, DriverFailed(doing, error))
+
+    def _handle(self, host_index: int, event: messages.Event) -> None:
         self._note(host_index, event)
         match event:
             case messages.Printed():
                 who = self._speaker(host_index, event.local_rank)
                 time_ns = self._clocks.on_ours(host_index, event.time_ns)
                 self._logs.put(who, event.stream, event.data, time_ns / 1e9)
+            case messages.CanFork():
+                self._can_fork_at(host_index)
             case messages.Started():
                 self._pids[host_index][event.pid] = self._layout[host_index][event.local_rank].rank
             case messages.Finished():
@@ -334,6 +357,36 @@ class Attempt:
         alone = self._over == set(range(1, len(self._crew.hosts)))
         if alone and not serving.is_gone and self._cluster.is_ours():
             serving.calls.others_have_ended.remote(self._run_id)
+
+    @property
+    def _forks_when_told(self) -> bool:
+        return self._backend is not None and len(self._crew.hosts) > 1
+
+    def _can_fork_at(self, host_index: int) -> None:
+        """Have the hosts fork, and the group's timeout begin, as soon as all hosts can fork."""
+        self._can_fork.add(host_index)
+        if len(self._can_fork) < len(self._crew.hosts):
+            return
+        if self._backend is not None:
+            self._later(self._options.timeout, self._check_joined)
+        if self._forks_when_told and self._cluster.is_ours():
+            for agent in self._crew.agents:
+                agent.calls.fork.remote(self._run_id)
+
+    def _check_can_fork(self, waited_s: float, is_enough: bool) -> None:
+        """Tell which hosts keep the others waiting; and fail after very long."""
+        if self._failed or self._was_cancelled:
+            return
+        for i in set(range(len(self._crew.hosts))) - self._can_fork - self._over:
+            what = f"{waited_s:g} s after the run began no worker can be forked"
+            if i in self._history.loaded:
+                why = "the function and its arguments are still on their way there"
+            else:
+                why = f"its template still imports {', '.join(self._options.preload)}"
+            if is_enough:
+                self._lose(i, what, why)
+            else:
+                logger.warning("%s: %s: %s", self._crew.hosts[i].label, what, why)
 
     def _check_joined(self) -> None:
         """Tell who is missing, before those who wait for them give up."""

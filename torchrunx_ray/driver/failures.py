@@ -10,6 +10,7 @@ from pathlib import Path
 from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.errors import (
     AgentFailedError,
+    LaunchError,
     LaunchTimeoutError,
     PayloadError,
     PreloadError,
@@ -36,6 +37,18 @@ class ArgumentLost:
     evidence: str
 
 
+@dataclass(frozen=True)
+class DriverFailed:
+    """The driver could not handle what an agent told it, which is a bug of ours."""
+
+    doing: str
+    error: BaseException
+
+    @property
+    def what(self) -> str:
+        return f"the driver failed while it {self.doing}: {type(self.error).__name__}: {self.error}"
+
+
 Report = (
     messages.Failed
     | messages.Died
@@ -43,6 +56,7 @@ Report = (
     | messages.TemplateRefused
     | NotJoined
     | ArgumentLost
+    | DriverFailed
 )
 
 _FRAME = re.compile(r'^[ |]*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -149,6 +163,13 @@ def _exception(failure: Failure) -> BaseException:
         case ArgumentLost():
             path = "an ObjectRef in the arguments"
             return PayloadError(path=path, reason=report.evidence, step="fetch")
+        case DriverFailed():
+            error = LaunchError(
+                f"{report.what} (host {failure.hostname}). This is a bug of torchrunx_ray: please report it "
+                "with this traceback."
+            )
+            error.__cause__ = report.error
+            return error
         case messages.Died():
             assert rank is not None
             assert report.exited.local_rank is not None
@@ -261,3 +282,5 @@ def _summary(report: Report) -> str:
             return "the process group was not complete in time"
         case ArgumentLost():
             return "an ObjectRef in the arguments could not be fetched"
+        case DriverFailed():
+            return report.what

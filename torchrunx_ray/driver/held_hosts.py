@@ -111,7 +111,7 @@ class HeldHosts:
                 if not is_fresh:
                     await placement.check()
                 met = await _all_or_first_error(
-                    [self._meet(i, host, template, progress.name) for i, host in enumerate(hosts)]
+                    [self._meet(i, host, template) for i, host in enumerate(hosts)]
                 )
                 gpu_ids = await placement.gpu_ids()
             except (AgentFailedError, RayError) as error:
@@ -125,23 +125,21 @@ class HeldHosts:
             agents = [self._agents[i] for i in range(len(hosts))]
             return Crew(hosts, agents, met, gpu_ids), placement.backend
 
-    async def _meet(self, index: int, host: Host, template: TemplateWanted, name: str) -> Met:
+    async def _meet(self, index: int, host: Host, template: TemplateWanted) -> Met:
         """Have an agent on this host, in place of one that died since its last run."""
         wanted = dataclasses.replace(template, one_worker=host.workers == 1)
         while True:
             agent = self._agents.get(index)
             if agent is not None and agent.wanted != wanted:  # the driver's environment or folder
-                await self._agents.pop(index).release(self._options.linger)
+                await to_the_end(self._agents.pop(index).release(self._options.linger))
                 agent = None
             if agent is None:
-                agent = await pool.acquire(
-                    host.node.node_id, wanted, self._options, f"{name}-{host.label}"
-                )
+                agent = await pool.acquire(host.node.node_id, host.label, wanted, self._options)
                 self._agents[index] = agent
             silent = asyncio.get_running_loop().call_later(_SILENT_S, _say_silent, host.label)
             try:
                 met = await agent.meet(listen=index == 0)
-            except RayError as error:
+            except (RayError, TimeoutError) as error:
                 await self._drop({index})
                 missing = versions.missing_package(str(error), versions.of_this_process())
                 if missing is not None:
@@ -153,6 +151,12 @@ class HeldHosts:
             finally:
                 silent.cancel()
             if met is None:
+                if agent.is_gone:
+                    logger.warning(
+                        "%s: the agent that rested there does not answer: it is frozen, swapping or cut off. "
+                        "A new one takes its place.",
+                        host.label,
+                    )
                 await self._drop({index})
                 continue
             problem = met.problem or versions.problem_between(
@@ -167,7 +171,10 @@ class HeldHosts:
             return met
 
     async def _drop(self, indices: set[int]) -> None:
-        await asyncio.gather(*(self._agents.pop(i).end() for i in indices if i in self._agents))
+        """End these agents, whatever happens meanwhile: nobody else knows of them."""
+        agents = [self._agents.pop(i) for i in indices if i in self._agents]
+        if ending := [asyncio.create_task(agent.end()) for agent in agents]:
+            await to_the_end(asyncio.wait(ending))
 
 
 def _say_silent(hostname: str) -> None:
@@ -180,13 +187,17 @@ def _say_silent(hostname: str) -> None:
 
 
 async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[T]:
-    """Like asyncio.gather, but when it raises nothing of it runs on."""
-    done: list[T] = []
-    for outcome in await asyncio.gather(*work, return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            raise outcome
-        done.append(outcome)
-    return done
+    """Return all outcomes. At the first error the rest is cancelled, and has ended when it is raised."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [task for task in tasks if task.done() and task.exception() is not None]
+        return [task.result() for task in failed or tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await to_the_end(asyncio.wait(tasks))
+        del tasks, work  # a failure refers to this frame, and must not wait for Python's gc
 
 
 async def run_once(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -9,25 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from torchrunx_ray.driver import cluster, line, orphans, placement_group, reports
+from torchrunx_ray.driver.clean_up import clean_up
 from torchrunx_ray.driver.cluster import Node
-from torchrunx_ray.driver.connection import ClusterLeft, Connection, untyped_ray
-from torchrunx_ray.driver.loop import to_the_end
+from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.returning import resolve_when_back
 from torchrunx_ray.driver.room import HostLeft
 from torchrunx_ray.driver.shape import Shape
 from torchrunx_ray.driver.waiting import Waiting
-from torchrunx_ray.errors import PlacementError
+from torchrunx_ray.errors import AgentFailedError, PlacementError
 
 logger = logging.getLogger("torchrunx_ray")
 
 _said: set[str] = set()
 """What this driver has warned of."""
+
+_HEAD_S = 5.0
+"""How much longer than `placement_timeout` a launch waits for an answer of Ray's head."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,28 @@ class Placement:
         self._group = group
         self._cluster = Connection()
         line.hold(group, shape.needed)
+        self._ask_for_gpu_ids = functools.partial(_gpu_ids, group, shape, hosts, options)
         # Asked for while agents start: the answer takes Ray a process.
-        self._gpu_ids = asyncio.ensure_future(_gpu_ids(group, shape, options))
-        # Nobody asks for them where the launch fails before it needs them.
-        self._gpu_ids.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._gpu_ids: asyncio.Task[list[tuple[str, ...]]] | None = self._begin_to_ask()
 
     async def gpu_ids(self) -> list[tuple[str, ...]]:
-        """Of each host's bundle: they are the bundle's for as long as it lives."""
-        return await asyncio.shield(self._gpu_ids)
+        """GPUs of each host's bundle, which are the bundle's for as long as it lives.
+
+        AgentFailedError where Ray cannot tell; the next run asks again.
+        """
+        if self._gpu_ids is None:
+            self._gpu_ids = self._begin_to_ask()
+        try:
+            return await asyncio.shield(self._gpu_ids)
+        except Exception:
+            self._gpu_ids = None
+            raise
+
+    def _begin_to_ask(self) -> "asyncio.Task[list[tuple[str, ...]]]":
+        asking = asyncio.ensure_future(self._ask_for_gpu_ids())
+        # Nobody asks for them where the launch fails before it needs them.
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return asking
 
     async def is_whole(self) -> bool:
         """Whether all its nodes live, as far as Ray knows."""
@@ -78,28 +97,48 @@ class Placement:
             )
 
     async def remove(self) -> None:
-        self._gpu_ids.cancel()
-        with contextlib.suppress(ClusterLeft):
-            await placement_group.remove(self._group, self._cluster)
+        """Give the room back. What goes wrong is logged."""
+        if self._gpu_ids is not None:
+            self._gpu_ids.cancel()
+        hosts = ", ".join(host.label for host in self.hosts)
+        removing = placement_group.remove(self._group, self._cluster)
+        await clean_up(
+            removing, f"removing the placement group that holds CPUs and GPUs of {hosts}"
+        )
 
 
 async def place(options: Options, progress: Progress) -> Placement:
     """Reserve room for the launch; PlacementError if there is none in time."""
+    limit_s = options.placement_timeout
+    limit = asyncio.timeout(None if limit_s is None else limit_s + _HEAD_S)
+    try:
+        async with limit:
+            return await _place_on_hosts_that_stay(options, progress)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise PlacementError(
+            f"Ray's head has not answered: {limit_s:g} s (placement_timeout) and {_HEAD_S:g} s more after the "
+            "launch the driver still waits for what it has asked. Is the head's machine frozen, overloaded or cut "
+            "off? `ray status` there would tell. Launch again, or with a longer placement_timeout."
+        ) from None
+    finally:
+        reports.forget(progress.name)
+
+
+async def _place_on_hosts_that_stay(options: Options, progress: Progress) -> Placement:
     orphans.sweep()
     begun = time.monotonic()
     left: HostLeft | None = None
-    try:
-        while True:
-            try:
-                return await _place(options, progress, begun)
-            except HostLeft as host:
-                left = host
-            except PlacementError as error:
-                if left is None:
-                    raise
-                raise left.error from error
-    finally:
-        reports.forget(progress.name)
+    while True:
+        try:
+            return await _place(options, progress, begun)
+        except HostLeft as host:
+            left = host
+        except PlacementError as error:
+            if left is None:
+                raise
+            raise left.error from error
 
 
 async def _place(options: Options, progress: Progress, begun: float) -> Placement:
@@ -114,8 +153,7 @@ async def _place(options: Options, progress: Progress, begun: float) -> Placemen
             if hosts is not None:
                 break
     except BaseException:
-        with contextlib.suppress(ClusterLeft):
-            await to_the_end(waiting.give_up())
+        await clean_up(waiting.give_up(), f"removing the placement group of {progress.name}")
         raise
     placement = Placement(hosts, shape, group, options)
     with contextlib.suppress(
@@ -170,15 +208,20 @@ def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{ip}#{ips[:i].count(ip)}" if ips.count(ip) > 1 else ip for i, ip in enumerate(ips)]
 
 
-async def _gpu_ids(group: PlacementGroup, shape: Shape, options: Options) -> list[tuple[str, ...]]:
+async def _gpu_ids(
+    group: PlacementGroup, shape: Shape, hosts: Sequence[Host], options: Options
+) -> list[tuple[str, ...]]:
     amounts = [host.bundle.get("GPU", 0) for host in shape.hosts]
     return await asyncio.gather(
-        *(_gpu_ids_of(group, i, amount, options) for i, amount in enumerate(amounts))
+        *(
+            _gpu_ids_of(group, i, amount, host, options)
+            for i, (amount, host) in enumerate(zip(amounts, hosts, strict=True))
+        )
     )
 
 
 async def _gpu_ids_of(
-    group: PlacementGroup, index: int, amount: float, options: Options
+    group: PlacementGroup, index: int, amount: float, host: Host, options: Options
 ) -> tuple[str, ...]:
     if not amount:
         return ()
@@ -190,7 +233,11 @@ async def _gpu_ids_of(
         ),
         runtime_env=dict(options.runtime_env) if options.runtime_env else None,
     )(_own_gpu_ids)
-    ids: list[str] = await Connection().ask(ask)
+    try:
+        ids: list[str] = await Connection().ask(ask)
+    except RayError as error:
+        what = "the task that asks Ray which GPUs the launch has there failed"
+        raise AgentFailedError(hostname=host.label, what=what, evidence=str(error)) from None
     return tuple(sorted(ids, key=lambda i: (not i.isdigit(), int(i) if i.isdigit() else 0, i)))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from torchrunx_ray.driver import line
+from torchrunx_ray.driver.clean_up import clean_up
 from torchrunx_ray.driver.connection import Connection, untyped_ray
-from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.shape import Shape
 
@@ -58,15 +58,24 @@ async def _create(
         )
         created.append(group)
 
+    making = asyncio.create_task(connection.call(make))
     try:
-        await to_the_end(connection.call(make))
-    except asyncio.CancelledError:  # the group was made all the same
-        for group in created:
-            await to_the_end(_remove_settled(group, connection))
+        await asyncio.shield(making)
+    except asyncio.CancelledError:  # the group is made all the same
+        removing = _remove_once_made(making, created, connection)
+        await clean_up(removing, f"removing the placement group {name}")
         raise
     finally:
         _last_asked = time.monotonic()
     return created[0]
+
+
+async def _remove_once_made(
+    making: "asyncio.Task[None]", created: list[PlacementGroup], connection: Connection
+) -> None:
+    await asyncio.wait({making})
+    for group in created:
+        await _remove_settled(group, connection)
 
 
 async def remove(group: PlacementGroup, connection: Connection) -> None:
@@ -104,7 +113,12 @@ async def withdraw(group: PlacementGroup, connection: Connection) -> bool:
     """
     async with _at_ray:
         await asyncio.sleep(_stirred_for_s())
-        return await to_the_end(connection.call(_remove_if_refused, group))
+        removing = asyncio.create_task(connection.call(_remove_if_refused, group))
+        try:
+            return await asyncio.shield(removing)
+        except asyncio.CancelledError:
+            await clean_up(asyncio.wait({removing}), "removing a placement group that waited")
+            raise
 
 
 def _remove_if_refused(group: PlacementGroup) -> bool:

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torchrunx_ray.agent.actor import VALUES
 from torchrunx_ray.agent.actor import Agent as _AgentActor
 from torchrunx_ray.driver import references
+from torchrunx_ray.driver.clean_up import clean_up
 from torchrunx_ray.driver.connection import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.template_wanted import differences
@@ -34,6 +36,21 @@ _MOST_RESTING = 8
 _CLOSING_S = 15.0
 """For an agent to end its processes; one that takes longer is frozen, or cut off."""
 
+_CLOSING_UNMET_S = 1.0
+"""For one that has never answered: Ray may still make its runtime_env."""
+
+_SILENT_S = 10.0
+"""For an agent that rested to be ready for another run: it may source an env_file anew."""
+
+_ANSWER_S = 5.0
+"""For an agent that lives to answer."""
+
+_RUNTIME_ENV_S = 600.0
+"""How long Ray makes a runtime_env, unless its config says otherwise."""
+
+_START_S = 300.0
+"""For Ray to start an agent's process once its runtime_env is made."""
+
 
 @dataclass(eq=False)
 class Agent:
@@ -44,6 +61,7 @@ class Agent:
     runtime_env: str
     calls: Any
     connection: Connection
+    starts_within_s: float | None
     is_new: bool = True
     is_gone: bool = False
     """Dead, frozen or cut off: it would be asked in vain for seconds."""
@@ -54,15 +72,47 @@ class Agent:
     """By the driver's monotonic clock."""
 
     async def meet(self, *, listen: bool) -> Met | None:
-        """Claim it for a run. None: it ended while it rested; RayError: it never began."""
+        """Claim it for a run. None: it ended, or froze, while it rested.
+
+        RayError or TimeoutError: it never began.
+        """
+        meeting = asyncio.create_task(self.connection.ask(self.calls.meet, listen))
         try:
-            met: Met = await self.connection.ask(self.calls.meet, listen)
-        except RayError:
+            await (self._until_met(meeting) if self.is_new else self._until_met_or_frozen(meeting))
+            met: Met = meeting.result()
+        except (RayError, TimeoutError):
             if self.is_new:
                 raise
             return None
+        finally:
+            meeting.cancel()
+            del meeting  # a failure refers to this frame, and must not wait for Python's gc
         self.is_new = False
         return None if met.leaving else met
+
+    async def _until_met(self, meeting: "asyncio.Task[Any]") -> None:
+        await asyncio.wait({meeting}, timeout=self.starts_within_s)
+        if not meeting.done():
+            self.is_gone = True
+            raise TimeoutError(f"Ray has not started its process within {self.starts_within_s:g} s")
+
+    async def _until_met_or_frozen(self, meeting: "asyncio.Task[Any]") -> None:
+        while not meeting.done():
+            await asyncio.wait({meeting}, timeout=_SILENT_S)
+            if not meeting.done() and not await self._answers():
+                self.is_gone = True
+                raise TimeoutError
+
+    async def _answers(self) -> bool:
+        """Whether it is there at all; it answers this question at once, whatever it does."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await self.connection.ask(self.calls.clock)
+        except RayError:
+            pass  # the answer to what it was asked before tells why
+        except TimeoutError:
+            return False
+        return True
 
     async def release(self, linger: float) -> None:
         """Let it rest, for the next launch to take; with linger=0 end it."""
@@ -80,13 +130,15 @@ class Agent:
         """Return when the agent's processes are gone. The actor itself goes a moment later."""
         if not self.connection.is_ours():
             return  # Ray has ended it with this driver's other actors
-        with contextlib.suppress(ClusterLeft):
-            # What it cannot do itself, its keeper and template do when it is killed.
-            with contextlib.suppress(RayError, TimeoutError):
-                if not self.is_gone:
-                    async with asyncio.timeout(_CLOSING_S):
-                        await self.connection.ask(self.calls.close)
-            await self.connection.call(untyped_ray.kill, self.calls)
+        # What it cannot do itself, its keeper and template do when it is killed.
+        with contextlib.suppress(RayError, TimeoutError, ClusterLeft):
+            if not self.is_gone:
+                async with asyncio.timeout(_CLOSING_UNMET_S if self.is_new else _CLOSING_S):
+                    await self.connection.ask(self.calls.close)
+        await clean_up(self._kill(), "ending an agent")
+
+    async def _kill(self) -> None:
+        await self.connection.call(untyped_ray.kill, self.calls)
 
 
 class _Resting:
@@ -151,27 +203,35 @@ def _has_ended(task: "asyncio.Task[None]") -> None:
         logger.debug("an agent that rested could not be ended: %s", task.exception())
 
 
-async def acquire(node_id: str, wanted: TemplateWanted, options: Options, name: str) -> Agent:
+async def acquire(node_id: str, label: str, wanted: TemplateWanted, options: Options) -> Agent:
     """A resting agent of that node and kind, or a new one."""
     runtime_env = repr(options.runtime_env)
     agent = _resting.take(node_id, wanted, runtime_env)
     if agent is None:
         if difference := _resting.nearest(node_id, wanted, runtime_env):
             logger.info(
-                "%s: a new template is started, since no warm one fits. The nearest differs in: %s",
-                name,
+                "a new template is started on %s, since no warm one fits. The nearest differs in: %s",
+                label,
                 difference,
             )
         connection = Connection()
-        calls = await connection.call(_create, node_id, wanted, options, name)
-        agent = Agent(node_id, wanted, runtime_env, calls, connection)
+        calls = await connection.call(_create, node_id, label, wanted, options)
+        starts_within_s = _starts_within_s(options.runtime_env or {})
+        agent = Agent(node_id, wanted, runtime_env, calls, connection, starts_within_s)
     return agent
 
 
-def _create(node_id: str, wanted: TemplateWanted, options: Options, name: str) -> Any:
+def _starts_within_s(runtime_env: Mapping[str, Any]) -> float | None:
+    config: Mapping[str, Any] = runtime_env.get("config") or {}
+    runtime_env_s: float = config.get("setup_timeout_seconds", _RUNTIME_ENV_S)
+    return None if runtime_env_s < 0 else runtime_env_s + _START_S
+
+
+def _create(node_id: str, label: str, wanted: TemplateWanted, options: Options) -> Any:
+    """Name it by its host: Ray shows the name for as long as the agent lives, whichever runs it serves."""
     groups = {VALUES: _MOST_WORKERS}
     actor_class: Any = untyped_ray.remote(concurrency_groups=groups)(_AgentActor)
-    unique = f"{name}-{uuid.uuid4().hex[:8]}"
+    unique = f"agent-{label}-{uuid.uuid4().hex[:8]}"
     calls = actor_class.options(
         num_cpus=0,
         name=unique,

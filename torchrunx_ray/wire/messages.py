@@ -52,6 +52,8 @@ class RunWanted:
     gpus_per_worker: float
     argv: tuple[str, ...]
     log_level: int
+    forks_when_told: bool
+    """Not before all hosts can fork, or those that can would wait for the others in the process group."""
 
 
 # agent -> driver
@@ -91,6 +93,11 @@ class TemplateLoaded:
 
     begun_ns: int
     loaded_ns: int
+
+
+@dataclass(frozen=True)
+class CanFork:
+    """The template has imported, and holds the function and its arguments."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +334,7 @@ class RunEnded:
 
 
 Event = (
-    Printed | TemplateLoaded | Joined | Started | Finished | Failed | Exited | Died | TemplateRefused
-    | AgentFailed | HostEnded | OutputEnded
+    Printed | TemplateLoaded | CanFork | Joined | Started | Finished | Failed | Exited | Died
+    | TemplateRefused | AgentFailed | HostEnded | OutputEnded
 )  # fmt: skip
 """What a poll of an agent brings to the driver."""
