@@ -1,10 +1,12 @@
 """What a function raises is what the launch raises; where that cannot be, it is shown as text."""
 
+import argparse
 import asyncio
 import enum
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -129,6 +131,22 @@ def test_sys_exit(launcher: trx.Launcher, code: object, said: str | None) -> Non
         launcher.run(sys.exit, code)
     assert f"called {said}" in str(caught.value)
     assert caught.value.exit_code == (code if isinstance(code, int) else None)
+
+
+def parse(text: str) -> None:
+    parser = argparse.ArgumentParser(prog="train.py")
+    parser.add_argument("--lr")
+    parser.parse_args(text.split())
+
+
+def test_usage_error_of_argparse_is_told_in_a_few_lines(launcher: trx.Launcher) -> None:
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(parse, "--nope")
+    shown = "".join(traceback.format_exception_only(caught.value)).splitlines()
+    assert "called sys.exit(2) in parse (test_exceptions.py:" in shown[0]
+    assert shown[0].endswith("): train.py: error: unrecognized arguments: --nope")
+    assert len(shown) <= 2, shown  # the other rank may have found it wrong as well
+    assert "in parse_args" in caught.value.traceback
 
 
 def test_keyboard_interrupt_in_the_function_is_a_worker_failure(launcher: trx.Launcher) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -148,3 +149,16 @@ atexit.register(lambda: print("fetched", result.rank(0).sum().item()))
 """
     )
     assert done.stdout == "fetched 10000000.0\n", done.stderr
+
+
+class Exits:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sys.exit, (3,)
+
+
+def test_value_that_exits_when_it_is_unpickled_does_not_end_the_driver(
+    launcher: trx.Launcher,
+) -> None:
+    result = launcher.run(Exits)
+    with pytest.raises(trx.PayloadError, match="the return value of rank 1 .*SystemExit: 3"):
+        result.rank(1)

@@ -117,15 +117,18 @@ class Failures:
             first.stacks = str(stacks)
         for line in _consequences(in_order):
             _add_note(first, line)
-        if stacks:
-            _add_note(
-                first, f"What the others were doing:\n{textwrap.indent(stacks.summary, '  ')}"
-            )
-        if self.stopped:
-            _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
+        if not _is_exit(in_order[0].report):  # most are usage errors: their line is all of it
+            self._tell_of_the_others(first, stacks)
         if self.log_directory is not None:
             _add_note(first, f"All output of this launch: {self.log_directory}")
         return first
+
+    def _tell_of_the_others(self, first: BaseException, stacks: Stacks) -> None:
+        if stacks:
+            told = textwrap.indent(stacks.summary, "  ")
+            _add_note(first, f"What the others were doing:\n{told}")
+        if self.stopped:
+            _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
 
 
 def _in_order(failures: Sequence[Failure]) -> list[Failure]:
@@ -222,15 +225,22 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
             where = f"local rank {report.local_rank} on {hostname}, pid {report.pid}"
             _add_note(error, f"Raised by rank {rank} ({where}).")
             return error
-    return WorkerFailedError(
+    failed = WorkerFailedError(
         rank=rank,
         local_rank=report.local_rank,
         hostname=hostname,
         pid=report.pid,
         what=unraisable,
         exit_code=report.exit_code,
-        traceback=report.traceback,
+        traceback="" if _is_exit(report) else report.traceback,
     )
+    failed.traceback = report.traceback
+    return failed
+
+
+def _is_exit(report: Report) -> bool:
+    """Whether the function called `sys.exit`, as argparse does after a usage error."""
+    return isinstance(report, messages.Failed) and report.unraisable.startswith("called sys.exit(")
 
 
 def _add_note(error: BaseException, note: str) -> None:

@@ -8,7 +8,7 @@ import linecache
 import os
 import traceback
 import types
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from torchrunx_ray.errors import PayloadError
@@ -19,6 +19,7 @@ from torchrunx_ray.wire.culprit import users_part
 from torchrunx_ray.wire.exceptions import dump_exception
 from torchrunx_ray.wire.payload import Packed, pack
 from torchrunx_ray.wire.transfer import Layout, Spans
+from torchrunx_ray.worker import exits
 
 _TWICE_NOTE = (
     "torchrunx_ray made a process group before it called the function; launch with backend=None "
@@ -220,7 +221,7 @@ def _is_one_free() -> bool:
 
 def _dump(error: BaseException) -> tuple[bytes | None, str]:
     if isinstance(error, SystemExit):
-        return None, f"called sys.exit({error.code!r})"
+        return None, exits.describe(error, _frames_of_the_function(error))
     if isinstance(error, KeyboardInterrupt):
         return None, "was interrupted (KeyboardInterrupt)"
     if isinstance(error, GeneratorExit):
@@ -264,6 +265,14 @@ def _text(error: BaseException) -> str:
 
 def _is_own(frames: types.TracebackType) -> bool:
     return frames.tb_frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _frames_of_the_function(error: BaseException) -> Iterator[types.TracebackType]:
+    frames = _frames(error)
+    while frames is not None:
+        if not _is_own(frames):
+            yield frames
+        frames = frames.tb_next
 
 
 def _remote_traceback(error: BaseException) -> str:
