@@ -204,15 +204,13 @@ def copying_s(size: int) -> float:
 
 @pytest.mark.alone
 def test_large_value_on_its_way_does_not_block_the_agent(cluster: None) -> None:
-    launcher = trx.Launcher(
-        workers_per_host=1, backend=None, name="unblocked", extra_env_vars={"OWN_AGENT": "1"}
-    )
+    def names() -> set[str]:
+        return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+
+    others = names()
+    launcher = trx.Launcher(workers_per_host=1, backend=None, extra_env_vars={"OWN_AGENT": "1"})
     launcher.run(os.getpid)
-    (name,) = [
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["name"].startswith("unblocked-")
-    ]
+    (name,) = names() - others
     agent: Any = ray.get_actor(name, namespace="torchrunx_ray")
     run = launcher.submit(megabytes, 1024)
 

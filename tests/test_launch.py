@@ -134,11 +134,10 @@ def test_values_survive_the_agent(cluster: None) -> None:
     assert result.rank(1).sum() == 4999950000
 
 
-def test_agents_can_be_found_by_name(cluster: None) -> None:
+def test_agents_can_be_found_by_the_name_of_their_host(cluster: None) -> None:
     import ray
 
-    of_its_own = {"OWN_AGENT_FOR": "its name"}
-    trx.Launcher(workers_per_host=1, name="findable", extra_env_vars=of_its_own).run(os.getpid)
+    result = trx.Launcher(workers_per_host=1).run(os.getpid)
 
     names = {a["name"] for a in ray.util.list_named_actors(all_namespaces=True)}
-    assert any(name.startswith("findable-") for name in names)
+    assert any(name.startswith(f"agent-{result.hostnames[0]}-") for name in names)
