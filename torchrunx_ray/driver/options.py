@@ -94,7 +94,7 @@ class Options:
     runtime_env: Annotated[Mapping[str, Any] | None, written_as_json()] = None
     """Ray's runtime environment for the agents, and so for the workers. A local working_dir belongs in ray.init."""
     name: str | None = None
-    """Of the run, in logs, errors and the dashboard. None: the function's name."""
+    """Name of the run in logs and errors. None: the function's name."""
 
     def __new__(cls, *values: Any, **options: Any) -> Self:
         """Python's own TypeErrors tell neither which options there are nor how they are given."""

@@ -57,7 +57,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
 
     @property
     def name(self) -> str:
-        """Name of the run in logs, errors and the dashboard."""
+        """Name of the run in logs and errors."""
         return self._progress.name
 
     def result(self, timeout: float | None = None) -> LaunchResult[R]:
