@@ -226,7 +226,7 @@ def test_ranks_that_do_not_join_are_named_with_what_holds_them(
     )
     launcher = trx.Launcher(
         workers_per_host=2,
-        timeout=2,
+        timeout=4,
         preload=("torch", "torch.distributed", "slow_to_join"),
         runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
     )
@@ -234,7 +234,7 @@ def test_ranks_that_do_not_join_are_named_with_what_holds_them(
         launcher.run(os.getpid)
 
     assert set(caught.value.missing) >= {1}
-    assert "after 2 s the process group is still without" in str(caught.value)
+    assert "after 4 s the process group is still without" in str(caught.value)
     assert any("rank 1: hang (slow_to_join.py:4)" in note for note in caught.value.__notes__)
 
 
@@ -250,7 +250,7 @@ def test_ranks_that_go_on_long_after_others_are_named(
     with caplog.at_level(logging.WARNING, "torchrunx_ray"):
         launcher.run(straggle)
 
-    (said,) = [record.getMessage() for record in caplog.records]
+    said, *_ = [text for text in caplog.messages if "returned at least" in text]
     assert said.startswith("rank 0 returned at least 0 s ago; the launch goes on with:\nrank 1: ")
     assert "straggle (test_stacks.py:" in said
 
@@ -268,7 +268,7 @@ def test_rank_that_returned_and_does_not_end_is_named(
     with caplog.at_level(logging.WARNING, "torchrunx_ray"):
         launcher.run(leave_a_thread)
 
-    (said,) = [record.getMessage() for record in caplog.records]
+    *_, said = [text for text in caplog.messages if "returned at least" in text]
     waits = "rank 1: is past the function, and waits for threads that it started: "
     assert f"the launch waits for their processes to end:\n{waits}" in said
 

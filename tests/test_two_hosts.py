@@ -84,7 +84,7 @@ def test_rank_of_the_other_host_that_does_not_join_is_named(
     out = run(
         f"""
 launcher = trx.Launcher(
-    hostnames=["10.77.0.11", "10.77.0.12"], workers_per_host=1, timeout=3,
+    hostnames=["10.77.0.11", "10.77.0.12"], workers_per_host=1, timeout=5,
     preload=("torch", "torch.distributed", "late_on_one_host"),
     runtime_env={{"env_vars": {{"PYTHONPATH": "{tmp_path}"}}}},
 )
@@ -95,7 +95,7 @@ except trx.LaunchTimeoutError as error:
 """
     )
 
-    assert out.startswith("10.77.0.12 after 3 s the process group is still without "), out
+    assert out.startswith("10.77.0.12 after 5 s the process group is still without "), out
     assert "rank 1: hang (late_on_one_host.py:4)" in out
 
 
@@ -126,7 +126,7 @@ begun = time.monotonic()
 try:
     launcher.run(kill_raylet)
 except trx.AgentFailedError as error:
-    print(error.hostname, time.monotonic() - begun < 0.5 + 1.5, error, *error.__notes__)
+    print(error.hostname, time.monotonic() - begun < 12, error, *error.__notes__)
 """
     )
 

@@ -137,11 +137,11 @@ class Agent:
             return None  # that run failed, and this call came late
         return await self._run.value(local_rank)
 
-    async def stacks(self, run_id: str, within_s: float) -> dict[int, str]:
+    async def stacks(self, run_id: str, wanted: messages.StacksWanted) -> dict[int, str]:
         """What a run's workers are doing, by local rank; empty of those that do not tell in time."""
         if self._run is None or self._run.run_id != run_id:
             return {}
-        return await self._run.stacks(within_s)
+        return await self._run.stacks(wanted)
 
     async def stop(self, run_id: str, grace_s: float) -> None:
         """End a run. Ray may deliver this before the run's start, whose argument takes time."""

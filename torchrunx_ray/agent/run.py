@@ -91,10 +91,10 @@ class HostRun:
     async def value(self, local_rank: int) -> Packed | None:
         return await self._workers[local_rank].value()
 
-    async def stacks(self, within_s: float) -> dict[int, str]:
+    async def stacks(self, wanted: messages.StacksWanted) -> dict[int, str]:
         """What the workers that live are doing, by local rank; empty where one does not tell."""
         living = [worker for worker in self._workers.values() if not worker.has_exited]
-        texts = await asyncio.gather(*(worker.stacks(within_s) for worker in living))
+        texts = await asyncio.gather(*(worker.stacks(wanted) for worker in living))
         return {worker.local_rank: text for worker, text in zip(living, texts, strict=True)}
 
     def resume_output(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.messages import END_OF_STACKS, Printed
+from torchrunx_ray.wire.messages import END_OF_STACKS, Printed, StacksWanted
 
 _LAST_FRAME = b" in _run_module_as_main\n"
 """Where the main thread's stack ends, which comes last; faulthandler itself marks no end."""
@@ -37,7 +37,7 @@ class StackReader:
         self._ours.setblocking(False)
         self._loop.add_reader(self._ours, self._read)
 
-    async def ask(self, pid: int, within_s: float) -> str:
+    async def ask(self, pid: int, wanted: StacksWanted) -> str:
         """All threads' stacks, as faulthandler prints them; empty where it does not answer."""
         async with self._turn:
             self._answer = b""
@@ -45,11 +45,12 @@ class StackReader:
                 self._is_owed = True
                 with contextlib.suppress(OSError):  # it has ended
                     self._ours.send(b"?")
-            await self._until(lambda: not self._is_owed, within_s / 2)
+            await self._until(lambda: not self._is_owed, wanted.thread_s)
             if not self._answer and _handles_usr2(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGUSR2)
-                await self._until(lambda: self._answer.endswith(_LAST_FRAME), within_s / 2)
+                left_s = wanted.within_s - wanted.thread_s
+                await self._until(lambda: self._answer.endswith(_LAST_FRAME), left_s)
             answer, self._answer = self._answer, b""
             return answer.decode(errors="backslashreplace")
 

@@ -79,9 +79,9 @@ class Worker:
         self._value.set_result(None)
         return packed
 
-    async def stacks(self, within_s: float) -> str:
+    async def stacks(self, wanted: messages.StacksWanted) -> str:
         """Its Python stacks; empty where it does not answer."""
-        return "" if self._pid is None else await self._stacks.ask(self._pid, within_s)
+        return "" if self._pid is None else await self._stacks.ask(self._pid, wanted)
 
     async def until_taken(self) -> None:
         """Wait for a copy of its value that is still under way."""

@@ -60,8 +60,11 @@ _SILENT_STOP_S = 2.0
 _ENDING_S = 0.8
 """For an agent that ends itself to say that its workers are gone."""
 
-_LOOK_S = 0.2
-"""For the workers to say what they are doing when the run was cancelled: a person waits."""
+_STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
+"""They come in milliseconds, and later from a machine that is busy."""
+
+_STACKS_AT_CANCEL = messages.StacksWanted(within_s=0.5, thread_s=0.1)
+"""A person waits."""
 
 
 @dataclass(frozen=True)
@@ -409,8 +412,7 @@ class Attempt:
         """Take note of a failure, whose time is on its host's clock; None for one that we see now."""
         if not self._failed:
             self._lookout.close()
-            self._looking = asyncio.create_task(self._look())
-            self._later(_SETTLING_S, self._stop, self._options.shutdown_timeout)
+            self._looking = asyncio.create_task(self._settle_and_stop())
             if not self._was_cancelled:
                 self._later(_SILENT_STOP_S, self._tell_of_failure)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
@@ -430,13 +432,17 @@ class Attempt:
             self.failures.in_brief,
         )
 
-    async def _look(self) -> None:
-        """See what the others are doing while they still do it."""
-        self._stacks = await self._lookout.stacks(_SETTLING_S)
+    async def _settle_and_stop(self) -> None:
+        """Wait for earlier failures, and for what the others are doing while they still do it."""
+        looking = self._lookout.stacks(_STACKS_AFTER_FAILURE)
+        try:
+            self._stacks, _ = await asyncio.gather(looking, asyncio.sleep(_SETTLING_S))
+        finally:
+            self._stop(self._options.shutdown_timeout)
 
     async def _look_and_stop(self, grace_s: float) -> None:
         try:
-            self.stacks_at_stop = await self._lookout.stacks(_LOOK_S)
+            self.stacks_at_stop = await self._lookout.stacks(_STACKS_AT_CANCEL)
         finally:
             self._stop(grace_s)
 

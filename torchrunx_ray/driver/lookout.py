@@ -9,12 +9,13 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.connection import ClusterLeft
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.stacks import Stacks, in_words
+from torchrunx_ray.wire.messages import StacksWanted
 from torchrunx_ray.wire.ranks import Place
 
 logger = logging.getLogger("torchrunx_ray")
 
-_STACKS_S = 2.0
-"""For the workers to say what they are doing."""
+_ASKED = StacksWanted(within_s=2.0, thread_s=1.0)
+"""While a run goes on. The thread has long: faulthandler may crash a worker that is only slow."""
 
 _ROUND_TRIP_S = 0.1
 """For the question and the answer between driver and agent."""
@@ -36,16 +37,16 @@ class Lookout:
         self._last_return: asyncio.TimerHandle | None = None
         self._saying: asyncio.Task[None] | None = None
 
-    async def stacks(self, within_s: float = _STACKS_S) -> Stacks:
+    async def stacks(self, wanted: StacksWanted = _ASKED) -> Stacks:
         """What the workers that live are doing, as far as they tell in that time."""
         asked = [
-            asyncio.create_task(self._stacks_of(i, agent, within_s))
+            asyncio.create_task(self._stacks_of(i, agent, wanted))
             for i, agent in enumerate(self._agents)
             if agent.connection.is_ours() and not agent.is_gone
         ]
         if asked:
             # A worker that does not answer takes its agent all of the time; the answer then comes.
-            await asyncio.wait(asked, timeout=within_s + _ROUND_TRIP_S)
+            await asyncio.wait(asked, timeout=wanted.within_s + _ROUND_TRIP_S)
         stacks: dict[int, str] = {}
         for of_host in asked:
             if of_host.done():
@@ -79,11 +80,13 @@ class Lookout:
         elif stacks:
             _warn(self._returned, "the launch waits for their processes to end", stacks)
 
-    async def _stacks_of(self, host_index: int, agent: Agent, within_s: float) -> dict[int, str]:
+    async def _stacks_of(
+        self, host_index: int, agent: Agent, wanted: StacksWanted
+    ) -> dict[int, str]:
         """By rank; none of a host that cannot be asked, which is reported otherwise."""
         try:
             texts: dict[int, str] = await agent.connection.ask(
-                agent.calls.stacks, self._run_id, within_s
+                agent.calls.stacks, self._run_id, wanted
             )
         except (RayError, ClusterLeft):
             return {}

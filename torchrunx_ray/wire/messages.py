@@ -56,6 +56,17 @@ class RunWanted:
     """Not before all hosts can fork, or those that can would wait for the others in the process group."""
 
 
+@dataclass(frozen=True)
+class StacksWanted:
+    """The stacks of a run's workers, as far as these answer in time.
+
+    After `thread_s` faulthandler is asked instead of a worker's own thread, in case C code holds the GIL.
+    """
+
+    within_s: float
+    thread_s: float
+
+
 # agent -> driver
 
 
