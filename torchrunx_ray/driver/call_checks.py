@@ -1,4 +1,4 @@
-"""What is wrong with a function, or with the arguments that it is to be called with, before anything starts."""
+"""Checks of a function and its arguments, before anything starts."""
 
 import dataclasses
 import difflib
@@ -26,7 +26,7 @@ _NOT_RUN: Sequence[tuple[Callable[[Any], bool], str, str]] = (
         "asyncio.run() with a function that loops over {name}(...)",
     ),
 )
-"""Functions that only make an object when they are called: what tells, what they are, and what to call."""
+"""Functions that only make an object when they are called: a test, a name, and what to call instead."""
 
 
 def check_function(func: object) -> None:
@@ -37,7 +37,7 @@ def check_function(func: object) -> None:
 
 
 def check_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """That the function takes them, as far as it can be told here."""
+    """Check that the function takes the arguments, as far as its signature tells."""
     try:
         name = _name(func)
         not_run = _why_not_run(func, name)
@@ -85,7 +85,7 @@ def _why_not_called(
 
 
 def _says_itself(func: Any) -> bool:
-    """Whether a decorator put a signature there, which need not be what the function takes."""
+    """Return True if a decorator put a signature there, which need not be what the function takes."""
     asked: Any = func.func if type(func) is functools.partial else func
     callers = (type(asked).__call__, asked.__init__, asked.__new__)
     return any(hasattr(each, "__signature__") for each in (asked, *callers))

@@ -1,4 +1,4 @@
-"""What to do about a value that cannot be pickled."""
+"""Words about a value that cannot be pickled: why, and what to do."""
 
 import sys
 
@@ -7,7 +7,7 @@ from torchrunx_ray.wire.culprit import Culprit, is_of_a_library
 
 
 def reason_of(error: Exception) -> str:
-    """Its type and words; torch leaves some of its own unformatted."""
+    """Return an error's type and words; torch leaves some of its own unformatted."""
     if isinstance(error, UnfitError):
         return str(error)
     words = str(error)
@@ -17,7 +17,7 @@ def reason_of(error: Exception) -> str:
 
 
 def advice_on(culprit: Culprit, *, is_returned: bool) -> str:
-    """A sentence; empty where the reason says it."""
+    """Return a sentence, empty if the reason has the advice in it."""
     if isinstance(culprit.error, UnfitError):
         return ""
     for part in reversed(culprit.chain):
@@ -33,7 +33,7 @@ def advice_on(culprit: Culprit, *, is_returned: bool) -> str:
 
 
 def _what_a_class_could_do(culprit: Culprit) -> str:
-    """The nearest one that is the user's to change: nobody can give a lock a __reduce__."""
+    """Name the nearest class that the user can change: nobody can give a lock a __reduce__."""
     for part in reversed(culprit.chain):
         if _is_users(type(part)):
             name = type(part).__qualname__

@@ -21,7 +21,7 @@ _loading = threading.RLock()
 _MAKES_A_CLASS = re.compile(rb"_class_setstate")
 
 _NO_FILE = "<dynamic-code>"
-"""What cloudpickle writes in place of a file's name, since 3.1.3."""
+"""Stands for a file's name in what cloudpickle writes, since 3.1.3."""
 
 
 class UnfitError(TypeError):
@@ -29,7 +29,7 @@ class UnfitError(TypeError):
 
 
 def reduce(obj: Any) -> Any:
-    """As for pickle, or NotImplemented where cloudpickle does it well."""
+    """Return a reduce tuple, or NotImplemented if cloudpickle does it well."""
     kind = cast("Any", type(obj))
     if kind is types.CodeType:
         return _with_file(obj)
@@ -48,7 +48,7 @@ def reduce(obj: Any) -> Any:
 
 
 def _has_no_name(obj: object) -> bool:
-    """Whether it is in no module that others could import."""
+    """Return True for what is in no module that another process could import."""
     return _cloudpickle["_lookup_module_and_qualname"](obj) is None
 
 
@@ -57,7 +57,7 @@ def _is_of_msgspec(metaclass: type) -> bool:
 
 
 def _with_file(code: types.CodeType) -> Any:
-    """Tracebacks, inspect.getsource and torch.jit.script look for its lines there."""
+    """Keep the file's name: tracebacks, inspect.getsource and torch.jit.script look for lines there."""
     make, parts = _cloudpickle["_code_reduce"](code)
     return make, tuple(
         code.co_filename if type(part) is str and part == _NO_FILE else part for part in parts
@@ -65,7 +65,7 @@ def _with_file(code: types.CodeType) -> Any:
 
 
 def _dispatches(function: Any) -> bool:
-    """Whether functools.singledispatch made it, whose table has weak references."""
+    """Return True for what functools.singledispatch made; its table has weak references."""
     table = getattr(function, "registry", None)
     return isinstance(table, types.MappingProxyType) and hasattr(function, "dispatch")
 
@@ -137,7 +137,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _without_slots(metaclass: Any, name: Any, bases: Any, namespace: Any, *rest: Any) -> Any:
-    """For a metaclass that makes the slots and forbids the name, as that of typing.NamedTuple."""
+    """Suit a metaclass that makes the slots and forbids the name, as that of typing.NamedTuple."""
     namespace = {key: value for key, value in namespace.items() if key != "__slots__"}
     return metaclass, name, bases, namespace, *rest
 
@@ -149,7 +149,7 @@ def _cached_property(function: Callable[..., Any], name: str | None) -> Any:
 
 
 def _dispatching() -> Any:
-    """Return an empty one: its functions may name it, and find it by that."""
+    """Return a function without implementations: these may refer to it, so it comes first."""
     return functools.singledispatch(_dispatching)
 
 

@@ -1,4 +1,4 @@
-"""Which part of a value is to blame for a pickling error."""
+"""Search for the part of a value that is to blame for a pickling error."""
 
 import contextlib
 import copyreg
@@ -33,7 +33,7 @@ class Culprit:
 
     path: str
     error: Exception
-    """What pickling it raises."""
+    """Raised by pickling this part alone."""
     chain: Sequence[object]
     """The parts that the path leads through, the deepest last."""
 
@@ -43,7 +43,7 @@ def find_culprit(
     error: Exception,
     replace: pickling.Replace | None = None,
 ) -> Culprit:
-    """Look for it, starting at named parts of a value that raised this when it was pickled."""
+    """Search the named parts of a value that raised this error when it was pickled."""
     found = Culprit("the value", error, ())
     candidates: Iterable[tuple[str, object]] = parts
     seen: set[int] = set()
@@ -61,7 +61,7 @@ def find_culprit(
 
 
 def is_of_a_library(kind: type) -> bool:
-    """Whether its module is an installed one."""
+    """Return True for a class of an installed module."""
     file: str = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
     return any(f"{os.sep}{each}{os.sep}" in file for each in ("site-packages", "dist-packages"))
 
@@ -138,7 +138,7 @@ def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple
 
 
 def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
-    """What cloudpickle takes along with a class: what its body set, and its bases."""
+    """Yield what cloudpickle takes along with a class: its attributes and its bases."""
     made_by_python = types.GetSetDescriptorType
     for name, part in vars(kind).items():
         kind_of_part: Any = type(part)  # pyright: ignore[reportUnknownVariableType]
@@ -159,7 +159,7 @@ def _globals_named_in(code: types.CodeType) -> Iterator[str]:
 
 
 def _attributes(value: Any, path: str) -> Iterator[tuple[str, object]]:
-    """What is pickled of an object; nothing where its class refuses to be."""
+    """Yield what is pickled of an object; nothing if its class refuses."""
     reduced: Any = ""
     with contextlib.suppress(Exception):
         reduced = value.__reduce_ex__(5)
