@@ -160,5 +160,5 @@ def test_value_that_exits_when_it_is_unpickled_does_not_end_the_driver(
     launcher: trx.Launcher,
 ) -> None:
     result = launcher.run(Exits)
-    with pytest.raises(trx.PayloadError, match="the return value of rank 1 .*SystemExit: 3"):
+    with pytest.raises(trx.PayloadError, match=r"the return value of rank 1 .*SystemExit: 3"):
         result.rank(1)
