@@ -1,5 +1,6 @@
 """A session goes on after failures, and says where it cannot."""
 
+import asyncio
 import os
 import signal
 import time
@@ -95,3 +96,53 @@ def test_session_says_where_it_is_and_what_it_does(cluster: None) -> None:
         assert repr(session) == f"<Session on {host}: 1 run under way>"
         run.wait()
     assert repr(session) == "<Session: closed>"
+
+
+async def test_session_in_a_coroutine_blocks_no_event_loop(cluster: None, tmp_path: Path) -> None:
+    """Neither while it waits for room, nor at its end, which waits for runs that were submitted."""
+
+    def wait_for_gate() -> None:
+        assert processes.wait_until((tmp_path / "gate").exists, 60)
+
+    async def work(launcher: trx.Launcher) -> "trx.Run[None]":
+        async with launcher.session() as session:
+            assert list(await session.submit(lambda: "well")) == ["well"]
+            return session.submit(wait_for_gate)
+
+    large = trx.Launcher(workers_per_host=1, cpus_per_worker=8, backend=None)
+    async with large.session() as first:
+        working = asyncio.create_task(work(large))
+        await asyncio.sleep(0.5)
+        assert not working.done()
+        assert "idle" in repr(first)
+    await asyncio.sleep(0.1)
+    (tmp_path / "gate").touch()
+    run = await asyncio.wait_for(working, 60)
+    assert run.done()
+
+
+async def test_session_that_finds_no_room_in_a_coroutine_says_so(cluster: None) -> None:
+    launcher = trx.Launcher(hostnames=["nowhere"])
+    with pytest.raises(trx.PlacementError):
+        async with launcher.session():
+            pass
+    session = launcher.session()
+    with pytest.raises(trx.PlacementError):
+        await session.submit(os.getpid)
+    session.close()
+
+
+async def test_cancelling_a_coroutine_ends_its_session(cluster: None) -> None:
+    async def work() -> None:
+        async with trx.Launcher(workers_per_host=1, backend=None).session() as session:
+            runs.append(session.submit(time.sleep, 1000))
+            await asyncio.sleep(1000)
+
+    runs: list[trx.Run[None]] = []
+    working = asyncio.create_task(work())
+    while not runs:
+        await asyncio.sleep(0.01)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert runs[0].cancelled()

@@ -41,7 +41,10 @@ class Launcher(Options):
             return Run(life, progress, self.shutdown_timeout)
 
     def session(self) -> Session:
-        """Reserve the hosts for several runs. Waits until there is room."""
+        """Reserve the hosts for several runs. Waits until there is room.
+
+        In an event loop it does not wait; `async with` and the session's runs do.
+        """
         with short_traceback:
             return Session(self)
 

@@ -5,9 +5,10 @@ import concurrent.futures
 import contextlib
 import contextvars
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from torchrunx_ray.driver.logs.own_lines import own_lines
@@ -70,6 +71,18 @@ def start_thread(work: Callable[[], None]) -> None:
         work()
 
 
+def is_called_in_one() -> bool:
+    """Whether an event loop of the user's would be blocked by a wait here.
+
+    A notebook's is, by every cell; Interrupt ends such a wait.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return "ipykernel" not in sys.modules
+
+
 def waker(future: "concurrent.futures.Future[Any]") -> "asyncio.Future[None]":
     """A future of the running event loop, done when the other one is, whatever became of it."""
     here = asyncio.get_running_loop()
@@ -83,7 +96,7 @@ def waker(future: "concurrent.futures.Future[Any]") -> "asyncio.Future[None]":
     return woken
 
 
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+async def to_the_end(work: Awaitable[T]) -> T:
     """Await what must not be left half done, such as giving resources back.
 
     A cancellation meanwhile is raised afterwards.

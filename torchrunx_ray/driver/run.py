@@ -118,16 +118,17 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         with short_traceback:
             try:
                 self._was_asked = True
-                yield from self._until_ended().__await__()
+                yield from self.until_ended().__await__()
                 return self._outcome(asyncio.CancelledError)
             finally:
                 del self
 
-    async def _until_ended(self) -> None:
+    async def until_ended(self, *, was_cancelled: bool = False) -> None:
+        """Await the end, however the run ended. A cancellation stops the run, and is raised then."""
         ended = loop.waker(self)
         cancelled: asyncio.CancelledError | None = None
         while not ended.done():
-            is_again = cancelled is not None
+            is_again = was_cancelled or cancelled is not None
             try:
                 await asyncio.shield(ended)
                 break

@@ -1,12 +1,15 @@
 """A placement that is kept over several runs."""
 
+import asyncio
 import types
+from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from torchrunx_ray.driver import connection, interruption, loop
-from torchrunx_ray.driver.call import put_call, unique
+from torchrunx_ray.driver.call import Call, put_call, unique
 from torchrunx_ray.driver.connection import Connection
+from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.held_hosts import HeldHosts
 from torchrunx_ray.driver.logs.own_lines import own_lines
 from torchrunx_ray.driver.options import Options
@@ -30,6 +33,9 @@ class Session:
     Every run gets fresh worker processes. Runs wait for each other. A failed run leaves the
     session usable: what died is replaced. It ends with `close()`, at the end of its `with` (by an
     exception: what still runs is cancelled), or with the driver.
+
+    In an event loop `async with launcher.session() as session` waits for room, and at the end for the
+    runs, without blocking the loop.
     """
 
     def __init__(self, options: Options) -> None:
@@ -38,14 +44,9 @@ class Session:
         self._options = options
         self._hosts = HeldHosts(options)
         self._running: set[Run[Any]] = set()
-        opening = loop.start(self._open())
-        try:
-            loop.wait(opening)
-            opening.result()
-        except BaseException:
-            opening.cancel()
-            loop.start(self._hosts.close())  # it may have opened just now
-            raise
+        self._opening = loop.start(self._open())
+        if not loop.is_called_in_one():
+            self._wait_until_open()
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
         """Call the function on every worker, and wait for all of them."""
@@ -58,7 +59,7 @@ class Session:
             self._check_usable()
             call = put_call(func, args, kwargs, self._options)
             progress = Progress(call.run_name)
-            life = told(lambda: self._hosts.run(call, progress), progress, self._options)
+            life = told(lambda: self._run(call, progress), progress, self._options)
             run: Run[R] = Run(life, progress, self._options.shutdown_timeout)
             self._running.add(run)
             run.add_done_callback(self._running.discard)
@@ -87,7 +88,7 @@ class Session:
                 raised, told_of = error, error if stop == "cancel" else None
                 self._stop_all(stop)
         else:
-            loop.start(self._hosts.close())  # nobody waits for it any more
+            loop.start(self._close_hosts())  # nobody waits for it any more
         try:
             if raised is not None:
                 raise raised
@@ -97,7 +98,7 @@ class Session:
     def _wait_until_closed(self, told_of: BaseException | None) -> None:
         for run in list(self._running):
             interruption.wait_after(told_of, run, run.name, self._options.shutdown_timeout)
-        closing = loop.start(self._hosts.close())
+        closing = loop.start(self._close_hosts())
         loop.wait(closing)
         closing.result()
 
@@ -121,6 +122,22 @@ class Session:
             await self._hosts.open(progress)
         await own_lines.written()
 
+    async def _run(self, call: Call, progress: Progress) -> LaunchResult[Any] | Failures:
+        await asyncio.shield(asyncio.wrap_future(self._opening))
+        return await self._hosts.run(call, progress)
+
+    async def _close_hosts(self) -> None:
+        self._opening.cancel()  # if it still waits for room
+        await self._hosts.close()
+
+    def _wait_until_open(self) -> None:
+        try:
+            loop.wait(self._opening)
+            self._opening.result()
+        except BaseException:
+            loop.start(self._close_hosts())  # it may have opened just now
+            raise
+
     def _check_usable(self) -> None:
         if self._cluster.is_inherited:
             raise connection.forked()
@@ -131,6 +148,8 @@ class Session:
             )
 
     def __enter__(self) -> "Session":
+        with short_traceback:
+            self._wait_until_open()
         return self
 
     def __exit__(
@@ -146,3 +165,37 @@ class Session:
             self._stop_all("cancel")
             was_interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             self._close(("kill",) if was_interrupted else ("cancel", "kill"), error)
+
+    async def __aenter__(self) -> "Session":
+        with short_traceback:
+            try:
+                await asyncio.wrap_future(self._opening)
+            except BaseException:
+                loop.start(self._close_hosts())
+                raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        if self._cluster.is_inherited:
+            return
+        if error is not None:
+            self._stop_all("cancel")
+        cancelled: BaseException | None = error if isinstance(error, CancelledError) else None
+        for run in list(self._running):
+            try:
+                await run.until_ended(was_cancelled=cancelled is not None)
+            except CancelledError as again:
+                cancelled = again
+                self._stop_all("cancel")
+        closing = loop.start(self._close_hosts())
+        await loop.to_the_end(asyncio.wrap_future(closing))
+        try:
+            if cancelled is not None and cancelled is not error:
+                raise cancelled
+        finally:
+            del cancelled, error  # they refer to this frame
