@@ -124,6 +124,7 @@ async def place(options: Options, progress: Progress) -> Placement:
         ) from None
     finally:
         reports.forget(progress.name)
+        del limit  # it refers to the task whose failure refers to this frame
 
 
 async def _place_on_hosts_that_stay(options: Options, progress: Progress) -> Placement:

@@ -177,7 +177,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
                 return super().result(0)
             raise BaseException.with_traceback(error, self._raised_at)
         finally:
-            del error
+            del error, self  # what is raised refers to this frame
 
     def _error(self) -> BaseException | None:
         # Unpickled in the caller's thread: this may import modules of the user's, or yield

@@ -1,6 +1,5 @@
 """From options and the live nodes to the shape of a launch: hosts, workers, what each must hold."""
 
-import ipaddress
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,9 @@ from torchrunx_ray.driver.fit import could_be_host, least_needs, why_impossible
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import PlacementError
 from torchrunx_ray.wire.ranks import gpus_held
+
+_LOOPBACK = ("127.0.0.1", "127.0.1.1", "::1")
+"""Addresses that a machine calls itself by; Debian gives its hostname the second one."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _node_called(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node 
     """Return the node; the driver's if it is one of several that are called so."""
     wanted = name.lower()
     called = [node for node in nodes if wanted in _names(node)]
-    if wanted == "localhost" or (_is_loopback(wanted) and not called):
+    if wanted == "localhost" or (wanted in _LOOPBACK and not called):
         called = [node for node in nodes if node.node_id == driver_node_id]
     return min(called, key=lambda node: node.node_id != driver_node_id, default=None)
 
@@ -140,13 +142,6 @@ def _names(node: Node) -> list[str]:
     names = [hostname, hostname.partition(".")[0], node.ip.lower()]
     # A node that left comes back with another id.
     return [*names, node.node_id] if node.left_s is None else names
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def _addresses(name: str) -> set[str]:
