@@ -58,6 +58,7 @@ COMMAND_LINES: list[tuple[str, dict[str, Any]]] = [
     ("--log-handlers None --progress True", {"log_handlers": None, "progress": True}),
     ('--runtime-env {"pip":["x"]}', {"runtime_env": {"pip": ["x"]}}),
     ("--runtime-env None", {}),
+    ("--extra-env-vars all", {"extra_env_vars": "all"}),
     ("--name=-x --extra-env-vars=-x", {"extra_env_vars": ("-x",), "name": "-x"}),
 ]
 

@@ -3,21 +3,25 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 import pytest
 import ray
 
 import torchrunx_ray as trx
 from tests import processes
+from torchrunx_ray.agent.host import search_path
 from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.wire import environment
 
@@ -344,6 +348,86 @@ def test_paths_go_only_where_the_interpreter_is_the_drivers() -> None:
 
     assert same == {"HOME": "/root", **drivers}
     assert other == {"HOME": "/root", "PATH": "/agent", "NCCL_DEBUG": "INFO"}
+
+
+def test_folders_of_pythonpath_are_searched_as_by_any_python(
+    one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`PYTHONPATH=src python go.py` failed on every Ray that another process had started."""
+    source = tmp_path / "src"
+    source.mkdir()
+    (source / "of_src.py").write_text("def train(): return __file__")
+    (source / "given.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(source)
+    train = importlib.import_module("of_src").train
+
+    def import_given() -> bool:
+        path = [*sys.path]
+        importlib.import_module("given")
+        return path.index(str(source)) < path.index(sysconfig.get_path("stdlib"))
+
+    giving = dataclasses.replace(one, extra_env_vars={"PYTHONPATH": "src"}, start_method="spawn")
+    assert giving.run(import_given).rank(0)
+
+    monkeypatch.setenv("PYTHONPATH", "src")
+    assert one.run(train).rank(0) == str(source / "of_src.py")
+
+
+def test_pythonpath_of_another_interpreter_hides_nothing_of_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/shared/src:own")
+    wanted = dataclasses.replace(template_wanted(trx.Launcher()), driver_executable="/other")
+
+    assert search_path(wanted, {}, "/here") == [*sys.path, "/shared/src", "/here/own"]
+    same = dataclasses.replace(wanted, driver_executable=sys.executable)
+    assert search_path(same, {}, "/here") == sys.path
+
+
+def notes(run: Callable[[], object]) -> str:
+    with pytest.raises((KeyError, ImportError)) as caught:
+        run()
+    return "\n".join(caught.value.__notes__)
+
+
+def test_variable_that_did_not_travel_is_told_of_where_it_is_missed(
+    one: trx.Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_VAR", "of the driver")
+
+    def look_up(where: str) -> str:
+        return (os.environ if where == "environ" else dict[str, str]())["MY_VAR"]
+
+    assert 'extra_env_vars=["MY_VAR"]' in notes(lambda: one.run(look_up, "environ"))
+    assert "MY_VAR" not in notes(lambda: one.run(look_up, "dict"))
+    sending_all = dataclasses.replace(one, extra_env_vars="all")
+    assert sending_all.run(look_up, "environ").rank(0) == "of the driver"
+
+
+def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
+    one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice was working_dir "." for every layout, also when that had been followed."""
+    package = tmp_path / "src" / "of_driver"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(package.parent)
+
+    def fail(kind: type[ImportError], name: str, path: str | None = None) -> None:
+        raise kind("missing", name=name, path=path)
+
+    told = notes(lambda: one.run(importlib.import_module, "of_driver"))
+    assert f"The driver has of_driver in {package}. To send it" in told
+    assert "{'py_modules': ['src/of_driver']}), or {'working_dir': 'src'}" in told
+    installed = notes(lambda: one.run(fail, ModuleNotFoundError, "cloudpickle.deep"))
+    assert f"The driver has cloudpickle installed, in {cloudpickle.__path__[0]}." in installed
+    other = notes(lambda: one.run(fail, ImportError, "of_driver", "/old/of_driver/__init__.py"))
+    assert f"in /old/of_driver/__init__.py, and the driver has it in {package}." in other
+    monkeypatch.setenv("PYTHONPATH", "src")
+    searched = notes(lambda: one.run(fail, ModuleNotFoundError, "of_driver"))
+    assert "That folder is in the driver's PYTHONPATH, which workers search too" in searched
 
 
 def test_workers_of_different_environments_do_not_share_agents(launcher: trx.Launcher) -> None:

@@ -49,6 +49,7 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("linger", -1, ValueError, "seconds"),
     ("default_env_vars", "PATH", TypeError, "patterns"),
     ("extra_env_vars", "A=1", TypeError, "NAME=value strings"),
+    ("extra_env_vars", "any", TypeError, 'or "all"'),
     ("extra_env_vars", {"SEED": 1}, TypeError, "SEED is 1, which is no string: write '1'"),
     ("extra_env_vars", {"SEED": None}, TypeError, "SEED is None, which is no string: leave it out"),
     ("extra_env_vars", {1: "1"}, TypeError, "the name 1 is no string"),
@@ -71,6 +72,8 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("preload", "torch", TypeError, "names of modules"),
     ("start_method", "forkserver", ValueError, '"fork" or "spawn"'),
     ("runtime_env", [], TypeError, "a mapping"),
+    ("runtime_env", {"working_dir": "."}, ValueError, "ray.init(runtime_env={'working_dir': ...})"),
+    ("runtime_env", {"py_modules": ["src/a"]}, ValueError, "py_modules 'src/a' is no URI"),
     ("name", "", ValueError, "not empty"),
     ("name", 3, TypeError, "not empty"),
 ]

@@ -108,7 +108,8 @@ class PayloadError(LaunchError):
 
     `path` leads to the part that is to blame, such as `kwargs['cfg'].lock`; `rank` is the rank
     whose return value it was, None for the function and its arguments. `step` tells where the way
-    ended: when it was pickled, stored in Ray, fetched from there, or unpickled.
+    ended: when it was pickled, stored in Ray, fetched from there, or unpickled. `missing_module` could
+    not be imported there.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class PayloadError(LaunchError):
         self.step = step
         self.rank = rank
         self.hostname = hostname
+        self.missing_module = missing_module
         whose = "" if rank is None else f" of rank {rank}"
         where = "" if hostname is None else f" on {hostname}"
         if step == "unpickle" and rank is not None:  # a return value, which the driver unpickles
@@ -161,11 +163,7 @@ def _travel_advice(step: str, reason: str, is_value: bool, missing_module: str |
         return "Is the module it was defined in importable there, in the same version?"
     if is_value:
         return f"Make {missing_module} importable in the driver, in the same version."
-    return (
-        f"Is {missing_module} a module of yours? Ship it with "
-        "ray.init(runtime_env={'working_dir': '.'}) or {'py_modules': [...]}, or with `ray job submit "
-        "--working-dir .`. Else install it there, or have Ray do that: runtime_env={'pip': [...]}."
-    )
+    return f"Workers import {missing_module} by themselves: it must be on every host."
 
 
 @dataclass(frozen=True)

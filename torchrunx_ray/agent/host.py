@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -48,6 +49,33 @@ def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> 
     made["RAY_ADDRESS"] = ray_address
     _check_sizes(made)
     return made
+
+
+def search_path(wanted: TemplateWanted, made: Mapping[str, str], cwd: str) -> list[str]:
+    """Return the agent's sys.path, with the folders of PYTHONPATH that a worker has.
+
+    They stand where Python has them: before the standard library. The driver's PYTHONPATH counts as
+    well where its interpreter is another one, but last: it must not hide what this host has.
+    """
+    own = list(sys.path)
+    first = [folder for folder in _folders(made.get("PYTHONPATH"), cwd) if folder not in own]
+    last: list[str] = []
+    if sys.executable != wanted.driver_executable:
+        of_driver = _folders(dict(wanted.driver_variables).get("PYTHONPATH"), cwd)
+        last = [folder for folder in of_driver if folder not in own + first]
+    standard = next((i for i, folder in enumerate(own) if _is_standard(folder)), len(own))
+    return own[:standard] + first + own[standard:] + last
+
+
+def _folders(python_path: str | None, cwd: str) -> list[str]:
+    entries = python_path.split(os.pathsep) if python_path else []
+    return list(dict.fromkeys(os.path.normpath(os.path.join(cwd, entry)) for entry in entries))
+
+
+def _is_standard(folder: str) -> bool:
+    major, minor, *_ = sys.version_info
+    is_archive = os.path.basename(folder) == f"python{major}{minor}.zip"
+    return is_archive or folder == sysconfig.get_path("stdlib")
 
 
 def env_file_version(wanted: TemplateWanted, cwd: str) -> tuple[int, int] | None:

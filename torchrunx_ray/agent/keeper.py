@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from torchrunx_ray.agent.host import search_path
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.environment import MARK
@@ -29,8 +30,8 @@ class Keeper:
         self.stdout_fd, stdout = os.pipe()
         self.stderr_fd, stderr = os.pipe()
         inherited = [theirs.fileno(), alive]
-        # -P and PYTHONPATH find this package and nothing else; the template then takes over the
-        # agent's sys.path, and puts the variable back for what the function may start.
+        # -P and PYTHONPATH find this package and nothing else. The template then takes over the
+        # agent's sys.path with the worker's PYTHONPATH, and puts the variable back.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "torchrunx_ray.worker.keeper", *map(str, inherited)],
             env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
@@ -48,6 +49,9 @@ class Keeper:
         os.close(stderr)
         self.channel.send(
             TemplateSetup(
-                tuple(sys.path), environment.get("PYTHONPATH"), wanted.preload, wanted.start_method
+                tuple(search_path(wanted, environment, cwd)),
+                environment.get("PYTHONPATH"),
+                wanted.preload,
+                wanted.start_method,
             )
         )

@@ -179,15 +179,15 @@ def _check_environment(given: Mapping[str, Any]) -> None:
 
 
 def _check_extra_variables(extra: Any) -> None:
+    if extra == "all":
+        return
     if _is_mapping(extra):
         _require_strings_by_name(extra)
         names, texts = list(extra), [*extra, *extra.values()]
         for name in names:
             _require(name and "=" not in name, "extra_env_vars", name, "a name without =")
     else:
-        expected = (
-            "patterns such as WANDB_*, NAME=value strings, or a mapping from names to strings"
-        )
+        expected = 'patterns such as WANDB_*, NAME=value strings, a mapping from names to strings, or "all"'
         _require_strings("extra_env_vars", extra, expected)
         names, texts = [entry.partition("=")[0] for entry in extra], extra
         for name, entry in zip(names, extra, strict=True):
@@ -232,10 +232,27 @@ def _check_names(given: Mapping[str, Any]) -> None:
     _require_strings("preload", given["preload"], expected)
     expected = "None, or a mapping as for Ray's runtime_env"
     _require_mapping("runtime_env", given["runtime_env"], expected)
+    _check_runtime_env(given["runtime_env"] or {})
     name = given["name"]
     expected = "None, or a text that is not empty"
     _require(name is None or isinstance(name, str), "name", name, expected, TypeError)
     _require(name != "", "name", name, expected)
+
+
+def _check_runtime_env(given: Any) -> None:
+    """Ray uploads local folders only when a driver joins its cluster."""
+    modules = given.get("py_modules") or ()
+    for option, places in (
+        ("working_dir", [given.get("working_dir")]),
+        ("py_modules", modules if _is_sequence(modules) else [modules]),
+    ):
+        for place in places:
+            if place is not None and "://" not in str(place):
+                raise ValueError(
+                    f"runtime_env: {option} {str(place)!r} is no URI. Ray uploads local code once, when the "
+                    f"driver joins the cluster: give it there, ray.init(runtime_env={{{option!r}: ...}}) before the "
+                    f"launch, or by `ray job submit`. Here it can be a URI, such as 's3://bucket/code.zip'."
+                )
 
 
 def _check_output(given: Mapping[str, Any]) -> None:

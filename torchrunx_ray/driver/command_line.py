@@ -28,7 +28,7 @@ VALUES = {
     },
     "environment": {
         "default_env_vars": "PATTERN...",
-        "extra_env_vars": "PATTERN|NAME=VALUE...",
+        "extra_env_vars": "all|PATTERN|NAME=VALUE...",
         "env_file": "FILE",
         "preload": "MODULE...",
         "start_method": "fork|spawn",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torchrunx_ray.driver.missing_there import advice
 from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.errors import (
     AgentFailedError,
@@ -224,6 +225,8 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
             vars(BaseException)["__cause__"].__set__(error, cause)
             where = f"local rank {report.local_rank} on {hostname}, pid {report.pid}"
             _add_note(error, f"Raised by rank {rank} ({where}).")
+            if (hint := advice(error, report.traceback)) is not None:
+                _add_note(error, hint)
             return error
     failed = WorkerFailedError(
         rank=rank,

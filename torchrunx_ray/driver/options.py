@@ -65,10 +65,10 @@ class Options:
     ] = DEFAULT_ENV_VARS
     """Patterns of the driver's environment variables that travel to workers."""
     extra_env_vars: Annotated[
-        Sequence[str] | Mapping[str, str],
-        written_as("extra_env_vars", tuple[str, ...] | list[str] | dict[str, str]),
+        Sequence[str] | Mapping[str, str] | Literal["all"],
+        written_as("extra_env_vars", Literal["all"] | tuple[str, ...] | list[str] | dict[str, str]),
     ] = ()
-    """More of them: patterns, NAME=value strings, or a mapping."""
+    """More of them: patterns, NAME=value strings, or a mapping. "all": every variable, as with torchrun."""
     env_file: Annotated[
         str | os.PathLike[str] | None, written_as("env_file", str | Path | None)
     ] = None
@@ -113,19 +113,20 @@ class Options:
         """Those of `extra_env_vars` that have a value."""
         if isinstance(self.extra_env_vars, Mapping):
             return dict(self.extra_env_vars)
-        pairs = (entry.partition("=") for entry in self.extra_env_vars if "=" in entry)
+        pairs = (entry.partition("=") for entry in self._extra() if "=" in entry)
         return {name: value for name, _, value in pairs}
 
     def variable_patterns(self) -> list[str]:
         """Which of the driver's variables travel."""
-        patterns = list(self.default_env_vars)
-        if not isinstance(self.extra_env_vars, Mapping):
-            patterns += [entry for entry in self.extra_env_vars if "=" not in entry]
-        return patterns
+        return [*self.default_env_vars, *(entry for entry in self._extra() if "=" not in entry)]
 
     def named_variables(self) -> set[str]:
         """What `extra_env_vars` asks of the driver by its very name."""
-        if isinstance(self.extra_env_vars, Mapping):
-            return set()
-        names = {entry for entry in self.extra_env_vars if not set("=*?[") & set(entry)}
+        names = {entry for entry in self._extra() if not set("=*?[") & set(entry)}
         return names - self.explicit_variables().keys()
+
+    def _extra(self) -> Sequence[str]:
+        """The entries of `extra_env_vars` when it is no mapping."""
+        if isinstance(self.extra_env_vars, Mapping):
+            return ()
+        return ("*",) if self.extra_env_vars == "all" else self.extra_env_vars

@@ -1,0 +1,119 @@
+"""Advice for errors of workers that lack what the driver has: a module or a variable."""
+
+import importlib.util
+import os
+import re
+import site
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from torchrunx_ray.errors import PayloadError
+from torchrunx_ray.wire.environment import forbidden
+
+_IN_ENVIRON = re.compile(r'File "[^"]*\bos(\.py|>)", line \d+, in __getitem__')
+
+
+def advice(error: BaseException, traceback: str) -> str | None:
+    """Say where the driver has what the worker lacked, and how to send it; None for other errors."""
+    try:
+        if isinstance(error, PayloadError):
+            name = error.missing_module
+            return None if name is None else _of_module(name) or _of_unknown_module(name)
+        if isinstance(error, ModuleNotFoundError):
+            return None if error.name is None else _of_module(error.name)
+        if isinstance(error, ImportError):
+            return None if None in (error.name, error.path) else _of_other(error.name, error.path)
+        if type(error) is KeyError and _was_raised_by_environ(traceback):
+            return _of_variable(error.args[0])
+    except OSError:  # the driver's folder was deleted
+        pass
+    return None
+
+
+def _was_raised_by_environ(traceback: str) -> bool:
+    frames = re.findall(r"^ *File .*$", traceback, re.MULTILINE)
+    return bool(frames) and _IN_ENVIRON.search(frames[-1]) is not None
+
+
+def _of_variable(name: str) -> str | None:
+    if name not in os.environ or forbidden(name):
+        return None
+    return (
+        f"The driver has the variable {name}, but no pattern sends it to workers. Launch with "
+        f'extra_env_vars=["{name}"], or with extra_env_vars="all" to send every variable, as torchrun does.'
+    )
+
+
+def _of_unknown_module(name: str) -> str:
+    return (
+        f"The driver itself does not find {name} now. Install it on the hosts, or have Ray do that: "
+        "ray.init(runtime_env={'pip': [...]})."
+    )
+
+
+def _of_module(name: str) -> str | None:
+    """Name the driver's own place of the module, and what would bring it to the hosts."""
+    top = name.partition(".")[0]
+    place = _place_here(top)
+    if place is None or _is_standard(place):
+        return None
+    if _is_installed(place):
+        return (
+            f"The driver has {top} installed, in {place}. Install it on the hosts as well, or have Ray do "
+            "that: ray.init(runtime_env={'pip': [...]})."
+        )
+    module, root = _shown(place), _shown(place.parent)
+    searched = ""
+    if place.parent in _python_path():
+        searched = (
+            " That folder is in the driver's PYTHONPATH, which workers search too, where their host has the "
+            "folder."
+        )
+    return (
+        f"The driver has {top} in {place}.{searched} To send it, before the launch: "
+        f"ray.init(runtime_env={{'py_modules': [{module!r}]}}), or {{'working_dir': {root!r}}} for all of its "
+        f"folder; in a job the same by `ray job submit --runtime-env-json`."
+    )
+
+
+def _of_other(name: Any, worker_path: Any) -> str | None:
+    """Tell two modules of one name apart: perhaps the host's is an older one."""
+    place = _place_here(name.partition(".")[0])
+    if place is None or _is_standard(place) or Path(worker_path).is_relative_to(place):
+        return None
+    return f"The worker has {name} in {worker_path}, and the driver has it in {place}."
+
+
+def _place_here(top: str) -> Path | None:
+    """The module's file, or the folder of a package."""
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if spec is None:
+        return None
+    folders = list(spec.submodule_search_locations or ())
+    if folders:
+        return Path(folders[0])
+    return Path(spec.origin) if spec.has_location and spec.origin is not None else None
+
+
+def _is_standard(place: Path) -> bool:
+    return place.is_relative_to(sysconfig.get_path("stdlib")) and not _is_installed(place)
+
+
+def _is_installed(place: Path) -> bool:
+    folders = [*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")]
+    return any(place.is_relative_to(folder) for folder in folders)
+
+
+def _python_path() -> list[Path]:
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [Path(entry).absolute() for entry in entries]
+
+
+def _shown(place: Path) -> str:
+    """Relative where the user would write it so."""
+    here = Path.cwd()
+    return str(place.relative_to(here)) if place.is_relative_to(here) else str(place)
