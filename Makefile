@@ -78,7 +78,7 @@ dist: $(DIST)/.ready
 	$(DIST)/bin/python -m twine check --strict dist/*
 	$(DIST)/bin/python tests/check_dist.py
 	$(call environment,$(EMPTY))
-	$(EMPTY)/bin/python -m pip install --quiet --no-compile -c constraints.txt dist/*.whl
+	$(EMPTY)/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	$(EMPTY)/bin/python -m pip check
 	tar -xzf dist/*.tar.gz -C $(EMPTY) --strip-components 2 --wildcards '*/examples/quickstart.py'
 	cd $(EMPTY) && RAY_ADDRESS=local bin/python quickstart.py > quickstart.out
