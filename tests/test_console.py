@@ -4,11 +4,13 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import torchrunx_ray as trx
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.unconfigured_logging
 
@@ -130,3 +132,42 @@ def test_ranks_that_there_are_not_are_no_silence(
     said = capfd.readouterr()
     assert said.out == ""
     assert "this launch has ranks 0 to 1 only" in said.err
+
+
+def test_lines_carry_the_runs_name_while_another_run_is_alive(
+    cluster: None, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def speak(name: str) -> None:
+        print(f"alone {name}", flush=True)
+        print("\rdrawn and ", end="", flush=True)
+        (tmp_path / name).touch()
+        while not (tmp_path / "other").exists():
+            time.sleep(0.01)
+        print("ended", flush=True)
+        time.sleep(0.5)  # what comes with the end of a line is shown with it
+        print(f"beside {name}")
+        logging.warning(f"record of {name}")
+
+    def end() -> None:
+        (tmp_path / "other").touch()
+        while not (tmp_path / "over").exists():
+            time.sleep(0.01)
+
+    launcher = trx.Launcher(workers_per_host=1, backend=None)
+    first = launcher.submit(speak, "first")
+    assert wait_until((tmp_path / "first").exists, 60)
+    other = launcher.submit(end)
+    (hostname,) = first.result().hostnames
+    (tmp_path / "over").touch()
+    other.result()
+    launcher.run(print, "alone again")
+
+    said = capfd.readouterr()
+    assert said.out.split("\n") == [
+        "alone first",
+        "\rdrawn and ended",
+        f"[{first.name} {hostname}:0] beside first",
+        "alone again",
+        "",
+    ]
+    assert said.err == f"[{first.name} {hostname}:0] WARNING:root:record of first\n"

@@ -1,7 +1,9 @@
 """All that workers say is in log files, one for each; where none can be written, the launch goes on."""
 
+import dataclasses
 import logging
 import os
+import re
 import time
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import torchrunx_ray as trx
-from tests.logs import HEAD
+from tests.logs import HEAD, Kept
+from tests.processes import wait_until
 
 
 @pytest.fixture
@@ -20,8 +23,27 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_dir(logs: Path) -> Path:
-    (directory,) = logs.iterdir()
+    (directory,) = run_dirs(logs)
+    assert directory == (logs / "latest").resolve()
     return directory
+
+
+def run_dirs(logs: Path) -> list[Path]:
+    return sorted(path for path in logs.iterdir() if not path.is_symlink())
+
+
+class HostStory:
+    """The lines of the only host's file of the last run."""
+
+    def __init__(self, logs: Path) -> None:
+        (path,) = (path for path in (logs / "latest").iterdir() if "[" not in path.name)
+        self.lines = texts(path, "INFO")
+
+    def tells(self, line: str) -> None:
+        assert any(re.match(line, each) for each in self.lines), (line, self.lines)
+
+    def ends_with(self, line: str) -> None:
+        assert re.match(line, self.lines[-1]), self.lines
 
 
 def texts(path: Path, level: str) -> list[str]:
@@ -44,16 +66,99 @@ def test_every_line_of_every_rank_is_in_its_file(cluster: None, logs: Path) -> N
 
 
 def test_files_are_named_after_time_and_worker(cluster: None, logs: Path) -> None:
-    launcher = trx.Launcher(workers_per_host=2, backend=None)
+    launcher = trx.Launcher(workers_per_host=2, backend=None, name="a/b c")
     for _ in range(3):
-        (hostname,) = launcher.run(print, "hello").hostnames
+        run = launcher.submit(print, "hello")
+        result = run.result()
+        (hostname,) = result.hostnames
+        assert run.log_directory == result.log_directory == (logs / "latest").resolve()
+        time, _, name = result.log_directory.name.partition("_")
+        assert datetime.fromisoformat(time)
+        assert name == run.name.replace("a/b c", "a_b_c")
+        names = sorted(path.name for path in result.log_directory.iterdir())
+        assert names == [f"{hostname}.log", f"{hostname}[0].log", f"{hostname}[1].log"]
 
-    directories = sorted(logs.iterdir())
-    assert len(directories) == 3
-    assert all(datetime.fromisoformat(directory.name) for directory in directories)
-    for directory in directories:
-        names = sorted(path.name for path in directory.iterdir())
-        assert names == [f"{hostname}[0].log", f"{hostname}[1].log"]
+    assert len(run_dirs(logs)) == 3
+
+
+def test_log_directory_is_known_while_the_run_goes_on(cluster: None, logs: Path) -> None:
+    run = trx.Launcher(workers_per_host=1, backend=None).submit(time.sleep, 1000)
+    assert wait_until(lambda: run.log_directory is not None, 60)
+    assert run.log_directory == run_dir(logs)
+    run.kill()
+    run.wait()
+    assert run.log_directory == run_dir(logs)
+
+
+def test_folder_of_the_name_latest_is_left_alone(cluster: None, logs: Path) -> None:
+    (logs / "latest").mkdir(parents=True)
+    result = trx.Launcher(workers_per_host=1, backend=None).run(print, "hello")
+    assert {path.name for path in logs.iterdir()} == {"latest", result.log_directory.name}
+
+
+def test_hosts_file_tells_what_happened_there(cluster: None, logs: Path) -> None:
+    def live(rank_0_ends: str) -> None:
+        if os.environ["RANK"] == "1":
+            time.sleep(1000)
+        elif rank_0_ends == "killed":
+            os.kill(os.getpid(), 9)
+        raise ValueError("shard 17\nis truncated")
+
+    launcher = trx.Launcher(workers_per_host=2, backend=None)
+    pids = list(launcher.run(os.getpid))
+    story = HostStory(logs)
+    story.tells("run .*, attempt 0: ranks 0-1 of 2 on this host")
+    story.tells(r"the template .* imported in \d+\.\d\d s")
+    for rank, pid in enumerate(pids):
+        story.tells(rf"rank {rank} \(local rank {rank}, pid {pid}\) calls the function")
+        story.tells(f"rank {rank} has returned")
+        story.tells(rf"rank {rank} .*, pid {pid}\) ended with exit code 0")
+    story.ends_with("the run has ended here.*")
+
+    with pytest.raises(trx.WorkerFailedError):
+        launcher.run(live, "killed")
+    story = HostStory(logs)
+    story.tells(r"the template is a warm one: it imported in .* s, at \d{4}.*")
+    story.tells(r"rank 0 \(local rank 0, pid \d+\) was killed by SIGKILL, without an outcome")
+    story.tells("the workers that live are being stopped: SIGTERM, and SIGKILL after 5 s")
+    story.tells("rank 1 .* was killed by SIGTERM, without an outcome")
+    story.ends_with("the run has ended here.*")
+
+    with pytest.raises(ValueError, match="shard 17"):
+        launcher.run(live, "fails")
+    HostStory(logs).tells(r"rank 0 \(local rank 0, pid \d+\) has failed: ValueError: shard 17")
+
+
+def test_hosts_file_tells_of_a_lost_template_and_a_lost_store(cluster: None, logs: Path) -> None:
+    def kill(victim: str) -> None:
+        pid = os.getppid()
+        if victim == "store":
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            (pid,) = {int(child) for child in children} - {os.getpid()}
+        os.kill(pid, 9)
+        time.sleep(1000)
+
+    launcher = trx.Launcher(workers_per_host=1, backend=None)
+    for victim, line in (
+        ("template", "the template process, from which workers are forked, died: .*SIGKILL"),
+        ("store", r"the process that serves the store \(pid \d+\) was killed by SIGKILL"),
+    ):
+        with pytest.raises(trx.AgentFailedError):
+            launcher.run(kill, victim)
+        HostStory(logs).tells(line)
+
+
+def test_handler_for_a_host_gets_its_story_and_others_do_not(cluster: None) -> None:
+    everybody, of_host, of_other = Kept(), Kept(), Kept()
+    launcher = trx.Launcher(workers_per_host=1, backend=None)
+    (hostname,) = launcher.run(os.getpid).hostnames
+    trx.add_filter_to_handler(of_host, hostname)
+    trx.add_filter_to_handler(of_other, hostname, 0)
+    handlers = [everybody, of_host, of_other]
+    dataclasses.replace(launcher, log_handlers=handlers).run(print, "hello")
+
+    assert everybody.said == of_other.said == [("INFO", "hello")]
+    assert [level for level, text in of_host.said if "calls the function" in text] == ["INFO"]
 
 
 def test_agents_file_has_what_imports_print(cluster: None, logs: Path, tmp_path: Path) -> None:
@@ -67,7 +172,7 @@ def test_agents_file_has_what_imports_print(cluster: None, logs: Path, tmp_path:
     )
     (hostname,) = launcher.run(os.getpid).hostnames
 
-    assert texts(run_dir(logs) / f"{hostname}.log", "INFO") == ["imported"]
+    assert "imported" in texts(run_dir(logs) / f"{hostname}.log", "INFO")
 
 
 def test_empty_directory_means_no_files(
@@ -105,16 +210,15 @@ def test_level_of_the_files_is_the_environments(
     monkeypatch.setenv("TORCHRUNX_LOG_LEVEL", "warning")
     (hostname,) = launcher.run(speak).hostnames
     (path,) = run_dir(logs).iterdir()
+    assert path.name == f"{hostname}[0].log"
     assert [HEAD.sub("", line) for line in path.read_text().splitlines()] == ["mine: grave"]
 
-    path.unlink()
-    path.parent.rmdir()
     monkeypatch.setenv("TORCHRUNX_LOG_LEVEL", "DEBUG")
-    launcher.run(speak)
-    (path,) = run_dir(logs).iterdir()
+    directory = launcher.run(speak).log_directory
+    assert directory is not None
+    path = directory / f"{hostname}[0].log"
     assert texts(path, "DEBUG") == ["mine: fine"]
     assert texts(path, "INFO") == ["to stdout"]
-    assert path.name == f"{hostname}[0].log"
 
 
 def test_files_that_cannot_be_written_are_reported_once(
@@ -144,8 +248,7 @@ def test_file_that_cannot_be_written_costs_no_other(
         print("first", flush=True)
         time.sleep(0.5)
         if os.environ["RANK"] == "1":
-            (directory,) = logs.iterdir()
-            (path,) = directory.glob("*1].log")
+            (path,) = (logs / "latest").glob("*1].log")
             path.unlink()
             path.mkdir()
         time.sleep(0.5)

@@ -142,7 +142,7 @@ with trx.Launcher(
     )
 
     assert done.returncode == 0, done.stderr
-    written = "".join(path.read_text() for path in (tmp_path / "logs").glob("*/*.log"))
+    written = "".join(path.read_text() for path in (tmp_path / "logs").glob("2*/*.log"))
     assert written.count("by Python") == 1, written
     assert written.count("by C") == 1, written
     assert written.count("past the redirect") == 4, written

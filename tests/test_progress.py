@@ -1,5 +1,6 @@
 """What is shown of a run while it goes on, and what is known of it afterwards."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -19,6 +20,7 @@ import pytest
 import torchrunx_ray as trx
 from tests.processes import wait_until
 from tests.soon import SOON_S
+from torchrunx_ray.driver.screen import Screen
 
 pytestmark = pytest.mark.usefixtures("joined")
 
@@ -116,10 +118,12 @@ def after_ray_was_joined(shown: str) -> str:
 @pytest.mark.slow
 def test_terminal_has_a_status_line_beside_the_output(tmp_path: Path) -> None:
     script = BEGIN.format(before="OPTIONS = {}") + SPEAKING
-    shown = after_ray_was_joined(on_a_terminal(script, tmp_path))
+    variables = {"TORCHRUNX_LOG_DIR": str(tmp_path / "logs"), "COLUMNS": "300"}
+    shown = after_ray_was_joined(on_a_terminal(script, tmp_path, **variables))
 
     assert "shown-" in shown
     assert ": running 2 workers" in shown
+    assert re.search(r"shown-\w+: done; logs in .*/logs/\S+_shown-\w+\r\n", shown)
     assert "drawn 3" in shown
     assert "drawn 5\r\n" in shown
     assert shown.count("line of 0") == 1
@@ -213,7 +217,8 @@ launcher.run(time.sleep, 0)
     assert done.stdout == ""
     (said,) = [line for line in done.stderr.splitlines() if "running" in line]
     assert said.endswith(": running 2 workers"), said
-    assert "shown-" in said
+    # Without files it has nothing to say of these.
+    assert re.search(r"^\d\d:\d\d shown-\w+: done$", done.stderr, re.MULTILINE), done.stderr
 
 
 @pytest.mark.slow
@@ -256,7 +261,7 @@ def test_summary_tells_the_phases_and_where_the_logs_are(
         trx.Launcher(workers_per_host=1, backend=None, name="told").run(print, "hello")
 
     begin, said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("told-")]
-    (directory,) = tmp_path.iterdir()
+    directory = (tmp_path / "latest").resolve()
     assert ": launching on 1 host (" in begin
     assert " done in " in said
     assert "template import" in said
@@ -429,3 +434,49 @@ print("copied", "".join(copy).count("said through the tee"))
 
     assert shown.count("said through the tee") == 1, shown
     assert "copied 1" in shown
+
+
+def test_line_of_the_drivers_own_that_has_not_ended_is_shown_beside_a_status_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A progress bar of the driver's was invisible, and all that it drew was kept."""
+    terminal, theirs = pty.openpty()
+    os.set_blocking(terminal, False)
+    with open(theirs, "w", buffering=1) as file, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", file)
+        patched.setattr(sys, "stderr", file)
+        patched.setenv("TERM", "xterm-256color")
+        shown = _shown_of_the_drivers_own(terminal)
+    os.close(terminal)
+    assert b"\rbar 99%" in shown
+    assert b"bar 98%" not in shown
+
+
+def _shown_of_the_drivers_own(terminal: int) -> bytes:
+    """Draw and print beside a status line, and return what is shown once that is gone."""
+    shown = b""
+
+    def shows(text: bytes) -> bool:
+        nonlocal shown
+        with contextlib.suppress(BlockingIOError):
+            shown += os.read(terminal, 2**16)
+        return text in shown
+
+    screen = Screen()
+    screen.add_status("a run", lambda: "00:01 train: running")
+    try:
+        for percent in range(100):
+            sys.stderr.write(f"\rbar {percent}%")
+        sys.stderr.flush()
+        assert wait_until(lambda: shows(b"bar 99%"), 20)
+        sys.stdout.write("no newline yet")
+        sys.stdout.flush()
+        assert wait_until(lambda: shows(b"no newline yet"), 20)
+        sys.stdout.write(", but now\n")
+        assert wait_until(lambda: shows(b"no newline yet, but now\r\n"), 20)
+    finally:
+        shown = b""
+        screen.remove_status("a run")
+    print("end of test")
+    assert wait_until(lambda: shows(b"end of test"), 20)
+    return shown

@@ -121,8 +121,8 @@ trx.launch(speak, workers_per_host=2, backend=None)
 
     assert done.stdout == "rank 0\n", done.stderr
     assert done.stderr.count("an error") == 1
-    (directory,) = (tmp_path / "logs").iterdir()
-    texts = [path.read_text() for path in sorted(directory.iterdir())]
+    files = sorted((tmp_path / "logs" / "latest").glob("*[[]*.log"))
+    texts = [path.read_text() for path in files]
     assert ["rank 0" in texts[0], "rank 1" in texts[1]] == [True, True]
 
 

@@ -117,8 +117,10 @@ def test_files_have_everything_of_everybody_from_their_level_on(
         log_dir.iterdir(), key=lambda path: datetime.fromisoformat(path.name)
     )
     for directory, fine in ((at_info, []), (at_debug, ["DEBUG: mine:fine {}"])):
-        names = sorted(path.name for path in directory.iterdir())
+        agents, *names = sorted(path.name for path in directory.iterdir())
+        assert agents == "localhost.log"
         assert names == ["localhost[0].log", "localhost[1].log"]
+        assert "INFO: run speak-" in (directory / agents).read_text()
         for rank, name in enumerate(names):
             lines = [line[20:] for line in (directory / name).read_text().splitlines()]
             expected = [*fine, "ERROR: err {}", "INFO: out {}", "WARNING: root {}"]
@@ -128,7 +130,7 @@ def test_files_have_everything_of_everybody_from_their_level_on(
 def test_agents_have_a_logger_and_a_file(
     launcher: torchrunx.Launcher, log_dir: Path, kept: Kept
 ) -> None:
-    """They say nothing of their own accord, but Python in them may be made to."""
+    """Loggers hear nothing of what happens on the host; but Python in an agent may be made to speak."""
     launcher.extra_env_vars = {"PYTHONVERBOSE": "1"}
     launcher.run(os.getpid)
 
@@ -171,7 +173,9 @@ def test_filter_for_an_agent_passes_no_worker(launcher: torchrunx.Launcher) -> N
 
     launcher.set_logging_handlers(lambda: [of_agent, of_all]).run(speak)
 
-    assert of_agent.said == []
+    assert {name for name, _, _ in of_agent.said} == {"torchrunx.localhost"}
+    assert not {"out 0", "err 0", "root 0", "mine:fine 0"} & set(of_agent.texts)
+    assert "calls the function" in "".join(of_agent.texts)
     assert len(of_all.said) == 8
     assert not get_handler_filter("localhost", None)(logging.makeLogRecord({"name": "driver"}))
 
@@ -236,6 +240,7 @@ def test_file_handlers_write_one_file_each(launcher: torchrunx.Launcher, tmp_pat
 
     (directory,) = (tmp_path / "mine").iterdir()
     assert datetime.fromisoformat(directory.name)
+    assert "ended with exit code 0" in (directory / "localhost.log").read_text()
     for rank in range(2):
         assert f"DEBUG: mine:fine {rank}" in (directory / f"localhost[{rank}].log").read_text()
 

@@ -20,6 +20,8 @@ from torchrunx_ray.driver.clocks import Clocks
 from torchrunx_ray.driver.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.failures import DriverFailed, Failure, Failures, NotJoined, Report
 from torchrunx_ray.driver.history import History
+from torchrunx_ray.driver.logs import host_story
+from torchrunx_ray.driver.logs.host_story import HostEvent
 from torchrunx_ray.driver.logs.run_logs import RunLogs
 from torchrunx_ray.driver.logs.speaker import Speaker
 from torchrunx_ray.driver.lookout import Lookout
@@ -124,8 +126,6 @@ class Attempt:
         """What the workers were doing when the run was cancelled."""
         self.failures_before_stop: Failures | None = None
         """What had failed by then; what fails afterwards does so because of it."""
-        self.log_directory: Path | None = None
-        """With the default files, once something was written to them."""
         self._over: set[int] = set()
         """Hosts, by index, of whose workers none lives, or that nobody will hear of any more."""
         self.broken: set[int] = set(range(len(crew.hosts)))
@@ -137,7 +137,7 @@ class Attempt:
         On cancellation, as on failure, it returns only when no worker lives; a cancellation after
         `kill`, or a second one, kills them.
         """
-        self._logs = RunLogs(self._options, call.log_handlers, self._speakers())
+        self._logs = RunLogs(self._run_id, self._options, call.log_handlers, self._speakers())
         talks = [
             Talk(
                 self._crew.agents[i],
@@ -164,7 +164,6 @@ class Attempt:
                 if task is not None:
                     task.cancel()
             await self._drain_logs()
-            self.log_directory = self._logs.directory
         if (failures := self.failures) is not None:
             return failures
         await self._see_stored([ref for talk in talks for ref in talk.values])
@@ -172,6 +171,12 @@ class Attempt:
             [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(talk.values)]
             for i, (host, talk) in enumerate(zip(self._crew.hosts, talks, strict=True))
         ]
+
+    @property
+    def log_directory(self) -> Path | None:
+        """With the default files, once something was written to them."""
+        logs: RunLogs | None = getattr(self, "_logs", None)  # none before `go`
+        return None if logs is None else logs.directory
 
     @property
     def failures(self) -> Failures | None:
@@ -318,9 +323,18 @@ class Attempt:
                 pass  # the steps of a worker that is well
 
     def _note(self, host_index: int, event: messages.Event) -> None:
-        local_rank: int | None = getattr(event, "local_rank", None)
+        about = event.exited if isinstance(event, messages.Died) else event
+        local_rank: int | None = getattr(about, "local_rank", None)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
         self._history.hear(host_index, rank, event, -self._clocks.on_ours(host_index, 0))
+        if not isinstance(event, messages.AgentFailed | messages.TemplateRefused):  # see `_fail`
+            self._tell_of_host(host_index, rank, event)
+
+    def _tell_of_host(self, host_index: int, rank: int | None, event: HostEvent) -> None:
+        on_ours = functools.partial(self._clocks.on_ours, host_index)
+        line, time_ns = host_story.line_of(event, rank, on_ours, self._history.begun_ns)
+        if line:
+            self._logs.tell(self._speaker(host_index, None), line, time_ns / 1e9)
 
     def _speaker(self, host_index: int, local_rank: int | None) -> Speaker:
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
@@ -421,6 +435,8 @@ class Attempt:
             self._failed.append((None, Failure(now_ns(), label, rank, report)))
         else:
             self._failed.append((host_index, Failure(time_ns, label, rank, report)))
+        if rank is None:
+            self._tell_of_host(host_index, None, report)
 
     def _tell_of_failure(self) -> None:
         """Workers may take long to stop, as long as `shutdown_timeout` lets them save their work."""
@@ -463,6 +479,7 @@ class Attempt:
         self._history.is_stopping = True
         for i, watching in enumerate(self._watching):
             if not watching.done() and self._cluster.is_ours():
+                self._logs.tell(self._speaker(i, None), host_story.stop(grace_s), now_ns() / 1e9)
                 telling = asyncio.create_task(self._tell_to_stop(i, grace_s))
                 self._telling.add(telling)
                 telling.add_done_callback(self._telling.discard)

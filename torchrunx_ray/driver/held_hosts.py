@@ -81,7 +81,8 @@ class HeldHosts:
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):
                 return outcome
-            return LaunchResult([host.label for host in crew.hosts], outcome, progress.history)
+            hostnames = [host.label for host in crew.hosts]
+            return LaunchResult(hostnames, outcome, progress.history, progress.log_directory)
 
     async def close(self) -> None:
         """Agents rest or end, and the room is given back. Safe to repeat."""

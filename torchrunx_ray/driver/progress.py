@@ -1,5 +1,6 @@
 """How far a run is."""
 
+import os
 import time
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,9 @@ from torchrunx_ray.driver.stacks import Stacks
 
 class GoesOn(Protocol):
     """An attempt, as far as the user of its run may ask it."""
+
+    @property
+    def log_directory(self) -> Path | None: ...
 
     async def stacks(self) -> Stacks: ...
 
@@ -30,8 +34,9 @@ class Progress:
         self.waits_for_turn = False
         self.waiting_for = ""
         """While it waits for room: for what."""
-        self.log_directory: Path | None = None
-        """With the run's default files, when it has ended and something was written to them."""
+        self._log_directory: Path | None = None
+        self.ended = ""
+        """How the run has ended, in words."""
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
         self.failures_before_stop: Failures | None = None
@@ -41,9 +46,20 @@ class Progress:
         return Stacks({}) if self.attempt is None else await self.attempt.stacks()
 
     @property
+    def log_directory(self) -> Path | None:
+        """Directory of the run's default files, once something was written to them."""
+        return self._log_directory if self.attempt is None else self.attempt.log_directory
+
+    @log_directory.setter
+    def log_directory(self, directory: Path | None) -> None:
+        self._log_directory = directory
+
+    @property
     def phase(self) -> str:
         """What is going on, in words that change only when that does."""
         history = self.history
+        if self.ended:
+            return self.ended
         if self.waits_for_turn:
             return "waiting for the session's other runs"
         if history.placed_ns is None:
@@ -64,7 +80,7 @@ class Progress:
         """The same with counts and times."""
         history = self.history
         ranks, returned = len(history.places), len(history.finished)
-        if history.is_stopping:
+        if self.ended or history.is_stopping:
             text = self.phase
         elif history.met_ns is not None and len(history.started) < ranks:
             text = f"starting {len(history.started)}/{ranks} workers"
@@ -72,7 +88,17 @@ class Progress:
             text = f"{self.phase}, {returned} returned"
         else:
             text = self.phase
-        return f"{_clock(time.time() - history.begun_ns / 1e9)} {self.name}: {text}"
+        return f"{self._begin_of_line}{text}"
+
+    @property
+    def last_line(self) -> str:
+        """The status when the run has ended."""
+        logs = f"; logs in {self.log_directory}" if self.log_directory else ""
+        return f"{self._begin_of_line}{self.ended}{logs}"
+
+    @property
+    def _begin_of_line(self) -> str:
+        return f"{_clock(time.time() - self.history.begun_ns / 1e9)} {self.name}: "
 
 
 def _workers(count: int) -> str:
@@ -83,3 +109,10 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+living: set[Progress] = set()
+"""Runs of this process that have not ended."""
+
+# A forked child has none of them.
+os.register_at_fork(after_in_child=living.clear)

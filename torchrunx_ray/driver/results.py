@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -37,11 +38,16 @@ class LaunchResult(Generic[R]):
     """
 
     def __init__(
-        self, hostnames: Sequence[str], values: Sequence[Sequence[Value]], history: History
+        self,
+        hostnames: Sequence[str],
+        values: Sequence[Sequence[Value]],
+        history: History,
+        log_directory: Path | None,
     ) -> None:
         self._hostnames = tuple(hostnames)
         self._values = values
         self._history = history
+        self._log_directory = log_directory
 
     @property
     def hostnames(self) -> tuple[str, ...]:
@@ -52,6 +58,11 @@ class LaunchResult(Generic[R]):
     def timings(self) -> dict[str, float]:
         """Seconds of each phase of the launch, one after the other, and "total"."""
         return self._history.seconds
+
+    @property
+    def log_directory(self) -> Path | None:
+        """Directory of the default log files; None if the launch wrote none."""
+        return self._log_directory
 
     def timeline(self, path: str | os.PathLike[str]) -> None:
         """Write when each rank was in which phase, as a trace for ui.perfetto.dev."""

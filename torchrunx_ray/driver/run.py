@@ -9,6 +9,7 @@ import numbers
 import os
 import types
 from collections.abc import Callable, Coroutine, Generator
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from torchrunx_ray.driver import interruption, loop
@@ -59,6 +60,11 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
     def name(self) -> str:
         """Name of the run in logs and errors."""
         return self._progress.name
+
+    @property
+    def log_directory(self) -> Path | None:
+        """Directory of the default log files; None while nothing is in them, and if there are none."""
+        return self._progress.log_directory
 
     def result(self, timeout: float | None = None) -> LaunchResult[R]:
         """Wait for all workers; raise what the first failing one raised.

@@ -10,6 +10,9 @@ from typing import Any, Literal, TextIO
 
 TextStream = Literal["stdout", "stderr"]
 
+_LONGEST = 2**16
+"""A line of the driver's own that has no end for longer is shown in pieces."""
+
 
 class Screen:
     """Shared by all runs of this process.
@@ -54,6 +57,13 @@ class Screen:
                 self._drawn[whose, stream] = drawn
             if lines:
                 self.write(stream, lines)
+
+    def draw(self, whose: object, stream: TextStream, drawn: str) -> None:
+        """Show a line that has not ended beside the status lines; "" when it has."""
+        with self._lock:
+            self._drawn.pop((whose, stream), None)
+            if drawn and self._live is not None:
+                self._drawn[whose, stream] = drawn
 
     def has_colours(self, stream: TextStream) -> bool:
         """See no-color.org."""
@@ -141,7 +151,12 @@ class _Above:
     def write(self, text: str) -> int:
         if self._is_let_go:
             return self.file.write(text)
-        lines, newline, self._rest = (self._rest + text).rpartition("\n")
+        lines, newline, rest = (self._rest + text).rpartition("\n")
+        if len(rest) > _LONGEST:
+            lines, newline, rest = lines + newline + rest, "\n", ""
+        self._rest = _from_last_redraw(rest)
+        # The line that has not ended, such as a progress bar, is one of the status lines.
+        self._screen.draw(self, self._stream, self._rest.strip("\r").rpartition("\r")[2])
         if newline:
             # To its own: what the driver has put in its place may write to this one.
             self._screen.write(self._stream, lines + newline, self.file)
@@ -165,6 +180,11 @@ class _Raw:
         from rich.segment import Segment
 
         yield Segment(self._text)
+
+
+def _from_last_redraw(rest: str) -> str:
+    """Return the carriage return before what was drawn last, and all that follows."""
+    return rest[max(0, rest.rstrip("\r").rfind("\r")) :]
 
 
 def can_be_live() -> bool:

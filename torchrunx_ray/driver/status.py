@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from torchrunx_ray.driver.logs.to_loggers import driver_has_configured_logging
@@ -13,6 +14,8 @@ from torchrunx_ray.driver.loop import in_thread, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.screen import can_be_live, has_rich, screen
+
+logger = logging.getLogger("torchrunx_ray")
 
 _LIVE_AFTER_S = 0.5
 """A status line is no help to a launch that is over before it is read."""
@@ -24,6 +27,9 @@ _LOOK_S = 0.5
 
 _WAITING_S = 30.0
 """How often a launch that waits for room says so again."""
+
+_PATIENCE_S = 2.0
+"""How long a run waits at its end for the terminal to take its last status."""
 
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a job."""
@@ -46,36 +52,59 @@ def shown(progress: Progress, options: Options) -> contextlib.AbstractAsyncConte
 
 @contextlib.asynccontextmanager
 async def _live(progress: Progress) -> AsyncGenerator[None, None]:
-    over = threading.Event()
+    over, is_shown = threading.Event(), False
 
     def show() -> None:
+        nonlocal is_shown
         if not over.wait(_LIVE_AFTER_S):
+            is_shown = True
             screen.add_status(progress, lambda: progress.status)
 
     showing = asyncio.ensure_future(in_thread(show))
+
+    async def hide() -> None:
+        with contextlib.suppress(Exception):  # the terminal is gone; the run has an outcome
+            await showing
+        with contextlib.suppress(Exception):
+            await in_thread(screen.remove_status, progress)
+        if is_shown:
+            await _say_last(progress)
+
     try:
         yield
     finally:
         over.set()
-
-        async def hide() -> None:
-            for step in (showing, in_thread(screen.remove_status, progress)):
-                with contextlib.suppress(Exception):  # the terminal is gone; the run has an outcome
-                    await step
-
-        await to_the_end(hide())
+        await to_the_end(_at_most_for_a_while(hide()))
 
 
 @contextlib.asynccontextmanager
 async def _lines(progress: Progress) -> AsyncGenerator[None, None]:
-    saying = asyncio.ensure_future(_say_phases(progress))
+    said = asyncio.Event()
+    saying = asyncio.ensure_future(_say_phases(progress, said))
     try:
         yield
     finally:
         saying.cancel()
+        if said.is_set() and not _summary_is_seen():
+            await to_the_end(_at_most_for_a_while(_say_last(progress)))
 
 
-async def _say_phases(progress: Progress) -> None:
+async def _at_most_for_a_while(work: Coroutine[Any, Any, None]) -> None:
+    """Let a stopped terminal delay the run's end, but not for ever."""
+    await asyncio.wait({asyncio.ensure_future(work)}, timeout=_PATIENCE_S)
+
+
+async def _say_last(progress: Progress) -> None:
+    if progress.ended:  # a session that was opened has no end yet
+        with contextlib.suppress(Exception):  # the terminal is gone
+            await in_thread(screen.write, "stderr", f"{progress.last_line}\n")
+
+
+def _summary_is_seen() -> bool:
+    return driver_has_configured_logging() and logger.isEnabledFor(logging.INFO)
+
+
+async def _say_phases(progress: Progress, has_said: asyncio.Event) -> None:
     now = asyncio.get_running_loop().time
     phase, since, said, said_at = "", now(), "", now()
     while True:
@@ -85,6 +114,7 @@ async def _say_phases(progress: Progress) -> None:
         still_waits = progress.history.placed_ns is None and now() - said_at >= _WAITING_S
         if is_news or still_waits:
             said, said_at = phase, now()
+            has_said.set()
             with contextlib.suppress(Exception):  # the terminal is gone
                 await in_thread(screen.write, "stderr", f"{progress.status}\n")
         await asyncio.sleep(_LOOK_S)

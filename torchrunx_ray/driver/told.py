@@ -9,7 +9,7 @@ from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.logs.own_lines import own_lines
 from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
-from torchrunx_ray.driver.progress import Progress
+from torchrunx_ray.driver.progress import Progress, living
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.status import shown
 from torchrunx_ray.wire.clock import now_ns
@@ -22,28 +22,41 @@ Outcome = LaunchResult[Any] | Failures
 async def told(
     life: Callable[[], Coroutine[Any, Any, Outcome]], progress: Progress, options: Options
 ) -> Outcome:
-    """Live the life, and tell of it."""
-    how, why = "failed", ""
+    """Await the run, show its status, log a one-line summary."""
+    living.add(progress)
+    why = ""
     try:
         async with shown(progress, options):
-            outcome = await life()
+            outcome = await _lived(life, progress)
         if isinstance(outcome, Failures):
             why = f"; {outcome.in_brief}"
-        else:
-            how = "done"
         return outcome
     except asyncio.CancelledError:
-        how = "stopped"
         if progress.failures_before_stop is not None:
             why = f"; before that it had failed: {progress.failures_before_stop.in_brief}"
         raise
     finally:
+        living.discard(progress)
         progress.history.ended_ns = now_ns()
-        logger.info("%s %s%s", progress.name, _summary(progress, how), why)
+        logger.info("%s %s%s", progress.name, _summary(progress), why)
         await to_the_end(own_lines.written())
 
 
-def _summary(progress: Progress, how: str) -> str:
+async def _lived(life: Callable[[], Coroutine[Any, Any, Outcome]], progress: Progress) -> Outcome:
+    how = "failed"
+    try:
+        outcome = await life()
+        how = "failed" if isinstance(outcome, Failures) else "done"
+        return outcome
+    except asyncio.CancelledError:
+        how = "stopped"
+        raise
+    finally:
+        progress.ended = how
+
+
+def _summary(progress: Progress) -> str:
+    how = progress.ended
     seconds = progress.history.seconds
     total = seconds.pop("total")
     phases = ", ".join(f"{phase} {took:.2f}" for phase, took in seconds.items())

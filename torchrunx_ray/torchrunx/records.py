@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from torchrunx_ray.driver.logs.handlers import LINE_FORMAT
+from torchrunx_ray.driver.logs.handlers import LINE_FORMAT, Only
 from torchrunx_ray.driver.logs.speaker import ROOT, Speaker
 from torchrunx_ray.driver.logs.to_files import ToFiles, default_files
 from torchrunx_ray.torchrunx.utils.log_handling import RedirectHandler
@@ -41,6 +41,9 @@ class _FileOfEach(logging.Handler):
     def __init__(self, files: ToFiles) -> None:
         super().__init__(files.level)
         self._files = files
+        everybody = Only(None, None, None)
+        everybody.is_for_hosts = True
+        self.addFilter(everybody)
         self.setFormatter(LINE_FORMAT)
 
     def emit(self, record: logging.LogRecord) -> None:

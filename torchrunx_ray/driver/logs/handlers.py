@@ -20,8 +20,8 @@ def add_filter_to_handler(
     """Let a handler of a launch take one worker's output only, from a level on if one is given.
 
     The worker is named by host and local rank, or by `rank`, since hostnames are unknown where Ray
-    chooses them. A hostname without local rank stands for what the host's template prints, and
-    neither for everybody. Returns the handler.
+    chooses them. A hostname without local rank stands for what happens on the host and what its
+    template prints; neither of them stands for all workers. Returns the handler.
     """
     if rank is not None and (hostname is not None or local_rank is not None):
         raise ValueError("give rank, or hostname and local_rank, not both")
@@ -77,6 +77,8 @@ class Only(logging.Filter):
     def __init__(self, hostname: str | None, local_rank: int | None, rank: int | None) -> None:
         super().__init__()
         self._hostname, self._local_rank, self._rank = hostname, local_rank, rank
+        self.is_for_hosts = hostname is not None and local_rank is None
+        """Whether its handler wants to know what happens on a host."""
 
     def takes(self, who: Speaker) -> bool:
         return self._passes(who.hostname, who.local_rank, who.rank)

@@ -6,10 +6,12 @@ import contextvars
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torchrunx_ray.driver.logs import host_story
 from torchrunx_ray.driver.logs.complaint import Complaint
 from torchrunx_ray.driver.logs.handlers import Only
 from torchrunx_ray.driver.logs.lines import LineCutter
@@ -32,8 +34,13 @@ class RunLogs:
     """Writes in a thread of its own: a slow terminal stops the workers, not the driver's loop."""
 
     def __init__(
-        self, options: Options, handlers: LogHandlers, speakers: Sequence[Speaker]
+        self,
+        run_name: str,
+        options: Options,
+        handlers: LogHandlers,
+        speakers: Sequence[Speaker],
     ) -> None:
+        self._run_name = run_name
         self._speakers = speakers
         self._sinks: list[Sink] = []
         self._complaint = Complaint(
@@ -44,7 +51,7 @@ class RunLogs:
         self._levels: list[int] = []
         self._open_sinks(options, handlers)
         self._cutters: defaultdict[tuple[Speaker, Stream], LineCutter] = defaultdict(LineCutter)
-        self._queue: queue.SimpleQueue[tuple[Speaker, Stream, bytes, float] | None] = (
+        self._queue: queue.SimpleQueue[tuple[Speaker, Stream | None, bytes, float] | None] = (
             queue.SimpleQueue()
         )
         self._waiting_bytes = 0
@@ -56,6 +63,8 @@ class RunLogs:
         threading.Thread(
             target=context.run, args=(self._write_all,), name="torchrunx_ray output", daemon=True
         ).start()
+
+        self._begin_stories()
 
     @property
     def level(self) -> int:
@@ -81,6 +90,10 @@ class RunLogs:
             self._has_room.clear()
         self._queue.put((who, stream, data, time_s))
 
+    def tell(self, host: Speaker, line: str, time_s: float) -> None:
+        """Queue what happened on a host."""
+        self._queue.put((host, None, line.encode(errors="backslashreplace"), time_s))
+
     async def drain(self) -> None:
         """Return when all that was put is written."""
         self._queue.put(None)
@@ -95,6 +108,16 @@ class RunLogs:
             if self._waiting_bytes:
                 logger.warning("interrupted: what the workers said last is not shown")
 
+    def _begin_stories(self) -> None:
+        workers = [who for who in self._speakers if who.rank is not None]
+        for host in (who for who in self._speakers if who.rank is None):
+            ranks = [
+                who.rank
+                for who in workers
+                if who.hostname == host.hostname and who.rank is not None
+            ]
+            self.tell(host, host_story.begin(self._run_name, ranks, len(workers)), time.time())
+
     def _open_sinks(self, options: Options, handlers: LogHandlers) -> None:
         if handlers is None:
             return
@@ -104,7 +127,7 @@ class RunLogs:
             self._sinks.append(sink)
             self._levels.append(sink.level)
             return
-        if (files := default_files()) is not None:
+        if (files := default_files(self._run_name)) is not None:
             self._files = files
             self._sinks.append(files)
             self._levels.append(files.level)
@@ -113,7 +136,9 @@ class RunLogs:
         if driver_has_configured_logging():
             self._sinks.append(ToLoggers(taken.__contains__))
         else:
-            self._sinks.append(ToConsole(taken.__contains__, shows_many=len(shown) > 1))
+            self._sinks.append(
+                ToConsole(self._run_name, taken.__contains__, shows_many=len(shown) > 1)
+            )
         self._levels += [who.record_level for who in taken]
 
     def _shown_ranks(self, options: Options) -> list[Speaker]:
@@ -151,12 +176,17 @@ class RunLogs:
         while (said := self._queue.get()) is not None:
             if not self._is_given_up:
                 self._write(*said)
-            self._tell_loop(self._was_written, len(said[2]))
+            if said[1] is not None:
+                self._tell_loop(self._was_written, len(said[2]))
         for sink in self._sinks:
             self._try(sink.close)
         self._tell_loop(self._done.set)
 
-    def _write(self, who: Speaker, stream: Stream, data: bytes, time_s: float) -> None:
+    def _write(self, who: Speaker, stream: Stream | None, data: bytes, time_s: float) -> None:
+        if stream is None:
+            for sink in self._sinks:
+                self._try(sink.host_line, who, data.decode(), time_s)
+            return
         cutter = self._cutters[who, stream]
         text = cutter.decode(data)
         lines = cutter.cut(text)

@@ -70,4 +70,7 @@ class Sink(Protocol):
 
     def record(self, who: Speaker, record: WorkerRecord) -> None: ...
 
+    def host_line(self, who: Speaker, line: str, time_s: float) -> None:
+        """Take what happened on a host; only files and handlers for a host want it."""
+
     def close(self) -> None: ...

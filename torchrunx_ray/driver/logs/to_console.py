@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from torchrunx_ray.driver.logs.speaker import LEVELS, Sink, Speaker, TextStream
+from torchrunx_ray.driver.progress import living
 from torchrunx_ray.driver.screen import screen
 from torchrunx_ray.wire.records import WorkerRecord
 
@@ -11,17 +12,25 @@ _COLOURS = (36, 33, 32, 35, 34, 31)
 
 
 class ToConsole(Sink):
-    """Verbatim where one rank is shown; else each line after whose it is."""
+    """Verbatim while only one rank of one run is shown; else each line after whose it is."""
 
-    def __init__(self, takes: Callable[[Speaker], bool], *, shows_many: bool) -> None:
+    def __init__(
+        self, run_name: str, takes: Callable[[Speaker], bool], *, shows_many: bool
+    ) -> None:
+        self._run_name = run_name
         self._takes = takes
         self._shows_many = shows_many
+        self._in_line: dict[tuple[Speaker, TextStream], bool] = {}
+        """Streams in the middle of a line, and whether that line is shown verbatim."""
 
     def chunk(
         self, who: Speaker, stream: TextStream, text: str, lines: str, drawn: str, time_s: float
     ) -> None:
         """One rank's output just as it comes, also parts of lines."""
-        if not self._is_verbatim(who):
+        is_verbatim = self._in_line.pop((who, stream), self._is_verbatim(who))
+        if text and not text.endswith("\n"):
+            self._in_line[who, stream] = is_verbatim
+        if not is_verbatim:
             super().chunk(who, stream, text, lines, drawn, time_s)
         elif self._takes(who) and LEVELS[stream] >= who.logger_level():
             screen.write_verbatim(self, stream, text, lines, drawn)
@@ -41,12 +50,12 @@ class ToConsole(Sink):
         """The streams are the driver's."""
 
     def _is_verbatim(self, who: Speaker) -> bool:
-        return not self._shows_many and who.rank is not None
+        return not self._shows_many and who.rank is not None and len(living) <= 1
 
     def _headed(self, who: Speaker, stream: TextStream, lines: str) -> str:
         if self._is_verbatim(who):
             return lines
-        head = f"[{who.label}]"
+        head = f"[{self._run_name} {who.label}]" if len(living) > 1 else f"[{who.label}]"
         if screen.has_colours(stream) and who.rank is not None:
             head = f"\x1b[{_COLOURS[who.rank % len(_COLOURS)]}m{head}\x1b[0m"
         return f"{head} " + lines[:-1].replace("\n", f"\n{head} ") + "\n"

@@ -39,6 +39,11 @@ class ToHandlers(Sink):
         if takers:
             self._hand(as_log_record(who, record), takers)
 
+    def host_line(self, who: Speaker, line: str, time_s: float) -> None:
+        takers = [i for i in self._takers(who, logging.INFO) if self._wants_hosts(i)]
+        if takers:
+            self._hand(new_record(who, logging.INFO, "INFO", time_s, line), takers)
+
     def close(self) -> None:
         """Flush them; those that a function made for the launch nobody else closes."""
         for handler, reporter in zip(self._handlers, self._reporters, strict=True):
@@ -59,6 +64,10 @@ class ToHandlers(Sink):
             if level >= (handler.level or logging.INFO)
             and all(each.takes(who) for each in handler.filters if isinstance(each, Only))
         ]
+
+    def _wants_hosts(self, i: int) -> bool:
+        filters = self._handlers[i].filters
+        return any(isinstance(each, Only) and each.is_for_hosts for each in filters)
 
     def _hand(self, record: logging.LogRecord, takers: Sequence[int]) -> None:
         for i in takers:

@@ -4,9 +4,8 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from torchrunx_ray.driver.logs.handlers import file_handler
+from torchrunx_ray.driver.logs.handlers import Only, file_handler
 from torchrunx_ray.driver.logs.to_files import default_files, new_directory
 
 __all__ = ["RedirectHandler", "default_handlers", "file_handlers", "get_handler_filter"]
@@ -16,13 +15,19 @@ def get_handler_filter(
     hostname: str, local_rank: int | None, log_level: int = logging.NOTSET
 ) -> Callable[[logging.LogRecord], bool]:
     """A filter that passes what one worker says, or with no local rank a host's agent."""
+    return _Passes(hostname, local_rank, log_level)
 
-    def passes(record: logging.LogRecord) -> bool:
-        said: dict[str, Any] = vars(record)
-        speaker = said.get("hostname"), said.get("local_rank")
-        return speaker == (hostname, local_rank) and record.levelno >= log_level
 
-    return passes
+class _Passes(Only):
+    def __init__(self, hostname: str, local_rank: int | None, log_level: int) -> None:
+        super().__init__(hostname, local_rank, None)
+        self._log_level = log_level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return super().filter(record) and record.levelno >= self._log_level
+
+    def __call__(self, record: logging.LogRecord) -> bool:
+        return self.filter(record)
 
 
 class RedirectHandler(logging.Handler):
