@@ -413,4 +413,4 @@ def test_failed_question_for_gpus_fails_its_run_only(
         with pytest.raises(trx.AgentFailedError, match="which GPUs the launch has there"):
             session.run(gpus)
         (tmp_path / "broken").unlink()
-        assert list(session.run(gpus)) == ["0", "1"]
+        assert list(session.run(gpus)) == ["0,1"] * 2
