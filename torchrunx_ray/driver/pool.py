@@ -116,7 +116,7 @@ class Agent:
 
     async def release(self, linger: float) -> None:
         """Let it rest, for the next launch to take; with linger=0 end it."""
-        if linger <= 0 or not self.connection.is_ours():
+        if linger <= 0 or self.is_gone or not self.connection.is_ours():
             await self.end()
             return
         self.calls.rest.remote(linger)
