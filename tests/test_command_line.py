@@ -100,8 +100,20 @@ def test_options_are_parsed(kind: str) -> None:
     ("line", "reason"),
     [
         ("--hostnames 0", "a number of hosts of at least 1"),
-        ("--timeout soon", "--timeout: could not convert string to float: 'soon'"),
-        ("--workers-per-host many", "--workers-per-host"),
+        ("--timeout soon", "timeout='soon': expected seconds, more than 0."),
+        ("--timeout 0", "timeout=0.0: expected seconds, more than 0."),
+        (
+            "--workers-per-host gpus",
+            """workers_per_host='gpus': expected "auto", "gpu", "cpu", "slurm", a number of at least 1""",
+        ),
+        ("--workers-per-host gpu 2", """workers_per_host=['gpu', '2']: expected "auto", "gpu","""),
+        ("--gpus-per-worker half", "gpus_per_worker='half': expected None, or a number of at"),
+        ("--console-ranks first", """console_ranks='first': expected "all", or a list of ranks"""),
+        ("--label-selector zone", "label_selector='zone': expected None, or a mapping from"),
+        (
+            "--resources-per-host disk x",
+            "resources_per_host=['disk', 'x']: expected None, or a mapping from names of",
+        ),
         ("--hosts 2", "--hosts"),
         ('--runtime-env ["x"]', """'["x"]': expected a JSON object, or None"""),
         ("--runtime-env {pip:x}", "'{pip:x}': expected a JSON object, or None: Expecting property"),

@@ -20,6 +20,21 @@ _BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
 
 _STRATEGIES = ("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK")
 
+EXPECTED = {
+    "hostnames": '"auto", "slurm", a number of hosts of at least 1, or a list of distinct names such as ["localhost"]',
+    "workers_per_host": '"auto", "gpu", "cpu", "slurm", a number of at least 1, or a list of such numbers, one per host',
+    "gpus_per_worker": "None, or a number of at least 0",
+    "cpus_per_worker": "None, or a number of at least 0",
+    "label_selector": 'None, or a mapping from labels to values, such as {"region": "in(us, eu)"}',
+    "resources_per_host": "None, or a mapping from names of resources to numbers",
+    "timeout": "seconds, more than 0",
+    "placement_timeout": "None, or seconds, at least 0",
+    "shutdown_timeout": "seconds, at least 0",
+    "linger": "seconds, at least 0",
+    "console_ranks": '"all", or a list of ranks such as (0, 1)',
+}
+"""What options accept that can also be wrong on a command line."""
+
 _ELSEWHERE = {
     **dict.fromkeys(("nproc_per_node", "nproc", "nprocs"), "workers_per_host"),
     **dict.fromkeys(("num_workers", "num_processes"), "workers_per_host"),
@@ -90,7 +105,7 @@ def check_arguments(args: Any, kwargs: Any) -> None:
 
 
 def _check_hosts(hosts: Any) -> None:
-    expected = '"auto", "slurm", a number of hosts of at least 1, or a list of distinct names such as ["localhost"]'
+    expected = EXPECTED["hostnames"]
     if isinstance(hosts, str):
         _require(hosts in ("auto", "slurm"), "hostnames", hosts, expected)
     elif _is_sequence(hosts):
@@ -103,7 +118,7 @@ def _check_hosts(hosts: Any) -> None:
 
 
 def _check_workers(workers: Any, hosts: Any) -> None:
-    expected = '"auto", "gpu", "cpu", "slurm", a number of at least 1, or a list of such numbers, one per host'
+    expected = EXPECTED["workers_per_host"]
     if isinstance(workers, str):
         known = workers in ("auto", "gpu", "cpu", "slurm")
         _require(known, "workers_per_host", workers, expected)
@@ -123,21 +138,16 @@ def _check_workers(workers: Any, hosts: Any) -> None:
 
 
 def _check_amounts(given: Mapping[str, Any]) -> None:
-    for option in ("shutdown_timeout", "linger"):
-        _require_number(option, given[option], "seconds, at least 0")
-    _require_number("timeout", given["timeout"], "seconds, more than 0")
-    _require(given["timeout"] > 0, "timeout", given["timeout"], "seconds, more than 0")
-    for option, expected in (
-        ("gpus_per_worker", "None, or a number of at least 0"),
-        ("cpus_per_worker", "None, or a number of at least 0"),
-        ("placement_timeout", "None, or seconds, at least 0"),
-    ):
+    for option in ("timeout", "shutdown_timeout", "linger"):
+        _require_number(option, given[option], EXPECTED[option])
+    _require(given["timeout"] > 0, "timeout", given["timeout"], EXPECTED["timeout"])
+    for option in ("gpus_per_worker", "cpus_per_worker", "placement_timeout"):
         if given[option] is not None:
-            _require_number(option, given[option], expected)
+            _require_number(option, given[option], EXPECTED[option])
     gpus = given["gpus_per_worker"] or 0
     expected = "a part of one GPU, or a whole number of them"
     _require(gpus <= 1 or gpus == int(gpus), "gpus_per_worker", gpus, expected)
-    expected = "None, or a mapping from names of resources to numbers"
+    expected = EXPECTED["resources_per_host"]
     _require_mapping("resources_per_host", given["resources_per_host"], expected)
     resources: dict[Any, Any] = dict(given["resources_per_host"] or {})
     for name, amount in resources.items():
@@ -223,7 +233,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
     is_name = kind is None or isinstance(kind, str)
     _require(is_name, "accelerator_type", kind, expected, TypeError)
     selector = given["label_selector"]
-    expected = 'None, or a mapping from labels to values, such as {"region": "in(us, eu)"}'
+    expected = EXPECTED["label_selector"]
     _require_mapping("label_selector", selector, expected)
     texts: dict[Any, Any] = dict(selector or {})
     for text in [*texts, *texts.values()]:
@@ -259,7 +269,7 @@ def _check_output(given: Mapping[str, Any]) -> None:
     if not callable(given["log_handlers"]):
         check_handlers(given["log_handlers"])
     ranks = given["console_ranks"]
-    expected = '"all", or a list of ranks such as (0, 1)'
+    expected = EXPECTED["console_ranks"]
     if isinstance(ranks, str):
         _require(ranks == "all", "console_ranks", ranks, expected)
     else:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
-from torchrunx_ray.driver.failures import ArgumentLost, NotJoined
+from torchrunx_ray.driver.failures import ArgumentLost, DriverFailed, NotJoined
 from torchrunx_ray.driver.stacks import in_words
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 
-HostEvent = messages.Event | NotJoined | ArgumentLost
+HostEvent = messages.Event | NotJoined | ArgumentLost | DriverFailed
 
 
 def begin(run_name: str, ranks: Sequence[int], world_size: int) -> str:
@@ -60,6 +60,9 @@ def _of_the_whole_host(event: HostEvent) -> str:
             return f"after {event.timeout:g} s not in the process group: {in_words(event.missing)}"
         case ArgumentLost():
             return f"an argument was lost: {event.evidence}"
+        case DriverFailed():
+            error = f"{type(event.error).__name__}: {event.error}"
+            return f"the driver failed while it {event.doing}: {error}"
         case _:
             return ""
 
