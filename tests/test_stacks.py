@@ -53,9 +53,10 @@ def waiting_for_one(cluster: None) -> "Iterator[trx.Run[None]]":
 
 def test_equal_stacks_are_one_group(waiting_for_one: "trx.Run[None]") -> None:
     wait_for_stacks(waiting_for_one, "rank 1: wait_for_one (test_stacks.py:")
-    stacks = wait_for_stacks(waiting_for_one, "ranks 0, 2-3: all_reduce (test_stacks.py:")
+    stacks = wait_for_stacks(waiting_for_one, "ranks 0, 2-3: wait_for_one (test_stacks.py:")
 
-    lone = stacks.summary.splitlines()[1]
+    waiting, lone = stacks.summary.splitlines()
+    assert waiting.endswith("), in all_reduce"), "the user's function, and what it is in"
     assert lone.startswith("rank 1: wait_for_one (test_stacks.py:")
     assert set(stacks.by_rank) == {0, 1, 2, 3}
     assert f"wait_for_one ({__file__}:" in str(stacks)
@@ -137,9 +138,12 @@ def test_rank_that_holds_the_gil_in_c_answers(launcher: trx.Launcher, tmp_path: 
 
 
 def test_there_are_none_before_and_after_the_workers(launcher: trx.Launcher) -> None:
-    run = launcher.submit(os.getpid)
-    assert not run.stacks()
-    run.result()
+    with launcher.session() as session:
+        before = session.submit(time.sleep, 1)
+        run = session.submit(os.getpid)  # waits for its turn
+        assert not run.stacks()
+        before.result()
+        run.result()
     assert not run.stacks()
     assert str(run.stacks()) == ""
 
@@ -149,7 +153,7 @@ def test_worker_that_cannot_answer_and_takes_no_signal_lives(cluster: None, tmp_
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # by which it would be killed
         libc = ctypes.PyDLL(None)  # keeps the GIL
         (tmp_path / "deaf").touch()
-        libc.usleep(2_500_000)
+        libc.usleep(5_000_000)
         return "alive"
 
     run = trx.Launcher(workers_per_host=1, backend=None).submit(refuse)

@@ -15,7 +15,10 @@ _AFTER_THE_FUNCTION = {
 }
 """What a worker is doing in these functions of ours, which no other process runs."""
 
-_LIBRARY = re.compile(r"/site-packages/|/dist-packages/|/lib/python3[^/]*/|^<frozen ")
+_NOT_THE_USERS = re.compile(
+    r"/site-packages/|/dist-packages/|/lib/python3[^/]*/|^<frozen "
+    r"|/torchrunx_ray/(worker|wire|driver|agent|integrations|torchrunx)/"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Stacks:
 
     @property
     def summary(self) -> str:
-        """One line for each group: "ranks 0, 2-7: all_reduce (train.py:33)"."""
+        """One line for each group: "ranks 0, 2-7: train (train.py:33), in all_reduce"."""
         return "\n".join(f"{in_words(ranks)}: {_where(frames)}" for ranks, frames in self.groups)
 
     def without(self, ranks: Iterable[int]) -> "Stacks":
@@ -103,12 +106,13 @@ def _main_thread(text: str) -> tuple[Frame, ...]:
 
 
 def _where(frames: tuple[Frame, ...]) -> str:
-    """The last call, at the place in the user's own code that led to it."""
+    """Return the innermost function of the user's own, and what it is in: "train (train.py:7), in select"."""
     if not frames:
         return "no answer (it has not begun, has ended just now, or is held by the kernel)"
     if _OURS in frames[-1].file and frames[-1].function in _AFTER_THE_FUNCTION:
         return (
             f"{_AFTER_THE_FUNCTION[frames[-1].function]}: {frames[0].function} ({frames[0].place})"
         )
-    own = next((frame for frame in frames if not _LIBRARY.search(frame.file)), frames[0])
-    return f"{frames[0].function} ({own.place})"
+    own = next((frame for frame in frames if not _NOT_THE_USERS.search(frame.file)), frames[0])
+    where = f"{own.function} ({own.place})"
+    return where if own is frames[0] else f"{where}, in {frames[0].function}"

@@ -61,8 +61,7 @@ def _of_the_whole_host(event: HostEvent) -> str:
         case ArgumentLost():
             return f"an argument was lost: {event.evidence}"
         case DriverFailed():
-            error = f"{type(event.error).__name__}: {event.error}"
-            return f"the driver failed while it {event.doing}: {error}"
+            return event.what
         case _:
             return ""
 
