@@ -18,11 +18,11 @@ CORE := $(addprefix tests/test_,core.py launch.py run.py worker_process.py own_g
 environment = $(PYTHON) -m venv $(1) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(1); }
 
 # Tests run side by side, in lanes that cannot see each other; one after the other if the machine gives no namespaces.
-LANES ?= 4
+LANES ?= 3
 in_lanes = $(shell tests/lane true >/dev/null 2>&1 && \
 	echo "--dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(BIN)/python'")
 
-.PHONY: demo test test-ci test-all test-oldest test-newest test-integrations check bench docs dist format clean
+.PHONY: demo test test-ci test-alone test-all test-oldest test-newest test-integrations check bench docs dist format clean
 
 # A Ray of its own: the machine may have others, or their remains.
 demo: $(READY)
@@ -31,14 +31,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest $(in_lanes) -m "not slow and not alone" $(ARGS)
 
-# What .ci/run runs. Benchmarks want the machine for themselves.
 test-ci: $(READY)
 	$(BIN)/pytest $(in_lanes) -m "not exhaustive and not alone" $(ARGS)
-	$(BIN)/pytest -m "alone and not exhaustive" $(ARGS)
 
-test-all: $(READY)
-	$(BIN)/pytest $(in_lanes) -m "not alone" $(ARGS)
+# What measures time or takes much memory has the machine for itself.
+test-alone: $(READY)
 	$(BIN)/pytest -m "alone" $(ARGS)
+
+test-all: test-alone
+	$(BIN)/pytest $(in_lanes) -m "not alone" $(ARGS)
 
 # The lowest versions that pyproject.toml allows; several gigabytes, as its torch comes with CUDA. Their own
 # warnings, and what that gloo prints, are not ours to test.

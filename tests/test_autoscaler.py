@@ -52,7 +52,7 @@ begun = time.monotonic()
 try:
     trx.Launcher(hostnames=1, workers_per_host=50, cpus_per_worker=1).run(os.getpid)
 except trx.PlacementError as error:
-    print(time.monotonic() - begun < 10)
+    print(time.monotonic() - begun < 60)
     print(error)
 """,
     )

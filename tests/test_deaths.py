@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import torchrunx_ray as trx
+from tests.conftest import RunScript
 from tests.soon import SOON_S, raised_soon
 from torchrunx_ray.agent import memory_group
-
-RunScript = Callable[[str], "subprocess.CompletedProcess[str]"]
 
 MIB = 2**20
 
@@ -158,6 +157,7 @@ def test_evidence_is_read_from_either_version_of_cgroups(version: int, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # it takes a seventh of the machine's memory
 def test_agent_that_rays_memory_monitor_kills_is_told_with_the_workers_memory(
     run_script: RunScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +184,8 @@ try:
     trx.Launcher(workers_per_host=2).run(eat)
 except trx.AgentFailedError as error:
     print("said", error)
-"""
+""",
+        own_ray={},
     )
 
     assert "said Ray's memory monitor killed the agent on " in done.stdout, done.stderr

@@ -139,7 +139,8 @@ def state():
     return {
         **{s.name: repr(signal.getsignal(s)) for s in signal.Signals},
         **{f"os.environ[{name}]": "set" for name in os.environ},
-        **{repr(l): repr((l.level, l.propagate, l.disabled, l.handlers, l.filters)) for l in loggers},
+        **{repr(l): repr((l.level, l.propagate, l.disabled, l.handlers)) for l in loggers},
+        "filters": repr([l.filters for l in loggers if l.name != "torchrunx_ray"]),  # ours is ours
         "logging": repr((logging.root.manager.disable, logging.getLoggerClass(), logging.raiseExceptions)),
         "of kernel": of_kernel,
         "streams": repr((sys.stdout, sys.stderr, sys.excepthook, threading.excepthook)),

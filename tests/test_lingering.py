@@ -15,7 +15,7 @@ from tests.processes import wait_until
 from tests.traces import MARK, Traces
 from tests.victims import MAY_RAISE, Driven
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 CPUS = 4
 LINGER_S = 3

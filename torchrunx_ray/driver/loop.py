@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import logging
 import os
 import sys
 import threading
@@ -12,6 +13,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from torchrunx_ray.driver.logs.own_lines import own_lines
+
+logger = logging.getLogger("torchrunx_ray")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -121,9 +124,15 @@ def running() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None:
             loop = asyncio.new_event_loop()
+            loop.set_exception_handler(_tell)
             threading.Thread(target=_serve, args=(loop,), name="torchrunx_ray", daemon=True).start()
             _loop = loop
         return _loop
+
+
+def _tell(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what no task has taken as a line of ours: a handler of asyncio's logger would run in the loop."""
+    logger.error("in the background: %s", context["message"], exc_info=context.get("exception"))
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

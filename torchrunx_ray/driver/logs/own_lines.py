@@ -48,8 +48,7 @@ class OwnLines(logging.Filter):
         except RuntimeError:  # a limit on threads: the loop has to write them itself
             return
         self._diverted = threading.get_ident()
-        for name in ("torchrunx_ray", "asyncio"):
-            logging.getLogger(name).addFilter(self)
+        logging.getLogger("torchrunx_ray").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Pass what comes from other threads; keep the rest for ours."""
@@ -77,8 +76,7 @@ class OwnLines(logging.Filter):
 
     def forget(self) -> None:
         """In a forked child, which has neither the loop nor our thread."""
-        for name in ("torchrunx_ray", "asyncio"):
-            logging.getLogger(name).removeFilter(self)
+        logging.getLogger("torchrunx_ray").removeFilter(self)
         self.__init__()
 
     def _write_all(self) -> None:
