@@ -67,6 +67,7 @@ def test_launch_that_waits_starts_as_its_driver_was_when_it_was_submitted(
             folder = tmp_path / seed
             folder.mkdir()
             monkeypatch.setenv("SEED", seed)
+            monkeypatch.setenv("TORCHRUNX_LOG_DIR", f"logs of {seed}")
             monkeypatch.chdir(folder)
             monkeypatch.setattr(sys, "argv", ["train.py", seed])
             runs.append(submit(look))
@@ -77,6 +78,9 @@ def test_launch_that_waits_starts_as_its_driver_was_when_it_was_submitted(
         assert [run.result().rank(0) for run in runs] == [
             (seed, str(tmp_path / seed), ["train.py", seed]) for seed in ("1", "2")
         ]
+        for run, seed in zip(runs, ("1", "2"), strict=True):
+            assert run.log_directory is not None
+            assert run.log_directory.parent == tmp_path / seed / f"logs of {seed}"
 
 
 def test_drivers_variables_travel_by_default_patterns_and_by_asking(

@@ -137,7 +137,9 @@ class Attempt:
         On cancellation, as on failure, it returns only when no worker lives; a cancellation after
         `kill`, or a second one, kills them.
         """
-        self._logs = RunLogs(self._run_id, self._options, call.log_handlers, self._speakers())
+        self._logs = RunLogs(
+            self._run_id, self._options, call.log_handlers, call.files, self._speakers()
+        )
         talks = [
             Talk(
                 self._crew.agents[i],

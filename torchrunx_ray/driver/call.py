@@ -13,6 +13,7 @@ from torchrunx_ray.driver.call_checks import check_call, check_function
 from torchrunx_ray.driver.cells import Brought
 from torchrunx_ray.driver.checks import check_handlers
 from torchrunx_ray.driver.connection import untyped_ray
+from torchrunx_ray.driver.logs.to_files import ToFiles, default_files
 from torchrunx_ray.driver.options import LogHandlers, Options
 from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.errors import LaunchError, PayloadError, bytes_in_words
@@ -27,13 +28,15 @@ class Call:
 
     `inserted` refer to the packed values of the references in its arguments. Ray keeps them all
     for as long as this object lives. `log_handlers` is the option, with the handlers made.
-    `template` and `argv` show the driver as it was when the run was submitted.
+    `files`, `template` and `argv` show the driver as it was when the run was submitted.
     """
 
     run_name: str
     packed: Any
     inserted: Sequence[Any]
     log_handlers: LogHandlers
+    files: ToFiles | None
+    """The default files, if the option and the environment ask for them."""
     template: TemplateWanted
     argv: tuple[str, ...]
 
@@ -68,7 +71,8 @@ def put_call(
     stored = _put(packed)
     inserted = found.packed(options.runtime_env)
     name = unique(options.name or function_name)
-    return Call(name, stored, inserted, log_handlers, template, argv)
+    files = default_files(name) if log_handlers == "auto" else None
+    return Call(name, stored, inserted, log_handlers, files, template, argv)
 
 
 def _made(options: Options) -> LogHandlers:

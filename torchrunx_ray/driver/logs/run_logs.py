@@ -17,7 +17,7 @@ from torchrunx_ray.driver.logs.handlers import Only
 from torchrunx_ray.driver.logs.lines import LineCutter
 from torchrunx_ray.driver.logs.speaker import Sink, Speaker
 from torchrunx_ray.driver.logs.to_console import ToConsole
-from torchrunx_ray.driver.logs.to_files import ToFiles, default_files
+from torchrunx_ray.driver.logs.to_files import ToFiles
 from torchrunx_ray.driver.logs.to_handlers import ToHandlers
 from torchrunx_ray.driver.logs.to_loggers import ToLoggers, driver_has_configured_logging
 from torchrunx_ray.driver.options import LogHandlers, Options
@@ -38,6 +38,7 @@ class RunLogs:
         run_name: str,
         options: Options,
         handlers: LogHandlers,
+        files: ToFiles | None,
         speakers: Sequence[Speaker],
     ) -> None:
         self._run_name = run_name
@@ -47,7 +48,7 @@ class RunLogs:
             "What the workers say cannot be shown here; the launch goes on: %s"
         )
         self._is_given_up = False
-        self._files: ToFiles | None = None
+        self._files = files
         self._levels: list[int] = []
         self._open_sinks(options, handlers)
         self._cutters: defaultdict[tuple[Speaker, Stream], LineCutter] = defaultdict(LineCutter)
@@ -127,10 +128,9 @@ class RunLogs:
             self._sinks.append(sink)
             self._levels.append(sink.level)
             return
-        if (files := default_files(self._run_name)) is not None:
-            self._files = files
-            self._sinks.append(files)
-            self._levels.append(files.level)
+        if self._files is not None:
+            self._sinks.append(self._files)
+            self._levels.append(self._files.level)
         shown = self._shown_ranks(options)
         taken = {*shown, *(who for who in self._speakers if who.rank is None and who.is_first_host)}
         if driver_has_configured_logging():
