@@ -65,6 +65,7 @@ def train():
 
 launcher = trx.Launcher(
     workers_per_host=2,
+    cpus_per_worker=ray.cluster_resources()["CPU"] / 2 if phase == "placing" else None,
     shutdown_timeout=grace_s,
     console_ranks="all",
     preload=("torch", "torch.distributed", *([phase] if phase in ("importing", "forming") else [])),
