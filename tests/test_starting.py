@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import ray
 
 import torchrunx_ray as trx
 from tests import processes
+from tests.conftest import RunScript
 from torchrunx_ray.driver import pool
 
 SLOW_ON_ONE_HOST = """
@@ -121,11 +120,11 @@ def test_agent_is_not_named_after_the_first_run_that_it_served(launcher: trx.Lau
 
 @pytest.mark.slow
 def test_head_that_is_frozen_costs_neither_a_result_nor_the_placement_timeout(
-    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+    run_script: RunScript,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_gcs_server_request_timeout_seconds", "2")
-    done = run_script(FROZEN_HEAD)
+    done = run_script(FROZEN_HEAD, own_ray={})
 
     assert done.returncode == 0, done.stderr
     result, placement, again = done.stdout.splitlines()
