@@ -185,21 +185,13 @@ def test_agent_keeps_no_copy_of_a_value_that_is_rays(cluster: None) -> None:
 
 
 def calls_meanwhile(run: "trx.Run[Any]", call: Callable[[], object]) -> float:
-    """The longest that a call took, made again and again while a run goes on."""
-    longest = 0.0
+    """The longest that a call took, made again and again while a run goes on; as a part of the run."""
+    longest, submitted = 0.0, time.monotonic()
     while not run.done():
         begun = time.monotonic()
         call()
         longest = max(longest, time.monotonic() - begun)
-    return longest
-
-
-def copying_s(size: int) -> float:
-    """How long a copy into fresh memory takes, as the agent makes one."""
-    source = np.ones(size, np.uint8)
-    begun = time.monotonic()
-    source.copy()
-    return time.monotonic() - begun
+    return longest / (time.monotonic() - submitted)
 
 
 @pytest.mark.alone
@@ -214,9 +206,9 @@ def test_large_value_on_its_way_does_not_block_the_agent(cluster: None) -> None:
     agent: Any = ray.get_actor(name, namespace="torchrunx_ray")
     run = launcher.submit(megabytes, 1024)
 
-    assert calls_meanwhile(run, lambda: ray.get(agent.clock.remote())) < copying_s(2**30) / 2
+    assert calls_meanwhile(run, lambda: ray.get(agent.clock.remote())) < 0.5
     assert run.result().rank(0).shape == (1024 * MIB,)
 
     run = launcher.submit(megabytes, 1024)
-    assert calls_meanwhile(run, run.stacks) < copying_s(2**30) / 2
+    assert calls_meanwhile(run, run.stacks) < 0.5
     run.result()

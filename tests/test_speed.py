@@ -83,13 +83,13 @@ def test_failure_ends_a_warm_launch_in_a_part_of_that(cluster: None) -> None:
 
     def fail_or_sleep() -> None:
         if dist.get_rank() == 1:
-            raise ValueError
+            raise ValueError("on rank 1")
         time.sleep(1000)
 
     launcher = trx.Launcher(workers_per_host=2, shutdown_timeout=60)
 
     def launch() -> None:
-        with pytest.raises(ValueError, match=r"^$"):
+        with pytest.raises(ValueError, match="on rank 1"):
             launcher.run(fail_or_sleep)
 
     launch()
