@@ -18,9 +18,10 @@ CORE := $(addprefix tests/test_,core.py launch.py run.py worker_process.py own_g
 environment = $(PYTHON) -m venv $(1) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv $(1); }
 
 # Tests run side by side, in lanes that cannot see each other; one after the other if the machine gives no namespaces.
+# A test that hangs is ended by a signal: with its process, pytest-xdist may wait for ever for the one that replaces it.
 LANES ?= 3
 in_lanes = $(shell tests/lane true >/dev/null 2>&1 && \
-	echo "--dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(BIN)/python'")
+	echo "-o timeout_method=signal --dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(BIN)/python'")
 
 .PHONY: demo test test-ci test-alone test-all test-oldest test-newest test-integrations check bench docs dist format clean
 
