@@ -18,6 +18,7 @@ SOON_S = 12.0
 
 @contextlib.contextmanager
 def soon(within_s: float = SOON_S) -> Iterator[None]:
+    """Fail if what is done within takes longer."""
     begun = time.monotonic()
     yield
     assert time.monotonic() - begun < within_s

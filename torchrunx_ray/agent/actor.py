@@ -138,7 +138,7 @@ class Agent:
         return await self._run.value(local_rank)
 
     async def stacks(self, run_id: str, wanted: messages.StacksWanted) -> dict[int, str]:
-        """What a run's workers are doing, by local rank; empty of those that do not tell in time."""
+        """Return the workers' stacks by local rank; a text is empty if its worker did not answer in time."""
         if self._run is None or self._run.run_id != run_id:
             return {}
         return await self._run.stacks(wanted)

@@ -92,7 +92,7 @@ class HostRun:
         return await self._workers[local_rank].value()
 
     async def stacks(self, wanted: messages.StacksWanted) -> dict[int, str]:
-        """What the workers that live are doing, by local rank; empty where one does not tell."""
+        """Return the stacks of living workers by local rank; a text is empty if its worker did not answer."""
         living = [worker for worker in self._workers.values() if not worker.has_exited]
         texts = await asyncio.gather(*(worker.stacks(wanted) for worker in living))
         return {worker.local_rank: text for worker, text in zip(living, texts, strict=True)}
