@@ -140,7 +140,6 @@ def test_lines_carry_the_runs_name_while_another_run_is_alive(
     def speak(name: str) -> None:
         print(f"alone {name}", flush=True)
         print("\rdrawn and ", end="", flush=True)
-        (tmp_path / name).touch()
         while not (tmp_path / "other").exists():
             time.sleep(0.01)
         print("ended", flush=True)
@@ -153,21 +152,29 @@ def test_lines_carry_the_runs_name_while_another_run_is_alive(
         while not (tmp_path / "over").exists():
             time.sleep(0.01)
 
+    out, err = "", ""
+
+    def has_been_shown(text: str) -> bool:
+        nonlocal out, err
+        said = capfd.readouterr()
+        out, err = out + said.out, err + said.err
+        return text in out
+
     launcher = trx.Launcher(workers_per_host=1, backend=None)
     first = launcher.submit(speak, "first")
-    assert wait_until((tmp_path / "first").exists, 60)
+    assert wait_until(lambda: has_been_shown("drawn and "), 60)
     other = launcher.submit(end)
     (hostname,) = first.result().hostnames
     (tmp_path / "over").touch()
     other.result()
     launcher.run(print, "alone again")
 
-    said = capfd.readouterr()
-    assert said.out.split("\n") == [
+    assert wait_until(lambda: has_been_shown("alone again\n"))
+    assert out.split("\n") == [
         "alone first",
         "\rdrawn and ended",
         f"[{first.name} {hostname}:0] beside first",
         "alone again",
         "",
     ]
-    assert said.err == f"[{first.name} {hostname}:0] WARNING:root:record of first\n"
+    assert err == f"[{first.name} {hostname}:0] WARNING:root:record of first\n"

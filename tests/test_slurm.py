@@ -12,6 +12,7 @@ import pytest
 
 from tests.clusters.allocation import NAMES, allocated, run_batch_script, stand_in_scontrol
 from tests.clusters.two_hosts import TwoHosts, namespaces_are_possible, two_hosts
+from tests.conftest import RunScript
 from torchrunx_ray.driver import slurm
 
 PAGE = (Path(__file__).parents[1] / "docs/slurm.md").read_text()
@@ -99,14 +100,14 @@ def test_node_of_the_allocation_without_ray_is_named(drive: Callable[..., str]) 
 
 
 def test_where_no_ray_runs_the_error_shows_the_command_that_starts_it(
-    run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
+    run_script: RunScript, tmp_path: Path
 ) -> None:
     slurm = {
         "PATH": f"{stand_in_scontrol(tmp_path, ['node1', 'node2'])}:{os.environ['PATH']}",
         "SLURM_JOB_NODELIST": "node[1-2]",
     }
     script = f"import os, torchrunx_ray as trx\nos.environ.update({slurm!r})\n{FAILING_LAUNCH}"
-    done = run_script(script)
+    done = run_script(script, own_ray={})
 
     assert done.returncode == 0, done.stderr
     assert "joined no Ray in this allocation, but started one of its own" in done.stdout
