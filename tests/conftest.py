@@ -1,29 +1,40 @@
 """Real Ray for every test: one local cluster for the session, others where a test needs one."""
 
+# The settings come before ray is imported, which is when it reads them.
+
+import contextlib
 import logging
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+# A cluster that somebody else started on this machine is not ours to test on.
+os.environ.pop("RAY_ADDRESS", None)
+
+# As `ray.init()` sets it for a Ray that it starts, and for all that its process starts after it.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+
+# Ray's gRPC has handlers for forks, in which a process that forks may hang, or its child die.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+# A worker of Ray costs 0.4 s of CPU, and a cluster would start one per CPU in case it is wanted.
+os.environ.update(RAY_prestart_worker_first_driver="0")
+
+# Most tests look at other things than log files.
+os.environ["TORCHRUNX_LOG_DIR"] = ""
 
 import pytest
 import ray
 
 import torchrunx_ray as trx
+from tests.clusters.shared import shared_ray
 from tests.logs import Kept
 from tests.processes import wait_until
-
-# A cluster that somebody else started on this machine is not ours to test on.
-os.environ.pop("RAY_ADDRESS", None)
-
-# Ray's gRPC has handlers for forks, in which a process that forks may hang, or its child die.
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-
-# Most tests look at other things than log files.
-os.environ["TORCHRUNX_LOG_DIR"] = ""
-
 
 SHOWN_AT_END = pytest.StashKey[list[str]]()
 """What tests have to show beside whether they passed."""
@@ -65,16 +76,16 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--address", default="local", help="of the cluster that most tests share")
+    parser.addoption("--address", help="of a cluster that most tests share, instead of a new one")
 
 
 @pytest.fixture(scope="session")
 def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
-    address = request.config.getoption("--address")
-    new = {"num_cpus": 8, "include_dashboard": False} if address == "local" else {}
-    ray.init(address, log_to_driver=False, **new)
-    yield
-    ray.shutdown()
+    given = request.config.getoption("--address")
+    with contextlib.nullcontext(given) if given else shared_ray() as address:
+        ray.init(address, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -91,7 +102,7 @@ def cluster(_ray: None) -> Iterator[None]:
 
 @pytest.fixture
 def address(cluster: None) -> str:
-    """Where scripts join the shared cluster: in a third of a second, where a Ray of their own takes four."""
+    """The shared cluster's, for scripts: to join it costs 0.1 s of CPU, a Ray of their own 4 s."""
     return ray.get_runtime_context().gcs_address
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.clusters.growing import growing
 
 
-@pytest.fixture(scope="module", params=["v2", "v1"])
+@pytest.fixture(scope="module", params=["v2", pytest.param("v1", marks=pytest.mark.exhaustive)])
 def address(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of a cluster with either of Ray's two autoscalers."""
     kinds = {"big": {"CPU": 4, "GPU": 2}}

@@ -5,13 +5,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.clusters.other_python import python_of_an_older_system
-from tests.clusters.started import free_port, ray_start
 from tests.clusters.two_hosts import namespaces_are_possible
 from tests.processes import mentioning, wait_until
 
@@ -51,14 +50,6 @@ def drive(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     return drive
 
 
-@pytest.fixture(scope="module")
-def cluster_address() -> Iterator[str]:
-    address = f"127.0.0.1:{free_port()}"
-    head = ("--head", f"--port={address.rpartition(':')[2]}", "--num-cpus=4")
-    with ray_start(*head, "--include-dashboard=false", environment={"RAY_AUTH_MODE": "disabled"}):
-        yield address
-
-
 @pytest.mark.slow
 def test_ray_that_the_launch_started_ends_with_the_script(
     drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
@@ -77,15 +68,11 @@ def test_ray_that_the_launch_started_ends_with_the_script(
 
 @pytest.mark.slow
 def test_launch_joins_the_cluster_of_ray_address(
-    drive: Callable[..., "subprocess.CompletedProcess[str]"], cluster_address: str
+    drive: Callable[..., "subprocess.CompletedProcess[str]"], address: str
 ) -> None:
-    done = drive(
-        TRAIN,
-        RAY_ADDRESS=cluster_address,
-        RAY_AUTH_MODE="disabled",
-    )
+    done = drive(TRAIN, RAY_ADDRESS=address)
 
-    port = cluster_address.rpartition(":")[2]
+    port = address.rpartition(":")[2]
     assert done.stdout.count(f":{port}'") == 2, done.stdout + done.stderr
 
 
@@ -93,7 +80,7 @@ def test_launch_joins_the_cluster_of_ray_address(
 @pytest.mark.parametrize("log_to_driver", [True, False])
 def test_launch_uses_the_ray_that_is_there_and_shows_no_line_twice(
     drive: Callable[..., "subprocess.CompletedProcess[str]"],
-    cluster_address: str,
+    address: str,
     log_to_driver: bool,
 ) -> None:
     done = drive(
@@ -103,7 +90,7 @@ import ray
 import torchrunx_ray as trx
 
 ray.init(
-    {cluster_address!r},
+    {address!r},
     namespace="mine",
     runtime_env={{"env_vars": {{"OF_RUNTIME_ENV": "here"}}}},
     log_to_driver={log_to_driver},
@@ -119,8 +106,7 @@ trx.launch(train, hostnames=1, workers_per_host=2, backend=None)
 trx.launch(train, hostnames=1, workers_per_host=1, backend=None, console_ranks=())
 context = ray.get_runtime_context()
 assert (context.get_job_id(), context.namespace) == (job, "mine")
-""",
-        RAY_AUTH_MODE="disabled",
+"""
     )
 
     assert done.returncode == 0, done.stderr
@@ -177,9 +163,9 @@ run.wait()
 
 @pytest.mark.slow
 def test_launches_change_nothing_of_the_driver(
-    drive: Callable[..., "subprocess.CompletedProcess[str]"],
+    drive: Callable[..., "subprocess.CompletedProcess[str]"], address: str
 ) -> None:
-    begin = 'ray.init(address="local", include_dashboard=False)\nbefore = state()\n'
+    begin = f"ray.init({address!r})\nbefore = state()\n"
     with_values = CHANGES.replace('"set" for name', "os.environ[name] for name")
     done = drive(with_values + begin + LAUNCHES + "show_changes(before)\n")
 
@@ -367,7 +353,9 @@ print(trx.launch(lambda: "well", workers_per_host=1).rank(0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "start_method", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)]
+)
 def test_python_that_was_built_on_an_older_system_will_do(
     drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, start_method: str
 ) -> None:

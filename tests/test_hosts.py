@@ -352,7 +352,7 @@ def test_slurm_outside_of_an_allocation(
         trx.Launcher(hostnames="slurm", workers_per_host=1).run(place)
 
 
-def test_twenty_launches_from_twenty_threads(three_raylets: Cluster) -> None:
+def test_twenty_launches_from_eight_threads(three_raylets: Cluster) -> None:
     launcher = trx.Launcher(
         hostnames=1, workers_per_host=2, cpus_per_worker=0.1, gpus_per_worker=0, backend="gloo"
     )
@@ -360,7 +360,7 @@ def test_twenty_launches_from_twenty_threads(three_raylets: Cluster) -> None:
     def launch(number: int) -> list[int]:
         return list(launcher.run(lambda: number))
 
-    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(launch, range(20))) == [[i, i] for i in range(20)]
 
 

@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 @contextlib.contextmanager
 def raylets(*nodes: dict[str, Any]) -> Iterator[Cluster]:
     """Several raylets on this machine's address, instead of the shared cluster; the head first."""
-    before = ray.is_initialized()
+    shared = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
     ray.shutdown()
     cluster = Cluster()
     for i, node in enumerate(nodes):
@@ -30,5 +30,5 @@ def raylets(*nodes: dict[str, Any]) -> Iterator[Cluster]:
         cluster.shutdown()
         for process in started:  # or Python warns of each that still ran when it was forgotten
             process.wait(30)
-        if before:
-            ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        if shared:
+            ray.init(address=shared, log_to_driver=False)
