@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def test_death_is_named_rather_than_what_it_did_to_its_peers(cluster: None) -> N
             with pytest.raises(trx.WorkerFailedError) as caught:
                 session.run(die_or_wait)
             assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
+
+
+def test_death_that_is_reported_late_is_still_named(launcher: trx.Launcher) -> None:
+    """On a busy machine the template, which reports it, may run long after the peer has failed."""
+
+    def die_under_a_frozen_template() -> None:
+        if dist.get_rank() == 1:
+            template = os.getppid()
+            subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -CONT {template}"])
+            os.kill(template, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.barrier()
+
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(die_under_a_frozen_template)
+    assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
 
 
 def test_failure_stops_ranks_that_would_never_return(launcher: trx.Launcher) -> None:

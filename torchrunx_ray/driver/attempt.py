@@ -350,13 +350,19 @@ class Attempt:
     def _has_died(self, host_index: int, died: messages.Died) -> None:
         exited = died.exited
         assert exited.local_rank is not None
-        died_at_ns = self._clocks.on_ours(host_index, exited.time_ns)
-        by_us = self._stopped_at_ns is not None and died_at_ns > self._stopped_at_ns
-        if by_us and exited.signal in (signal.SIGTERM, signal.SIGKILL):
+        if self._has_sent(exited.signal, self._clocks.on_ours(host_index, exited.time_ns)):
             rank = self._layout[host_index][exited.local_rank].rank
             self._stopped.append(f"rank {rank} on {self._crew.hosts[host_index].label}")
         else:
             self._fail(host_index, exited.local_rank, exited.time_ns, died)
+
+    def _has_sent(self, signal_number: int | None, died_at_ns: int) -> bool:
+        """Return whether a worker that this signal ended may have been stopped by the run itself."""
+        if self._stopped_at_ns is None or died_at_ns <= self._stopped_at_ns:
+            return False
+        if signal_number == signal.SIGKILL:
+            return asyncio.get_running_loop().time() >= self._kills_at
+        return signal_number == signal.SIGTERM
 
     def _has_ended(self, host_index: int, ended: messages.HostEnded) -> None:
         self._is_over(host_index)

@@ -1,6 +1,7 @@
 """From what agents report to the one exception that the driver raises."""
 
 import re
+import signal
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ _FRAME = re.compile(r'^[ |]*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
 _NOTICE_NS = 100_000_000
 """How much sooner than its parent a dying worker's peers may hear of its death."""
+
+_NOTICE_OF_SIGNAL_NS = 5_000_000_000
+"""The same for a death by a signal, which its peers' errors do not cause: the machine may be busy."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,23 @@ def _in_order(failures: Sequence[Failure]) -> list[Failure]:
     first = in_order[0]
     if isinstance(first.report, messages.Failed) and first.report.in_collective:
         for failure in in_order:
-            is_death = isinstance(failure.report, messages.Died | messages.AgentFailed)
-            if is_death and failure.time_ns - first.time_ns < _NOTICE_NS:
+            if failure.time_ns - first.time_ns < _notice_ns(failure.report):
                 in_order.remove(failure)
                 return [failure, *in_order]
     return in_order
+
+
+def _notice_ns(report: Report) -> int:
+    """Return how long after an error in a collective this report may still be of its cause."""
+    match report:
+        case messages.Died(exited=exited):
+            # NCCL's watchdog aborts a process whose peers have failed.
+            by_signal = exited.signal is not None and exited.signal != signal.SIGABRT
+            return _NOTICE_OF_SIGNAL_NS if by_signal else _NOTICE_NS
+        case messages.AgentFailed():
+            return _NOTICE_NS
+        case _:
+            return 0
 
 
 def _exception(failure: Failure) -> BaseException:
