@@ -33,6 +33,7 @@ def worker_nodes() -> list[str]:
     return [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
 
 
+@pytest.mark.slow
 def test_reference_goes_from_host_to_host_without_the_driver(two_nodes: Cluster) -> None:
     one, other = worker_nodes()
     first = trx.Launcher(hostnames=[one], workers_per_host=1, backend=None).run(megabytes, 200)

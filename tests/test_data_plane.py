@@ -150,6 +150,7 @@ def test_ranks_own_values_share_nothing(launcher: trx.Launcher) -> None:
     assert second.sum() == 0
 
 
+@pytest.mark.slow
 def test_argument_is_held_once_for_all_workers(cluster: None) -> None:
     """Beside Ray's store, whatever the number of workers."""
     launcher = trx.Launcher(workers_per_host=4, backend="gloo")

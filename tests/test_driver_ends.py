@@ -176,6 +176,7 @@ def test_launch_that_a_signal_handler_ends_leaves_nothing(launcher: trx.Launcher
     assert wait_until(lambda: ray.available_resources().get("CPU", 0) == free)
 
 
+@pytest.mark.slow
 def test_forked_child_of_a_driver_stops_no_run_at_its_end(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:
@@ -241,6 +242,7 @@ run.result()
     assert parent == "7 False", done.stderr
 
 
+@pytest.mark.slow
 def test_forked_child_leaves_a_session_to_its_parent(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:
@@ -266,6 +268,7 @@ with trx.Launcher(workers_per_host=1, backend=None).session() as session:
     assert (parent, again) == ("7 False", "1"), done.stderr
 
 
+@pytest.mark.slow
 def test_launch_works_after_one_that_no_thread_could_be_started_for(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:

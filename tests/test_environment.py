@@ -127,6 +127,7 @@ def test_variable_that_no_process_can_be_started_with_is_named(
         dataclasses.replace(one, env_file=tmp_path / "env").run(os.getpid)
 
 
+@pytest.mark.slow
 def test_place_and_level_of_log_files_need_no_other_template(
     one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +288,7 @@ def test_env_file_that_leaves_something_behind_is_not_waited_for(
     assert not processes.is_alive(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.slow
 def test_env_file_that_was_corrected_is_read_again(cluster: None, tmp_path: Path) -> None:
     """The first reading, or its error, stayed with the agent."""
     env_file = tmp_path / "env"
@@ -434,6 +436,7 @@ def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
     assert "That folder is in the driver's PYTHONPATH, which workers search too" in searched
 
 
+@pytest.mark.slow
 def test_workers_of_different_environments_do_not_share_agents(launcher: trx.Launcher) -> None:
     values = [
         seen(dataclasses.replace(launcher, extra_env_vars={"A": value}), "A")
@@ -443,6 +446,7 @@ def test_workers_of_different_environments_do_not_share_agents(launcher: trx.Lau
     assert values == [["1"], ["2"], ["1"]]
 
 
+@pytest.mark.slow
 def test_working_dir_and_py_modules_of_a_job(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
@@ -468,6 +472,7 @@ print(trx.launch(look, workers_per_host=1).rank(0))
     assert done.stdout == "('of the job', 42)\n", done.stderr
 
 
+@pytest.mark.slow
 def test_threads_that_ray_gives_a_task_are_not_the_workers(cluster: None) -> None:
     launcher = trx.Launcher(workers_per_host=1, backend=None)
 

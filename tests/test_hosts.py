@@ -77,6 +77,7 @@ def test_auto_takes_the_nodes_with_gpus_and_a_worker_per_gpu(three_raylets: Clus
     assert len(result.hostnames) == 2
 
 
+@pytest.mark.slow
 def test_auto_hosts_with_a_number_of_workers_leaves_the_cpu_head_out(
     three_raylets: Cluster,
 ) -> None:
@@ -139,6 +140,7 @@ def test_launches_side_by_side_never_see_the_same_gpu(three_raylets: Cluster) ->
     assert sorted([*first.split(","), *second.split(",")]) == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_unequal_counts(three_raylets: Cluster) -> None:
     result = trx.Launcher(hostnames=3, workers_per_host=[1, 3, 2]).run(place)
 
@@ -164,6 +166,7 @@ def test_label_selector_and_further_resources(three_raylets: Cluster) -> None:
     assert [node_of(raylet) for raylet in fast.run(raylet_pid)] == [in_b]
 
 
+@pytest.mark.slow
 def test_accelerator_type(three_raylets: Cluster) -> None:
     (in_b,) = [n["NodeID"] for n in nodes() if n["Labels"].get("zone") == "b"]
     launcher = trx.Launcher(workers_per_host="gpu", accelerator_type="H100", backend="gloo")
@@ -218,6 +221,7 @@ def test_accelerator_that_only_nodes_without_the_label_have(three_raylets: Clust
         launcher.run(place)
 
 
+@pytest.mark.slow
 def test_hosts_by_node_id_are_taken_in_order(three_raylets: Cluster) -> None:
     ids = [node["NodeID"] for node in nodes(GPU=4)]
     launcher = trx.Launcher(hostnames=ids[::-1], workers_per_host=1, backend="gloo")
@@ -251,6 +255,7 @@ def test_list_of_counts_must_have_one_for_each_host(three_raylets: Cluster) -> N
         trx.Launcher(hostnames="auto", workers_per_host=[1, 1, 1], backend="gloo").run(place)
 
 
+@pytest.mark.slow
 def test_two_agents_on_one_node_do_not_disturb_each_other(three_raylets: Cluster) -> None:
     launcher = trx.Launcher(
         hostnames=2, workers_per_host=2, placement_strategy="STRICT_PACK", gpus_per_worker=0
@@ -321,6 +326,7 @@ def test_unused_gpus_are_mentioned(
     assert "3 GPUs of these hosts stay unused" in caplog.text
 
 
+@pytest.mark.slow
 def test_slurm(three_raylets: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a stand-in scontrol."""
     ids = [node["NodeID"] for node in nodes(GPU=4)]
@@ -343,6 +349,7 @@ def test_slurm(three_raylets: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert list(by_gpus) == ["0,1,2,3"] * 8
 
 
+@pytest.mark.slow
 def test_slurm_outside_of_an_allocation(
     three_raylets: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +359,7 @@ def test_slurm_outside_of_an_allocation(
         trx.Launcher(hostnames="slurm", workers_per_host=1).run(place)
 
 
+@pytest.mark.slow
 def test_twenty_launches_from_eight_threads(three_raylets: Cluster) -> None:
     launcher = trx.Launcher(
         hostnames=1, workers_per_host=2, cpus_per_worker=0.1, gpus_per_worker=0, backend="gloo"
@@ -364,6 +372,7 @@ def test_twenty_launches_from_eight_threads(three_raylets: Cluster) -> None:
         assert list(pool.map(launch, range(20))) == [[i, i] for i in range(20)]
 
 
+@pytest.mark.slow
 def test_two_drivers_on_one_cluster(three_raylets: Cluster) -> None:
     script = """
 import sys, ray, torchrunx_ray as trx
@@ -380,6 +389,7 @@ for i in range(3):
         assert driver.returncode == 0, err
 
 
+@pytest.mark.slow
 def test_launch_inside_a_ray_task_and_an_actor(three_raylets: Cluster) -> None:
     def launch() -> list[int]:
         import torchrunx_ray as trx
@@ -397,6 +407,7 @@ def test_launch_inside_a_ray_task_and_an_actor(three_raylets: Cluster) -> None:
     assert ray.get([task.remote(), trainer.train.remote()]) == [[0, 1], [0, 1]]
 
 
+@pytest.mark.slow
 def test_node_that_left_a_moment_ago_is_waited_for(
     three_raylets: Cluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,6 +486,7 @@ sys.meta_path.insert(0, Breaks())
 """
 
 
+@pytest.mark.slow
 def test_failed_question_for_gpus_fails_its_run_only(
     three_raylets: Cluster, tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_group_has_the_asked_backend_and_timeout(cluster: None) -> None:
     assert result.rank(1) == ("cpu:gloo", 77.0) or result.rank(1) == ("gloo", 77.0)
 
 
+@pytest.mark.slow
 def test_rank_that_returns_at_once_does_not_break_the_group_of_others(cluster: None) -> None:
     """It ended while others still connected to it: "Gloo connectFullMesh failed", in 22 of 150."""
     with trx.Launcher(workers_per_host=8, cpus_per_worker=0.1).session() as session:

@@ -59,6 +59,7 @@ def test_what_ended_leaves_rays_store_before_python_collects_garbage(
             gc.enable()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_hundred_launches_stays(cluster: None) -> None:
     launcher = trx.Launcher(workers_per_host=2, backend=None)
 

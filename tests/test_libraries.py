@@ -126,6 +126,7 @@ def test_unseeded_random_numbers_differ_between_ranks_and_runs(cluster: None) ->
     assert [len(set(numbers)) for numbers in zip(*drawn, strict=True)] == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_numbers_that_a_preloaded_module_seeded_stay_the_same(joined: None, tmp_path: Path) -> None:
     (tmp_path / "seeds.py").write_text(
         "import numpy as np, torch; np.random.seed(7); torch.manual_seed(7)"
@@ -146,6 +147,7 @@ print(list(trx.launch(draw, workers_per_host=2, preload=("torch", "seeds"))))
     assert done.stdout == f"{[drawn] * 2}\n", done.stderr
 
 
+@pytest.mark.slow
 def test_shared_memory_with_names_is_gone_after_a_run(launcher: trx.Launcher) -> None:
     """torch's own process that takes the names away was killed before it could."""
 

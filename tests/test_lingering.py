@@ -34,7 +34,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             yield {**os.environ, "CLUSTER": cluster.address}
 
 
-@pytest.mark.parametrize("victim", WHOLE)
+@pytest.mark.parametrize(
+    "victim", ["worker", "agent", pytest.param("template", marks=pytest.mark.exhaustive)]
+)
 def test_agents_stay_for_their_time_and_hold_nothing(
     environment: dict[str, str], victim: str, tmp_path: Path
 ) -> None:

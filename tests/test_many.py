@@ -18,6 +18,7 @@ def rank_and_sum() -> tuple[int, int]:
     return dist.get_rank(), int(total)
 
 
+@pytest.mark.exhaustive
 def test_sixteen_nodes_of_one_worker() -> None:
     with raylets(*[{"num_cpus": 1}] * 16):
         result = trx.launch(rank_and_sum, hostnames=16, workers_per_host=1)

@@ -12,6 +12,7 @@ import torchrunx_ray as trx
 from tests.processes import wait_until
 
 
+@pytest.mark.slow
 def test_room_of_a_killed_task_is_given_back_to_the_next_launch(
     cluster: None, tmp_path: Path
 ) -> None:

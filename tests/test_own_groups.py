@@ -32,7 +32,7 @@ def four_groups_in_a_row() -> list[float]:
 
 @pytest.mark.parametrize("backend", [None, "gloo"])
 @pytest.mark.parametrize(
-    "attempt", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))]
+    "attempt", [0, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(1, 10))]
 )
 def test_four_groups_in_a_row(cluster: None, backend: str | None, attempt: int) -> None:
     result = trx.Launcher(workers_per_host=4, backend=backend).run(four_groups_in_a_row)
@@ -40,6 +40,7 @@ def test_four_groups_in_a_row(cluster: None, backend: str | None, attempt: int) 
     assert list(result) == [[6.0] * 4] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preload", [("torch", "torch.distributed"), ()])
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_torch_that_is_imported_late_uses_the_launchs_store_too(

@@ -260,6 +260,7 @@ def test_packed_tensor_outlives_the_one_that_was_packed() -> None:
     assert packed.unpack().sum() == BIG
 
 
+@pytest.mark.slow
 def test_very_many_small_tensors() -> None:
     tensors = as_a_result([torch.full((2, 2), float(i)) for i in range(100_000)])
 
@@ -267,6 +268,7 @@ def test_very_many_small_tensors() -> None:
     assert all(tensors[i][0, 0] == i for i in range(0, 100_000, 997))
 
 
+@pytest.mark.slow
 def test_one_tensor_of_2_gib() -> None:
     tensor = torch.zeros(2**31 + 5, dtype=torch.uint8)
     tensor[-1] = 7

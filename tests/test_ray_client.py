@@ -251,7 +251,7 @@ print(len(launcher.run(os.getpid)))
     assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 10)
 
 
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("end", [pytest.param("SIGTERM", marks=pytest.mark.exhaustive), "SIGKILL"])
 def test_driver_that_is_killed_leaves_nothing_after_the_grace_period(
     head: ClientServer, end: str
 ) -> None:
@@ -286,7 +286,7 @@ for _ in range(3):
 
 
 @pytest.mark.skipif(compiler() is None, reason="needs a C compiler for a clock that is wrong")
-@pytest.mark.parametrize("shift_s", [100, -100])
+@pytest.mark.parametrize("shift_s", [100, pytest.param(-100, marks=pytest.mark.exhaustive)])
 def test_drivers_clock_may_be_wrong(head: ClientServer, shift_s: int, tmp_path: Path) -> None:
     """Ranks that the launch itself had stopped counted as failures that came first."""
     done = head.drive(

@@ -71,6 +71,7 @@ assert not ray.is_initialized()
     assert "ClusterLeft" in lines, done.stderr
 
 
+@pytest.mark.slow
 def test_values_and_sessions_of_a_ray_that_is_gone_say_so(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:

@@ -129,6 +129,7 @@ async def test_cancelling_whoever_awaits_a_run_stops_it(launcher: trx.Launcher) 
         await run
 
 
+@pytest.mark.slow
 def test_runs_in_threads_do_not_disturb_each_other(cluster: None) -> None:
     launcher = trx.Launcher(workers_per_host=1)
 

@@ -104,6 +104,8 @@ async def test_session_in_a_coroutine_blocks_no_event_loop(cluster: None, tmp_pa
     def wait_for_gate() -> None:
         assert processes.wait_until((tmp_path / "gate").exists, 60)
 
+    import ipykernel.kernelapp  # noqa: F401 - many libraries do; it makes no script a notebook
+
     async def work(launcher: trx.Launcher) -> "trx.Run[None]":
         async with launcher.session() as session:
             assert list(await session.submit(lambda: "well")) == ["well"]

@@ -70,6 +70,7 @@ def held_by_object_stores() -> int:
     return sum(each.store_stats.object_store_bytes_used for each in stats)
 
 
+@pytest.mark.slow
 def test_memory_is_free_between_functions(two_nodes: Cluster) -> None:
     trainer = trx.Launcher(workers_per_host=2, backend="gloo")
     evaluator = trx.Launcher(hostnames=1, workers_per_host=1, backend="gloo")

@@ -75,15 +75,16 @@ def start_thread(work: Callable[[], None]) -> None:
 
 
 def is_called_in_one() -> bool:
-    """Whether an event loop of the user's would be blocked by a wait here.
+    """Return whether a wait here would block an event loop of the user's.
 
-    A notebook's is, by every cell; Interrupt ends such a wait.
+    The loop of a notebook's kernel is blocked by every cell; Interrupt ends such a wait.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return False
-    return "ipykernel" not in sys.modules
+    kernel = sys.modules.get("ipykernel.kernelapp")  # scripts import it, too, through other libraries
+    return kernel is None or not kernel.IPKernelApp.initialized()
 
 
 def waker(future: "concurrent.futures.Future[Any]") -> "asyncio.Future[None]":
