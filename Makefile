@@ -21,7 +21,7 @@ environment = $(PYTHON) -m venv $(1) || { $(PYTHON) -m pip install --quiet virtu
 # A test that hangs is ended by a signal: with its process, pytest-xdist may wait for ever for the one that replaces it.
 LANES ?= 3
 in_lanes = $(shell tests/lane true >/dev/null 2>&1 && \
-	echo "-o timeout_method=signal --dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(BIN)/python'")
+	echo "-o timeout_method=signal --dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(1)/python'")
 
 .PHONY: demo test test-ci test-alone test-all test-oldest test-newest test-integrations check bench docs dist format clean
 
@@ -30,17 +30,17 @@ demo: $(READY)
 	RAY_ADDRESS=local $(BIN)/python examples/quickstart.py
 
 test: $(READY)
-	$(BIN)/pytest $(in_lanes) -m "not slow and not alone" $(ARGS)
+	$(BIN)/pytest $(call in_lanes,$(BIN)) -m "not slow and not alone" $(ARGS)
 
 test-ci: $(READY)
-	$(BIN)/pytest $(in_lanes) -m "not exhaustive and not alone" $(ARGS)
+	$(BIN)/pytest $(call in_lanes,$(BIN)) -m "not exhaustive and not alone" $(ARGS)
 
 # What measures time or takes much memory has the machine for itself.
 test-alone: $(READY)
 	$(BIN)/pytest -m "alone" $(ARGS)
 
 test-all: test-alone
-	$(BIN)/pytest $(in_lanes) -m "not alone" $(ARGS)
+	$(BIN)/pytest $(call in_lanes,$(BIN)) -m "not alone" $(ARGS)
 
 # The lowest versions that pyproject.toml allows; several gigabytes, as its torch comes with CUDA. Their own
 # warnings, and what that gloo prints, are not ours to test.
@@ -57,7 +57,8 @@ test-newest:
 
 # The examples that train with other libraries, in an environment that has those. DeepSpeed looks for ninja on the PATH.
 test-integrations: $(INTEGRATIONS)/.ready
-	PATH="$(abspath $(INTEGRATIONS))/bin:$$PATH" $(INTEGRATIONS)/bin/python -m pytest --timeout 300 tests/integrations $(ARGS)
+	PATH="$(abspath $(INTEGRATIONS))/bin:$$PATH" $(INTEGRATIONS)/bin/python -m pytest \
+		$(call in_lanes,$(INTEGRATIONS)/bin) --timeout 300 tests/integrations $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -16,15 +16,17 @@ from tests.soon import raised_soon, soon
 @pytest.mark.parametrize(
     "victims",
     [
-        ("outer keeper",),
-        ("keeper",),
-        ("template",),
-        ("agent",),
-        ("outer keeper", "keeper"),
-        ("keeper", "template"),
-        ("outer keeper", "template"),
+        pytest.param(victims, id="+".join(victims), marks=pytest.mark.slow if is_slow else [])
+        for victims, is_slow in (
+            (("outer keeper",), True),
+            (("keeper",), True),
+            (("template",), False),
+            (("agent",), False),
+            (("outer keeper", "keeper"), True),
+            (("keeper", "template"), False),
+            (("outer keeper", "template"), False),
+        )
     ],
-    ids="+".join,
 )
 def test_who_kills_whom(cluster: None, victims: tuple[str, ...], tmp_path: Path) -> None:
     def announce_and_sleep() -> str:
@@ -72,6 +74,7 @@ def test_agent_that_is_told_to_end_ends_at_once(cluster: None, tmp_path: Path) -
     assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("working_s", [0, 0.001, 0.002, 0.004, 0.008])
 def test_keeper_that_is_killed_at_its_work(cluster: None, working_s: float, tmp_path: Path) -> None:
     """As Ray does when the raylet dies: the agent ends its template, and its child is killed."""

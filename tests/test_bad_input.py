@@ -77,6 +77,7 @@ def test_function_that_cannot_be_called_so_is_refused_at_once(
         call()
 
 
+@pytest.mark.slow
 def test_decorated_function_is_asked_what_its_wrapper_takes(cluster: None) -> None:
     @functools.wraps(takes_two)
     def wrapper() -> str:
@@ -319,6 +320,7 @@ def test_preload_that_cannot_be_forked_from(
     assert processes.wait_until(lambda: not processes.mentioning(str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_preload_with_threads_that_a_fork_can_live_with(cluster: None, tmp_path: Path) -> None:
     run_with_preload(
         "preload_with_thread",
@@ -327,6 +329,7 @@ def test_preload_with_threads_that_a_fork_can_live_with(cluster: None, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_spawned_workers_do_not_mind_a_preload(cluster: None) -> None:
     launcher = trx.Launcher(workers_per_host=1, start_method="spawn", preload=("no_such_module",))
 

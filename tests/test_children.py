@@ -13,6 +13,7 @@ from tests import processes
 from tests.soon import raised_soon
 
 
+@pytest.mark.slow
 def test_data_loader_children_do_not_delay_the_report_of_a_death(launcher: trx.Launcher) -> None:
     """A child of the worker holds its socket and pipes: their EOF would come when it ends."""
 
@@ -61,6 +62,7 @@ def test_nothing_is_left_of_a_launch(cluster: None, outcome: str, tmp_path: Path
     assert processes.of_pool((tmp_path / "mark").read_text()) == {}
 
 
+@pytest.mark.slow
 def test_semaphores_of_a_killed_pool_do_not_stay(launcher: trx.Launcher) -> None:
     """multiprocessing's resource tracker unlinks them, if it is not killed before."""
 

@@ -134,6 +134,7 @@ def test_ranks_that_there_are_not_are_no_silence(
     assert "this launch has ranks 0 to 1 only" in said.err
 
 
+@pytest.mark.slow
 def test_lines_carry_the_runs_name_while_another_run_is_alive(
     cluster: None, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_reference_goes_from_host_to_host_without_the_driver(two_nodes: Cluster)
     assert status(os.getpid(), "VmRSS") - before < 50 * MIB
 
 
+@pytest.mark.slow
 def test_only_the_value_that_is_asked_for_is_fetched(two_nodes: Cluster) -> None:
     here = ray.get_runtime_context().get_node_id()
     launcher = trx.Launcher(hostnames=worker_nodes(), workers_per_host=1, backend=None)

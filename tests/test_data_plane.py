@@ -18,6 +18,7 @@ from tests.memory import MIB, megabytes, proportional_anon, status
 from tests.soon import soon
 
 
+@pytest.mark.slow
 def test_references_are_resolved_at_any_depth(launcher: trx.Launcher) -> None:
     @ray.remote(num_cpus=0)
     def make() -> dict[str, np.ndarray[Any, Any]]:
@@ -83,6 +84,7 @@ def test_reference_inside_of_anothers_value_is_refused(launcher: trx.Launcher) -
         launcher.run(print, ray.put([ray.put(1)]))
 
 
+@pytest.mark.slow
 def test_launch_takes_no_hosts_before_its_arguments_are_there(
     cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -75,6 +75,7 @@ except KeyboardInterrupt:
     assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
+@pytest.mark.slow
 def test_driver_that_ends_while_a_preload_hangs_leaves_nothing(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ async def test_calls_that_block_are_made_where_no_thread_starts_any_more(
         await in_thread(divmod, 1, 0)
 
 
+@pytest.mark.slow
 def test_forked_child_of_a_driver_is_told_that_it_cannot_launch(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:

@@ -240,6 +240,7 @@ os._exit(0)  # Python itself complains at its end
     assert done.stderr.count("What the workers say cannot be shown here; the launch goes on") == 1
 
 
+@pytest.mark.slow
 def test_driver_without_stdout_does_not_hang(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
@@ -256,6 +257,7 @@ open({str(tmp_path / "done")!r}, "w").close()
     assert (tmp_path / "done").exists(), done.stderr
 
 
+@pytest.mark.slow
 def test_stream_that_cannot_show_a_character_shows_the_rest(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:
@@ -334,6 +336,7 @@ trx.launch(print, ("hello",), hostnames=1, workers_per_host=2, backend=None)
     assert done.stderr.count("log files of this launch cannot be written") == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_deleted_folder_of_the_driver_is_no_error(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:

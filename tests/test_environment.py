@@ -103,6 +103,7 @@ def test_drivers_variables_travel_by_default_patterns_and_by_asking(
     ]
 
 
+@pytest.mark.slow
 def test_default_patterns_can_be_replaced(
     launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_values_can_be_given(launcher: trx.Launcher, extra: Any) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_variables_of_the_launch_are_never_copied(
     launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,7 @@ def test_variables_of_the_launch_are_never_copied(
     assert seen(greedy, "RANK", "CUDA_VISIBLE_DEVICES", "RAY_JOB_ID") == ["0", "", None]
 
 
+@pytest.mark.slow
 def test_env_file_has_exports_quotes_and_logic(launcher: trx.Launcher, tmp_path: Path) -> None:
     (tmp_path / "env").write_text(
         """
@@ -266,6 +269,7 @@ def test_env_file_that_is_missing(launcher: trx.Launcher, tmp_path: Path) -> Non
         seen(missing, "A")
 
 
+@pytest.mark.slow
 def test_relative_env_file_is_in_the_functions_folder(
     launcher: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +279,7 @@ def test_relative_env_file_is_in_the_functions_folder(
     assert seen(dataclasses.replace(launcher, env_file="env"), "A") == ["here"]
 
 
+@pytest.mark.slow
 def test_env_file_that_leaves_something_behind_is_not_waited_for(
     cluster: None, tmp_path: Path
 ) -> None:
@@ -312,6 +317,7 @@ def test_env_file_that_exits_is_an_error(cluster: None, tmp_path: Path) -> None:
         trx.Launcher(workers_per_host=1, env_file=tmp_path / "env").run(os.getpid)
 
 
+@pytest.mark.slow
 def test_env_file_whose_last_line_is_a_condition_is_no_error(cluster: None, tmp_path: Path) -> None:
     """Its exit code was taken for one."""
     (tmp_path / "env").write_text("export A=1\n[ -f /nowhere ] && export B=1\n")
@@ -356,6 +362,7 @@ def test_paths_go_only_where_the_interpreter_is_the_drivers() -> None:
     assert other == {"HOME": "/root", "PATH": "/agent", "NCCL_DEBUG": "INFO"}
 
 
+@pytest.mark.slow
 def test_folders_of_pythonpath_are_searched_as_by_any_python(
     one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +404,7 @@ def notes(run: Callable[[], object]) -> str:
     return "\n".join(caught.value.__notes__)
 
 
+@pytest.mark.slow
 def test_variable_that_did_not_travel_is_told_of_where_it_is_missed(
     one: trx.Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,6 +419,7 @@ def test_variable_that_did_not_travel_is_told_of_where_it_is_missed(
     assert sending_all.run(look_up, "environ").rank(0) == "of the driver"
 
 
+@pytest.mark.slow
 def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
     one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,6 +495,7 @@ def test_threads_that_ray_gives_a_task_are_not_the_workers(cluster: None) -> Non
     assert ray.get(task.options(num_cpus=3).remote("5")) == ("5", "5")
 
 
+@pytest.mark.slow
 def test_what_an_env_file_leaves_outside_of_its_group_is_ended(
     launcher: trx.Launcher, tmp_path: Path
 ) -> None:

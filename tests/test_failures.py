@@ -160,6 +160,7 @@ def test_rank_that_has_returned_but_not_ended_does_not_delay_a_failure(
         launcher.run(return_or_fail)
 
 
+@pytest.mark.slow
 def test_sigterm_is_delivered_once(cluster: None, tmp_path: Path) -> None:
     """It went to the group and to its leader: a handler that saves a checkpoint began twice."""
 

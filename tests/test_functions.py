@@ -140,6 +140,7 @@ def fail():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 def test_code_of_a_script_keeps_its_file_and_its_lines(one: trx.Launcher, tmp_path: Path) -> None:
     """cloudpickle since 3.1.3 calls all code's file <dynamic-code>."""
@@ -271,6 +272,7 @@ def look(values):
 """
 
 
+@pytest.mark.slow
 def test_classes_of_every_metaclass_travel_both_ways(one: trx.Launcher, tmp_path: Path) -> None:
     """cloudpickle's slots were given to metaclasses that forbid the name."""
     script = of_a_script(KINDS, tmp_path)

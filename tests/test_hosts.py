@@ -84,6 +84,7 @@ def test_auto_hosts_with_a_number_of_workers_leaves_the_cpu_head_out(
     assert len(trx.Launcher(workers_per_host=1, backend="gloo").run(gpus).hostnames) == 2
 
 
+@pytest.mark.slow
 def test_cpu_workers_are_on_every_node_and_see_no_gpu(three_raylets: Cluster) -> None:
     result = trx.Launcher(workers_per_host="cpu").run(gpus)
 
@@ -148,6 +149,7 @@ def test_unequal_counts(three_raylets: Cluster) -> None:
     assert [where[1] for where in result] == [0, 0, 1, 2, 0, 1]
 
 
+@pytest.mark.slow
 def test_label_selector_and_further_resources(three_raylets: Cluster) -> None:
     (in_b,) = [n["NodeID"] for n in nodes() if n["Labels"].get("zone") == "b"]
     launcher = trx.Launcher(
@@ -288,6 +290,7 @@ def test_more_hosts_than_nodes_is_impossible(three_raylets: Cluster) -> None:
         trx.Launcher(hostnames=3, workers_per_host=1, gpus_per_worker=1).run(place)
 
 
+@pytest.mark.slow
 def test_busy_cluster_is_waited_for_and_said(
     three_raylets: Cluster, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -317,6 +320,7 @@ def test_placement_timeout_leaves_no_demand_behind(three_raylets: Cluster) -> No
     assert {group["state"] for group in table.values()} == {"REMOVED"}
 
 
+@pytest.mark.slow
 def test_unused_gpus_are_mentioned(
     three_raylets: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -26,6 +26,7 @@ def test_session_does_not_keep_the_values_of_its_runs(cluster: None) -> None:
         assert result() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["return", "raise", "agent", "cancel"])
 def test_what_ended_leaves_rays_store_before_python_collects_garbage(
     cluster: None, how: str, tmp_path: Path

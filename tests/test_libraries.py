@@ -83,6 +83,7 @@ def test_torch_compile(launcher: trx.Launcher, tmp_path: Path) -> None:
     assert launcher.run(compile_and_call).rank(0) == 1000.0
 
 
+@pytest.mark.slow
 def test_parallel_regions_of_openmp_and_numpy(cluster: None) -> None:
     """One worker, so that it has several threads to use."""
 
@@ -98,6 +99,7 @@ def test_parallel_regions_of_openmp_and_numpy(cluster: None) -> None:
     assert trx.Launcher(workers_per_host=1).run(compute).rank(0) == (1000.0, 500.0)
 
 
+@pytest.mark.slow
 def test_multiprocessing_pool_of_either_kind(launcher: trx.Launcher) -> None:
     def pool(method: str) -> list[int]:
         import multiprocessing
@@ -109,6 +111,7 @@ def test_multiprocessing_pool_of_either_kind(launcher: trx.Launcher) -> None:
     assert launcher.run(pool, "spawn").rank(1) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_unseeded_random_numbers_differ_between_ranks_and_runs(cluster: None) -> None:
     """Generators made by an import in the template were the same in every fork of it."""
 

@@ -176,6 +176,7 @@ def test_agents_file_has_what_imports_print(cluster: None, logs: Path, tmp_path:
     assert "imported" in texts(run_dir(logs) / f"{hostname}.log", "INFO")
 
 
+@pytest.mark.slow
 def test_empty_directory_means_no_files(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def test_handler_that_fails_on_its_own_report_is_survived(cluster: None, kept: K
     assert kept.said == [("INFO", "hello")]
 
 
+@pytest.mark.slow
 def test_handler_may_serve_two_runs_at_once(
     cluster: None,
     tmp_path: Path,

@@ -86,6 +86,7 @@ def test_progress_bar_is_not_a_line_for_every_redraw(one: trx.Launcher, kept: Ke
     assert kept.said == [("ERROR", f"100%|{'█' * 10}|")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configured", [False, True])
 def test_no_line_comes_twice_to_a_driver(
     configured: bool, run_script: Callable[[str], "subprocess.CompletedProcess[str]"]

@@ -30,6 +30,7 @@ def four_groups_in_a_row() -> list[float]:
     return totals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "gloo"])
 @pytest.mark.parametrize(
     "attempt", [0, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(1, 10))]
@@ -64,6 +65,7 @@ def test_torch_that_is_imported_late_uses_the_launchs_store_too(
     assert list(launcher.run(import_and_join)) == [4.0, 4.0]
 
 
+@pytest.mark.slow
 def test_group_at_our_address_given_as_tcp(cluster: None) -> None:
     def join() -> float:
         address = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -78,6 +80,7 @@ def test_group_at_our_address_given_as_tcp(cluster: None) -> None:
     assert list(trx.Launcher(workers_per_host=4, backend=None).run(join)) == [12.0] * 4
 
 
+@pytest.mark.slow
 def test_group_at_an_address_of_its_own(cluster: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -104,6 +107,7 @@ def test_group_at_a_port_of_the_functions_own(cluster: None) -> None:
     assert list(trx.Launcher(workers_per_host=2, backend=None).run(join)) == [2, 2]
 
 
+@pytest.mark.slow
 def test_group_of_some_ranks_does_not_disturb_the_next_of_all(cluster: None) -> None:
     def join() -> float:
         rank = int(os.environ["RANK"])

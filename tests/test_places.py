@@ -63,6 +63,7 @@ def fail_in_a_cell() -> None:
     raise ValueError("cell error")
 
 
+@pytest.mark.slow
 def test_failure_that_nobody_asked_for_tells_its_place(
     cluster: None,
     tmp_path: Path,
@@ -138,6 +139,7 @@ def speak() -> None:
     print("two", flush=True)
 
 
+@pytest.mark.slow
 def test_handler_that_fails_is_told_once_with_its_place(
     cluster: None, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -203,6 +203,7 @@ def test_ranks_have_colours_on_a_terminal(
     assert all(("\x1b[" in line) is coloured for line in lines)
 
 
+@pytest.mark.slow
 def test_plain_lines_say_what_takes_long(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:
@@ -268,6 +269,7 @@ def test_summary_tells_the_phases_and_where_the_logs_are(
     assert said.endswith(f"logs in {directory}")
 
 
+@pytest.mark.slow
 def test_timings_are_those_of_the_run(launcher: trx.Launcher) -> None:
     launcher.run(os.getpid)
     begun = time.monotonic()

@@ -39,6 +39,7 @@ print(launcher.run(lambda: "well").rank(0))
     assert lines[-1] == "well"
 
 
+@pytest.mark.slow
 def test_ray_shutdown_while_a_launch_waits_ends_it(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:

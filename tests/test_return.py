@@ -23,6 +23,7 @@ def returns_and_is_killed(folder: Path) -> torch.Tensor:
     return torch.zeros(2**31, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_worker_that_is_killed_while_its_value_is_copied(cluster: None, tmp_path: Path) -> None:
     """Its memory, and what the agent had of it, were held on; the next run was told of an error."""
     with trx.Launcher(workers_per_host=1, backend=None).session() as session:
@@ -48,6 +49,7 @@ class DeadlineError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait_s", [0.2, 0.3, 0.4, 0.5])
 def test_signal_handler_that_raises_while_the_value_is_copied_is_heard(
     launcher: trx.Launcher, wait_s: float
@@ -137,6 +139,7 @@ def test_memory_that_cannot_be_read_is_told_of_the_rank(
     assert isinstance(caught.value.__cause__, trx.RemoteFailure)
 
 
+@pytest.mark.slow
 def test_value_is_fetched_by_an_atexit_function(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:

@@ -229,6 +229,7 @@ def test_failure_that_nobody_asks_for_is_told(
     assert "ValueError: unheard" in said
 
 
+@pytest.mark.slow
 def test_run_that_the_scripts_end_stops_is_told(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:

@@ -28,8 +28,8 @@ def kill(victim: str) -> None:
     ("victim", "error", "survivors"),
     [
         ("worker", trx.WorkerFailedError, {"agent", "outer keeper", "keeper", "template"}),
-        ("template", trx.AgentFailedError, {"agent"}),
-        ("agent", trx.AgentFailedError, set[str]()),
+        pytest.param("template", trx.AgentFailedError, {"agent"}, marks=pytest.mark.slow),
+        pytest.param("agent", trx.AgentFailedError, set[str](), marks=pytest.mark.slow),
     ],
 )
 def test_next_run_works_and_only_what_died_is_replaced(
@@ -45,6 +45,7 @@ def test_next_run_works_and_only_what_died_is_replaced(
             before = after
 
 
+@pytest.mark.slow
 def test_runs_of_a_session_take_the_environment_and_folder_as_they_are_then(
     cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

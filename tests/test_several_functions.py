@@ -91,6 +91,7 @@ def test_memory_is_free_between_functions(two_nodes: Cluster) -> None:
     assert processes.wait_until(lambda: held_by_object_stores() < 5 * MIB)
 
 
+@pytest.mark.slow
 def test_example_trains_and_evaluates(joined: None, tmp_path: Path) -> None:
     example = Path(__file__).parents[1] / "examples" / "train_then_evaluate.py"
     done = subprocess.run(

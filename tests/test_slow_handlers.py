@@ -103,6 +103,7 @@ def test_kill_gives_up_output_that_nobody_takes(
         ended.set()
 
 
+@pytest.mark.slow
 def test_drivers_handler_that_blocks_stops_no_run_and_loses_no_line(launcher: trx.Launcher) -> None:
     """As on a terminal that was stopped by Ctrl-S, where Ctrl-C did nothing either."""
 

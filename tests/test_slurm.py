@@ -57,6 +57,7 @@ RANKS_AND_HOSTS = [
 ]
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_short_names_of_slurm_are_those_of_hosts_with_a_domain(drive: Callable[..., str]) -> None:
     out = drive(["node1", "node2"], LAUNCH)
@@ -64,6 +65,7 @@ def test_short_names_of_slurm_are_those_of_hosts_with_a_domain(drive: Callable[.
     assert out == f"('node1', 'node2') {RANKS_AND_HOSTS}\n"
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_order_of_the_allocation_is_that_of_the_ranks(drive: Callable[..., str]) -> None:
     out = drive(["node2", "node1"], LAUNCH)
@@ -71,6 +73,7 @@ def test_order_of_the_allocation_is_that_of_the_ranks(drive: Callable[..., str])
     assert out.startswith("('node2', 'node1') [('0', 'node2.cluster'), ('1', 'node2.cluster'), (")
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_name_that_no_host_gives_itself_is_looked_up(drive: Callable[..., str]) -> None:
     """Slurm's NodeName need not be a hostname."""
@@ -87,6 +90,7 @@ except trx.PlacementError as error:
 """
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_node_of_the_allocation_without_ray_is_named(drive: Callable[..., str]) -> None:
     out = drive(["node1", "node2", "node3"], FAILING_LAUNCH)
@@ -98,6 +102,7 @@ def test_node_of_the_allocation_without_ray_is_named(drive: Callable[..., str]) 
     assert "--address node1:6379 --min-nodes 3 -- python train.py" in out
 
 
+@pytest.mark.slow
 def test_where_no_ray_runs_the_error_shows_the_command_that_starts_it(
     run_script: RunScript, tmp_path: Path
 ) -> None:

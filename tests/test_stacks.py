@@ -81,6 +81,7 @@ def test_asking_does_not_disturb_a_run(cluster: None) -> None:
     assert asked > 10
 
 
+@pytest.mark.slow
 def test_asking_in_the_middle_of_a_call_does_not_crash_the_worker(cluster: None) -> None:
     """faulthandler's signal handler, asked alone, crashed one of a few hundred times."""
 
@@ -277,6 +278,7 @@ def test_rank_that_returned_and_does_not_end_is_named(
     assert f"the launch waits for their processes to end:\n{waits}" in said
 
 
+@pytest.mark.slow
 def test_rank_whose_value_is_copied_is_shown_so(launcher: trx.Launcher) -> None:
     def make_much() -> torch.Tensor | None:
         return torch.ones(2**28) if rank() == 1 else None

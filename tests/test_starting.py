@@ -57,6 +57,7 @@ def together(cluster: None) -> trx.Launcher:
     return trx.Launcher(hostnames=2, placement_strategy="STRICT_PACK", workers_per_host=1)
 
 
+@pytest.mark.slow
 def test_timeout_of_the_group_begins_when_all_hosts_can_fork(
     together: trx.Launcher, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_timeout_of_the_group_begins_when_all_hosts_can_fork(
     assert list(launcher.run(lambda: os.environ["RANK"])) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_error_of_one_host_does_not_wait_for_another_that_is_frozen(
     together: trx.Launcher, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -89,6 +91,7 @@ def test_error_of_one_host_does_not_wait_for_another_that_is_frozen(
     assert "does not answer" not in caplog.text
 
 
+@pytest.mark.slow
 def test_agent_that_froze_while_it_rested_is_replaced(
     together: trx.Launcher, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +108,7 @@ def test_agent_that_froze_while_it_rested_is_replaced(
     assert processes.wait_until(lambda: not processes.is_alive(before[1]), 20)
 
 
+@pytest.mark.slow
 def test_agent_is_not_named_after_the_first_run_that_it_served(launcher: trx.Launcher) -> None:
     agents = {
         dataclasses.replace(launcher, name=name, preload=()).run(processes.agent_pid).rank(0)

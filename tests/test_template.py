@@ -47,6 +47,7 @@ def test_store_serves_more_ranks_than_a_process_may_have_files_by_default() -> N
     assert clients.stdout == "b'here'\n", clients.stderr
 
 
+@pytest.mark.slow
 def test_template_learns_what_its_workers_had_to_import(cluster: None) -> None:
     """The first optimiser imports torch._dynamo, in every worker, unless the template has it."""
 
@@ -65,6 +66,7 @@ def test_template_learns_what_its_workers_had_to_import(cluster: None) -> None:
     assert launcher.run(os.getppid).rank(0) == template
 
 
+@pytest.mark.slow
 def test_template_learns_from_a_run_that_failed(cluster: None) -> None:
     def fail() -> bool:
         had_it = "torch._dynamo" in sys.modules
@@ -82,6 +84,7 @@ def test_template_learns_from_a_run_that_failed(cluster: None) -> None:
     assert seen == ["False", "True"]
 
 
+@pytest.mark.slow
 def test_template_does_not_learn_where_the_function_says_how_to_import(cluster: None) -> None:
     """torch._dynamo reads such variables once."""
 
@@ -96,6 +99,7 @@ def test_template_does_not_learn_where_the_function_says_how_to_import(cluster: 
     assert [launcher.run(step).rank(0) for _ in range(2)] == [True, True]
 
 
+@pytest.mark.slow
 def test_what_a_template_learns_leaves_the_environment_alone(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +117,7 @@ def test_what_a_template_learns_leaves_the_environment_alone(
     assert launcher.run(step).rank(0) == (True, was_set)
 
 
+@pytest.mark.slow
 def test_template_does_not_learn_what_preload_left_out(cluster: None) -> None:
     def step() -> bool:
         had_it = "torch" in sys.modules

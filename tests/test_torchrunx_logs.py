@@ -88,6 +88,7 @@ def test_first_workers_logger_gets_what_the_root_loggers_level_lets_through(
     ]
 
 
+@pytest.mark.slow
 def test_loggers_of_all_hosts_and_workers_have_levels(
     launcher: torchrunx.Launcher, kept: Kept, set_level: SetLevel
 ) -> None:
@@ -127,6 +128,7 @@ def test_files_have_everything_of_everybody_from_their_level_on(
             assert sorted(lines) == [text.format(rank) for text in expected]
 
 
+@pytest.mark.slow
 def test_agents_have_a_logger_and_a_file(
     launcher: torchrunx.Launcher, log_dir: Path, kept: Kept
 ) -> None:

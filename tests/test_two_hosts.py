@@ -45,6 +45,7 @@ print(list(result) == [(6.0, "10.77.0.11", "eth0")] * 4, sorted(result.hostnames
     assert out == "True ['10.77.0.11', '10.77.0.12']\n"
 
 
+@pytest.mark.slow
 def test_hosts_are_found_by_ip_and_keep_their_order(run: Callable[[str], str]) -> None:
     out = run(
         """
@@ -57,6 +58,7 @@ print(result.hostnames, list(result))
     assert out == "('10.77.0.12', '10.77.0.11') ['10.77.0.12', '10.77.0.12']\n"
 
 
+@pytest.mark.slow
 def test_interface_that_the_user_names_is_kept(run: Callable[[str], str]) -> None:
     out = run(
         """
@@ -70,6 +72,7 @@ print(list(launcher.run(lambda: os.environ["GLOO_SOCKET_IFNAME"])))
     assert out == "['mine', 'mine']\n"
 
 
+@pytest.mark.slow
 def test_rank_of_the_other_host_that_does_not_join_is_named(
     run: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -99,6 +102,7 @@ except trx.LaunchTimeoutError as error:
     assert "rank 1: hang (late_on_one_host.py:4)" in out
 
 
+@pytest.mark.slow
 def test_raylet_of_the_other_host_that_is_killed_is_named_soon(
     run: Callable[[str], str],
 ) -> None:

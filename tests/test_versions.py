@@ -35,6 +35,7 @@ def test_another_ray_is_an_error_with_both_versions(cluster: None, tmp_path: Pat
     assert f"ray is 2.0.1 there and {ray.__version__} in the driver" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_another_torch_is_a_warning(
     cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

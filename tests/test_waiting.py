@@ -22,6 +22,7 @@ from torchrunx_ray.driver import line, reports
 CPUS = 8
 
 
+@pytest.mark.slow
 def test_launches_that_wait_for_each_other_take_about_as_long_as_one_after_another(
     cluster: None,
 ) -> None:
@@ -39,6 +40,7 @@ def test_launches_that_wait_for_each_other_take_about_as_long_as_one_after_anoth
     assert time.monotonic() - begun < 1.5 * one_after_another_s + 2
 
 
+@pytest.mark.slow
 def test_launch_begins_soon_after_the_one_that_it_waited_for(cluster: None) -> None:
     """Ray has just tried it: the next time would be a second later."""
     launcher = of_cpus(CPUS)
@@ -94,6 +96,7 @@ def test_launch_that_has_waited_for_long_is_preceded_by_none_that_could_wait(
     assert list(ours._who_fits({"CPU": 2})) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_where_launches_that_wait_are_cancelled(cluster: None) -> None:
     rng = random.Random(1)
     launchers = [of_cpus(cpus) for cpus in (8, 4, 2)]

@@ -25,6 +25,7 @@ def test_nothing_but_keepers_and_template_lingers_and_not_for_long(cluster: None
     assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 
+@pytest.mark.slow
 def test_short_linger_is_used(cluster: None) -> None:
     """An agent that would end within 2 s was never taken."""
     launcher = trx.Launcher(
@@ -43,6 +44,7 @@ def test_launches_at_the_end_of_linger_all_work(cluster: None) -> None:
         time.sleep(0.26 + 0.01 * i)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["agent", "outer keeper", "keeper", "template"])
 def test_launch_after_a_resting_agent_was_killed(cluster: None, victim: str) -> None:
     """It failed with "the agent could not be started"; a replaced template stayed alive."""

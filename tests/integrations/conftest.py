@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-_ENVIRONMENT = {**os.environ, "RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1"}
 
 
-def _output_of(command: list[str], cwd: Path) -> list[str]:
+def _output_of(command: list[str], cwd: Path, ray_address: str = "local") -> list[str]:
     done = subprocess.run(
         command,
         cwd=cwd,
-        env=_ENVIRONMENT,
+        env={**os.environ, "RAY_ADDRESS": ray_address, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=280,  # a first build of DeepSpeed's C++ takes its time
@@ -31,18 +30,20 @@ def _output_of(command: list[str], cwd: Path) -> list[str]:
 
 
 @pytest.fixture
-def run_example(tmp_path: Path) -> Callable[[str], list[str]]:
-    """Run an example, with a Ray of its own; returns the lines that it printed."""
-    return lambda name: _output_of([sys.executable, str(EXAMPLES / f"{name}.py")], tmp_path)
+def run_example(address: str, tmp_path: Path) -> Callable[[str], list[str]]:
+    """Run an example on the shared cluster; returns the lines that it printed."""
+    return lambda name: _output_of(
+        [sys.executable, str(EXAMPLES / f"{name}.py")], tmp_path, address
+    )
 
 
 @pytest.fixture
-def run_script(tmp_path: Path) -> Callable[[str], list[str]]:
+def run_script(address: str, tmp_path: Path) -> Callable[[str], list[str]]:
     """The same with a script of a test's own."""
 
     def run(script: str) -> list[str]:
         (tmp_path / "script.py").write_text(script)
-        return _output_of([sys.executable, "script.py"], tmp_path)
+        return _output_of([sys.executable, "script.py"], tmp_path, address)
 
     return run
 
