@@ -10,7 +10,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,10 +124,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 
 
 @pytest.fixture(scope="module")
-def client_without_token(
+def told_behind_ray_client(
     jobs: Jobs, tmp_path_factory: pytest.TempPathFactory
-) -> "Iterator[Future[str]]":
-    """Output of a driver behind ray://: Ray tries to connect for half a minute."""
+) -> Iterator[Iterator[str]]:
+    """Output of a driver without a token, and of one with a wrong one: Ray tries for half a minute."""
     script = """
 import torchrunx_ray as trx
 try:
@@ -136,12 +136,12 @@ except trx.LaunchError as error:
     print(error)
 """
     environment = jobs.without_token(tmp_path_factory.mktemp("nothing"))
-    address = f"ray://127.0.0.1:{jobs.client_port}"
+    environment["RAY_ADDRESS"] = f"ray://127.0.0.1:{jobs.client_port}"
 
-    def launch() -> str:
+    def launch(variables: dict[str, str]) -> str:
         return subprocess.run(
             [sys.executable, "-c", script],
-            env={**environment, "RAY_ADDRESS": address},
+            env={**environment, **variables},
             cwd=Path(__file__).parents[1],
             capture_output=True,
             text=True,
@@ -150,10 +150,10 @@ except trx.LaunchError as error:
         ).stdout
 
     with ThreadPoolExecutor() as pool:
-        yield pool.submit(launch)
+        yield pool.map(launch, [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}])
 
 
-@pytest.mark.usefixtures("client_without_token")  # begins beside this test
+@pytest.mark.usefixtures("told_behind_ray_client")  # begins beside this test
 def test_commands_of_the_page_run_with_each_way_to_give_the_token(
     jobs: Jobs, tmp_path: Path
 ) -> None:
@@ -248,15 +248,16 @@ print("returned", len(set(result.hostnames)), list(result))
 
 
 def test_driver_behind_ray_client_without_the_token_is_told_how_to_give_it(
-    client_without_token: "Future[str]", jobs: Jobs
+    told_behind_ray_client: Iterator[str], jobs: Jobs
 ) -> None:
     """Ray advised to look at the ports."""
-    said = client_without_token.result()
-    assert said.startswith(
-        f"The Ray cluster at ray://127.0.0.1:{jobs.client_port} wants a token, and this process sent none: "
-        "RAY_AUTH_MODE is not set."
+    why = (
+        "wants a token, and this process sent none: RAY_AUTH_MODE is not set.",
+        "refused the token of this process, which is from RAY_AUTH_TOKEN.",
     )
-    assert "Set RAY_AUTH_MODE=token, and give the cluster's token: in RAY_AUTH_TOKEN" in said
+    for words, said in zip(why, told_behind_ray_client, strict=True):
+        assert said.startswith(f"The Ray cluster at ray://127.0.0.1:{jobs.client_port} {words}")
+        assert "Set RAY_AUTH_MODE=token, and give the cluster's token: in RAY_AUTH_TOKEN" in said
 
 
 def test_job_that_is_stopped_leaves_nothing(jobs: Jobs, tmp_path: Path) -> None:

@@ -65,18 +65,23 @@ def _what_was_sent() -> str:
 
 
 def _reason_of_client_server(address: str) -> str:
-    """Ask the server behind ray:// for its reason: Ray tells of a connection timeout only."""
-    import grpc
-    from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
-
+    """Ask the server behind ray:// with the same token: Ray only says that it did not connect."""
+    # The names are Ray's own and may go; then Ray's error has to do.
+    try:
+        import grpc
+        import ray._private.grpc_utils
+        from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
+    except ImportError:
+        return ""
     untyped_grpc: Any = grpc
+    utils: Any = ray._private.grpc_utils
     pb2: Any = ray_client_pb2
     stubs: Any = ray_client_pb2_grpc
-    with untyped_grpc.insecure_channel(address) as channel:
-        try:
+    try:
+        with utils.init_grpc_channel(address) as channel:
             ping = pb2.ClusterInfoRequest(type=pb2.ClusterInfoType.PING)
             stubs.RayletDriverStub(channel).ClusterInfo(ping, timeout=5)
-        except untyped_grpc.RpcError as error:
-            if error.code() is untyped_grpc.StatusCode.UNAUTHENTICATED:
-                return str(error.details()).rstrip(".")
+    except untyped_grpc.RpcError as error:
+        if error.code() is untyped_grpc.StatusCode.UNAUTHENTICATED:
+            return str(error.details()).rstrip(".")
     return ""
