@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,7 +54,7 @@ def _what_was_sent() -> str:
         said = f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is not set"
         return f"wants a token, and this process sent none: {said}"
     named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
-    if named or (Path.home() / ".ray" / "auth_token").exists():
+    if named or os.path.exists(os.path.expanduser("~/.ray/auth_token")):
         source = named[0] if named else "~/.ray/auth_token"
         return f"refused the token of this process, which is from {source}"
     return (
