@@ -100,19 +100,21 @@ def test_function_that_is_not_callable(nothing_is_asked_of_ray: None) -> None:
         trx.Launcher().run(not_a_function)
 
 
-def test_launch_result_is_refused_with_what_to_pass(launcher: trx.Launcher) -> None:
-    """A worker said that the driver had left its cluster."""
-    result = launcher.run(os.getpid)
-    for launch in (
-        lambda: launcher.submit(print, [result]),
-        lambda: launcher.submit(lambda: result.rank(0)),
-    ):
+def test_launch_result_and_run_are_refused_with_what_to_pass(launcher: trx.Launcher) -> None:
+    """A worker said that the driver had left its cluster; the path led to a lock of the run's."""
+    run = launcher.submit(os.getpid)
+    result = run.result()
+    of_result = "it is a LaunchResult, whose values only the driver can fetch; pass result.ref(i), the reference"
+    of_run = "it is a Run, which belongs to the process that started it; pass run.result().ref(i), the reference"
+    for launch, path, said in (
+        (lambda: launcher.submit(print, [result]), "args[0][0]", of_result),
+        (lambda: launcher.submit(lambda: result), "variable 'result' captured by <lambda>", of_result),
+        (lambda: launcher.submit(print, run), "args[0]", of_run),
+        (lambda: launcher.submit(lambda: run), "variable 'run' captured by <lambda>", of_run),
+    ):  # fmt: skip
         with pytest.raises(trx.PayloadError) as caught:
             launch()
-        said = str(caught.value).partition(" cannot be pickled: ")
-        assert said[0] in ("args[0][0]", "variable 'result' captured by <lambda>")
-        assert said[2].startswith("it is a LaunchResult, whose values")
-        assert said[2].endswith("pass result.ref(i), the reference to one rank's value.")
+        assert str(caught.value).startswith(f"{path} cannot be pickled: {said} to one rank's value")
 
 
 def test_breakpoint_says_that_a_worker_has_no_stdin(launcher: trx.Launcher) -> None:

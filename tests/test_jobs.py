@@ -1,9 +1,10 @@
-"""`ray job submit` on a cluster of two nodes, with its dashboard."""
+"""`ray job submit` on a cluster of two nodes, with its dashboard, that asks for a token."""
 
 import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,23 +23,39 @@ from tests.processes import of_pool, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
+_RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+_PAGE = (Path(__file__).parents[1] / "docs" / "jobs.md").read_text()
+
+
 @dataclass
 class Jobs:
-    """Ray's command line for jobs, at one cluster; `metrics_port` is the head's."""
+    """Ray's command line for jobs, at one cluster; both ports are the head's."""
 
     address: str
     metrics_port: int
+    client_port: int
     environment: dict[str, str]
+    token_file: Path
 
-    def run(self, *arguments: str, timeout_s: float = 100) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *arguments: str, timeout_s: float = 100, folder: Path | None = None
+    ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments],
+            [*_RAY, "job", *arguments],
+            cwd=folder,
             env={**self.environment, "RAY_API_SERVER_ADDRESS": self.address},
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
         )
+
+    def without_token(self, home: Path) -> dict[str, str]:
+        """The environment of somebody who knows nothing of tokens."""
+        return {
+            **{name: value for name, value in self.environment.items() if "RAY_AUTH" not in name},
+            "HOME": str(home),
+        }
 
     def held(self) -> str:
         """What launches hold of the cluster, as a job of its own sees it."""
@@ -56,10 +73,21 @@ print(f"placement groups: {len(groups)}, CPUs: {cpus}, named actors: {len(ours)}
 
 
 @pytest.fixture(scope="module")
-def jobs() -> Iterator[Jobs]:
-    by_default = {"TORCHRUNX_LOG_DIR": "torchrunx_logs"}
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", **by_default}
-    port, dashboard, metrics = free_port(), free_port(), free_port()
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    home = tmp_path_factory.mktemp("home")
+    token_file = home / ".ray" / "auth_token"
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "TORCHRUNX_LOG_DIR": "torchrunx_logs",  # the default
+    }
+    environment.pop("RAY_AUTH_TOKEN", None)
+    generate = [*_RAY, "get-auth-token", "--generate"]
+    of_home = {"HOME": str(home), "RAY_AUTH_TOKEN_PATH": ""}
+    subprocess.run(generate, env={**environment, **of_home}, capture_output=True, check=True)
+    port, dashboard, metrics, client = free_port(), free_port(), free_port(), free_port()
     with contextlib.ExitStack() as nodes:
 
         def start(*arguments: str, metrics_port: int) -> None:
@@ -76,9 +104,9 @@ def jobs() -> Iterator[Jobs]:
             )
 
         of_dashboard = ("--include-dashboard=true", f"--dashboard-port={dashboard}")
-        of_head = ("--head", f"--port={port}")
+        of_head = ("--head", f"--port={port}", f"--ray-client-server-port={client}")
         start(*of_head, *of_dashboard, metrics_port=metrics)
-        jobs = Jobs(f"http://127.0.0.1:{dashboard}", metrics, environment)
+        jobs = Jobs(f"http://127.0.0.1:{dashboard}", metrics, client, environment, token_file)
         # Its job agent comes up some seconds after the dashboard.
         assert wait_until(lambda: jobs.run("submit", "--", "true").returncode == 0, 60)
         address = f"{ray.util.get_node_ip_address()}:{port}"
@@ -95,20 +123,101 @@ def jobs() -> Iterator[Jobs]:
         yield jobs
 
 
+@pytest.fixture(scope="module")
+def told_behind_ray_client(
+    jobs: Jobs, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Iterator[str]]:
+    """Output of a driver without a token, and of one with a wrong one: Ray tries for half a minute."""
+    script = """
+import torchrunx_ray as trx
+try:
+    trx.launch(print, hostnames=1, workers_per_host=1)
+except trx.LaunchError as error:
+    print(error)
+"""
+    environment = jobs.without_token(tmp_path_factory.mktemp("nothing"))
+    environment["RAY_ADDRESS"] = f"ray://127.0.0.1:{jobs.client_port}"
+
+    def launch(variables: dict[str, str]) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", script],
+            env={**environment, **variables},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        ).stdout
+
+    with ThreadPoolExecutor() as pool:
+        yield pool.map(launch, [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}])
+
+
+@pytest.mark.usefixtures("told_behind_ray_client")  # begins beside this test
+def test_commands_of_the_page_run_with_each_way_to_give_the_token(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(
+        "import torchrunx_ray as trx\ntrx.launch(print, ('hello',), hostnames=1, workers_per_host=1)\n"
+    )
+    nothing, home = tmp_path / "nothing", tmp_path / "home"
+    nothing.mkdir()
+    (home / ".ray").mkdir(parents=True)
+    token = jobs.token_file.read_text()
+    (home / ".ray" / "auth_token").write_text(token)
+
+    def run(command: str, *, home: Path = nothing, **variables: str) -> str:
+        done = subprocess.run(
+            shlex.split(command),
+            env={
+                **jobs.without_token(home),
+                "RAY_API_SERVER_ADDRESS": jobs.address,
+                **variables,
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        return f"{done.stdout}{done.stderr}exit code {done.returncode}"
+
+    found = re.search(r"^ray job submit .*$", _PAGE, re.MULTILINE)
+    assert found is not None
+    submit = found[0].replace("http://head:8265", jobs.address)
+    refused = run(submit)
+    assert "Authentication required" in refused
+    assert refused.endswith("exit code 1")
+
+    submitted = run(submit, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    assert submitted.endswith("exit code 0"), submitted
+    (job_id,) = set(re.findall(r"raysubmit_\w+", submitted))
+    status, logs = _of_the_page("status", job_id), _of_the_page("logs", job_id)
+    by_path = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(jobs.token_file)}
+    assert "hello\n" in run(logs, **by_path)
+    assert "SUCCEEDED" in run(status, home=home, RAY_AUTH_MODE="token").upper()
+
+
+def _of_the_page(verb: str, job_id: str) -> str:
+    command = f"ray job {verb} ID"
+    assert f"`{command}`" in _PAGE
+    return command.replace("ID", job_id)
+
+
 def test_working_dir_modules_and_variables_reach_both_nodes(jobs: Jobs, tmp_path: Path) -> None:
-    job, modules, logs = tmp_path / "job", tmp_path / "modules" / "of_py_modules", tmp_path / "logs"
+    job, modules = tmp_path / "job", tmp_path / "common"
     job.mkdir()
-    modules.mkdir(parents=True)
+    modules.mkdir()
     (modules / "__init__.py").write_text("value = 42\n")
     (job / "data.txt").write_text("of the job")
     (job / "own_module.py").write_text(
         """
 import os
-import of_py_modules
+import common
 
 def train():
     print("said by", os.environ["RANK"])
-    return open("data.txt").read(), of_py_modules.value, os.environ["OF_JOB"]
+    return open("data.txt").read(), common.value, os.environ["HF_HOME"]
 """
     )
     (job / "train.py").write_text(
@@ -122,19 +231,33 @@ result = launcher.run(own_module.train)
 print("returned", len(set(result.hostnames)), list(result))
 """
     )
-    variables = {"OF_JOB": "here", "TORCHRUNX_LOG_DIR": str(logs)}
-    runtime_env = json.dumps({"py_modules": [str(modules)], "env_vars": variables})
-    options = ("--submission-id=shipped", f"--runtime-env-json={runtime_env}")
-    script = ("--working-dir", str(job), "--", sys.executable, "train.py")
-    done = jobs.run("submit", *options, *script)
+    of_code, of_logs = map(json.loads, re.findall(r"--runtime-env-json '(.+?)'", _PAGE))
+    logs = Path(of_logs["env_vars"]["TORCHRUNX_LOG_DIR"].replace("/data", str(tmp_path)))
+    of_code["env_vars"]["TORCHRUNX_LOG_DIR"] = str(logs)
+    options = ("--submission-id=shipped", f"--runtime-env-json={json.dumps(of_code)}")
+    script = ("--working-dir", ".", "--", sys.executable, "train.py")
+    done = jobs.run("submit", *options, *script, folder=job)
 
     said = jobs.run("logs", "shipped").stdout
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"returned 2 {[('of the job', 42, 'here')] * 2}" in said
+    assert f"returned 2 {[('of the job', 42, '/data/hf')] * 2}" in said
     assert said.count("said by 0\n") == 1
     assert "said by 1" not in said
     written = "".join(path.read_text() for path in (logs / "latest").iterdir())
     assert [written.count(f"said by {rank}\n") for rank in (0, 1)] == [1, 1]
+
+
+def test_driver_behind_ray_client_without_the_token_is_told_how_to_give_it(
+    told_behind_ray_client: Iterator[str], jobs: Jobs
+) -> None:
+    """Ray advised to look at the ports."""
+    why = (
+        "wants a token, and this process sent none: RAY_AUTH_MODE is not set.",
+        "refused the token of this process, which is from RAY_AUTH_TOKEN.",
+    )
+    for words, said in zip(why, told_behind_ray_client, strict=True):
+        assert said.startswith(f"The Ray cluster at ray://127.0.0.1:{jobs.client_port} {words}")
+        assert "Set RAY_AUTH_MODE=token, and give the cluster's token: in RAY_AUTH_TOKEN" in said
 
 
 def test_job_that_is_stopped_leaves_nothing(jobs: Jobs, tmp_path: Path) -> None:

@@ -58,6 +58,53 @@ def test_loggers_of_hosts_and_ranks_have_their_levels(
         of_host.removeHandler(kept)
 
 
+def test_records_carry_the_runs_name_which_is_in_their_text_while_another_run_is_alive(
+    cluster: None, kept: Kept, tmp_path: Path
+) -> None:
+    """What the launch's own handlers get is told apart by the record only."""
+
+    def speak() -> None:
+        print("alone", flush=True)
+        while not (tmp_path / "other").exists():
+            time.sleep(0.01)
+        print("beside", flush=True)
+        logging.getLogger("mine").warning("grave\nand more")
+
+    def end() -> None:
+        print("in a handler")
+        (tmp_path / "other").touch()
+        while not (tmp_path / "over").exists():
+            time.sleep(0.01)
+
+    handler, ours = Kept(), logging.getLogger("torchrunx_ray")
+    launcher = trx.Launcher(workers_per_host=1, backend=None)
+    ours.addHandler(kept)
+    try:
+        first = launcher.submit(speak)
+        assert wait_until(lambda: ("INFO", "alone") in kept.said, 60)
+        other = dataclasses.replace(launcher, log_handlers=[handler]).submit(end)
+        first.result()
+        (tmp_path / "over").touch()
+        other.result()
+        last = launcher.submit(print, "alone again")
+        last.result()
+    finally:
+        ours.removeHandler(kept)
+
+    records = [record for record in kept.records if record.name != "torchrunx_ray"]
+    assert sorted((record.run_name, record.getMessage()) for record in records) == sorted(
+        [
+            (first.name, "alone"),
+            (first.name, f"[{first.name}] beside"),
+            (first.name, f"[{first.name}] grave\nand more"),
+            (last.name, "alone again"),
+        ]
+    )
+    assert [(record.run_name, record.msg) for record in handler.records] == [
+        (other.name, "in a handler")
+    ]
+
+
 def test_function_that_makes_handlers_is_called_where_the_launch_is() -> None:
     made_in: list[str] = []
 

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 
+from torchrunx_ray.driver import cluster_token
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.errors import LaunchError
 
@@ -203,7 +204,12 @@ def _init() -> None:
             f"torchrunx_ray runs workers on Linux, and this is {sys.platform}. From here you can "
             'drive a Linux cluster: call ray.init("ray://<head>:10001") before the launch.'
         )
-    untyped_ray.init()
+    try:
+        untyped_ray.init()
+    except Exception as error:
+        if (refused := cluster_token.refusal(error)) is not None:
+            raise refused from None
+        raise
 
 
 def is_remote_client() -> bool:

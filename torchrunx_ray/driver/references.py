@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.driver.run import Run
 from torchrunx_ray.wire.by_value import UnfitError
 from torchrunx_ray.wire.payload import Inserted, Packed, pack
 
@@ -26,7 +27,19 @@ _of_ours: set[bytes] = set()
 # Generic to the type checker, and of unknown parameters where they are looked for.
 _ActorHandle: Any = ActorHandle
 _ObjectRef: Any = ray.ObjectRef
-_LaunchResult: Any = LaunchResult
+_OF_THE_DRIVER: Sequence[tuple[Any, str]] = (
+    (
+        LaunchResult,
+        "it is a LaunchResult, whose values only the driver can fetch; pass result.ref(i), the "
+        "reference to one rank's value.",
+    ),
+    (
+        Run,
+        "it is a Run, which belongs to the process that started it; pass run.result().ref(i), the "
+        "reference to one rank's value, or a value itself.",
+    ),
+)
+"""Kinds that stay in the driver, and what to pass instead."""
 
 
 def are_packed(actor: Any) -> None:
@@ -44,11 +57,9 @@ class Found:
         if isinstance(value, _ObjectRef):
             index = self._refs.setdefault(value, len(self._refs))
             return Inserted(index).__reduce__()
-        if isinstance(value, _LaunchResult):
-            raise UnfitError(
-                "it is a LaunchResult, whose values only the driver can fetch; pass result.ref(i), the "
-                "reference to one rank's value."
-            )
+        for kind, advice in _OF_THE_DRIVER:
+            if isinstance(value, kind):
+                raise UnfitError(advice)
         _refuse_handle(value)
         return NotImplemented
 

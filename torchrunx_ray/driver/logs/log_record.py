@@ -9,7 +9,7 @@ from torchrunx_ray.wire.records import WorkerRecord
 
 
 def new_record(
-    who: Speaker, level: int, level_name: str, created: float, text: str
+    run_name: str, who: Speaker, level: int, level_name: str, created: float, text: str
 ) -> logging.LogRecord:
     """Of the logger that is named after the worker."""
     record = logging.LogRecord(who.logger_name, level, who.label, 0, text, None, None)
@@ -22,16 +22,16 @@ def new_record(
         who.local_rank,
         who.rank,
     )
-    fields["is_first_host"] = who.is_first_host
+    fields["is_first_host"], fields["run_name"] = who.is_first_host, run_name
     return record
 
 
-def as_log_record(who: Speaker, record: WorkerRecord) -> logging.LogRecord:
+def as_log_record(run_name: str, who: Speaker, record: WorkerRecord) -> logging.LogRecord:
     """As it was made in the worker, under the worker's logger here.
 
     `worker_logger` is its own; `is_formatted` tells whether the text is in a format of the function's.
     """
-    made = new_record(who, record.level, record.level_name, record.created, record.text)
+    made = new_record(run_name, who, record.level, record.level_name, record.created, record.text)
     made.pathname, made.lineno = record.path or "", record.line or 0
     made.funcName = record.function or ""
     made.filename = os.path.basename(made.pathname)

@@ -124,7 +124,7 @@ class RunLogs:
             return
         if not isinstance(handlers, str):
             self._tell_of_deaf(handlers)
-            sink = ToHandlers(handlers, are_ours=callable(options.log_handlers))
+            sink = ToHandlers(self._run_name, handlers, are_ours=callable(options.log_handlers))
             self._sinks.append(sink)
             self._levels.append(sink.level)
             return
@@ -134,7 +134,7 @@ class RunLogs:
         shown = self._shown_ranks(options)
         taken = {*shown, *(who for who in self._speakers if who.rank is None and who.is_first_host)}
         if driver_has_configured_logging():
-            self._sinks.append(ToLoggers(taken.__contains__))
+            self._sinks.append(ToLoggers(self._run_name, taken.__contains__))
         else:
             self._sinks.append(
                 ToConsole(self._run_name, taken.__contains__, shows_many=len(shown) > 1)

@@ -16,7 +16,10 @@ from torchrunx_ray.wire.records import WorkerRecord
 class ToHandlers(Sink):
     """Records are made only where a handler takes them. One that fails is reported once."""
 
-    def __init__(self, handlers: Sequence[logging.Handler], *, are_ours: bool) -> None:
+    def __init__(
+        self, run_name: str, handlers: Sequence[logging.Handler], *, are_ours: bool
+    ) -> None:
+        self._run_name = run_name
         self._handlers = list(handlers)
         self._are_ours = are_ours
         self._reporters = [_Reporter.of(handler) for handler in handlers]
@@ -32,17 +35,17 @@ class ToHandlers(Sink):
         if takers:
             name = logging.getLevelName(level)
             for line in lines[:-1].split("\n"):
-                self._hand(new_record(who, level, name, time_s, line), takers)
+                self._hand(new_record(self._run_name, who, level, name, time_s, line), takers)
 
     def record(self, who: Speaker, record: WorkerRecord) -> None:
         takers = self._takers(who, record.least_level)
         if takers:
-            self._hand(as_log_record(who, record), takers)
+            self._hand(as_log_record(self._run_name, who, record), takers)
 
     def host_line(self, who: Speaker, line: str, time_s: float) -> None:
         takers = [i for i in self._takers(who, logging.INFO) if self._wants_hosts(i)]
         if takers:
-            self._hand(new_record(who, logging.INFO, "INFO", time_s, line), takers)
+            self._hand(new_record(self._run_name, who, logging.INFO, "INFO", time_s, line), takers)
 
     def close(self) -> None:
         """Flush them; those that a function made for the launch nobody else closes."""

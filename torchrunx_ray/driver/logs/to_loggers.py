@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from torchrunx_ray.driver.logs.complaint import Complaint
 from torchrunx_ray.driver.logs.log_record import as_log_record, new_record
 from torchrunx_ray.driver.logs.speaker import LEVELS, ROOT, Sink, Speaker, TextStream
+from torchrunx_ray.driver.progress import living
 from torchrunx_ray.wire.records import WorkerRecord
 
 
@@ -14,9 +15,13 @@ def driver_has_configured_logging() -> bool:
 
 
 class ToLoggers(Sink):
-    """Under `torchrunx_ray.<hostname>.<local_rank>`, as if the driver had said it."""
+    """Under `torchrunx_ray.<hostname>.<local_rank>`, as if the driver had said it.
 
-    def __init__(self, takes: Callable[[Speaker], bool]) -> None:
+    While another run is alive, the text of each record begins with the run's name.
+    """
+
+    def __init__(self, run_name: str, takes: Callable[[Speaker], bool]) -> None:
+        self._run_name = run_name
         self._takes = takes
         self._complaint = Complaint(
             "A handler of logging failed on what workers say, and is not reported again; the launch "
@@ -29,12 +34,15 @@ class ToLoggers(Sink):
             name = logging.getLevelName(level)
             self._hand(
                 who,
-                (new_record(who, level, name, time_s, line) for line in lines[:-1].split("\n")),
+                (
+                    new_record(self._run_name, who, level, name, time_s, line)
+                    for line in lines[:-1].split("\n")
+                ),
             )
 
     def record(self, who: Speaker, record: WorkerRecord) -> None:
         if self._takes(who) and self._is_enabled(who, record.least_level):
-            self._hand(who, iter([as_log_record(who, record)]))
+            self._hand(who, iter([as_log_record(self._run_name, who, record)]))
 
     def close(self) -> None:
         """They are the driver's."""
@@ -46,7 +54,9 @@ class ToLoggers(Sink):
         target = logging.getLogger(who.logger_name)
         if target.disabled:
             return
+        head = f"[{self._run_name}] " if len(living) > 1 else ""
         for record in records:
+            record.msg = f"{head}{record.msg}"
             try:
                 if target.filter(record):
                     target.callHandlers(record)

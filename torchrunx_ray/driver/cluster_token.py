@@ -1,0 +1,86 @@
+"""The token that a Ray cluster asks its drivers for."""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from ray.exceptions import AuthenticationError
+
+from torchrunx_ray.errors import LaunchError
+
+_HOW_TO_GIVE_IT = (
+    "Set RAY_AUTH_MODE=token, and give the cluster's token: in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH "
+    "names, or in ~/.ray/auth_token. `ray get-auth-token` on a node of the cluster prints the token."
+)
+
+_ADDRESS = re.compile(r"Ray cluster at (\S+)")
+_REASON = re.compile(r"AuthenticationError: ([^.\n]+)")
+"""The first sentence of Ray's reason, in a traceback that Ray quotes."""
+
+
+def refusal(error: Exception) -> LaunchError | None:
+    """Return what to tell about the token if ray.init() failed for want of the right one."""
+    reason = next((said for each in _chain(error) if (said := _reason(each))), "")
+    found = _ADDRESS.search(str(error))
+    address = found[1] if found else os.environ.get("RAY_ADDRESS", "")
+    if not reason and isinstance(error, ConnectionError) and address.startswith("ray://"):
+        reason = _reason_of_client_server(urlsplit(address).netloc)
+    if not reason:
+        return None
+    return LaunchError(
+        f"The Ray cluster{f' at {address}' * bool(address)} {_what_was_sent()}. Ray's words: {reason}. {_HOW_TO_GIVE_IT}"
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, AuthenticationError):
+        return str(error.message).rstrip(".")
+    found = _REASON.search(str(error))
+    return found[1] if found else ""
+
+
+def _what_was_sent() -> str:
+    """Name the source of the token as Ray looks for it, or say that there is none."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode.lower() != "token":
+        said = f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is not set"
+        return f"wants a token, and this process sent none: {said}"
+    named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    if named or os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+        source = named[0] if named else "~/.ray/auth_token"
+        return f"refused the token of this process, which is from {source}"
+    return (
+        "cannot be joined without a token, and this process has none: RAY_AUTH_TOKEN and "
+        "RAY_AUTH_TOKEN_PATH are not set, and there is no ~/.ray/auth_token"
+    )
+
+
+def _reason_of_client_server(address: str) -> str:
+    """Ask the server behind ray:// with the same token: Ray only says that it did not connect."""
+    # The names are Ray's own and may go; then Ray's error has to do.
+    try:
+        import grpc
+        import ray._private.grpc_utils
+        from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
+    except ImportError:
+        return ""
+    untyped_grpc: Any = grpc
+    utils: Any = ray._private.grpc_utils
+    pb2: Any = ray_client_pb2
+    stubs: Any = ray_client_pb2_grpc
+    try:
+        with utils.init_grpc_channel(address) as channel:
+            ping = pb2.ClusterInfoRequest(type=pb2.ClusterInfoType.PING)
+            stubs.RayletDriverStub(channel).ClusterInfo(ping, timeout=5)
+    except untyped_grpc.RpcError as error:
+        if error.code() is untyped_grpc.StatusCode.UNAUTHENTICATED:
+            return str(error.details()).rstrip(".")
+    return ""
