@@ -23,6 +23,7 @@ _HOW_TO_GIVE_IT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("RAY_AUTH_MODE") == "disabled", reason="the shared cluster asks for no token"
 )

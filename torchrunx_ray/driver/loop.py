@@ -83,7 +83,9 @@ def is_called_in_one() -> bool:
         asyncio.get_running_loop()
     except RuntimeError:
         return False
-    kernel = sys.modules.get("ipykernel.kernelapp")  # scripts import it, too, through other libraries
+    kernel = sys.modules.get(
+        "ipykernel.kernelapp"
+    )  # scripts import it, too, through other libraries
     return kernel is None or not kernel.IPKernelApp.initialized()
 
 
