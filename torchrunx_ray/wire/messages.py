@@ -252,6 +252,7 @@ class TemplateSetup:
 class ForkStore:
     """Serve a TCPStore. Descriptor: the listening socket."""
 
+    run_id: str
     port: int
 
 
@@ -271,6 +272,7 @@ class DropCall:
 class ForkWorker:
     """Become one worker. Descriptors: channel to the agent, stdout, stderr, records, stacks."""
 
+    run_id: str
     place: Place
     hostname: str
     variables: dict[str, str]
