@@ -219,6 +219,8 @@ class Failed:
     exit_code: int | None
     """That it asked for by `sys.exit`."""
     in_collective: bool
+    last_lines: tuple[str, ...] = ()
+    """The last lines of stderr; the agent adds them."""
 
 
 # agent -> worker
