@@ -88,3 +88,16 @@ print(open("/proc/self/cmdline").read().split("\\0")[1], open("/proc/self/comm")
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.stderr) == ("-c rank 3 train-1a\n\n", "")
+
+
+def test_environment_behind_the_arguments_is_never_overwritten() -> None:
+    script = """
+from torchrunx_ray.wire.title import set_title
+set_title("worker rank 3", "train-1a2b3c" * 50)
+print(open("/proc/self/environ").read())
+"""
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable], env={"PYTHONPATH": root}, input=script, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == (f"PYTHONPATH={root}\0\n", "")

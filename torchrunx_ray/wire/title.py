@@ -71,6 +71,8 @@ def _write(title: str, arguments: _Arguments) -> None:
     interpreter = _END + arguments.interpreter + _END
     others = _END * (arguments.count - 1)
     room = arguments.size - len(interpreter) - len(others)
+    if room <= 0:  # started without PADDING; behind the arguments lies the environment
+        return
     written = _encoded(title, room) + interpreter
     with _own_memory() as fd:
         os.pwrite(fd, written.ljust(arguments.size - len(others)) + others, arguments.address)
