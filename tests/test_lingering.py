@@ -100,6 +100,7 @@ def left(before: Traces, driven: Driven) -> tuple[int, list[str]]:
     """How many agents, and what else than these, their keepers and templates, and the driver."""
     lines = before.missing_from(Traces.now(), CPUS)
     agents = [line for line in lines if "ray::Agent" in line]
-    expected = ("ray::Agent", "torchrunx_ray.worker.keeper", f"process {driven.process.pid} ")
+    titles = [f"torchrunx_ray: {role} " for role in ("outer keeper", "keeper", "template")]
+    expected = ("ray::Agent", *titles, f"process {driven.process.pid} ")
     others = [line for line in lines if not any(words in line for words in expected)]
     return len(agents), others

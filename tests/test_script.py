@@ -79,12 +79,20 @@ def spawn():
     child.join()
     return child.exitcode
 
+def load():
+    from torch.utils.data import DataLoader
+    next(iter(DataLoader([1], num_workers=1, multiprocessing_context="spawn")))
+
 print(trx.launch(spawn, workers_per_host=1, backend=None).rank(0))
+trx.launch(load, workers_per_host=1, backend=None)
 """
     done = run_alone(script, tmp_path)
 
     assert done.stdout == "1\n", done.stderr
-    assert 'Put the launch under `if __name__ == "__main__":`' in done.stderr
+    printed, _, raised = done.stderr.rpartition("RuntimeError: DataLoader worker")
+    what_to_do = 'Put the launch under `if __name__ == "__main__":`'
+    assert what_to_do in printed
+    assert what_to_do in raised, raised
 
 
 def test_value_of_an_earlier_launch_does_not_bring_old_globals_to_the_function(

@@ -69,8 +69,8 @@ def test_two_keepers_stand_between_agent_and_template(launcher: trx.Launcher) ->
 
     above = launcher.run(look).rank(0)
 
-    assert "-m torchrunx_ray.worker.keeper" in above["keeper"]
-    assert "-m torchrunx_ray.worker.keeper" in above["outer keeper"]
+    assert above["keeper"].startswith("torchrunx_ray: keeper ")
+    assert above["outer keeper"].startswith("torchrunx_ray: outer keeper ")
     assert above["agent"].startswith("ray::")
 
 

@@ -230,7 +230,7 @@ class Driven:
 
 
 def _is_store(pid: int, workers: Sequence[int]) -> bool:
-    return pid not in workers and "keeper" in _words_or_none(pid)
+    return pid not in workers and "torchrunx_ray: " in _words_or_none(pid)
 
 
 def _children(parent: int) -> list[int]:

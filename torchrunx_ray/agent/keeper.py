@@ -12,6 +12,7 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.environment import MARK
 from torchrunx_ray.wire.messages import TemplateSetup, TemplateWanted
+from torchrunx_ray.wire.title import PADDING
 
 _PACKAGE_PARENT = str(Path(__file__).parents[2])
 
@@ -33,7 +34,14 @@ class Keeper:
         # -P and PYTHONPATH find this package and nothing else. The template then takes over the
         # agent's sys.path with the worker's PYTHONPATH, and puts the variable back.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "torchrunx_ray.worker.keeper", *map(str, inherited)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "torchrunx_ray.worker.keeper",
+                *map(str, inherited),
+                PADDING,
+            ],
             env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
             cwd=cwd,
             stdin=subprocess.DEVNULL,

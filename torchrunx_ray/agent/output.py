@@ -63,11 +63,15 @@ class Output:
 
     def drain_and_close(self) -> None:
         """Take what is in the pipe now, without waiting for whoever else may hold it open."""
+        self.drain()
+        self._close()
+
+    def drain(self) -> None:
+        """Take what is in the pipe now, also while the mailbox is full."""
         waiting = self._waiting_bytes()
         while self._fd is not None and waiting > 0:
             taken = self._read_some()
             waiting = waiting - taken if taken else 0
-        self._close()
 
     def _waiting_bytes(self) -> int:
         if self._fd is None:

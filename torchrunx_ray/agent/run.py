@@ -66,7 +66,7 @@ class HostRun:
             self._mailbox.put(self._template.loaded)
         if self._listening is not None:
             if not self._stopping.is_set():
-                self._check(await self._template.fork_store(self._listening))
+                self._check(await self._template.fork_store(self.run_id, self._listening))
             self._listening.close()
         if not self._stopping.is_set():
             self._check(await self._template.hold_call((function, *inserted), self._is_wanted))
@@ -175,6 +175,7 @@ class HostRun:
         variables = place.variables(wanted.master_addr, wanted.master_port, wanted.run_id)
         answer = await self._template.fork_worker(
             messages.ForkWorker(
+                run_id=wanted.run_id,
                 place=place,
                 hostname=wanted.hostname,
                 variables={**variables, "CUDA_VISIBLE_DEVICES": visible},

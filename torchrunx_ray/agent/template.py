@@ -81,9 +81,11 @@ class Template:
         """Wait until it can fork; its refusal where it cannot."""
         return await asyncio.shield(self._ready)
 
-    async def fork_store(self, listening: socket.socket) -> messages.Forked | messages.ForkFailed:
+    async def fork_store(
+        self, run_id: str, listening: socket.socket
+    ) -> messages.Forked | messages.ForkFailed:
         port: int = listening.getsockname()[1]
-        return await self._fork(messages.ForkStore(port), [listening.fileno()])
+        return await self._fork(messages.ForkStore(run_id, port), [listening.fileno()])
 
     async def hold_call(
         self, values: Sequence[Packed], is_wanted: Callable[[], bool]

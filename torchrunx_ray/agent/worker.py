@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import os
 from collections.abc import Sequence
@@ -144,7 +145,9 @@ class Worker:
                     self._taking = asyncio.ensure_future(self._take_value(message, fds[0]))
                 case messages.Failed():
                     self.has_outcome = self.has_failed = True
-                    self._mailbox.put(message)
+                    self._stderr.drain()
+                    lines = self._stderr.last_lines
+                    self._mailbox.put(dataclasses.replace(message, last_lines=lines))
                 case messages.Joined() | messages.Started():
                     self._mailbox.put(message)
                 case _:

@@ -4,7 +4,6 @@ import asyncio
 import atexit
 import contextlib
 import functools
-import multiprocessing
 import os
 import sys
 import threading
@@ -16,6 +15,7 @@ from ray.exceptions import RayError
 
 from torchrunx_ray.driver import cluster_token
 from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.driver.main_guard import refuse_if_the_script_is_only_imported
 from torchrunx_ray.errors import LaunchError
 
 P = ParamSpec("P")
@@ -153,7 +153,7 @@ def connect() -> None:
     Called in the user's own thread: Ray installs signal handlers, which only the main thread may.
     """
     global _came_through_client
-    _refuse_where_the_script_is_only_imported()
+    refuse_if_the_script_is_only_imported()
     with _connecting:
         if not untyped_ray.is_initialized():
             by_itself = os.environ.get("RAY_ADDRESS", "").startswith("ray://")
@@ -187,15 +187,6 @@ def _no_longer_connected() -> LaunchError:
         "this process reached its Ray cluster through ray://, and is not connected any more. Connect again before "
         'the launch: ray.init("ray://<head>:10001"), after ray.shutdown() where the connection was lost.'
     )
-
-
-def _refuse_where_the_script_is_only_imported() -> None:
-    # Set as long as a spawned child prepares; each launch in there would have more such children.
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError(
-            "A launch was called by a process that multiprocessing starts, while it imports your script. "
-            'Put the launch under `if __name__ == "__main__":`.'
-        )
 
 
 def _init() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torchrunx_ray.driver import main_guard
 from torchrunx_ray.driver.missing_there import advice
 from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.errors import (
@@ -207,7 +208,10 @@ def _exception(failure: Failure) -> BaseException:
             )
         case messages.Failed():
             assert rank is not None
-            return _raised(report, rank, failure.hostname)
+            error = _raised(report, rank, failure.hostname)
+            if (hint := main_guard.advice(report.last_lines)) is not None:
+                _add_note(error, hint)
+            return error
 
 
 def _how_it_died(died: messages.Died) -> str:

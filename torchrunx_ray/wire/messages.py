@@ -219,6 +219,8 @@ class Failed:
     exit_code: int | None
     """That it asked for by `sys.exit`."""
     in_collective: bool
+    last_lines: tuple[str, ...] = ()
+    """The last lines of stderr; the agent adds them."""
 
 
 # agent -> worker
@@ -252,6 +254,7 @@ class TemplateSetup:
 class ForkStore:
     """Serve a TCPStore. Descriptor: the listening socket."""
 
+    run_id: str
     port: int
 
 
@@ -271,6 +274,7 @@ class DropCall:
 class ForkWorker:
     """Become one worker. Descriptors: channel to the agent, stdout, stderr, records, stacks."""
 
+    run_id: str
     place: Place
     hostname: str
     variables: dict[str, str]

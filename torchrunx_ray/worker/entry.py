@@ -17,6 +17,7 @@ from torchrunx_ray.wire import messages, tensors
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
+from torchrunx_ray.wire.title import set_title
 from torchrunx_ray.wire.transfer import map_file
 from torchrunx_ray.worker import group, logs, names, outcome, preload, script, stacks
 
@@ -25,7 +26,7 @@ _BUFFERED = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 def main() -> NoReturn:
     """Where a worker of start_method "spawn" begins, with the descriptors named on its command line."""
-    task_fd, channel_fd, records_fd, stacks_fd, call_fd = map(int, sys.argv[1:])
+    task_fd, channel_fd, records_fd, stacks_fd, call_fd = map(int, sys.argv[1:6])
     with open(task_fd, "rb") as file:
         wanted, layout, sys_path, python_path = pickle.load(file)
     sys.path[:] = sys_path
@@ -52,6 +53,7 @@ def live(
     values: list[Packed],
 ) -> NoReturn:
     """Never returns; whatever happens, one outcome is reported, unless the process dies."""
+    set_title(f"worker rank {wanted.place.rank}", wanted.run_id)
     _settle_in(wanted.argv)
     logs.take_records(records_fd, wanted.log_level)
     stacks.answer_on(stacks_fd)

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from torchrunx_ray.wire import family, kernel
 from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.title import set_title
 
 _ENDING_S = 12.0
 """For the inner keeper to end; longer than it waits for processes that SIGKILL does not end."""
@@ -24,6 +25,8 @@ _ENDING_S = 12.0
 def main() -> int:
     channel = Channel.from_fd(int(sys.argv[1]))
     alive_fd = int(sys.argv[2])
+    del sys.argv[3:]  # room for titles
+    set_title("outer keeper")
     agent_fd = kernel.pidfd_open(os.getppid())
     _shed_what_ray_gave()
     # Not to be ended before it can end the template.
@@ -36,6 +39,7 @@ def main() -> int:
         os.close(tell)
         return _keep(inner_pid, agent_fd, signal.SIGTERM, told)
     os.close(told)
+    set_title("keeper")
     family.become_subreaper()
     template_pid = os.fork()
     if template_pid == 0:
@@ -51,6 +55,7 @@ def main() -> int:
 def _become_template(channel: Channel) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os.setsid()
+    set_title("template")
     from torchrunx_ray.worker import template
 
     template.main(channel)

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from torchrunx_ray.wire import family, kernel, messages
 from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.title import PADDING
 from torchrunx_ray.wire.transfer import Layout
 from torchrunx_ray.worker import entry
 from torchrunx_ray.worker.call import HeldCall
@@ -66,5 +67,5 @@ def _exec_fresh_interpreter(
         os.set_inheritable(fd, True)
     package_parent = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     environment = os.environ | {"PYTHONPATH": package_parent}
-    command = [sys.executable, "-P", "-m", "torchrunx_ray.worker.entry", *map(str, fds)]
+    command = [sys.executable, "-P", "-m", "torchrunx_ray.worker.entry", *map(str, fds), PADDING]
     os.execve(sys.executable, command, environment)

@@ -16,6 +16,7 @@ from typing import NoReturn
 from torchrunx_ray.wire import family, messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.title import set_title
 from torchrunx_ray.worker import preload, store
 from torchrunx_ray.worker.call import HeldCall
 from torchrunx_ray.worker.entry import restore_python_path
@@ -136,6 +137,7 @@ class _Template:
             try:
                 self._let_go()
                 family.die_with(template_pid)
+                set_title("store", wanted.run_id)
                 store.serve(fds[0], wanted.port)
             finally:
                 _die_with_traceback()

@@ -1,0 +1,22 @@
+"""A script without a `__main__` guard: a process that multiprocessing spawns imports it, and would launch again."""
+
+import multiprocessing
+from collections.abc import Iterable
+
+_REFUSAL = (
+    "A launch was called by a process that multiprocessing starts, while it imports your script. "
+    'Put the launch under `if __name__ == "__main__":`.'
+)
+
+
+def refuse_if_the_script_is_only_imported() -> None:
+    # Set as long as a spawned child prepares; each launch in there would have more such children.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(_REFUSAL)
+
+
+def advice(last_lines: Iterable[str]) -> str | None:
+    """Repeat the refusal if a rank's last lines of stderr have it: a child of the rank printed it there."""
+    if any(_REFUSAL in line for line in last_lines):
+        return f"A child process of this rank failed with: {_REFUSAL}"
+    return None

@@ -1,0 +1,93 @@
+"""Titles of our processes, as ps, top and py-spy show them.
+
+A title is written over the arguments that the process was started with. Every fork has its own copy of them.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchrunx_ray.wire import memory
+
+PADDING = " " * 128
+"""Last argument of our interpreters: room for a title."""
+
+_PR_SET_NAME = 15
+_NAME_SIZE = 15
+_END = b"\0"
+_libc: Any = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """The memory that holds the arguments of this process."""
+
+    address: int
+    size: int
+    interpreter: bytes
+    count: int
+
+
+def set_title(role: str, run: str = "") -> None:
+    """Show the role in this process's command line, and in the short name that top shows.
+
+    A process whose arguments cannot be overwritten keeps its command line.
+    """
+    title = f"torchrunx_ray: {role} of {run}" if run else f"torchrunx_ray: {role}"
+    if (arguments := _arguments()) is not None:
+        with contextlib.suppress(OSError):
+            _write(title, arguments)
+    short = f"{role.removeprefix('worker ')} {run}".strip()
+    _libc.prctl(_PR_SET_NAME, _encoded(short, _NAME_SIZE), 0, 0, 0)
+
+
+@functools.cache
+def _arguments() -> _Arguments | None:
+    """Return what the kernel tells of the arguments, before a title is written over them.
+
+    Forks inherit the answer. None if the kernel does not tell, or tells what is not true.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()
+        begin, end = int(fields[45]), int(fields[46])
+        with _own_memory() as fd:
+            found = os.pread(fd, end - begin, begin)
+        if found != Path("/proc/self/cmdline").read_bytes():
+            return None
+    except (OSError, OverflowError, ValueError, IndexError):
+        return None
+    *words, _ = found.split(_END)
+    return _Arguments(begin, end - begin, words[0], len(words)) if words else None
+
+
+def _write(title: str, arguments: _Arguments) -> None:
+    # setproctitle, with which a function may give its process another title, looks for the
+    # interpreter's path, and after that path for as many other arguments as there were.
+    interpreter = _END + arguments.interpreter + _END
+    others = _END * (arguments.count - 1)
+    room = arguments.size - len(interpreter) - len(others)
+    if room <= 0:  # started without PADDING; behind the arguments lies the environment
+        return
+    written = _encoded(title, room) + interpreter
+    with _own_memory() as fd:
+        os.pwrite(fd, written.ljust(arguments.size - len(others)) + others, arguments.address)
+
+
+def _encoded(text: str, size: int) -> bytes:
+    """Encode the text, cut between two letters to this many bytes."""
+    whole = text.replace("\0", " ").encode(errors="replace")
+    return whole[:size].decode(errors="ignore").encode()
+
+
+@contextlib.contextmanager
+def _own_memory() -> Generator[int]:
+    fd = memory.open_own()
+    try:
+        yield fd
+    finally:
+        os.close(fd)
