@@ -16,6 +16,7 @@ from ray.util.placement_group import (
 )
 
 import torchrunx_ray as trx
+from tests.conftest import RunScript
 from tests.processes import wait_until
 from torchrunx_ray.driver import line, reports
 
@@ -165,14 +166,25 @@ def test_workers_that_share_cpus_are_told_of_once(
     assert f"17 workers share {CPUS} CPUs, up to 3 on each" in said[0]
 
 
-def test_workers_for_gpus_that_are_not_there_are_told_what_to_write(cluster: None) -> None:
-    options: list[dict[str, Any]] = [{}, {"hostnames": 1}, {"hostnames": ["localhost"]}]
-    for option in options:
-        with pytest.raises(trx.PlacementError, match="has no GPU") as caught:
-            trx.Launcher(workers_per_host="gpu", **option).run(int)
-        advice = str(caught.value).splitlines()[-1]
-        assert advice.startswith('Use workers_per_host="cpu", or a number of workers')
-        assert "autoscaler" not in advice  # this Ray was started here
+@pytest.mark.slow
+def test_workers_for_gpus_that_are_not_there_are_told_what_to_write(run_script: RunScript) -> None:
+    """On a Ray that the script started, which no autoscaler will enlarge."""
+    done = run_script(
+        """
+import torchrunx_ray as trx
+for option in {}, {"hostnames": 1}, {"hostnames": ["localhost"]}:
+    try:
+        trx.Launcher(workers_per_host="gpu", **option).run(int)
+    except trx.PlacementError as error:
+        print("has no GPU" in str(error), str(error).splitlines()[-1])
+""",
+        own_ray={},
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    for said in lines:
+        assert said.startswith('True Use workers_per_host="cpu", or a number of workers')
+        assert "autoscaler" not in said
 
 
 def of_cpus(cpus: int) -> trx.Launcher:

@@ -35,6 +35,7 @@ def test_short_linger_is_used(cluster: None) -> None:
     assert launcher.run(os.getppid).rank(0) == launcher.run(os.getppid).rank(0)
 
 
+@pytest.mark.slow
 def test_launches_at_the_end_of_linger_all_work(cluster: None) -> None:
     launcher = trx.Launcher(
         workers_per_host=1, linger=0.3, extra_env_vars={"OWN_AGENT_FOR": "a race"}
@@ -73,6 +74,7 @@ def test_file_that_a_run_writes_does_not_cost_the_next_its_template(
     assert launcher.run(write).rank(0) == launcher.run(write).rank(0)
 
 
+@pytest.mark.slow
 def test_no_more_than_eight_agents_rest_on_a_node(cluster: None) -> None:
     """Every value of a variable needs a template of its own: a sweep of them left one each."""
 

@@ -16,7 +16,7 @@ from tests import processes
 from torchrunx_ray.wire.messages import StartMethod
 
 
-@pytest.fixture(params=["fork", "spawn"])
+@pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def start_method(request: pytest.FixtureRequest) -> StartMethod:
     return request.param
 
