@@ -386,11 +386,13 @@ for i in range(3):
     assert list(launcher.run(lambda: i)) == [i, i]
 """
     command = [sys.executable, "-c", script, three_raylets.address]
-    drivers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
 
-    for driver in drivers:
-        _, err = driver.communicate(timeout=60)
-        assert driver.returncode == 0, err
+    def drive(_: int) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in pool.map(drive, range(2)):
+            assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
