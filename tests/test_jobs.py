@@ -72,6 +72,14 @@ print(f"placement groups: {len(groups)}, CPUs: {cpus}, named actors: {len(ours)}
         return next(line for line in said.splitlines() if line.startswith("placement groups"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_token() -> Iterator[None]:
+    """The cluster has another one than the shared cluster."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_AUTH_TOKEN", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     home = tmp_path_factory.mktemp("home")
@@ -83,7 +91,6 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "TORCHRUNX_LOG_DIR": "torchrunx_logs",  # the default
     }
-    environment.pop("RAY_AUTH_TOKEN", None)
     generate = [*_RAY, "get-auth-token", "--generate"]
     of_home = {"HOME": str(home), "RAY_AUTH_TOKEN_PATH": ""}
     subprocess.run(generate, env={**environment, **of_home}, capture_output=True, check=True)
