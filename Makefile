@@ -23,7 +23,7 @@ LANES ?= 3
 in_lanes = $(shell tests/lane true >/dev/null 2>&1 && \
 	echo "-o timeout_method=signal --dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(1)/python'")
 
-.PHONY: demo test test-ci test-alone test-all test-oldest test-newest test-integrations check bench docs dist format clean
+.PHONY: environments demo test test-ci test-alone test-all test-oldest test-newest test-integrations check bench docs dist format clean
 
 # A Ray of its own: the machine may have others, or their remains.
 demo: $(READY)
@@ -91,6 +91,9 @@ dist: $(DIST)/.ready
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What .ci/run needs; pip uses one core, so `make --jobs 2 environments`.
+environments: $(READY) $(DOCS)/.ready $(INTEGRATIONS)/.ready $(DIST)/.ready
 
 $(READY): pyproject.toml constraints.txt requirements-dev.txt
 	$(call environment,$(VENV))

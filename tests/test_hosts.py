@@ -77,7 +77,7 @@ def test_auto_takes_the_nodes_with_gpus_and_a_worker_per_gpu(three_raylets: Clus
     assert len(result.hostnames) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_auto_hosts_with_a_number_of_workers_leaves_the_cpu_head_out(
     three_raylets: Cluster,
 ) -> None:
@@ -94,8 +94,14 @@ def test_cpu_workers_are_on_every_node_and_see_no_gpu(three_raylets: Cluster) ->
 
 @pytest.mark.parametrize(
     ("workers", "per_worker", "held"),
-    [(2, None, 2), (1, 2, 2), (4, 0.5, 2), (3, 0.5, 2), (8, None, 0), (1, 0.5, 1)],
-    ids=["some", "one worker with two", "halves", "three halves", "more workers than GPUs", "half"],
+    [
+        pytest.param(2, None, 2, id="some"),
+        pytest.param(4, 0.5, 2, id="halves"),
+        pytest.param(8, None, 0, id="more workers than GPUs"),
+        pytest.param(1, 2, 2, id="one worker with two", marks=pytest.mark.exhaustive),
+        pytest.param(3, 0.5, 2, id="three halves", marks=pytest.mark.exhaustive),
+        pytest.param(1, 0.5, 1, id="half", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_gpus_held_on_a_host(
     three_raylets: Cluster, workers: int, per_worker: float | None, held: int

@@ -266,8 +266,14 @@ def marks_in(folder: Path) -> set[str]:
     return marks
 
 
-@pytest.mark.parametrize("how", ENDS)
-@pytest.mark.parametrize("address", ["local", "outside"])
+@pytest.mark.parametrize(
+    ("how", "address"),
+    [
+        pytest.param(how, address, marks=[] if how in in_ci else pytest.mark.exhaustive)
+        for address, in_ci in (("local", ("SIGKILL", "end")), ("outside", ENDS))
+        for how in ENDS
+    ],
+)
 def test_driver_that_ends_while_a_run_goes_on_leaves_nothing(
     how: str, address: str, cluster: None, tmp_path: Path
 ) -> None:

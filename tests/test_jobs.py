@@ -403,7 +403,13 @@ launcher.run(time.sleep, 15)
     assert wait_until(succeeded, 60)
 
 
-@pytest.mark.parametrize(("given", "seen"), [({}, None), ({"OMP_NUM_THREADS": "3"}, "3")])
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, None),
+        pytest.param({"OMP_NUM_THREADS": "3"}, "3", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_threads_that_ray_gives_the_jobs_supervisor_are_not_the_workers(
     jobs: Jobs, tmp_path: Path, given: dict[str, str], seen: str | None
 ) -> None:

@@ -39,10 +39,8 @@ CASES = [
 ]
 IN_CI = [
     ("worker", "running"),
-    ("children", "running"),
     ("driver", "running"),
     ("raylet", "running"),
-    ("keeper", "reporting"),
     ("agent", "reporting"),
 ]
 

@@ -61,7 +61,8 @@ def test_what_ended_leaves_rays_store_before_python_collects_garbage(
 
 
 @pytest.mark.slow
-def test_nothing_of_a_hundred_launches_stays(cluster: None) -> None:
+@pytest.mark.parametrize("launches", [30, pytest.param(100, marks=pytest.mark.exhaustive)])
+def test_nothing_of_many_launches_stays(cluster: None, launches: int) -> None:
     launcher = trx.Launcher(workers_per_host=2, backend=None)
 
     def go(tensor: torch.Tensor, fail: bool) -> tuple[int, torch.Tensor]:
@@ -89,7 +90,7 @@ def test_nothing_of_a_hundred_launches_stays(cluster: None) -> None:
 
         agent = some_launches(20)
         shmem, anon, fds, files = look(agent)
-        assert some_launches(100) == agent
+        assert some_launches(launches) == agent
 
         after = look(agent)
         assert after[0] - shmem < 300 * MIB, "of 1500 MiB that were moved"

@@ -71,7 +71,7 @@ def test_ddp_model_that_is_returned_is_told_what_to_return(launcher: trx.Launche
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_torch_compile(launcher: trx.Launcher, tmp_path: Path) -> None:
     """On one rank: it takes 20 s of CPU."""
 

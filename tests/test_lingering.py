@@ -35,7 +35,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 
 @pytest.mark.parametrize(
-    "victim", ["worker", "agent", pytest.param("template", marks=pytest.mark.exhaustive)]
+    "victim",
+    [
+        "worker",
+        *(pytest.param(victim, marks=pytest.mark.exhaustive) for victim in ("agent", "template")),
+    ],
 )
 def test_agents_stay_for_their_time_and_hold_nothing(
     environment: dict[str, str], victim: str, tmp_path: Path
