@@ -94,7 +94,7 @@ def cluster(_ray: None) -> Iterator[None]:
     yield
     if ray.is_initialized():
         total = ray.cluster_resources()["CPU"]
-        assert wait_until(lambda: ray.available_resources().get("CPU") == total, 10), (
+        assert wait_until(lambda: ray.available_resources().get("CPU") == total, 30), (
             ray.available_resources(),
             ray.util.placement_group_table(),
         )

@@ -163,7 +163,8 @@ def test_ctrl_c_ends_every_phase_long_before_the_grace_is_over(phase: str, tmp_p
         driver.wait_for("INTERRUPTED", SOON_S)
         driver.wait_for("AND AGAIN 2", 40)
         if phase in ("running", "session"):
-            assert "ranks 0-1: train (script.py:" in driver.shown
+            shown = re.findall(r"^ranks? .+: train \(script.py:\d+\)", driver.shown, re.MULTILINE)
+            assert len(shown) in (1, 2), driver.shown  # each may be at another line
     assert wait_until(driver.nothing_is_left)
 
 

@@ -16,7 +16,7 @@ from tests.clusters.other_python import python_without
 from tests.clusters.shifted_clock import compiler, shifted_clock
 from tests.processes import mentioning, of_pool, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def head() -> Iterator[ClientServer]:
 
 
 def test_core_works_through_ray_client(head: ClientServer) -> None:
-    tests = ["-m", "pytest", "-v", "--timeout=60", "tests/test_core.py"]
+    tests = ["-m", "pytest", "-v", "--timeout=150", "tests/test_core.py"]
     done = subprocess.run(
         [sys.executable, *tests, f"--address={head.address}"],
         env=head.environment,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=580,
         check=False,
     )
 

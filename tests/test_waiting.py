@@ -23,7 +23,7 @@ from torchrunx_ray.driver import line, reports
 CPUS = 8
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_launches_that_wait_for_each_other_take_about_as_long_as_one_after_another(
     cluster: None,
 ) -> None:
