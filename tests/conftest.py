@@ -28,6 +28,7 @@ os.environ.update(RAY_prestart_worker_first_driver="0")
 # Most tests look at other things than log files.
 os.environ["TORCHRUNX_LOG_DIR"] = ""
 
+import cloudpickle
 import pytest
 import ray
 
@@ -47,7 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share a cluster of their module's in one lane."""
+    """Keep tests that share a cluster of their module's in one lane; send what they define by value.
+
+    A worker that imported the module of a test would import pytest and Ray with it, for a second of CPU.
+    """
+    for item in items:
+        module = item.getparent(pytest.Module)
+        assert module is not None
+        if not module.get_closest_marker("by_reference"):
+            cloudpickle.register_pickle_by_value(module.obj)
     for item in items:
         assert isinstance(item, pytest.Function)
         fixtures = item._fixtureinfo.name2fixturedefs.values()

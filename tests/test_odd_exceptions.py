@@ -12,6 +12,8 @@ import pytest
 import torchrunx_ray as trx
 from torchrunx_ray.wire.exceptions import dump_exception, load_exception
 
+pytestmark = pytest.mark.by_reference
+
 
 class Unspeakable(Exception):
     def __init__(self, raised: type[BaseException]) -> None:

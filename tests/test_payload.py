@@ -21,6 +21,8 @@ from torchrunx_ray.wire.messages import StartMethod
 from torchrunx_ray.wire.payload import Packed, pack
 from torchrunx_ray.worker.call import HeldCall
 
+pytestmark = pytest.mark.by_reference
+
 
 def always() -> bool:
     return True
