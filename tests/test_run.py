@@ -236,12 +236,19 @@ def test_run_that_the_scripts_end_stops_is_told(
     done = run_script(
         """
 import time, torchrunx_ray as trx
-run = trx.Launcher(workers_per_host=1, backend=None, name="left").submit(time.sleep, 100)
-while "running" not in repr(run):
+launcher = trx.Launcher(workers_per_host=1, backend=None, name="left")
+run, other = (launcher.submit(time.sleep, 100) for _ in range(2))
+
+def wait_for_the_other(_):
+    other.wait()
+    print("both have ended")
+
+run.add_done_callback(wait_for_the_other)
+while "running" not in repr(run) or "running" not in repr(other):
     time.sleep(0.01)
 """
     )
-    assert done.returncode == 0
+    assert (done.returncode, done.stdout) == (0, "both have ended\n"), done.stderr
     assert "the script ended while <Run left-" in done.stderr
     assert ": running 1 worker>; it is being stopped, " in done.stderr
 
