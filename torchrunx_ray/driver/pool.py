@@ -94,7 +94,10 @@ class Agent:
         await asyncio.wait({meeting}, timeout=self.starts_within_s)
         if not meeting.done():
             self.is_gone = True
-            raise TimeoutError(f"Ray has not started its process within {self.starts_within_s:g} s")
+            raise TimeoutError(
+                f"it has not answered within {self.starts_within_s:g} s: Ray has not started its process, or the "
+                "process is frozen, or cannot be reached"
+            )
 
     async def _until_met_or_frozen(self, meeting: "asyncio.Task[Any]") -> None:
         while not meeting.done():
@@ -115,8 +118,8 @@ class Agent:
         return True
 
     async def release(self, linger: float) -> None:
-        """Let it rest, for the next launch to take; with linger=0 end it."""
-        if linger <= 0 or self.is_gone or not self.connection.is_ours():
+        """Let it rest, for the next launch to take; end it with linger=0, or if it has never answered."""
+        if linger <= 0 or self.is_new or self.is_gone or not self.connection.is_ours():
             await self.end()
             return
         self.calls.rest.remote(linger)
