@@ -186,7 +186,9 @@ class Attempt:
         if not self._failed:
             return None
         failures = [self._on_our_clock(*failure) for failure in self._failed]
-        return Failures(failures, self._stopped, self._stacks, self.log_directory)
+        return Failures(
+            failures, self._stopped, self._stacks, self.log_directory, self._stopped_at_ns
+        )
 
     def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
         """Only now: the clocks may not have been compared yet when it was heard of."""
