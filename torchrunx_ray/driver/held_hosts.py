@@ -54,7 +54,11 @@ class HeldHosts:
 
     async def open(self, progress: Progress) -> None:
         """Take room in the cluster."""
-        self._placement = await place(self._options, progress)
+        placement = await place(self._options, progress)
+        if self._is_closed:  # meanwhile; nobody would give the room back
+            await to_the_end(placement.remove())
+            raise RuntimeError("the session is closed")
+        self._placement = placement
 
     async def run(
         self, call: Call, progress: Progress, *, is_fresh: bool = False
@@ -75,9 +79,11 @@ class HeldHosts:
             try:
                 outcome = await attempt.go(call)
             finally:
-                progress.attempt, progress.stacks_at_stop = None, attempt.stacks_at_stop
-                progress.failures_before_stop = attempt.failures_before_stop
+                # Read in other threads, as long as there is an attempt from it.
                 progress.log_directory = attempt.log_directory
+                progress.stacks_at_stop = attempt.stacks_at_stop
+                progress.failures_before_stop = attempt.failures_before_stop
+                progress.attempt = None
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):
                 return outcome
@@ -154,8 +160,8 @@ class HeldHosts:
             if met is None:
                 if agent.is_gone:
                     logger.warning(
-                        "%s: the agent that rested there does not answer: it is frozen, swapping or cut off. "
-                        "A new one takes its place.",
+                        "%s: the agent that rested there does not answer: the machine is too busy to run it, or "
+                        "is swapping, or the agent is frozen or cut off. A new one takes its place.",
                         host.label,
                     )
                 await self._drop({index})
@@ -180,8 +186,8 @@ class HeldHosts:
 
 def _say_silent(hostname: str) -> None:
     logger.warning(
-        "%s: its agent has not answered for %.0f s: it is frozen, swapping or cut off, or Ray still makes its "
-        "runtime_env. The launch goes on when it answers.",
+        "%s: its agent has not answered for %.0f s: Ray still makes its runtime_env, or the machine is too busy "
+        "to run it, or is swapping, or the agent is frozen or cut off. The launch goes on when it answers.",
         hostname,
         _SILENT_S,
     )
