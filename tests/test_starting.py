@@ -111,10 +111,11 @@ def test_agent_that_froze_while_it_rested_is_replaced(
 
 def test_agent_that_has_not_answered_yet_does_not_rest(one: trx.Launcher) -> None:
     """The next launch would wait for it as long as for a new one, and say that it is new."""
-    wanted = put_call(os.getpid, (), {}, one).template
+    launcher = dataclasses.replace(one, runtime_env={"env_vars": {"FOR": "a new agent"}})
+    wanted = put_call(os.getpid, (), {}, launcher).template
 
     async def acquire_and_release() -> str:
-        agent = await pool.acquire(ray.nodes()[0]["NodeID"], "here", wanted, one)
+        agent = await pool.acquire(ray.nodes()[0]["NodeID"], "here", wanted, launcher)
         agent.calls.meet.remote(False)
         await agent.release(linger=1000)
         return agent.calls._actor_id.hex()
