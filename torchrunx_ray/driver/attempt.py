@@ -413,8 +413,8 @@ class Attempt:
         self._bound_last_lines()
         serving = self._crew.agents[0]
         alone = self._over == set(range(1, len(self._crew.hosts)))
-        if alone and not serving.is_gone and self._cluster.is_ours():
-            serving.calls.others_have_ended.remote(self._run_id)
+        if alone and not serving.is_gone:
+            self._cluster.tell(serving.calls.others_have_ended, self._run_id)
 
     @property
     def _forks_when_told(self) -> bool:
@@ -427,9 +427,9 @@ class Attempt:
             return
         if self._backend is not None:
             self._later(self._options.timeout, self._check_joined)
-        if self._forks_when_told and self._cluster.is_ours():
+        if self._forks_when_told:
             for agent in self._crew.agents:
-                agent.calls.fork.remote(self._run_id)
+                self._cluster.tell(agent.calls.fork, self._run_id)
 
     def _check_can_fork(self, waited_s: float, is_enough: bool) -> None:
         """Tell which hosts keep the others waiting; and fail after very long."""

@@ -122,7 +122,7 @@ class Agent:
         if linger <= 0 or self.is_new or self.is_gone or not self.connection.is_ours():
             await self.end()
             return
-        self.calls.rest.remote(linger)
+        self.connection.tell(self.calls.rest, linger)
         self.rests_until = time.monotonic() + linger
         for surplus in _resting.put(self):
             ending = asyncio.create_task(surplus.end())  # another's; nobody waits for it

@@ -99,8 +99,7 @@ class Talk:
     async def _nudge(self) -> None:
         """End a poll that did not ask for output, as soon as there is room for it."""
         await self._logs.until_room()
-        if self._cluster.is_ours():
-            self._agent.calls.nudge.remote()
+        self._cluster.tell(self._agent.calls.nudge)
 
     def _say_silent(self) -> None:
         logger.warning(
