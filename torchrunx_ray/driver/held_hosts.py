@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError
@@ -30,6 +30,10 @@ logger = logging.getLogger("torchrunx_ray")
 
 _SILENT_S = 15.0
 """An agent answers at once when it is there, and is there in a few seconds where no package is installed first."""
+
+
+_ANSWER_S = 120.0
+"""For Ray to say what it knows of a placement; a head may be restarted meanwhile."""
 
 
 class HeldHosts:
@@ -116,11 +120,11 @@ class HeldHosts:
             placement, hosts = self._placement, self._placement.hosts
             try:
                 if not is_fresh:
-                    await placement.check()
+                    await _answered(placement.check())
                 met = await _all_or_first_error(
                     [self._meet(i, host, template) for i, host in enumerate(hosts)]
                 )
-                gpu_ids = await placement.gpu_ids()
+                gpu_ids = await _answered(placement.gpu_ids())
             except (AgentFailedError, RayError) as error:
                 if await placement.is_whole():
                     raise
@@ -191,6 +195,23 @@ def _say_silent(hostname: str) -> None:
         hostname,
         _SILENT_S,
     )
+
+
+async def _answered(question: Awaitable[T]) -> T:
+    """Await what Ray knows, but not for ever."""
+    limit = asyncio.timeout(_ANSWER_S)
+    try:
+        async with limit:
+            return await question
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise LaunchError(
+            f"Ray has not told for {_ANSWER_S:g} s what it knows of the placement of the launch. Is the head's "
+            "machine frozen, overloaded or cut off? `ray status` there would tell. Launch again."
+        ) from None
+    finally:
+        del limit  # it refers to the task whose failure refers to this frame
 
 
 async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[T]:

@@ -42,6 +42,9 @@ _CLOSING_UNMET_S = 1.0
 _SILENT_S = 10.0
 """For an agent that rested to be ready for another run: it may source an env_file anew."""
 
+_READY_S = 300.0
+"""The same in all, while it answers other questions."""
+
 _ANSWER_S = 5.0
 """For an agent that lives to answer."""
 
@@ -100,9 +103,11 @@ class Agent:
             )
 
     async def _until_met_or_frozen(self, meeting: "asyncio.Task[Any]") -> None:
+        gives_up_at = time.monotonic() + _READY_S
         while not meeting.done():
             await asyncio.wait({meeting}, timeout=_SILENT_S)
-            if not meeting.done() and not await self._answers():
+            is_late = time.monotonic() >= gives_up_at
+            if not meeting.done() and (is_late or not await self._answers()):
                 self.is_gone = True
                 raise TimeoutError
 
