@@ -235,7 +235,12 @@ def test_run_that_the_scripts_end_stops_is_told(
 ) -> None:
     done = run_script(
         """
-import time, torchrunx_ray as trx
+import atexit, threading, time, torchrunx_ray as trx
+
+def start(_):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+
+atexit.register(setattr, threading.Thread, "start", start)  # as from Python 3.12 on
 launcher = trx.Launcher(workers_per_host=1, backend=None, name="left")
 run, other = (launcher.submit(time.sleep, 100) for _ in range(2))
 

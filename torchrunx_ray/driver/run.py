@@ -245,7 +245,10 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
 
     def _invoke_callbacks(self) -> None:
         """Call the user's functions in a thread of its own: they may block, or launch something."""
-        future: Any = super()  # whose stubs have no private methods
+        this: Any = self  # the stubs have no private names
+        if not this._done_callbacks:  # such as in a forked child, which should start no thread
+            return
+        future: Any = super()
         call = future._invoke_callbacks
         if loop.start_thread(call):
             return

@@ -71,10 +71,8 @@ class Talk:
         finally:
             starting.cancel()
             hearing.cancel()
-            del (
-                starting,
-                hearing,
-            )  # a failure refers to this frame, and must not wait for Python's gc
+            # A failure refers to this frame, and must not wait for Python's gc.
+            del starting, hearing
         return None
 
     async def _start(self, wanted: messages.RunWanted, call: Call) -> None:
