@@ -445,6 +445,29 @@ def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
     assert "That folder is in the driver's PYTHONPATH, which workers search too" in searched
 
 
+def test_advice_never_takes_the_place_of_the_workers_error(
+    one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "that_breaks_a_finder":
+                raise RuntimeError("of a finder")
+
+    def fail(name: object) -> None:
+        raise ModuleNotFoundError(f"no module {name}", name=name)
+
+    (tmp_path / "of_cwd.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    monkeypatch.syspath_prepend(tmp_path)
+
+    for name in (5, "that_breaks_a_finder"):
+        assert "Raised by rank 0" in notes(lambda name=name: one.run(fail, name))
+    told = notes(lambda: one.run(fail, "of_cwd"))
+    assert f"The driver has of_cwd in {tmp_path / 'of_cwd.py'}. To send it" in told
+
+
 @pytest.mark.slow
 def test_workers_of_different_environments_do_not_share_agents(launcher: trx.Launcher) -> None:
     values = [

@@ -62,6 +62,25 @@ def test_death_that_is_reported_late_is_still_named(launcher: trx.Launcher) -> N
     assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
 
 
+def test_crash_of_a_rank_that_was_told_to_stop_is_not_taken_for_the_cause(
+    launcher: trx.Launcher,
+) -> None:
+    def fail_or_crash_when_stopped() -> None:
+        def crash(*_: object) -> None:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+        signal.signal(signal.SIGTERM, crash)
+        dist.barrier()
+        if dist.get_rank() == 1:
+            time.sleep(1000)
+        dist.send(torch.ones(1), dst=0)
+
+    with pytest.raises(ValueError, match="rank") as caught:
+        launcher.run(fail_or_crash_when_stopped)
+    assert any("SIGSEGV" in note for note in caught.value.__notes__)
+
+
 def test_failure_stops_ranks_that_would_never_return(launcher: trx.Launcher) -> None:
     def fail_or_sleep() -> None:
         if dist.get_rank() == 0:

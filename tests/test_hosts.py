@@ -462,6 +462,7 @@ def test_node_that_left_a_moment_ago_is_waited_for(
         assert run.result(timeout=60).hostnames[0] in ("127.0.0.2", "vm")
     session.close()
     assert len(runs[0].result(timeout=60)) == 1
+    assert not [node for node in cluster.left_nodes() if "passing" in node.resources]  # it is back
 
 
 def test_killed_raylet_is_told_at_once(three_raylets: Cluster, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 import weakref
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,22 @@ def test_session_does_not_keep_the_values_of_its_runs(cluster: None) -> None:
         result = weakref.ref(session.run(os.getpid))
         gc.collect()
         assert result() is None
+
+
+def test_failed_run_leaves_nothing_to_the_event_loop(one: trx.Launcher, tmp_path: Path) -> None:
+    """A timer for a host's last words held all that there was of the run."""
+
+    def fail() -> None:
+        processes.wait_until((tmp_path / "gate").exists)
+        raise ZeroDivisionError
+
+    run: Any = one.submit(fail)
+    assert processes.wait_until(lambda: run._progress.attempt is not None)
+    attempt = weakref.ref(run._progress.attempt)
+    (tmp_path / "gate").touch()
+    with pytest.raises(ZeroDivisionError):
+        run.result()
+    assert processes.wait_until(lambda: (gc.collect(), attempt())[1] is None, 10)
 
 
 @pytest.mark.slow

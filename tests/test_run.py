@@ -235,13 +235,25 @@ def test_run_that_the_scripts_end_stops_is_told(
 ) -> None:
     done = run_script(
         """
-import time, torchrunx_ray as trx
-run = trx.Launcher(workers_per_host=1, backend=None, name="left").submit(time.sleep, 100)
-while "running" not in repr(run):
+import atexit, threading, time, torchrunx_ray as trx
+
+def start(_):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+
+atexit.register(setattr, threading.Thread, "start", start)  # as from Python 3.12 on
+launcher = trx.Launcher(workers_per_host=1, backend=None, name="left")
+run, other = (launcher.submit(time.sleep, 100) for _ in range(2))
+
+def wait_for_the_other(_):
+    other.wait()
+    print("both have ended")
+
+run.add_done_callback(wait_for_the_other)
+while "running" not in repr(run) or "running" not in repr(other):
     time.sleep(0.01)
 """
     )
-    assert done.returncode == 0
+    assert (done.returncode, done.stdout) == (0, "both have ended\n"), done.stderr
     assert "the script ended while <Run left-" in done.stderr
     assert ": running 1 worker>; it is being stopped, " in done.stderr
 

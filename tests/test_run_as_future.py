@@ -2,6 +2,8 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
+import logging
 import os
 import threading
 import time
@@ -75,6 +77,30 @@ def test_waiting_for_several_runs_hears_of_failures_and_cancellations(one: trx.L
     assert set(concurrent.futures.as_completed([sleeping, failing], 60)) == {sleeping, failing}
     assert sleeping.cancelled()
     assert not failing.cancelled()
+
+
+def test_handler_of_the_drivers_that_fails_keeps_no_run_from_ending(
+    one: trx.Launcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run logs at DEBUG what ended it."""
+
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "ended by this" in record.getMessage():
+                said.set()
+                raise ValueError("a handler of the driver's")
+
+    said, broken = threading.Event(), Broken()
+    ours = logging.getLogger("torchrunx_ray")
+    ours.addHandler(broken)
+    try:
+        with caplog.at_level(logging.DEBUG, "torchrunx_ray"):
+            run = dataclasses.replace(one, hostnames=["nowhere"]).submit(os.getpid)
+            with pytest.raises(trx.PlacementError, match="nowhere"):
+                run.result(timeout=20)
+            assert said.wait(20)
+    finally:
+        ours.removeHandler(broken)
 
 
 def test_callbacks_are_called_with_the_run_and_may_launch(one: trx.Launcher) -> None:

@@ -12,6 +12,9 @@ import ray
 
 import torchrunx_ray as trx
 from tests import processes
+from torchrunx_ray.driver import loop
+from torchrunx_ray.driver.held_hosts import HeldHosts
+from torchrunx_ray.driver.progress import Progress
 
 
 def tree() -> dict[str, int]:
@@ -133,6 +136,20 @@ async def test_session_that_finds_no_room_in_a_coroutine_says_so(cluster: None) 
     with pytest.raises(trx.PlacementError):
         await session.submit(os.getpid)
     session.close()
+
+
+def test_session_that_is_closed_while_it_opens_holds_no_room(one: trx.Launcher) -> None:
+    """That its room is free again is checked after every test, by its `cluster`."""
+
+    async def close_while_it_opens() -> None:
+        hosts = HeldHosts(one)
+        opening = asyncio.create_task(hosts.open(Progress("closed-early")))
+        await asyncio.sleep(0)
+        await hosts.close()
+        with pytest.raises(RuntimeError, match="the session is closed"):
+            await opening
+
+    loop.start(close_while_it_opens()).result(60)
 
 
 async def test_cancelling_a_coroutine_ends_its_session(cluster: None) -> None:

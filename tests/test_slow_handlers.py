@@ -6,10 +6,12 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 import torchrunx_ray as trx
+from tests.interrupts import result_with_one_ctrl_c
 from tests.logs import Kept
 from tests.processes import wait_until
 from torchrunx_ray.driver import attempt
@@ -76,31 +78,66 @@ def test_failure_is_heard_while_a_handler_blocks(
     assert counts == list(range(counts[-1] + 1))
 
 
-def test_kill_gives_up_output_that_nobody_takes(
-    cluster: None, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def blocked() -> Iterator[Kept]:
+    """A handler that takes one record, and no other until the test ends."""
+
     class Blocked(Kept):
         def emit(self, record: logging.LogRecord) -> None:
             super().emit(record)
             ended.wait()
 
-    def flood() -> None:
-        while True:
-            print("x" * 10_000)
-
     ended = threading.Event()
-    blocked = Blocked()
-    run = trx.Launcher(workers_per_host=1, backend=None, log_handlers=[blocked]).submit(flood)
-    try:
-        assert wait_until(lambda: bool(blocked.records), 30)
-        run.cancel()
-        time.sleep(1)  # a person's finger
-        assert not run.done()
-        run.kill()
-        assert wait_until(run.done)
-        assert "is not shown" in caplog.text
-    finally:
-        ended.set()
+    yield Blocked()
+    ended.set()
+
+
+def test_kill_gives_up_output_that_nobody_takes(
+    one: trx.Launcher, blocked: Kept, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = dataclasses.replace(one, log_handlers=[blocked]).submit(flood)
+    assert wait_until(lambda: bool(blocked.records), 30)
+    run.cancel()
+    time.sleep(1)  # a person's finger
+    assert not run.done()
+    run.kill()
+    assert wait_until(run.done)
+    assert "is not shown" in caplog.text
+
+
+def test_cancelled_run_waits_some_seconds_for_a_handler_that_blocks(
+    one: trx.Launcher,
+    blocked: Kept,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.5)
+    run = dataclasses.replace(one, log_handlers=[blocked]).submit(flood)
+    assert wait_until(lambda: bool(blocked.records), 30)
+    run.cancel()
+    assert wait_until(run.done)
+    assert "is not shown" in caplog.text
+
+
+def test_ctrl_c_while_output_is_waited_for_tells_what_had_failed(
+    one: trx.Launcher, blocked: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say_and_fail() -> None:
+        print("before")
+        raise ValueError("found out")
+
+    monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.5)
+    run = dataclasses.replace(one, log_handlers=[blocked]).submit(say_and_fail)
+    assert wait_until(lambda: bool(blocked.records) and not run.stacks(), 30)
+    time.sleep(0.5)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        result_with_one_ctrl_c(run)
+    assert any("ValueError: found out" in note for note in caught.value.__notes__)
+
+
+def flood() -> None:
+    while True:
+        print("x" * 10_000)
 
 
 @pytest.mark.slow

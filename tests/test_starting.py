@@ -12,7 +12,8 @@ import ray
 import torchrunx_ray as trx
 from tests import processes
 from tests.conftest import RunScript
-from torchrunx_ray.driver import pool
+from torchrunx_ray.driver import loop, pool
+from torchrunx_ray.driver.call import put_call
 
 SLOW_ON_ONE_HOST = """
 import os, time
@@ -106,6 +107,24 @@ def test_agent_that_froze_while_it_rested_is_replaced(
     assert before[1] != after[1]
     assert "the agent that rested there does not answer" in caplog.text
     assert processes.wait_until(lambda: not processes.is_alive(before[1]), 20)
+
+
+def test_agent_that_has_not_answered_yet_does_not_rest(one: trx.Launcher) -> None:
+    """The next launch would wait for it as long as for a new one, and say that it is new."""
+    launcher = dataclasses.replace(one, runtime_env={"env_vars": {"FOR": "a new agent"}})
+    wanted = put_call(os.getpid, (), {}, launcher).template
+
+    async def acquire_and_release() -> str:
+        agent = await pool.acquire(ray.nodes()[0]["NodeID"], "here", wanted, launcher)
+        agent.calls.meet.remote(False)
+        await agent.release(linger=1000)
+        return agent.calls._actor_id.hex()
+
+    actor = loop.start(acquire_and_release()).result(60)
+    untyped_ray: Any = ray
+    assert processes.wait_until(
+        lambda: untyped_ray._private.state.actors(actor)["State"] == "DEAD", 20
+    )
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import torchrunx_ray as trx
-from tests.processes import is_alive, wait_until
+from tests.interrupts import result_with_one_ctrl_c
+from tests.processes import above, is_alive, wait_until
+from torchrunx_ray.driver import attempt
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def save_when_stopped(folder: Path) -> None:
         os._exit(0)
 
     signal.signal(signal.SIGTERM, save)
-    (folder / f"ready {os.environ['RANK']}").touch()
+    (folder / f"ready {os.environ['RANK']}").write_text(str(os.getpid()))
     time.sleep(1000)
 
 
@@ -55,23 +57,11 @@ def test_cancelling_again_leaves_workers_to_save_their_work(
     assert both(tmp_path, "saving")
     assert run.cancel()
     with pytest.raises(KeyboardInterrupt):
-        result_with_one_ctrl_c(run, tmp_path)  # after a `cancel` it is the first one
+        result_with_one_ctrl_c(
+            run, (tmp_path / "go on").touch
+        )  # after a `cancel` it is the first one
     assert both(tmp_path, "saved")
     assert run.cancelled()
-
-
-def result_with_one_ctrl_c(run: trx.Run[None], folder: Path) -> None:
-    def interrupt(*_: object) -> None:
-        (folder / "go on").touch()
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        run.result()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 async def test_cancelling_who_awaits_twice_leaves_workers_to_save_their_work(
@@ -121,6 +111,25 @@ def test_kill_ends_workers_that_ignore_sigterm(
         run.result(timeout=60)
     assert not any(is_alive(int(path.name.split()[1])) for path in tmp_path.iterdir())
     assert run.kill() is False
+
+
+def test_kill_does_not_wait_for_an_agent_that_froze_after_the_cancel(
+    patient: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 100.0)
+    run = dataclasses.replace(patient, linger=0).submit(save_when_stopped, tmp_path)
+    assert both(tmp_path, "ready")
+    worker = next(int(path.read_text()) for path in tmp_path.glob("ready *"))
+    run.cancel()
+    assert both(tmp_path, "saving")
+    time.sleep(0.5)  # for the agent's answer
+    os.kill(agent := above(worker)["agent"], signal.SIGSTOP)
+    run.kill()
+    try:
+        assert wait_until(run.done, 30)
+    finally:
+        if not wait_until(lambda: not is_alive(agent), 20):
+            os.kill(agent, signal.SIGCONT)
 
 
 def test_run_that_waits_for_room_can_be_killed(patient: trx.Launcher) -> None:

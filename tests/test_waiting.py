@@ -1,5 +1,6 @@
 """Launches of one driver that wait for each other's room."""
 
+import dataclasses
 import os
 import random
 import time
@@ -18,6 +19,7 @@ from ray.util.placement_group import (
 import torchrunx_ray as trx
 from tests.conftest import RunScript
 from tests.processes import wait_until
+from torchrunx_ray.driver import cluster as cluster_of_ray
 from torchrunx_ray.driver import line, reports
 
 CPUS = 8
@@ -204,3 +206,16 @@ def until_ray_has_just_tried_again() -> None:
     assert wait_until(lambda: len(attempts()) > 0)
     before = attempts()
     assert wait_until(lambda: attempts() != before)
+
+
+def test_launch_is_told_why_it_cannot_be_though_the_head_does_not_say_who_left(
+    one: trx.Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question is one that Ray may change: it is no public one."""
+    monkeypatch.setattr(cluster_of_ray, "_raylet", None)
+    with pytest.raises(trx.PlacementError, match="'nowhere' is no live node"):
+        dataclasses.replace(one, hostnames=["nowhere"]).run(os.getpid)
+    with pytest.raises(trx.PlacementError, match="can never hold this launch"):
+        dataclasses.replace(one, hostnames=1, gpus_per_worker=0, cpus_per_worker=1000).run(
+            os.getpid
+        )

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torchrunx_ray.driver.logs.host_story import HostEvent
 from torchrunx_ray.driver.logs.run_logs import RunLogs
 from torchrunx_ray.driver.logs.speaker import Speaker
 from torchrunx_ray.driver.lookout import Lookout
-from torchrunx_ray.driver.loop import in_thread, to_the_end
+from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
@@ -50,6 +50,10 @@ Longer than a template waits for a process that gives back much memory.
 
 _DEAF_S = 1.0
 """How long after a second cancellation an agent may take to hear that it shall kill."""
+
+_LAST_LINES_S = 5.0
+"""How long a handler or terminal may take for the last output of a cancelled run."""
+
 _SLOW_START_S = 60.0
 """How long a host may take until it can fork before that is told."""
 
@@ -103,13 +107,13 @@ class Attempt:
         self._lookout = Lookout(run_id, crew.agents, self._layout)
         self._failed: list[tuple[int | None, Failure]] = []
         """With the hosts on whose clocks their times are; None for the driver's."""
-        self._comparing: asyncio.Task[None] | None = None
         self._stopped_at_ns: int | None = None
         self._kills_at = math.inf
         """Time of the loop at which SIGKILL follows."""
-        self._deaf: set[int] = set(range(len(crew.hosts)))
-        """Hosts, by index, whose agents have not confirmed that they stop."""
-        self._telling: set[asyncio.Task[None]] = set()
+        self._deaf: set[int] = set()
+        """Hosts, by index, whose agents have not confirmed the last stop that they were told."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        """They end with the attempt."""
         self._stopped: list[str] = []
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
@@ -119,13 +123,11 @@ class Attempt:
         self._pids: list[dict[int, int]] = [{} for _ in crew.hosts]
         """Ranks of each host by pid."""
         self._stacks = Stacks({})
-        self._looking: asyncio.Task[None] | None = None
-        self._was_cancelled = False
+        self._failed_before_cancel: int | None = None
+        """How many failures were known when the run was cancelled; None if it was not."""
         self._is_to_be_killed = False
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
-        self.failures_before_stop: Failures | None = None
-        """What had failed by then; what fails afterwards does so because of it."""
         self._over: set[int] = set()
         """Hosts, by index, of whose workers none lives, or that nobody will hear of any more."""
         self.broken: set[int] = set(range(len(crew.hosts)))
@@ -151,7 +153,7 @@ class Attempt:
             for i, host in enumerate(self._crew.hosts)
         ]
         try:
-            self._comparing = asyncio.create_task(self._clocks.compare())
+            self._begin(self._clocks.compare())
             self._watching = [
                 asyncio.create_task(self._watch(i, talk, call)) for i, talk in enumerate(talks)
             ]
@@ -162,9 +164,8 @@ class Attempt:
             self._lookout.close()
             for timer in self._timers:
                 timer.cancel()
-            for task in (self._looking, self._comparing, *self._telling, *self._watching):
-                if task is not None:
-                    task.cancel()
+            for task in (*self._tasks, *self._watching):
+                task.cancel()
             await self._drain_logs()
         if (failures := self.failures) is not None:
             return failures
@@ -183,10 +184,20 @@ class Attempt:
     @property
     def failures(self) -> Failures | None:
         """All that has failed so far."""
-        if not self._failed:
+        return self._first_failures(None)
+
+    @property
+    def failures_before_stop(self) -> Failures | None:
+        """Of a cancelled run what had failed before; what fails afterwards does so because of that."""
+        return self._first_failures(self._failed_before_cancel)
+
+    def _first_failures(self, count: int | None) -> Failures | None:
+        failures = [self._on_our_clock(*failure) for failure in self._failed[:count]]
+        if not failures:
             return None
-        failures = [self._on_our_clock(*failure) for failure in self._failed]
-        return Failures(failures, self._stopped, self._stacks, self.log_directory)
+        return Failures(
+            failures, self._stopped, self._stacks, self.log_directory, self._stopped_at_ns
+        )
 
     def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
         """Only now: the clocks may not have been compared yet when it was heard of."""
@@ -224,11 +235,8 @@ class Attempt:
                 await asyncio.wait(self._watching)
                 break
             except asyncio.CancelledError as error:
-                if cancelled is None:
-                    self.failures_before_stop = self.failures
-                    self._was_cancelled = True
-                if cancelled is None and not self._is_to_be_killed:
-                    self._looking = asyncio.create_task(self._look_and_stop(grace_s))
+                if self._is_first_cancellation():
+                    self._begin(self._look_and_stop(grace_s))
                 else:
                     self._stop(0)
                     self._later(_DEAF_S, self._give_up_deaf)
@@ -243,15 +251,39 @@ class Attempt:
             if not watching.cancelled():
                 watching.result()
 
+    def _is_first_cancellation(self) -> bool:
+        """Take note of a cancellation; False for one that kills."""
+        if self._was_cancelled:
+            return False
+        self._failed_before_cancel = len(self._failed)
+        self._bound_last_lines()
+        return not self._is_to_be_killed
+
+    def _bound_last_lines(self) -> None:
+        """Let nobody who cancelled a run wait long for a handler that blocks, or a stopped terminal."""
+        if self._was_cancelled and len(self._over) == len(self._crew.hosts):
+            asyncio.get_running_loop().call_later(_LAST_LINES_S, self._logs.give_up)
+
+    @property
+    def _was_cancelled(self) -> bool:
+        return self._failed_before_cancel is not None
+
     async def _drain_logs(self) -> None:
-        """All of it, unless whoever waits for it gives up."""
+        """All of it, unless the run is cancelled."""
         draining = asyncio.ensure_future(self._logs.drain())
+        cancelled: asyncio.CancelledError | None = None
+        while not draining.done():
+            try:
+                await asyncio.shield(draining)
+            except asyncio.CancelledError as error:
+                if not self._is_first_cancellation():
+                    self._logs.give_up()
+                cancelled = error
         try:
-            await asyncio.shield(draining)
-        except asyncio.CancelledError:
-            self._logs.give_up()
-            await to_the_end(self._logs.drain())
-            raise
+            if cancelled is not None:
+                raise cancelled
+        finally:
+            del cancelled  # it refers to this frame
 
     def _wanted(self, host_index: int, call: Call) -> messages.RunWanted:
         master = self._crew.met[0]
@@ -378,10 +410,11 @@ class Attempt:
         if host_index in self._over:
             return
         self._over.add(host_index)
+        self._bound_last_lines()
         serving = self._crew.agents[0]
         alone = self._over == set(range(1, len(self._crew.hosts)))
-        if alone and not serving.is_gone and self._cluster.is_ours():
-            serving.calls.others_have_ended.remote(self._run_id)
+        if alone and not serving.is_gone:
+            self._cluster.tell(serving.calls.others_have_ended, self._run_id)
 
     @property
     def _forks_when_told(self) -> bool:
@@ -394,9 +427,9 @@ class Attempt:
             return
         if self._backend is not None:
             self._later(self._options.timeout, self._check_joined)
-        if self._forks_when_told and self._cluster.is_ours():
+        if self._forks_when_told:
             for agent in self._crew.agents:
-                agent.calls.fork.remote(self._run_id)
+                self._cluster.tell(agent.calls.fork, self._run_id)
 
     def _check_can_fork(self, waited_s: float, is_enough: bool) -> None:
         """Tell which hosts keep the others waiting; and fail after very long."""
@@ -406,8 +439,10 @@ class Attempt:
             what = f"{waited_s:g} s after the run began no worker can be forked"
             if i in self._history.loaded:
                 why = "the function and its arguments are still on their way there"
-            else:
+            elif self._options.preload:
                 why = f"its template still imports {', '.join(self._options.preload)}"
+            else:
+                why = "its template is still being started"
             if is_enough:
                 self._lose(i, what, why)
             else:
@@ -434,7 +469,7 @@ class Attempt:
         """Take note of a failure, whose time is on its host's clock; None for one that we see now."""
         if not self._failed:
             self._lookout.close()
-            self._looking = asyncio.create_task(self._settle_and_stop())
+            self._begin(self._settle_and_stop())
             if not self._was_cancelled:
                 self._later(_SILENT_STOP_S, self._tell_of_failure)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
@@ -458,17 +493,26 @@ class Attempt:
 
     async def _settle_and_stop(self) -> None:
         """Wait for earlier failures, and for what the others are doing while they still do it."""
-        looking = self._lookout.stacks(_STACKS_AFTER_FAILURE)
-        try:
-            self._stacks, _ = await asyncio.gather(looking, asyncio.sleep(_SETTLING_S))
-        finally:
-            self._stop(self._options.shutdown_timeout)
+        looking = self._look(_STACKS_AFTER_FAILURE)
+        self._stacks, _ = await asyncio.gather(looking, asyncio.sleep(_SETTLING_S))
+        self._stop(self._options.shutdown_timeout)
 
     async def _look_and_stop(self, grace_s: float) -> None:
+        self.stacks_at_stop = await self._look(_STACKS_AT_CANCEL)
+        self._stop(grace_s)
+
+    async def _look(self, wanted: messages.StacksWanted) -> Stacks:
+        """Ask for what the others do; a bug in that must not keep them from being stopped."""
         try:
-            self.stacks_at_stop = await self._lookout.stacks(_STACKS_AT_CANCEL)
-        finally:
-            self._stop(grace_s)
+            return await self._lookout.stacks(wanted)
+        except Exception as error:
+            logger.warning("%s: no stacks of its workers", self._run_id, exc_info=error)
+            return Stacks({})
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(delay_s, call, *args))
@@ -485,19 +529,19 @@ class Attempt:
         if self._stopped_at_ns is None:
             self._stopped_at_ns = now_ns()
         self._history.is_stopping = True
+        self._deaf = deaf = set[int]()
         for i, watching in enumerate(self._watching):
             if not watching.done() and self._cluster.is_ours():
                 self._logs.tell(self._speaker(i, None), host_story.stop(grace_s), now_ns() / 1e9)
-                telling = asyncio.create_task(self._tell_to_stop(i, grace_s))
-                self._telling.add(telling)
-                telling.add_done_callback(self._telling.discard)
+                deaf.add(i)
+                self._begin(self._tell_to_stop(i, grace_s, deaf))
         self._later(grace_s + _LAST_WORDS_S, self._give_up)
 
-    async def _tell_to_stop(self, host_index: int, grace_s: float) -> None:
+    async def _tell_to_stop(self, host_index: int, grace_s: float, deaf: set[int]) -> None:
         stop = self._crew.agents[host_index].calls.stop
         with contextlib.suppress(RayError, ClusterLeft):  # the talk with that agent tells why
             await self._cluster.ask(stop, self._run_id, grace_s)
-            self._deaf.discard(host_index)
+            deaf.discard(host_index)
 
     def _forget(self, host_index: int) -> None:
         """Ask its agent nothing more: it ends, is frozen or cut off, which Ray tells much later."""
@@ -510,7 +554,7 @@ class Attempt:
         One that has done so may have more to say than the driver's terminal takes just now.
         """
         what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
-        evidence = "it is frozen, or cut off, or a process is stuck in the kernel"
+        evidence = "the machine is too busy, or it is frozen, or cut off, or a process is stuck in the kernel"
         for i, watching in enumerate(self._watching):
             if i not in self._over and not watching.done():
                 self._lose(i, what, evidence)
@@ -521,5 +565,5 @@ class Attempt:
         what = f"{_DEAF_S:g} s after it was told to kill the workers the agent has not answered"
         for i in sorted(self._deaf - self._over):
             if not self._watching[i].done():
-                self._lose(i, what, "it is frozen, swapping or cut off")
+                self._lose(i, what, "the machine is too busy, or it is frozen, swapping or cut off")
                 self._forget(i)

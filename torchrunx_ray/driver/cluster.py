@@ -1,7 +1,7 @@
 """The nodes of the Ray cluster that this driver belongs to."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,14 @@ def live_nodes() -> list[Node]:
 
 
 def left_nodes() -> list[Node]:
-    """Return the nodes that left the cluster, as far as Ray's head still knows them."""
+    """Return the nodes that left the cluster and are not back, as far as Ray's head still knows them."""
     return Connection().inside(_left_nodes)
 
 
 def _left_nodes() -> list[Node]:
     # Ray's public table tells neither when a node left nor what it had.
     gcs = _raylet.GcsClient(address=context().gcs_address)
+    infos = list(gcs.get_all_node_info(timeout=5).values())
     return [
         Node(
             node_id=info.node_id.hex(),
@@ -88,9 +89,28 @@ def _left_nodes() -> list[Node]:
             labels=dict(info.labels),
             left_s=time.time() - info.end_time_ms / 1000,
         )
-        for info in gcs.get_all_node_info(timeout=5).values()
-        if info.end_time_ms
+        for info in _not_back(infos)
     ]
+
+
+def _not_back(infos: Sequence[Any]) -> list[Any]:
+    """Return those that left, except for each one whose place a later node of its host has taken."""
+    came = sorted(infos, key=lambda info: info.start_time_ms)
+    away: list[Any] = []
+    for left in sorted(filter(_when_it_left, infos), key=_when_it_left):
+        host = left.node_manager_hostname, left.node_manager_address
+        for later in came:
+            is_there = (later.node_manager_hostname, later.node_manager_address) == host
+            if is_there and later.start_time_ms >= left.end_time_ms:
+                came.remove(later)
+                break
+        else:
+            away.append(left)
+    return away
+
+
+def _when_it_left(info: Any) -> int:
+    return info.end_time_ms
 
 
 def total_resources() -> dict[str, float]:

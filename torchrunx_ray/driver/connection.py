@@ -89,6 +89,15 @@ class Connection:
             answer.cancel()
             del answer  # a failure refers to this frame, and must not wait for Python's gc
 
+    def tell(self, method: Any, *args: Any) -> None:
+        """Ask an actor for something whose answer nobody needs.
+
+        Whoever asks next hears that the cluster was left.
+        """
+        if self.is_ours():
+            with contextlib.suppress(ClusterLeft), self._telling_its_loss():
+                method.remote(*args)
+
     @property
     def is_inherited(self) -> bool:
         """Whether it is the parent's, from which this process was forked."""

@@ -95,10 +95,12 @@ class Failures:
     """What the workers were doing when the first failure was heard of."""
     log_directory: Path | None
     """With the default files, where something was written to them."""
+    stopped_at_ns: int | None = None
+    """When the launch began to stop the workers."""
 
     @property
     def in_brief(self) -> str:
-        first = _in_order(self.failures)[0]
+        first = self._in_order()[0]
         return f"{first.who}: {_summary(first.report)}{_place(first.report)}"
 
     @property
@@ -112,7 +114,7 @@ class Failures:
 
         Notes tell what failed after it, and who was then stopped by the launch.
         """
-        in_order = _in_order(self.failures)
+        in_order = self._in_order()
         exceptions = [_exception(failure) for failure in in_order]
         first = exceptions[0]
         stacks = self.stacks.without(f.rank for f in self.failures if f.rank is not None)
@@ -129,40 +131,43 @@ class Failures:
             _add_note(first, f"All output of this launch: {self.log_directory}")
         return first
 
+    def _in_order(self) -> list[Failure]:
+        """By time; but a death comes before what peers raised in a collective because of it.
+
+        The kernel closes a dying process's sockets before its parent can reap it.
+        """
+        in_order = sorted(self.failures, key=lambda failure: failure.time_ns)
+        first = in_order[0]
+        if isinstance(first.report, messages.Failed) and first.report.in_collective:
+            for failure in in_order:
+                if failure.time_ns - first.time_ns < self._notice_ns(failure):
+                    in_order.remove(failure)
+                    return [failure, *in_order]
+        return in_order
+
+    def _notice_ns(self, failure: Failure) -> int:
+        """Return how long after an error in a collective this may still be its cause."""
+        match failure.report:
+            case messages.Died(exited=exited):
+                # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
+                # a worker may crash by what it does to end; nobody kills itself by SIGKILL.
+                to_end = self.stopped_at_ns is not None and failure.time_ns > self.stopped_at_ns
+                if exited.signal in (None, signal.SIGABRT):
+                    return _NOTICE_NS
+                if to_end and exited.signal != signal.SIGKILL:
+                    return _NOTICE_NS
+                return _NOTICE_OF_SIGNAL_NS
+            case messages.AgentFailed():
+                return _NOTICE_NS
+            case _:
+                return 0
+
     def _tell_of_the_others(self, first: BaseException, stacks: Stacks) -> None:
         if stacks:
             told = textwrap.indent(stacks.summary, "  ")
             _add_note(first, f"What the others were doing:\n{told}")
         if self.stopped:
             _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
-
-
-def _in_order(failures: Sequence[Failure]) -> list[Failure]:
-    """By time; but a death comes before what peers raised in a collective because of it.
-
-    The kernel closes a dying process's sockets before its parent can reap it.
-    """
-    in_order = sorted(failures, key=lambda failure: failure.time_ns)
-    first = in_order[0]
-    if isinstance(first.report, messages.Failed) and first.report.in_collective:
-        for failure in in_order:
-            if failure.time_ns - first.time_ns < _notice_ns(failure.report):
-                in_order.remove(failure)
-                return [failure, *in_order]
-    return in_order
-
-
-def _notice_ns(report: Report) -> int:
-    """Return how long after an error in a collective this report may still be of its cause."""
-    match report:
-        case messages.Died(exited=exited):
-            # NCCL's watchdog aborts a process whose peers have failed.
-            by_signal = exited.signal is not None and exited.signal != signal.SIGABRT
-            return _NOTICE_OF_SIGNAL_NS if by_signal else _NOTICE_NS
-        case messages.AgentFailed():
-            return _NOTICE_NS
-        case _:
-            return 0
 
 
 def _exception(failure: Failure) -> BaseException:

@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError
@@ -32,6 +32,10 @@ _SILENT_S = 15.0
 """An agent answers at once when it is there, and is there in a few seconds where no package is installed first."""
 
 
+_ANSWER_S = 120.0
+"""For Ray to say what it knows of a placement; a head may be restarted meanwhile."""
+
+
 class HeldHosts:
     """A placement, and the agents on it. Lives in the background loop."""
 
@@ -54,7 +58,11 @@ class HeldHosts:
 
     async def open(self, progress: Progress) -> None:
         """Take room in the cluster."""
-        self._placement = await place(self._options, progress)
+        placement = await place(self._options, progress)
+        if self._is_closed:  # meanwhile; nobody would give the room back
+            await to_the_end(placement.remove())
+            raise RuntimeError("the session is closed")
+        self._placement = placement
 
     async def run(
         self, call: Call, progress: Progress, *, is_fresh: bool = False
@@ -75,9 +83,11 @@ class HeldHosts:
             try:
                 outcome = await attempt.go(call)
             finally:
-                progress.attempt, progress.stacks_at_stop = None, attempt.stacks_at_stop
-                progress.failures_before_stop = attempt.failures_before_stop
+                # Read in other threads, as long as there is an attempt from it.
                 progress.log_directory = attempt.log_directory
+                progress.stacks_at_stop = attempt.stacks_at_stop
+                progress.failures_before_stop = attempt.failures_before_stop
+                progress.attempt = None
                 await to_the_end(self._drop(attempt.broken))
             if isinstance(outcome, Failures):
                 return outcome
@@ -110,11 +120,11 @@ class HeldHosts:
             placement, hosts = self._placement, self._placement.hosts
             try:
                 if not is_fresh:
-                    await placement.check()
+                    await _answered(placement.check())
                 met = await _all_or_first_error(
                     [self._meet(i, host, template) for i, host in enumerate(hosts)]
                 )
-                gpu_ids = await placement.gpu_ids()
+                gpu_ids = await _answered(placement.gpu_ids())
             except (AgentFailedError, RayError) as error:
                 if await placement.is_whole():
                     raise
@@ -154,8 +164,8 @@ class HeldHosts:
             if met is None:
                 if agent.is_gone:
                     logger.warning(
-                        "%s: the agent that rested there does not answer: it is frozen, swapping or cut off. "
-                        "A new one takes its place.",
+                        "%s: the agent that rested there does not answer: the machine is too busy to run it, or "
+                        "is swapping, or the agent is frozen or cut off. A new one takes its place.",
                         host.label,
                     )
                 await self._drop({index})
@@ -180,11 +190,28 @@ class HeldHosts:
 
 def _say_silent(hostname: str) -> None:
     logger.warning(
-        "%s: its agent has not answered for %.0f s: it is frozen, swapping or cut off, or Ray still makes its "
-        "runtime_env. The launch goes on when it answers.",
+        "%s: its agent has not answered for %.0f s: Ray still makes its runtime_env, or the machine is too busy "
+        "to run it, or is swapping, or the agent is frozen or cut off. The launch goes on when it answers.",
         hostname,
         _SILENT_S,
     )
+
+
+async def _answered(question: Awaitable[T]) -> T:
+    """Await what Ray knows, but not for ever."""
+    limit = asyncio.timeout(_ANSWER_S)
+    try:
+        async with limit:
+            return await question
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise LaunchError(
+            f"Ray has not told for {_ANSWER_S:g} s what it knows of the placement of the launch. Is the head's "
+            "machine frozen, overloaded or cut off? `ray status` there would tell. Launch again."
+        ) from None
+    finally:
+        del limit  # it refers to the task whose failure refers to this frame
 
 
 async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[T]:

@@ -59,19 +59,21 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         except BaseException as error:
             future.set_exception(error)
 
-    start_thread(work)
+    if not start_thread(work):
+        work()
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
-def start_thread(work: Callable[[], None]) -> None:
-    """Do it in a daemon thread, or here where no thread can be started."""
+def start_thread(work: Callable[[], None]) -> bool:
+    """Do it in a daemon thread; False if no thread can be started."""
     context = contextvars.copy_context()  # a notebook knows by it whose cell a line belongs to
     try:
         threading.Thread(
             target=context.run, args=(work,), name="torchrunx_ray call", daemon=True
         ).start()
     except RuntimeError:  # from Python 3.12 on none starts any more when the script has ended
-        work()
+        return False
+    return True
 
 
 def is_called_in_one() -> bool:

@@ -1,6 +1,7 @@
 """Advice for errors of workers that lack what the driver has: a module or a variable."""
 
 import importlib.util
+import logging
 import os
 import re
 import site
@@ -11,11 +12,16 @@ from typing import Any
 from torchrunx_ray.errors import PayloadError
 from torchrunx_ray.wire.environment import forbidden
 
+logger = logging.getLogger("torchrunx_ray")
+
 _IN_ENVIRON = re.compile(r'File "[^"]*\bos(\.py|>)", line \d+, in __getitem__')
 
 
 def advice(error: BaseException, traceback: str) -> str | None:
-    """Say where the driver has what the worker lacked, and how to send it; None for other errors."""
+    """Say where the driver has what the worker lacked, and how to send it; None for other errors.
+
+    An error of a worker may have attributes of any kind, and a finder of the user's may fail.
+    """
     try:
         if isinstance(error, PayloadError):
             name = error.missing_module
@@ -26,8 +32,8 @@ def advice(error: BaseException, traceback: str) -> str | None:
             return None if None in (error.name, error.path) else _of_other(error.name, error.path)
         if type(error) is KeyError and _was_raised_by_environ(traceback):
             return _of_variable(error.args[0])
-    except OSError:  # the driver's folder was deleted
-        pass
+    except Exception as reason:
+        logger.debug("no advice on %s", type(error).__name__, exc_info=reason)
     return None
 
 
@@ -109,8 +115,8 @@ def _is_installed(place: Path) -> bool:
 
 
 def _python_path() -> list[Path]:
-    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return [Path(entry).absolute() for entry in entries]
+    path = os.environ.get("PYTHONPATH")
+    return [Path(entry).absolute() for entry in path.split(os.pathsep)] if path else []
 
 
 def _shown(place: Path) -> str:

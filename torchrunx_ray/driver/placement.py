@@ -117,8 +117,11 @@ async def place(options: Options, progress: Progress) -> Placement:
     except TimeoutError:
         if not limit.expired():
             raise
+        head = "Ray's head has not answered"
+        if options.hostnames == "slurm":
+            head = 'Ray\'s head, or with hostnames="slurm" the scontrol or name server, has not answered'
         raise PlacementError(
-            f"Ray's head has not answered: {limit_s:g} s (placement_timeout) and {_HEAD_S:g} s more after the "
+            f"{head}: {limit_s:g} s (placement_timeout) and {_HEAD_S:g} s more after the "
             "launch the driver still waits for what it has asked. Is the head's machine frozen, overloaded or cut "
             "off? `ray status` there would tell. Launch again, or with a longer placement_timeout."
         ) from None

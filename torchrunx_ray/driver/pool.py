@@ -42,6 +42,9 @@ _CLOSING_UNMET_S = 1.0
 _SILENT_S = 10.0
 """For an agent that rested to be ready for another run: it may source an env_file anew."""
 
+_READY_S = 300.0
+"""The same in all, while it answers other questions."""
+
 _ANSWER_S = 5.0
 """For an agent that lives to answer."""
 
@@ -94,12 +97,17 @@ class Agent:
         await asyncio.wait({meeting}, timeout=self.starts_within_s)
         if not meeting.done():
             self.is_gone = True
-            raise TimeoutError(f"Ray has not started its process within {self.starts_within_s:g} s")
+            raise TimeoutError(
+                f"it has not answered within {self.starts_within_s:g} s: Ray has not started its process, or the "
+                "process is frozen, or cannot be reached"
+            )
 
     async def _until_met_or_frozen(self, meeting: "asyncio.Task[Any]") -> None:
+        gives_up_at = time.monotonic() + _READY_S
         while not meeting.done():
             await asyncio.wait({meeting}, timeout=_SILENT_S)
-            if not meeting.done() and not await self._answers():
+            is_late = time.monotonic() >= gives_up_at
+            if not meeting.done() and (is_late or not await self._answers()):
                 self.is_gone = True
                 raise TimeoutError
 
@@ -115,11 +123,11 @@ class Agent:
         return True
 
     async def release(self, linger: float) -> None:
-        """Let it rest, for the next launch to take; with linger=0 end it."""
-        if linger <= 0 or self.is_gone or not self.connection.is_ours():
+        """Let it rest, for the next launch to take; end it with linger=0, or if it has never answered."""
+        if linger <= 0 or self.is_new or self.is_gone or not self.connection.is_ours():
             await self.end()
             return
-        self.calls.rest.remote(linger)
+        self.connection.tell(self.calls.rest, linger)
         self.rests_until = time.monotonic() + linger
         for surplus in _resting.put(self):
             ending = asyncio.create_task(surplus.end())  # another's; nobody waits for it

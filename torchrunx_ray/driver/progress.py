@@ -40,7 +40,7 @@ class Progress:
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
         self.failures_before_stop: Failures | None = None
-        """What had failed before that."""
+        """What had failed before that; of a run that was not cancelled all that has failed."""
 
     async def stacks(self) -> Stacks:
         return Stacks({}) if self.attempt is None else await self.attempt.stacks()
@@ -48,7 +48,8 @@ class Progress:
     @property
     def log_directory(self) -> Path | None:
         """Directory of the run's default files, once something was written to them."""
-        return self._log_directory if self.attempt is None else self.attempt.log_directory
+        attempt = self.attempt  # which the background loop may take away just now
+        return self._log_directory if attempt is None else attempt.log_directory
 
     @log_directory.setter
     def log_directory(self, directory: Path | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torchrunx_ray.driver import cluster, reports
 from torchrunx_ray.driver.cluster import Node
-from torchrunx_ray.driver.connection import Connection
+from torchrunx_ray.driver.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
@@ -28,14 +28,20 @@ _NODES_SHOWN = 4
 
 async def nodes_that_left(connection: Connection) -> list[Node]:
     """Return the nodes that may be back soon, with what they had."""
+    try:
+        left = await connection.call(cluster.left_nodes)
+    except ClusterLeft:
+        raise
+    except Exception as error:  # a question that is no public one, to a head that may be slow
+        logger.debug("Ray does not tell which nodes left the cluster", exc_info=error)
+        return []
     # The head's clock may be another one.
-    left = await connection.call(cluster.left_nodes)
     return [node for node in left if node.left_s is not None and abs(node.left_s) < WAIT_S]
 
 
 def in_words(left: Sequence[Node]) -> str:
     """Return which nodes are waited for, and for how long."""
-    names = [f"{node.name} left the cluster {node.left_s:.0f} s ago" for node in left]
+    names = [f"{node.name} left the cluster {max(0, node.left_s or 0):.0f} s ago" for node in left]
     shown = ", ".join([*names[:_NODES_SHOWN], *(["..."] if names[_NODES_SHOWN:] else [])])
     return f"{shown}. A node that left is waited for until it has been away for {WAIT_S:.0f} s"
 

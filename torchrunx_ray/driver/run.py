@@ -29,6 +29,9 @@ logger = logging.getLogger("torchrunx_ray")
 _living: dict["Run[Any]", Callable[[], None]] = {}
 """Runs go on when nobody holds them, and an event loop keeps no task alive; with what a fork asks of them."""
 
+_called_at_exit: list[Callable[[], None]] | None = None
+"""When the script has ended, calls for which Python 3.12 and later start no thread."""
+
 
 class Run(concurrent.futures.Future[LaunchResult[R]]):
     """A launch in the background: a `concurrent.futures.Future` of its result.
@@ -214,16 +217,21 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         self._task.add_done_callback(self._end)
 
     def _end(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
-        # Callbacks of the user's may block, or launch something.
-        loop.start_thread(lambda: self._settle(task))
+        _living.pop(self, None)
+        try:
+            self._settle(task)
+        except BaseException as error:  # or whoever waits would wait for ever
+            if self.done():
+                raise
+            self.set_exception(error)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug("%s ended by this", self.name, exc_info=error)
 
     def _settle(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
-        _living.pop(self, None)
         if task.cancelled():
             super().cancel()
             self.set_running_or_notify_cancel()
         elif (error := task.exception()) is not None:
-            logger.debug("%s ended by this", self.name, exc_info=error)
             shorten(error)
             self._raised_at = error.__traceback__
             self.set_exception(error)
@@ -234,6 +242,20 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
             )  # in place of the one that `_error` makes
         else:
             self.set_result(outcome)
+
+    def _invoke_callbacks(self) -> None:
+        """Call the user's functions in a thread of its own: they may block, or launch something."""
+        this: Any = self  # the stubs have no private names
+        if not this._done_callbacks:  # such as in a forked child, which should start no thread
+            return
+        future: Any = super()
+        call = future._invoke_callbacks
+        if loop.start_thread(call):
+            return
+        if _called_at_exit is None:
+            call()
+        else:
+            _called_at_exit.append(call)
 
     def _leave_to_parent(self) -> None:
         super().__init__()
@@ -279,19 +301,24 @@ def _checked(timeout: float | None) -> float | None:
 
 
 def _stop_living() -> None:
-    living = list(_living)
+    global _called_at_exit
+    _called_at_exit = []
+    living = {run: repr(run) for run in list(_living)}
     for run in living:
-        logger.warning(
-            "the script ended while %r; it is being stopped, for shutdown_timeout and some seconds at most. "
-            "`result()` waits for a run.",
-            run,
-        )
         run.cancel()
-    for run in living:
-        try:
+    for shown in living.values():  # now, since a handler may block
+        logger.warning(
+            "the script ended while %s; it is being stopped, for shutdown_timeout and some seconds at most. "
+            "`result()` waits for a run.",
+            shown,
+        )
+    try:
+        for run in living:
             run.wait()
-        except BaseException:
-            return  # told to end once more: what is left ends with the driver
+        while _called_at_exit:
+            _called_at_exit.pop(0)()
+    except BaseException:
+        return  # told to end once more: what is left ends with the driver
 
 
 def _leave_to_parent() -> None:

@@ -50,14 +50,11 @@ class Talk:
         self, wanted: messages.RunWanted, call: Call
     ) -> messages.AgentFailed | ArgumentLost | None:
         """Return when the host has ended the run; or why there is nobody to talk to."""
-        calls = self._agent.calls
+        starting = asyncio.create_task(self._start(wanted, call))
         # From the first moment, or the last words of an agent that fails while it starts are lost.
         hearing = asyncio.create_task(self._hear_until_ended())
-        hearing.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
-            self.values = await self._cluster.begin(_ask_for_values, calls, wanted)
-            await hearing
+            await asyncio.gather(starting, hearing)  # the first that fails tells why
         except ClusterLeft as left:
             return _failed(str(left), "")
         except RayTaskError as error:
@@ -72,9 +69,16 @@ class Talk:
             self._agent.is_gone = isinstance(error, RayActorError)
             return _failed("the agent died", str(error))
         finally:
+            starting.cancel()
             hearing.cancel()
-            del hearing
+            # A failure refers to this frame, and must not wait for Python's gc.
+            del starting, hearing
         return None
+
+    async def _start(self, wanted: messages.RunWanted, call: Call) -> None:
+        calls = self._agent.calls
+        await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
+        self.values = await self._cluster.begin(_ask_for_values, calls, wanted)
 
     async def _hear_until_ended(self) -> None:
         while True:
@@ -99,8 +103,7 @@ class Talk:
     async def _nudge(self) -> None:
         """End a poll that did not ask for output, as soon as there is room for it."""
         await self._logs.until_room()
-        if self._cluster.is_ours():
-            self._agent.calls.nudge.remote()
+        self._cluster.tell(self._agent.calls.nudge)
 
     def _say_silent(self) -> None:
         logger.warning(
