@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -335,6 +336,53 @@ def test_copy_works_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert torch.equal(as_a_result(tensor), tensor)
     assert torch.equal(through_ray(tensor), tensor)
+
+
+DISPATCHERS = """import functools
+
+
+def traced(function):
+    @functools.wraps(function)
+    def call(value):
+        return "traced", function(value)
+
+    return call
+
+
+@traced
+@traced
+@functools.singledispatch
+def size(value):
+    return None
+
+
+@size.register
+def size_of_list(value: list):
+    return [size(each) for each in value]
+
+
+@functools.singledispatch
+def name(value):
+    return ""
+
+
+name.about = "what a value is called"
+"""
+
+
+def test_dispatching_function_keeps_its_decorators_and_attributes() -> None:
+    names: dict[str, Any] = {"__name__": "script_of_no_module"}
+    exec(DISPATCHERS, names)
+    script = types.SimpleNamespace(**names)
+
+    for value in (script.size, script.size_of_list):
+        loaded = pack([("value", value)]).unpack()
+        assert loaded([1]) == value([1])
+    size = pack([("value", script.size)]).unpack()
+    assert size.registry[list].__globals__["size"] is size
+    assert size.dispatch(list) is size.registry[list]
+    assert size.__wrapped__.__name__ == "size"
+    assert pack([("value", script.name)]).unpack().about == "what a value is called"
 
 
 def test_recursion_that_is_too_deep() -> None:
