@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -456,6 +456,86 @@ def test_what_cannot_be_pickled_is_named_with_its_own_reason_and_fitting_advice(
         pack([("args", ([make()],))])
 
     assert str(caught.value) == f"args[0][0]{path} cannot be pickled: {reason}\n{advice}"
+
+
+class Reduces:
+    def __init__(self, to: object) -> None:
+        self.to = to
+
+    def __reduce__(self) -> Any:
+        return self.to
+
+
+class KeyWithoutRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("in repr")
+
+
+class MappingWithoutItems(Mapping[str, object]):
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __getitem__(self, key: str) -> object:
+        raise RuntimeError("in getitem")
+
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("in iter")
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("in str")
+
+
+class RaisesWhenReduced:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        raise self.error
+
+
+def class_of_no_module() -> object:
+    return type("Homeless", (), {"__module__": None, "__reduce__": lambda _self: 1 / 0})()  # pyright: ignore[reportUnknownLambdaType]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Reduces(None), r"a( of rank 0)? cannot be pickled: \w+: "),
+        (lambda: Reduces((Reduces,)), r"a( of rank 0)? cannot be pickled: \w+: "),
+        (lambda: Reduces((Reduces, None)), r"a( of rank 0)? cannot be pickled: \w+: "),
+        (
+            lambda: {"b": {KeyWithoutRepr(): threading.Lock()}},
+            r"a\['b'\]\[a KeyWithoutRepr\]( of rank 0)? cannot be pickled: TypeError: cannot pickle",
+        ),
+        (
+            lambda: [MappingWithoutItems()],
+            r"a\[0\]( of rank 0)? cannot be pickled: TypeError: cannot pickle",
+        ),
+        (
+            lambda: RaisesWhenReduced(RuntimeError("config {} lacks {name}", "x")),
+            r"a( of rank 0)? cannot be pickled: RuntimeError: \('config {} lacks {name}', 'x'\)",
+        ),
+        (
+            lambda: RaisesWhenReduced(Unspeakable()),
+            r"a( of rank 0)? cannot be pickled: Unspeakable: <its __str__ raised RuntimeError>",
+        ),
+        (
+            lambda: [class_of_no_module()],
+            r"a\[0\]( of rank 0)? cannot be pickled: ZeroDivisionError",
+        ),
+    ],
+)
+def test_search_for_what_cannot_be_pickled_survives_what_it_meets(
+    make: Callable[[], object], said: str
+) -> None:
+    for rank in (None, 0):
+        with pytest.raises(PayloadError, match=said):
+            pack([("a", make())], rank=rank)
 
 
 def test_exception_in_reduce_is_shown_with_the_path() -> None:
