@@ -27,7 +27,7 @@ _TWICE_NOTE = (
 )
 
 _NO_STDIN_NOTE = (
-    "A worker has no stdin, so a debugger that reads it ends at once. Call the function by itself in one "
+    "If breakpoint() or pdb raised this: a worker has no stdin, so a debugger that reads it ends at once. Call the function by itself in one "
     "process, or let the worker wait for a debugger that attaches: debugpy.listen(...), then "
     "debugpy.wait_for_client(). PYTHONBREAKPOINT=0 makes breakpoint() do nothing; run.stacks() shows what "
     "every rank is doing."
@@ -137,7 +137,7 @@ def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseExc
 def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
     if isinstance(error, ValueError) and "default process group twice" in str(error):
         error.add_note(_TWICE_NOTE)
-    if isinstance(error, bdb.BdbQuit):
+    if isinstance(error, bdb.BdbQuit) and _is_stdin_empty():
         error.add_note(_NO_STDIN_NOTE)
     exception, unraisable = _dump(error)
     code = error.code if isinstance(error, SystemExit) else None
