@@ -405,9 +405,10 @@ class Attempt:
         for i in set(range(len(self._crew.hosts))) - self._can_fork - self._over:
             what = f"{waited_s:g} s after the run began no worker can be forked"
             if i in self._history.loaded:
-                why = "the function and its arguments are still on their way there"
-            else:
-                why = f"its template still imports {', '.join(self._options.preload)}"
+                why = "the function and its arguments are still on their way to its template"
+            else:  # an agent hears of the run when the arguments are there
+                preload = ", ".join(self._options.preload)
+                why = f"its template still imports {preload}, or the arguments are still on their way there"
             if is_enough:
                 self._lose(i, what, why)
             else:
