@@ -45,7 +45,7 @@ def _usage_error(frame: types.TracebackType) -> str | None:
     if argparse is None or code.co_name != "error" or code.co_argcount != 2:
         return None
     named: dict[str, Any] = frame.tb_frame.f_locals
-    parser, message = (named.get(name) for name in code.co_varnames[:2])
-    if not isinstance(parser, argparse.ArgumentParser):
+    parser, message = code.co_varnames[:2]
+    if not isinstance(named.get(parser), argparse.ArgumentParser):
         return None
-    return f"{parser.prog}: error: {message}"
+    return f"{named[parser].prog}: error: {named.get(message)}"
