@@ -538,6 +538,16 @@ def test_search_for_what_cannot_be_pickled_survives_what_it_meets(
             pack([("a", make())], rank=rank)
 
 
+def test_struct_of_msgspec_is_named_itself_and_not_its_field() -> None:
+    metaclass = type(
+        "StructMeta", (type,), {"__module__": "msgspec._core"}
+    )  # msgspec is not installed here
+    struct = metaclass("Point", (), {"__module__": "of_no_module", "__slots__": ("x",)})
+
+    with pytest.raises(PayloadError, match=r"^args\[0\] cannot be pickled: msgspec keeps"):
+        pack([("args", (struct,))])
+
+
 def test_exception_in_reduce_is_shown_with_the_path() -> None:
     with pytest.raises(PayloadError, match=r"args\[0\]\['a'\] cannot be pickled: .*in reduce"):
         pack([("args", ({"a": RaisesInReduce()},))])

@@ -164,7 +164,7 @@ def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple
 
 def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
     """Yield what cloudpickle takes along with a class: its attributes and its bases."""
-    made_by_python = types.GetSetDescriptorType
+    made_by_python = types.GetSetDescriptorType | types.MemberDescriptorType
     for name, part in vars(kind).items():
         kind_of_part: Any = type(part)  # pyright: ignore[reportUnknownVariableType]
         if not isinstance(part, made_by_python) and not is_of_a_library(kind_of_part):
