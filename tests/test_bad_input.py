@@ -128,6 +128,18 @@ def test_breakpoint_says_that_a_worker_has_no_stdin(launcher: trx.Launcher) -> N
     assert "debugpy" in note
 
 
+def test_debugger_that_has_a_stdin_is_not_told_that_there_is_none(launcher: trx.Launcher) -> None:
+    def quit_debugger() -> None:
+        readable, _ = os.pipe()
+        os.dup2(readable, 0)
+        raise bdb.BdbQuit
+
+    with pytest.raises(bdb.BdbQuit) as caught:
+        launcher.run(quit_debugger)
+
+    assert not [each for each in caught.value.__notes__ if "stdin" in each]
+
+
 class Config:
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -21,7 +21,8 @@ import ray
 
 import torchrunx_ray as trx
 from tests import processes
-from torchrunx_ray.agent.host import search_path
+from torchrunx_ray.agent.host import search_path, template_environment
+from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.driver.template_wanted import template_wanted
 from torchrunx_ray.wire import environment
 
@@ -396,6 +397,66 @@ def test_pythonpath_of_another_interpreter_hides_nothing_of_the_host(
     assert search_path(wanted, {}, "/here") == [*sys.path, "/shared/src", "/here/own"]
     same = dataclasses.replace(wanted, driver_executable=sys.executable)
     assert search_path(same, {}, "/here") == sys.path
+
+
+@pytest.mark.parametrize(
+    ("of_host", "of_driver", "found"),
+    [
+        ("/lib", "/src:/lib", ["/agent", "/src", "/lib", "STANDARD"]),
+        ("/lib", "/src", ["/agent", "/src", "/lib", "STANDARD"]),
+        ("/lib:/more", "/more:/lib", ["/agent", "/more", "/lib", "STANDARD"]),
+        ("", "/src:/agent", ["/agent", "/src", "STANDARD"]),
+    ],
+)
+def test_folders_of_pythonpath_keep_the_drivers_order(
+    monkeypatch: pytest.MonkeyPatch, of_host: str, of_driver: str, found: list[str]
+) -> None:
+    standard = sysconfig.get_path("stdlib")
+    agents = ["/agent", *filter(None, of_host.split(":")), standard]
+    monkeypatch.setattr(sys, "path", agents)
+    monkeypatch.setenv("PYTHONPATH", of_host)
+    wanted = template_wanted(trx.Launcher())
+
+    searched = search_path(wanted, {"PYTHONPATH": of_driver}, "/here")
+
+    assert searched == [standard if each == "STANDARD" else each for each in found]
+
+
+def test_env_file_may_use_every_name(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("env=prod\neach=1\nvalue=2\nIFS=01,\n")
+    wanted = template_wanted(trx.Launcher(env_file=tmp_path / "env"))
+    made = template_environment(wanted, "", "/")
+    assert (made["env"], made["each"], made["value"]) == ("prod", "1", "2")
+
+    with (tmp_path / "env").open("a") as file:
+        file.write("printf -v OF_FILE '%*s' 4194304 x")
+    with pytest.raises(ValueError, match="OF_FILE, which has 4194304 characters"):
+        template_environment(wanted, "", "/")
+
+
+def test_variables_that_are_too_large_together_are_named(one: trx.Launcher) -> None:
+    large = {f"LARGE_{i}": "x" * (119_000 + i) for i in range(25)}
+
+    with pytest.raises(
+        trx.LaunchError,
+        match=r"all variables together have \d{7} bytes.* LARGE_24 \(\d+\), LARGE_23 \(",
+    ):
+        dataclasses.replace(one, extra_env_vars=large).run(os.getpid)
+
+
+def test_keeper_that_cannot_be_started_leaves_no_pipe() -> None:
+    def pipes() -> list[str]:
+        opened = Path("/proc/self/fd").iterdir()
+        links = [os.readlink(each) for each in opened if each.is_symlink()]
+        return sorted(link for link in links if link.startswith("pipe:"))
+
+    wanted = template_wanted(trx.Launcher())
+    before = pipes()
+
+    with pytest.raises(FileNotFoundError):
+        Keeper({}, "/no/such/folder", wanted)
+
+    assert pipes() == before
 
 
 def notes(run: Callable[[], object]) -> str:

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tests.exceptions import (
     Unpicklable,
 )
 from tests.soon import raised_soon
+from torchrunx_ray.worker import exits
 
 
 def test_users_exception_arrives_as_itself(launcher: trx.Launcher) -> None:
@@ -147,6 +150,48 @@ def test_usage_error_of_argparse_is_told_in_a_few_lines(launcher: trx.Launcher) 
     assert shown[0].endswith("): train.py: error: unrecognized arguments: --nope")
     assert len(shown) <= 2, shown  # the other rank may have found it wrong as well
     assert "in parse_args" in caught.value.traceback
+
+
+class OwnParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{message}; see --help")
+
+
+def choose(text: str) -> None:
+    parser = OwnParser(prog="train.py")
+    parser.parse_args(text.split())
+
+
+def refuse(text: str) -> None:
+    OwnParser(prog="train.py").error(text)
+
+
+NO_LIBRARY = "/home/me/lib/python3-jobs/train.py"
+
+
+def exit_of(call: Callable[[], object]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        call()
+    frames = caught.value.__traceback__
+    assert frames is not None
+    return exits.describe(caught.value, every(frames.tb_next))
+
+
+def every(frames: types.TracebackType | None) -> Iterator[types.TracebackType]:
+    while frames is not None:
+        yield frames
+        frames = frames.tb_next
+
+
+def test_sys_exit_names_the_users_line_that_led_to_it() -> None:
+    said = exit_of(lambda: choose("--nope"))
+    assert "sys.exit(2) in choose (test_exceptions.py:" in said
+    assert said.endswith("): train.py: error: unrecognized arguments: --nope; see --help")
+    assert "sys.exit(2) in refuse (test_exceptions.py:" in exit_of(lambda: refuse("bad"))
+
+    names: dict[str, Any] = {}
+    exec(compile("def train(): raise SystemExit(3)", NO_LIBRARY, "exec"), names)
+    assert exit_of(names["train"]) == "called sys.exit(3) in train (train.py:1)"
 
 
 def test_keyboard_interrupt_in_the_function_is_a_worker_failure(launcher: trx.Launcher) -> None:

@@ -6,7 +6,8 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -339,6 +340,53 @@ def test_copy_works_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPat
     assert torch.equal(through_ray(tensor), tensor)
 
 
+DISPATCHERS = """import functools
+
+
+def traced(function):
+    @functools.wraps(function)
+    def call(value):
+        return "traced", function(value)
+
+    return call
+
+
+@traced
+@traced
+@functools.singledispatch
+def size(value):
+    return None
+
+
+@size.register
+def size_of_list(value: list):
+    return [size(each) for each in value]
+
+
+@functools.singledispatch
+def name(value):
+    return ""
+
+
+name.about = "what a value is called"
+"""
+
+
+def test_dispatching_function_keeps_its_decorators_and_attributes() -> None:
+    names: dict[str, Any] = {"__name__": "script_of_no_module"}
+    exec(DISPATCHERS, names)
+    script = types.SimpleNamespace(**names)
+
+    for value in (script.size, script.size_of_list):
+        loaded = pack([("value", value)]).unpack()
+        assert loaded([1]) == value([1])
+    size = pack([("value", script.size)]).unpack()
+    assert size.registry[list].__globals__["size"] is size
+    assert size.dispatch(list) is size.registry[list]
+    assert size.__wrapped__.__name__ == "size"
+    assert pack([("value", script.name)]).unpack().about == "what a value is called"
+
+
 def test_recursion_that_is_too_deep() -> None:
     value: list[Any] = []
     for _ in range(100_000):
@@ -410,6 +458,96 @@ def test_what_cannot_be_pickled_is_named_with_its_own_reason_and_fitting_advice(
         pack([("args", ([make()],))])
 
     assert str(caught.value) == f"args[0][0]{path} cannot be pickled: {reason}\n{advice}"
+
+
+class Reduces:
+    def __init__(self, to: object) -> None:
+        self.to = to
+
+    def __reduce__(self) -> Any:
+        return self.to
+
+
+class KeyWithoutRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("in repr")
+
+
+class MappingWithoutItems(Mapping[str, object]):
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __getitem__(self, key: str) -> object:
+        raise RuntimeError("in getitem")
+
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("in iter")
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("in str")
+
+
+class RaisesWhenReduced:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        raise self.error
+
+
+def class_of_no_module() -> object:
+    return type("Homeless", (), {"__module__": None, "__reduce__": lambda _self: 1 / 0})()  # pyright: ignore[reportUnknownLambdaType]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Reduces(None), r"a( of rank 0)? cannot be pickled: \w+: "),
+        (lambda: Reduces((Reduces,)), r"a( of rank 0)? cannot be pickled: \w+: "),
+        (lambda: Reduces((Reduces, None)), r"a( of rank 0)? cannot be pickled: \w+: "),
+        (
+            lambda: {"b": {KeyWithoutRepr(): threading.Lock()}},
+            r"a\['b'\]\[a KeyWithoutRepr\]( of rank 0)? cannot be pickled: TypeError: cannot pickle",
+        ),
+        (
+            lambda: [MappingWithoutItems()],
+            r"a\[0\]( of rank 0)? cannot be pickled: TypeError: cannot pickle",
+        ),
+        (
+            lambda: RaisesWhenReduced(RuntimeError("config {} lacks {name}", "x")),
+            r"a( of rank 0)? cannot be pickled: RuntimeError: \('config {} lacks {name}', 'x'\)",
+        ),
+        (
+            lambda: RaisesWhenReduced(Unspeakable()),
+            r"a( of rank 0)? cannot be pickled: Unspeakable: <its __str__ raised RuntimeError>",
+        ),
+        (
+            lambda: [class_of_no_module()],
+            r"a\[0\]( of rank 0)? cannot be pickled: ZeroDivisionError",
+        ),
+    ],
+)
+def test_search_for_what_cannot_be_pickled_survives_what_it_meets(
+    make: Callable[[], object], said: str
+) -> None:
+    for rank in (None, 0):
+        with pytest.raises(PayloadError, match=said):
+            pack([("a", make())], rank=rank)
+
+
+def test_struct_of_msgspec_is_named_itself_and_not_its_field() -> None:
+    metaclass = type(
+        "StructMeta", (type,), {"__module__": "msgspec._core"}
+    )  # msgspec is not installed here
+    struct = metaclass("Point", (), {"__module__": "of_no_module", "__slots__": ("x",)})
+
+    with pytest.raises(PayloadError, match=r"^args\[0\] cannot be pickled: msgspec keeps"):
+        pack([("args", (struct,))])
 
 
 def test_exception_in_reduce_is_shown_with_the_path() -> None:

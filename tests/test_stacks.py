@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import torchrunx_ray as trx
 from tests import processes
+from torchrunx_ray.agent.stacks import handles_usr2
 from torchrunx_ray.driver import lookout
 from torchrunx_ray.driver.stacks import Stacks, in_words
 
@@ -179,6 +180,15 @@ def test_one_rank_that_does_not_answer_does_not_cost_the_others_answers(
     for path in tmp_path.iterdir():
         os.kill(int(path.name), signal.SIGCONT)
     run.result()
+
+
+def test_process_whose_name_the_kernel_cut_inside_a_letter_can_be_asked() -> None:
+    name = Path("/proc/self/comm").read_bytes().rstrip()
+    try:
+        ctypes.CDLL(None).prctl(15, "ä".encode() * 8, 0, 0, 0)  # PR_SET_NAME takes 15 bytes
+        assert handles_usr2(os.getpid()) == callable(signal.getsignal(signal.SIGUSR2))
+    finally:
+        ctypes.CDLL(None).prctl(15, name, 0, 0, 0)
 
 
 def test_ranks_are_shown_as_ranges() -> None:

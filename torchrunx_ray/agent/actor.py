@@ -187,15 +187,16 @@ class Agent:
 
     def _start_keeper(self) -> Keeper | None:
         self._env_file_version = host.env_file_version(self._wanted, self._cwd)
+        self._problem = None
+        made = {**os.environ, **dict(self._wanted.driver_variables)}  # until there is more
         try:
-            environment = host.template_environment(
-                self._wanted, self._context.gcs_address, self._cwd
-            )
+            made = host.template_environment(self._wanted, self._context.gcs_address, self._cwd)
+            return Keeper(made, self._cwd, self._wanted)
         except ValueError as error:
             self._problem = str(error)
-            return None
-        self._problem = None
-        return Keeper(environment, self._cwd, self._wanted)
+        except OSError as error:
+            self._problem = host.why_no_process(error, made)
+        return None
 
     async def _have_template(self) -> None:
         """A template that can serve, in place of one that was killed or is out of date."""

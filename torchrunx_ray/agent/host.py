@@ -1,5 +1,6 @@
 """The environment and the folder that a template, and so every worker, starts with."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,17 +16,19 @@ from torchrunx_ray.wire.messages import TemplateWanted
 
 _SOURCING_S = 60
 
-# `env` is found before the file may change PATH.
+# `env` is found before the file may change PATH. The file may set any name, so ours are long.
 _SOURCE = """
-env=$(command -v env)
+__torchrunx_ray_env=$(command -v env)
 set -a
 source "$1" >&2
-set -- $?
+set -- "$?"
 set +a
-"$env" -0 && exit "$1"
-for each in $(compgen -e); do
-    value=${!each}
-    [ ${#value} -gt 65536 ] && echo "Linux starts no process with $each, which has ${#value} characters" >&2
+"$__torchrunx_ray_env" -0 && exit "$1"
+IFS=$' \\t\\n'
+for __torchrunx_ray_name in $(compgen -e); do
+    __torchrunx_ray_value=${!__torchrunx_ray_name}
+    [ ${#__torchrunx_ray_value} -gt 65536 ] && echo "Linux starts no process with $__torchrunx_ray_name," \\
+        "which has ${#__torchrunx_ray_value} characters" >&2
 done
 exit 126
 """
@@ -54,17 +57,21 @@ def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> 
 def search_path(wanted: TemplateWanted, made: Mapping[str, str], cwd: str) -> list[str]:
     """Return the agent's sys.path, with the folders of PYTHONPATH that a worker has.
 
-    They stand where Python has them: before the standard library. The driver's PYTHONPATH counts as
-    well where its interpreter is another one, but last: it must not hide what this host has.
+    They stand in their order where the agent has its own, as in any Python: before the standard library. The
+    driver's PYTHONPATH counts as well if its interpreter is another one, but last: it must not hide what
+    this host has.
     """
     own = list(sys.path)
-    first = [folder for folder in _folders(made.get("PYTHONPATH"), cwd) if folder not in own]
-    last: list[str] = []
-    if sys.executable != wanted.driver_executable:
-        of_driver = _folders(dict(wanted.driver_variables).get("PYTHONPATH"), cwd)
-        last = [folder for folder in of_driver if folder not in own + first]
-    standard = next((i for i, folder in enumerate(own) if _is_standard(folder)), len(own))
-    return own[:standard] + first + own[standard:] + last
+    agents = _folders(os.environ.get("PYTHONPATH"), os.getcwd())
+    places = (i for i, each in enumerate(own) if each in agents or _is_standard(each))
+    place = next(places, len(own))
+    before, after = own[:place], own[place:]
+    first = [each for each in _folders(made.get("PYTHONPATH"), cwd) if each not in before]
+    found = before + first + [each for each in after if each not in first]
+    if sys.executable == wanted.driver_executable:
+        return found
+    of_driver = _folders(dict(wanted.driver_variables).get("PYTHONPATH"), cwd)
+    return found + [each for each in of_driver if each not in found]
 
 
 def _folders(python_path: str | None, cwd: str) -> list[str]:
@@ -99,6 +106,13 @@ def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple
     return here, (
         f"the driver's folder {wanted.driver_cwd} cannot be used here; the function runs in {here}"
     )
+
+
+def why_no_process(error: OSError, made: Mapping[str, str]) -> str:
+    """Return what is wrong, in the user's words, if no process can be started with this environment."""
+    if error.errno == errno.E2BIG:
+        return f"the environment of workers: {environment.too_large_together(made)}"
+    return f"the process that starts the template could not be started: {error}"
 
 
 def _check_sizes(made: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Starting the keepers, which start the template."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,35 +27,17 @@ class Keeper:
     def __init__(self, environment: Mapping[str, str], cwd: str, wanted: TemplateWanted) -> None:
         self.mark = uuid.uuid4().hex
         self.begun_ns = now_ns()
-        self.channel, theirs = Channel.pair()
-        self.alive_fd, alive = os.pipe()
-        self.stdout_fd, stdout = os.pipe()
-        self.stderr_fd, stderr = os.pipe()
-        inherited = [theirs.fileno(), alive]
-        # -P and PYTHONPATH find this package and nothing else. The template then takes over the
-        # agent's sys.path with the worker's PYTHONPATH, and puts the variable back.
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "torchrunx_ray.worker.keeper",
-                *map(str, inherited),
-                PADDING,
-            ],
-            env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=inherited,
-            # Ray ends a dead agent's group, which would be before the keeper has ended its own.
-            process_group=0,
-        )
-        theirs.close()
-        os.close(alive)
-        os.close(stdout)
-        os.close(stderr)
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            self.channel, channel = Channel.pair()
+            ours.callback(self.channel.close)
+            theirs.callback(channel.close)
+            self.alive_fd, alive = _pipe(ours, theirs)
+            self.stdout_fd, stdout = _pipe(ours, theirs)
+            self.stderr_fd, stderr = _pipe(ours, theirs)
+            self.process = _start(
+                environment, cwd, self.mark, channel.fileno(), alive, stdout, stderr
+            )
+            ours.pop_all()
         self.channel.send(
             TemplateSetup(
                 tuple(search_path(wanted, environment, cwd)),
@@ -63,3 +46,35 @@ class Keeper:
                 wanted.start_method,
             )
         )
+
+
+def _pipe(readers: contextlib.ExitStack, writers: contextlib.ExitStack) -> tuple[int, int]:
+    reader, writer = os.pipe()
+    readers.callback(os.close, reader)
+    writers.callback(os.close, writer)
+    return reader, writer
+
+
+def _start(
+    environment: Mapping[str, str],
+    cwd: str,
+    mark: str,
+    channel: int,
+    alive: int,
+    stdout: int,
+    stderr: int,
+) -> "subprocess.Popen[bytes]":
+    # -P and PYTHONPATH find this package and nothing else. The template then takes over the
+    # agent's sys.path with the worker's PYTHONPATH, and puts the variable back.
+    module = "torchrunx_ray.worker.keeper"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, str(channel), str(alive), PADDING],
+        env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: mark},
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=[channel, alive],
+        # Ray ends a dead agent's group, which would be before the keeper has ended its own.
+        process_group=0,
+    )

@@ -46,7 +46,7 @@ class StackReader:
                 with contextlib.suppress(OSError):  # it has ended
                     self._ours.send(b"?")
             await self._until(lambda: not self._is_owed, wanted.thread_s)
-            if not self._answer and _handles_usr2(pid):
+            if not self._answer and handles_usr2(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGUSR2)
                 left_s = wanted.within_s - wanted.thread_s
@@ -91,10 +91,10 @@ class StackReader:
                 self._mailbox.put(Printed(self._local_rank, "stderr", lines + newline, now_ns()))
 
 
-def _handles_usr2(pid: int) -> bool:
+def handles_usr2(pid: int) -> bool:
     """Not yet so in a process that was just forked: the signal would kill it."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:
         return False
     (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))

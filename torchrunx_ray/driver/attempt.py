@@ -438,11 +438,11 @@ class Attempt:
         for i in set(range(len(self._crew.hosts))) - self._can_fork - self._over:
             what = f"{waited_s:g} s after the run began no worker can be forked"
             if i in self._history.loaded:
-                why = "the function and its arguments are still on their way there"
-            elif self._options.preload:
-                why = f"its template still imports {', '.join(self._options.preload)}"
-            else:
-                why = "its template is still being started"
+                why = "the function and its arguments are still on their way to its template"
+            else:  # an agent hears of the run when the arguments are there
+                preload = ", ".join(self._options.preload)
+                of_template = f"still imports {preload}" if preload else "is still being started"
+                why = f"its template {of_template}, or the arguments are still on their way there"
             if is_enough:
                 self._lose(i, what, why)
             else:

@@ -60,7 +60,7 @@ class Options:
     backend: Annotated[str | None, written_as("backend", string_or_none)] = "auto"
     """Backend of the process group: "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl". "auto": nccl where each worker has a GPU of its own, else gloo. None: no process group. With nccl collectives take CUDA tensors only; "cpu:gloo,cuda:nccl" takes both."""
     timeout: Annotated[float, written_as("timeout", number)] = 600
-    """Timeout of the process group, in seconds."""
+    """Timeout of the process group, in seconds, from when all hosts can fork. Workers that import torch themselves (start_method "spawn", or a preload without torch) do so within that time."""
     placement_timeout: Annotated[float | None, written_as("placement_timeout", number_or_none)] = (
         600
     )

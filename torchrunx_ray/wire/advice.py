@@ -3,17 +3,24 @@
 import sys
 
 from torchrunx_ray.wire.by_value import UnfitError
-from torchrunx_ray.wire.culprit import Culprit, is_of_a_library
+from torchrunx_ray.wire.culprit import Culprit, is_of_a_library, module_of
+from torchrunx_ray.wire.exceptions import text_of
+
+_TORCHS_FORMAT = "{} cannot be pickled"
+"""Text of a NotImplementedError that torch raises without formatting the text."""
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error's type and words; torch leaves some of its own unformatted."""
+    """Return an error's type and text."""
     if isinstance(error, UnfitError):
         return str(error)
-    words = str(error)
-    if len(error.args) > 1 and isinstance(error.args[0], str) and "{}" in error.args[0]:
-        words = error.args[0].format(*error.args[1:])
-    return f"{type(error).__name__}: {words}"
+    text = text_of(error)
+    match error.args:
+        case (str(format_), name) if format_ == _TORCHS_FORMAT:
+            text = f"{name} cannot be pickled"
+        case _:
+            pass
+    return f"{type(error).__name__}: {text}"
 
 
 def advice_on(culprit: Culprit, *, is_returned: bool) -> str:
@@ -44,9 +51,9 @@ def _what_a_class_could_do(culprit: Culprit) -> str:
 
 
 def _is_of_torch_distributed(kind: type) -> bool:
-    return kind.__module__.startswith(("torch.distributed", "torch._C._distributed"))
+    return module_of(kind).startswith(("torch.distributed", "torch._C._distributed"))
 
 
 def _is_users(kind: type) -> bool:
-    root = kind.__module__.partition(".")[0]
+    root = module_of(kind).partition(".")[0]
     return root not in sys.stdlib_module_names and not is_of_a_library(kind)

@@ -1,6 +1,7 @@
 """Classes and functions that travel by value, where cloudpickle alone would lose something of them."""
 
 import functools
+import inspect
 import io
 import pickle
 import re
@@ -37,8 +38,8 @@ def reduce(obj: Any) -> Any:
         return _cached_property, (obj.func, obj.attrname)
     if kind is functools._lru_cache_wrapper and _has_no_name(obj):  # pyright: ignore[reportPrivateUsage]
         return _cached, (obj.__wrapped__, obj.cache_parameters())
-    if kind is types.FunctionType and _dispatches(obj) and _has_no_name(obj):
-        return _dispatching, (), tuple(obj.registry.items()), None, None, _take_implementations
+    if _is_dispatcher(obj) and _has_no_name(obj):
+        return _dispatching, (), _state_of_dispatcher(obj), None, None, _set_dispatcher_state
     if issubclass(kind, type) and _is_of_msgspec(kind) and _has_no_name(obj):
         raise UnfitError(
             "msgspec keeps what it knows of a Struct class out of Python's reach; put the class into a "
@@ -64,16 +65,50 @@ def _with_file(code: types.CodeType) -> Any:
     )
 
 
-def _dispatches(function: Any) -> bool:
-    """Return True for what functools.singledispatch made; its table has weak references."""
-    table = getattr(function, "registry", None)
-    return isinstance(table, types.MappingProxyType) and hasattr(function, "dispatch")
+def _is_dispatcher(obj: Any) -> bool:
+    """Return True for what functools.singledispatch made. Its wrappers have its attributes, but not its code."""
+    return type(obj) is types.FunctionType and obj.__code__ is _CODE_OF_DISPATCHERS
 
 
-def with_slots(obj: object, reduced: Any) -> Any:
-    """What cloudpickle makes of a class, which otherwise comes without slots, so that its objects fit no other."""
-    if reduced is NotImplemented or reduced[0] is not _cloudpickle["_make_skeleton_class"]:
+def _state_of_dispatcher(function: Any) -> Any:
+    """Leave out singledispatch's own attributes: they have weak references, and a new dispatcher has its own."""
+    named = {
+        name: getattr(function, name)
+        for name in functools.WRAPPER_ASSIGNMENTS
+        if hasattr(function, name)
+    }
+    attributes = cast("dict[str, Any]", vars(function))
+    others = {name: part for name, part in attributes.items() if name not in _OF_DISPATCHERS}
+    return tuple(function.registry.items()), named | others
+
+
+def finish(obj: object, reduced: Any) -> Any:
+    """Return what cloudpickle makes of an object, with what cloudpickle loses of it."""
+    if reduced is NotImplemented:
         return reduced
+    if reduced[0] is _cloudpickle["_make_skeleton_class"]:
+        return _with_slots(obj, reduced)
+    if reduced[0] is _cloudpickle["_make_function"]:
+        return _without_parts_of_dispatcher(obj, reduced)
+    return reduced
+
+
+def _without_parts_of_dispatcher(function: Any, reduced: Any) -> Any:
+    """Have a wrapper of a dispatcher find again what functools.wraps copied from the dispatcher."""
+    if not hasattr(function, "__wrapped__"):
+        return reduced
+    below: Any = inspect.unwrap(function, stop=_is_dispatcher)
+    if not _is_dispatcher(below):
+        return reduced
+    make, arguments, (attributes, slots), items, pairs, _ = reduced
+    own = cast("dict[str, Any]", vars(below))
+    copied = [name for name in _OF_DISPATCHERS if attributes.get(name, reduced) is own[name]]
+    attributes = {name: part for name, part in attributes.items() if name not in copied}
+    return make, arguments, (attributes, slots, below, copied), items, pairs, _set_wrapper_state
+
+
+def _with_slots(obj: object, reduced: Any) -> Any:
+    """Add the slots to a class, without which its objects fit no other."""
     slots = {name: value for name, value in vars(obj).items() if name == "__slots__"}
     make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
     return make, (metaclass, name, bases, namespace | slots, tracker_id, extra), *rest
@@ -153,10 +188,24 @@ def _dispatching() -> Any:
     return functools.singledispatch(_dispatching)
 
 
-def _take_implementations(function: Any, implementations: Sequence[Any]) -> None:
+def _set_dispatcher_state(function: Any, state: Any) -> None:
+    implementations, attributes = state
     for kind, implementation in implementations:
         function.register(kind, implementation)
-    functools.update_wrapper(function, function.registry[object])
+    for name, part in attributes.items():
+        setattr(function, name, part)
+
+
+def _set_wrapper_state(function: Any, state: Any) -> None:
+    attributes, slots, dispatcher, copied = state
+    _cloudpickle["_function_setstate"](function, (attributes, slots))
+    function.__dict__.update({name: getattr(dispatcher, name) for name in copied})
+
+
+_CODE_OF_DISPATCHERS = _dispatching().__code__
+"""All functions of functools.singledispatch share it."""
+
+_OF_DISPATCHERS = frozenset(cast("dict[str, Any]", vars(_dispatching()))) - {"__wrapped__"}
 
 
 def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:

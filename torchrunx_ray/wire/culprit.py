@@ -10,7 +10,7 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
@@ -43,27 +43,45 @@ def find_culprit(
     error: Exception,
     replace: pickling.Replace | None = None,
 ) -> Culprit:
-    """Search the named parts of a value that raised this error when it was pickled."""
+    """Search the named parts of a value that raised this error when it was pickled.
+
+    The search runs code of the user's, such as a `__reduce__`, and ends at whatever raises.
+    """
     found = Culprit("the value", error, ())
     candidates: Iterable[tuple[str, object]] = parts
-    seen: set[int] = set()
-    for _ in range(_DEPTH):
-        for path, part in candidates:
-            reason = None if id(part) in seen else _why_not_pickled(part, replace)
-            if reason is not None:
-                found = Culprit(path, reason, (*found.chain, part))
-                seen.add(id(part))
-                candidates = _parts(part, path)
-                break
-        else:
-            break
+    with contextlib.suppress(Exception):
+        while len(found.chain) < _DEPTH:
+            path, part, reason = _first_of(candidates, found.chain, replace)
+            found = Culprit(path, reason, (*found.chain, part))
+            candidates = _parts(part, path)
     return found
+
+
+def _first_of(
+    candidates: Iterable[tuple[str, object]],
+    chain: Sequence[object],
+    replace: pickling.Replace | None,
+) -> tuple[str, object, Exception]:
+    """Return the first candidate that cannot be pickled; StopIteration says that all can be."""
+    failing = (
+        (path, part, reason)
+        for path, part in candidates
+        if all(part is not each for each in chain)
+        and (reason := _why_not_pickled(part, replace)) is not None
+    )
+    return next(failing)
 
 
 def is_of_a_library(kind: type) -> bool:
     """Return True for a class of an installed module."""
-    file: str = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    file = vars(sys.modules.get(module_of(kind), sys)).get("__file__") or ""
     return any(f"{os.sep}{each}{os.sep}" in file for each in ("site-packages", "dist-packages"))
+
+
+def module_of(kind: type) -> str:
+    """Return the name of a class's module; empty if the class has no such name."""
+    name = cast("object", kind.__module__)
+    return name if isinstance(name, str) else ""
 
 
 def users_part(error: BaseException) -> BaseException | None:
@@ -94,7 +112,7 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]  # any mapping
             yield f"{path}.keys()", key
-            yield f"{path}[{key!r}]", item
+            yield f"{path}[{_shown(key)}]", item
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]  # any sequence
             yield f"{path}[{i}]", item
@@ -121,6 +139,13 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, object]]:
         yield f"{path}.__class__", type(value)
 
 
+def _shown(key: Any) -> str:
+    try:
+        return repr(key)
+    except Exception:
+        return f"a {type(key).__name__}"
+
+
 def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple[str, object]]:
     """What cloudpickle takes along with a function: closure, globals it names, defaults."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -139,7 +164,7 @@ def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple
 
 def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
     """Yield what cloudpickle takes along with a class: its attributes and its bases."""
-    made_by_python = types.GetSetDescriptorType
+    made_by_python = types.GetSetDescriptorType | types.MemberDescriptorType
     for name, part in vars(kind).items():
         kind_of_part: Any = type(part)  # pyright: ignore[reportUnknownVariableType]
         if not isinstance(part, made_by_python) and not is_of_a_library(kind_of_part):
@@ -163,9 +188,9 @@ def _attributes(value: Any, path: str) -> Iterator[tuple[str, object]]:
     reduced: Any = ""
     with contextlib.suppress(Exception):
         reduced = value.__reduce_ex__(5)
-    if isinstance(reduced, str):  # the name of a global
+    if not isinstance(reduced, tuple):  # the name of a global, or nothing that pickle takes
         return
-    reduced = (*reduced, None, None, None)
+    reduced = (*reduced, None, None, None, None)
     arguments, state, items, pairs = reduced[1:5]
     for each in state if isinstance(state, tuple) else (state,):  # pyright: ignore[reportUnknownVariableType]  # its __dict__, and slots
         if isinstance(each, dict):
@@ -173,7 +198,7 @@ def _attributes(value: Any, path: str) -> Iterator[tuple[str, object]]:
         else:
             yield f"{path}.__getstate__()", each
     yield from ((f"{path}[{i}]", item) for i, item in enumerate(items or ()))
-    yield from ((f"{path}[{key!r}]", item) for key, item in pairs or ())
-    for i, part in enumerate(arguments):
+    yield from ((f"{path}[{_shown(key)}]", item) for key, item in pairs or ())
+    for i, part in enumerate(arguments or ()):
         if part is not type(value):
             yield f"{path}.__reduce__()[1][{i}]", part

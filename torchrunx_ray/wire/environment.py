@@ -77,6 +77,17 @@ def too_large(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def too_large_together(environment: Mapping[str, str]) -> str:
+    """Say how large the variables are, and name the largest ones."""
+    sizes = {name: len(os.fsencode(f"{name}={value}")) + 1 for name, value in environment.items()}
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+    named = ", ".join(f"{name} ({sizes[name]})" for name in largest)
+    return (
+        f"all variables together have {sum(sizes.values())} bytes, and Linux starts no process with so many. "
+        f"The largest are {named}. Pass such values as arguments of the function, or in a file."
+    )
+
+
 def for_template(
     agents_own: Mapping[str, str], from_driver: Mapping[str, str], *, same_interpreter: bool
 ) -> dict[str, str]:

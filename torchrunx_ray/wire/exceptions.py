@@ -32,6 +32,14 @@ def load_exception(data: bytes) -> BaseException:
     return by_value.loads(data)
 
 
+def text_of(error: BaseException) -> str:
+    """Return an exception's text, also if its class makes trouble."""
+    try:
+        return str.__str__(str(error))  # not of a class of the function's
+    except BaseException as reason:
+        return f"<its __str__ raised {type(reason).__name__}>"
+
+
 def _dump(error: BaseException, replace: pickling.Replace) -> bytes:
     data = pickling.dumps(error, replace)
     loaded = by_value.loads(data)

@@ -70,5 +70,5 @@ class _Pickler(_CloudPickler):
         if reduced is NotImplemented:
             reduced = by_value.reduce(obj)
         if reduced is NotImplemented:
-            reduced = by_value.with_slots(obj, _CloudPickler.reducer_override(self, obj))
+            reduced = by_value.finish(obj, _CloudPickler.reducer_override(self, obj))
         return reduced

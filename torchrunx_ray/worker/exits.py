@@ -1,32 +1,51 @@
 """A `sys.exit` of the function, in one line."""
 
+import itertools
 import os
-import re
 import sys
+import sysconfig
 import types
 from collections.abc import Iterable
 from typing import Any
 
-_LIBRARY = re.compile(r"/site-packages/|/dist-packages/|/lib/python3[^/]*/|^<frozen ")
+_LIBRARIES = tuple(
+    f"{folder}{os.sep}"
+    for folder in (
+        os.path.dirname(os.__file__),
+        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+    )
+)
+_ANY_LIBRARY = ("site-packages", "dist-packages")
+"""Folders of packages that are installed elsewhere, such as in the user's home."""
 
 
 def describe(error: SystemExit, frames: Iterable[types.TracebackType]) -> str:
-    """Its code, the line of the user's that led to it, and what argparse found wrong."""
+    """Return its code, the line of the user's that led to it, and what argparse found wrong."""
     frames = list(frames)
     said = f"called sys.exit({error.code!r})"
-    own = [frame for frame in frames if not _LIBRARY.search(frame.tb_frame.f_code.co_filename)]
+    # A parser's error() may be the user's own; the line that led to it is above.
+    above = itertools.takewhile(lambda frame: _usage_error(frame) is None, frames)
+    own = [frame for frame in above if not _is_of_a_library(frame.tb_frame.f_code.co_filename)]
     if own:
         code = own[-1].tb_frame.f_code
         said += f" in {code.co_name} ({os.path.basename(code.co_filename)}:{own[-1].tb_lineno})"
-    usage_error = "".join(filter(None, map(_usage_error, frames)))
-    return f"{said}: {usage_error}" if usage_error else said
+    usage_errors = [found for frame in frames if (found := _usage_error(frame)) is not None]
+    return f"{said}: {usage_errors[-1]}" if usage_errors else said
+
+
+def _is_of_a_library(file: str) -> bool:
+    is_installed = any(f"{os.sep}{each}{os.sep}" in file for each in _ANY_LIBRARY)
+    return is_installed or file.startswith((*_LIBRARIES, "<frozen "))
 
 
 def _usage_error(frame: types.TracebackType) -> str | None:
-    """The message of `ArgumentParser.error`, which is not in the exception that it raises."""
+    """Return the message of an `ArgumentParser.error`, which is not in the exception that it raises."""
     argparse: Any = sys.modules.get("argparse")
     code = frame.tb_frame.f_code
-    if argparse is None or code is not getattr(argparse.ArgumentParser.error, "__code__", None):
+    if argparse is None or code.co_name != "error" or code.co_argcount != 2:
         return None
     named: dict[str, Any] = frame.tb_frame.f_locals
-    return f"{named['self'].prog}: error: {named['message']}"
+    parser, message = code.co_varnames[:2]
+    if not isinstance(named.get(parser), argparse.ArgumentParser):
+        return None
+    return f"{named[parser].prog}: error: {named.get(message)}"

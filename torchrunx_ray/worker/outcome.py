@@ -16,7 +16,7 @@ from torchrunx_ray.wire import memory, messages, transfer
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.culprit import users_part
-from torchrunx_ray.wire.exceptions import dump_exception
+from torchrunx_ray.wire.exceptions import dump_exception, text_of
 from torchrunx_ray.wire.payload import Packed, pack
 from torchrunx_ray.wire.transfer import Layout, Spans
 from torchrunx_ray.worker import exits
@@ -27,7 +27,7 @@ _TWICE_NOTE = (
 )
 
 _NO_STDIN_NOTE = (
-    "A worker has no stdin, so a debugger that reads it ends at once. Call the function by itself in one "
+    "If breakpoint() or pdb raised this: a worker has no stdin, so a debugger that reads it ends at once. Call the function by itself in one "
     "process, or let the worker wait for a debugger that attaches: debugpy.listen(...), then "
     "debugpy.wait_for_client(). PYTHONBREAKPOINT=0 makes breakpoint() do nothing; run.stacks() shows what "
     "every rank is doing."
@@ -53,7 +53,7 @@ def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Ca
     except Exception as error:
         raise PayloadError(
             path="the function or its arguments",
-            reason=f"{type(error).__name__}: {error}",
+            reason=f"{type(error).__name__}: {text_of(error)}",
             hostname=hostname,
             step="unpickle",
             missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
@@ -137,7 +137,7 @@ def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseExc
 def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
     if isinstance(error, ValueError) and "default process group twice" in str(error):
         error.add_note(_TWICE_NOTE)
-    if isinstance(error, bdb.BdbQuit):
+    if isinstance(error, bdb.BdbQuit) and _is_stdin_empty():
         error.add_note(_NO_STDIN_NOTE)
     exception, unraisable = _dump(error)
     code = error.code if isinstance(error, SystemExit) else None
@@ -146,7 +146,7 @@ def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) 
         os.getpid(),
         time_ns,
         type(error).__qualname__,
-        _text(error),
+        text_of(error),
         _remote_traceback(error),
         exception,
         unraisable,
@@ -157,7 +157,7 @@ def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) 
 
 def _as_text(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
     kind = _full_name(error)
-    text, trace = _text(error), _remote_traceback(error)
+    text, trace = text_of(error), _remote_traceback(error)
     unraisable = f"raised {kind}: {text} (shown as text, since the exception itself cannot travel)"
     return messages.Failed(
         wanted.place.local_rank,
@@ -230,9 +230,9 @@ def _dump(error: BaseException) -> tuple[bytes | None, str]:
         return dump_exception(error), ""
     except BaseException as reason:
         kind = type(error)
-        why = f"{type(reason).__name__}: {reason}"
+        why = f"{type(reason).__name__}: {text_of(reason)}"
         return None, (
-            f"raised {kind.__module__}.{kind.__qualname__}: {_text(error)} (shown as text, since the "
+            f"raised {kind.__module__}.{kind.__qualname__}: {text_of(error)} (shown as text, since the "
             f"exception itself cannot be pickled and unpickled: {why})"
         )
 
@@ -254,13 +254,6 @@ def _frames(error: BaseException) -> types.TracebackType | None:
 def _full_name(error: BaseException) -> str:
     """Of its type, whatever a metaclass says."""
     return type.__repr__(type(error)).removeprefix("<class '").removesuffix("'>")
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str.__str__(str(error))  # not of a class of the function's
-    except BaseException as reason:
-        return f"<its __str__ raised {type(reason).__name__}>"
 
 
 def _is_own(frames: types.TracebackType) -> bool:
@@ -287,5 +280,5 @@ def _remote_traceback(error: BaseException) -> str:
         return "".join(traceback.format_exception(type(error), error, frames))
     except BaseException:  # it asks the exception for much
         shown = "".join(traceback.format_tb(frames))
-        said = f"{_full_name(error)}: {_text(error)}"
+        said = f"{_full_name(error)}: {text_of(error)}"
         return f"Traceback (most recent call last):\n{shown}{said}\n"
