@@ -1,5 +1,6 @@
 """A value on its way out of a worker, while something else happens to that worker."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -92,9 +93,12 @@ def test_worker_that_dies_with_its_value_taken_is_not_the_agents_failure(
     run = launcher.submit(return_and_stop)
     assert processes.wait_until(lambda: any(tmp_path.iterdir()), 30)
     (worker,) = tmp_path.iterdir()
-    assert processes.wait_until(lambda: is_stopped(int(worker.name)), 30)
+    assert processes.wait_until(lambda: is_stopped_or_gone(int(worker.name)), 30)
     time.sleep(0.5)
-    os.kill(int(worker.name), signal.SIGKILL)
+    with contextlib.suppress(
+        ProcessLookupError
+    ):  # on a busy machine it may have ended before it stopped
+        os.kill(int(worker.name), signal.SIGKILL)
     try:
         values = list(run.result())
     except trx.WorkerFailedError as error:
@@ -108,8 +112,11 @@ class Slow:
         return int, (7,)
 
 
-def is_stopped(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat").read_text()
+def is_stopped_or_gone(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
     return stat.rpartition(")")[2].split()[0] == "T"
 
 
