@@ -240,7 +240,6 @@ import atexit, threading, time, torchrunx_ray as trx
 def start(_):
     raise RuntimeError("can't create new thread at interpreter shutdown")
 
-atexit.register(setattr, threading.Thread, "start", start)  # as from Python 3.12 on
 launcher = trx.Launcher(workers_per_host=1, backend=None, name="left")
 run, other = (launcher.submit(time.sleep, 100) for _ in range(2))
 
@@ -249,6 +248,7 @@ def wait_for_the_other(_):
     print("both have ended")
 
 run.add_done_callback(wait_for_the_other)
+atexit.register(setattr, threading.Thread, "start", start)  # as from Python 3.12 on
 while "running" not in repr(run) or "running" not in repr(other):
     time.sleep(0.01)
 """
