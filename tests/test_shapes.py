@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 CORE = ["-m", "pytest", "-v", "--timeout=150", "tests/test_core.py"]
 
 
+@pytest.mark.exhaustive
 def test_core_works_on_three_raylets() -> None:
     with raylets(*[{"num_cpus": 2}] * 3) as cluster:
         command = [sys.executable, *CORE, f"--address={cluster.address}"]
