@@ -68,7 +68,8 @@ def hold(values: list[Packed], start_method: StartMethod) -> HeldCall:
 def through_ray(value: object) -> Any:
     """As they travel between hosts: buffers out of band, and read-only where they arrive."""
     buffers: list[pickle.PickleBuffer] = []
-    stream = pickle.dumps(pack([("value", value)]), protocol=5, buffer_callback=buffers.append)
+    packed = pack([("value", value)])  # owns what the buffers show
+    stream = pickle.dumps(packed, protocol=5, buffer_callback=buffers.append)
     return pickle.loads(stream, buffers=[buffer.raw().toreadonly() for buffer in buffers])
 
 
