@@ -2,11 +2,13 @@
 
 import collections
 import dataclasses
+import gc
 import os
 import pickle
 import signal
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,8 +23,6 @@ from torchrunx_ray.wire.memory import Remote
 from torchrunx_ray.wire.messages import StartMethod
 from torchrunx_ray.wire.payload import Packed, pack
 from torchrunx_ray.worker.call import HeldCall
-
-pytestmark = pytest.mark.by_reference
 
 
 def always() -> bool:
@@ -153,6 +153,20 @@ def test_tensors_of_every_kind(travel: Callable[[object], Any], kind: str) -> No
     if one.dtype is torch.float8_e4m3fn:
         one, other = one.view(torch.uint8), other.view(torch.uint8)
     assert torch.equal(one.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
+
+
+def test_what_was_loaded_with_a_class_goes_before_python_collects_garbage() -> None:
+    class OfThisTest(torch.Tensor):
+        pass
+
+    arrived = through_ray(torch.zeros(BIG).as_subclass(OfThisTest))
+    gone = weakref.ref(arrived)
+    gc.disable()
+    try:
+        del arrived
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @ways

@@ -130,27 +130,42 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: io.BytesIO, *, buffers: Sequence[Any]) -> None:
         super().__init__(file, buffers=buffers)
-        self._were_here: list[type] = []
-        self._made: list[Any] = []
+        self._classes = _Classes()
 
     def load_whole(self) -> Any:
         try:
             return self.load()
         except BaseException:
-            for tracker_id in self._made:  # or the next attempt would take an empty class for whole
-                _by_id.pop(tracker_id, None)
+            self._classes.forget()
             raise
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         found = super().find_class(module_name, global_name)
         if module_name == "cloudpickle.cloudpickle":
             if global_name in ("_make_skeleton_class", "_make_skeleton_enum"):
-                return functools.partial(self._make_class, found)
+                return functools.partial(self._classes.make, found)
             if global_name == "_class_setstate":
-                return functools.partial(self._set_state, found)
+                return functools.partial(self._classes.set_state, found)
         return found
 
-    def _make_class(self, make: Callable[..., type], *arguments: Any) -> type:
+
+class _Classes:
+    """The classes that one stream brings.
+
+    Not the unpickler itself, whose memo would then refer to it: with it all that was loaded, and the
+    buffers, would stay until Python collects garbage.
+    """
+
+    def __init__(self) -> None:
+        self._were_here: list[type] = []
+        self._made: list[Any] = []
+
+    def forget(self) -> None:
+        """Or the next attempt would take an empty class for whole."""
+        for tracker_id in self._made:
+            _by_id.pop(tracker_id, None)
+
+    def make(self, make: Callable[..., type], *arguments: Any) -> type:
         *_, tracker_id, _ = arguments
         here = _by_id.get(tracker_id)
         try:
@@ -165,7 +180,7 @@ class _Unpickler(pickle.Unpickler):
             self._made.append(tracker_id)
         return kind
 
-    def _set_state(self, set_state: Callable[..., type], kind: type, state: Any) -> type:
+    def set_state(self, set_state: Callable[..., type], kind: type, state: Any) -> type:
         if any(kind is each for each in self._were_here):
             return kind
         return set_state(kind, state)
