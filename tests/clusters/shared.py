@@ -18,8 +18,8 @@ sys.stdin.read()
 def shared_ray() -> Iterator[str]:
     """Hold a Ray in a process of its own; yields its address.
 
-    A test may so leave it for another cluster, and find it again: one that it had started itself would
-    end, and the next test would pay for a new one.
+    A test can leave this Ray for another cluster and join it again. A Ray that the test's own process had
+    started would end, and the next test would pay for a new one.
     """
     with (
         tempfile.TemporaryFile("w+") as said,

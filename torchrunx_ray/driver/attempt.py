@@ -188,7 +188,7 @@ class Attempt:
 
     @property
     def failures_before_stop(self) -> Failures | None:
-        """Of a cancelled run what had failed before; what fails afterwards does so because of that."""
+        """Failures from before the cancellation, if there was one: later ones are its consequence."""
         return self._first_failures(self._failed_before_cancel)
 
     def _first_failures(self, count: int | None) -> Failures | None:

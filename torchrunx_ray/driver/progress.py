@@ -40,7 +40,7 @@ class Progress:
         self.stacks_at_stop = Stacks({})
         """What the workers were doing when the run was cancelled."""
         self.failures_before_stop: Failures | None = None
-        """What had failed before that; of a run that was not cancelled all that has failed."""
+        """Failures from before the cancellation; all failures if the run was not cancelled."""
 
     async def stacks(self) -> Stacks:
         return Stacks({}) if self.attempt is None else await self.attempt.stacks()

@@ -152,8 +152,8 @@ class _Unpickler(pickle.Unpickler):
 class _Classes:
     """The classes that one stream brings.
 
-    Not the unpickler itself, whose memo would then refer to it: with it all that was loaded, and the
-    buffers, would stay until Python collects garbage.
+    Kept apart from the unpickler, whose memo refers to this object. A memo that referred to its own
+    unpickler would keep all that was loaded, and the buffers, until Python collects garbage.
     """
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class _Classes:
         self._made: list[Any] = []
 
     def forget(self) -> None:
-        """Or the next attempt would take an empty class for whole."""
+        """Forget these classes after a failure: the next attempt would take an empty class for whole."""
         for tracker_id in self._made:
             _by_id.pop(tracker_id, None)
 
