@@ -22,11 +22,23 @@ from tests.soon import soon
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def nodes() -> Iterator[Cluster]:
-    """A head, on which no worker has room, and two nodes."""
-    with raylets({"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 2}) as cluster:
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    """No worker has room on it."""
+    with raylets({"num_cpus": 0}) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def nodes(head: Cluster) -> Iterator[Cluster]:
+    """A cluster with two nodes of its own for each test."""
+    for _ in range(2):
+        head.add_node(num_cpus=2)
+    assert wait_until(lambda: len(ids()) == 2)
+    yield head
+    for node in list(head.worker_nodes):
+        head.remove_node(node)
+    assert wait_until(lambda: ids() == [], 60)
 
 
 def ids() -> list[str]:
