@@ -394,9 +394,9 @@ def test_pythonpath_of_another_interpreter_hides_nothing_of_the_host(
     monkeypatch.setenv("PYTHONPATH", "/shared/src:own")
     wanted = dataclasses.replace(template_wanted(trx.Launcher()), driver_executable="/other")
 
-    assert search_path(wanted, {}, "/here") == [*sys.path, "/shared/src", "/here/own"]
+    assert search_path(wanted, {}, "/here", {}) == [*sys.path, "/shared/src", "/here/own"]
     same = dataclasses.replace(wanted, driver_executable=sys.executable)
-    assert search_path(same, {}, "/here") == sys.path
+    assert search_path(same, {}, "/here", {}) == sys.path
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_folders_of_pythonpath_keep_the_drivers_order(
     monkeypatch.setenv("PYTHONPATH", of_host)
     wanted = template_wanted(trx.Launcher())
 
-    searched = search_path(wanted, {"PYTHONPATH": of_driver}, "/here")
+    searched = search_path(wanted, {"PYTHONPATH": of_driver}, "/here", {})
 
     assert searched == [standard if each == "STANDARD" else each for each in found]
 
@@ -540,29 +540,41 @@ def test_workers_of_different_environments_do_not_share_agents(launcher: trx.Lau
 
 
 @pytest.mark.slow
-def test_working_dir_and_py_modules_of_a_job(
+def test_what_a_runtime_env_brings_is_not_hidden_by_the_drivers_pythonpath(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
-    (tmp_path / "job").mkdir()
+    """A host's old copy of the code ran in place of the code that the driver had sent."""
+    for folder, of in (("job", "job"), ("given", "env_vars"), ("mods/of_py_modules", "py_modules")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "__init__.py").write_text(f"of = {of!r}")
+        (tmp_path / folder / f"in_{folder[:3]}.py").write_text(f"of = {of!r}")
+    stale = tmp_path / "stale"
+    (stale / "of_py_modules").mkdir(parents=True)
+    for name in ("in_job.py", "in_giv.py", "of_py_modules/__init__.py", "only_there.py"):
+        (stale / name).write_text("of = 'an old copy'")
     (tmp_path / "job" / "data.txt").write_text("of the job")
-    (tmp_path / "mods" / "of_py_modules").mkdir(parents=True)
-    (tmp_path / "mods" / "of_py_modules" / "__init__.py").write_text("value = 42")
     done = run_script(
         f"""
+import os
 ray.shutdown()
-job = {{"working_dir": {str(tmp_path / "job")!r}, "py_modules": [{str(tmp_path / "mods/of_py_modules")!r}]}}
+folder = {str(tmp_path)!r}
+job = {{"working_dir": folder + "/job", "py_modules": [folder + "/mods/of_py_modules"]}}
+job["env_vars"] = {{"PYTHONPATH": folder + "/given"}}
 ray.init(address="local", num_cpus=2, include_dashboard=False, runtime_env=job)
+os.environ["PYTHONPATH"] = folder + "/stale"
 import torchrunx_ray as trx
 
 def look():
-    import of_py_modules
-    return open("data.txt").read(), of_py_modules.value
+    import in_giv, in_job, of_py_modules, only_there
+    modules = in_job, of_py_modules, in_giv, only_there
+    return open("data.txt").read(), *(module.of for module in modules)
 
 print(trx.launch(look, workers_per_host=1).rank(0))
 """
     )
 
-    assert done.stdout == "('of the job', 42)\n", done.stderr
+    found = ("of the job", "job", "py_modules", "env_vars", "an old copy")
+    assert done.stdout == f"{found}\n", done.stderr
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ class Agent:
         made = {**os.environ, **dict(self._wanted.driver_variables)}  # until there is more
         try:
             made = host.template_environment(self._wanted, self._context.gcs_address, self._cwd)
-            return Keeper(made, self._cwd, self._wanted)
+            return Keeper(made, self._cwd, self._wanted, self._context.runtime_env)
         except ValueError as error:
             self._problem = str(error)
         except OSError as error:

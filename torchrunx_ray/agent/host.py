@@ -9,6 +9,7 @@ import sysconfig
 import tempfile
 import uuid
 from collections.abc import Mapping
+from typing import Any
 
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.wire import environment, family
@@ -32,6 +33,9 @@ for __torchrunx_ray_name in $(compgen -e); do
 done
 exit 126
 """
+_SENT = "runtime_resources"
+"""The folder in which Ray unpacks `working_dir` and `py_modules`."""
+
 _BASHS_OWN = {"_", "SHLVL", "PWD", "OLDPWD", environment.MARK}
 
 
@@ -54,15 +58,24 @@ def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> 
     return made
 
 
-def search_path(wanted: TemplateWanted, made: Mapping[str, str], cwd: str) -> list[str]:
+def search_path(
+    wanted: TemplateWanted, made: Mapping[str, str], cwd: str, runtime_env: Mapping[str, Any]
+) -> list[str]:
     """Return the agent's sys.path, with the folders of PYTHONPATH that a worker has.
 
-    They stand in their order where the agent has its own, as in any Python: before the standard library. The
-    driver's PYTHONPATH counts as well if its interpreter is another one, but last: it must not hide what
-    this host has.
+    They keep their order. They stand after what the runtime_env brought, or the code that it sends could be
+    hidden by an older copy on the host; and before the rest of the agent's own PYTHONPATH and the standard
+    library. The driver's PYTHONPATH counts as well if its interpreter is another one, but last: it must not
+    hide what this host has.
     """
     own = list(sys.path)
-    agents = _folders(os.environ.get("PYTHONPATH"), os.getcwd())
+    here = os.getcwd()
+    of_runtime_env = _folders(runtime_env.get("env_vars", {}).get("PYTHONPATH"), here)
+    agents = {
+        folder
+        for folder in _folders(os.environ.get("PYTHONPATH"), here)
+        if folder not in of_runtime_env and _SENT not in folder.split(os.sep)
+    }
     places = (i for i, each in enumerate(own) if each in agents or _is_standard(each))
     place = next(places, len(own))
     before, after = own[:place], own[place:]

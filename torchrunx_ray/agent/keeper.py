@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torchrunx_ray.agent.host import search_path
 from torchrunx_ray.wire.channel import Channel
@@ -24,7 +25,13 @@ class Keeper:
     `alive_fd` comes to its end when both keepers have ended.
     """
 
-    def __init__(self, environment: Mapping[str, str], cwd: str, wanted: TemplateWanted) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        cwd: str,
+        wanted: TemplateWanted,
+        runtime_env: Mapping[str, Any],
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.begun_ns = now_ns()
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
@@ -40,7 +47,7 @@ class Keeper:
             ours.pop_all()
         self.channel.send(
             TemplateSetup(
-                tuple(search_path(wanted, environment, cwd)),
+                tuple(search_path(wanted, environment, cwd, runtime_env)),
                 environment.get("PYTHONPATH"),
                 wanted.preload,
                 wanted.start_method,
