@@ -46,7 +46,10 @@ def test_death_is_named_rather_than_what_it_did_to_its_peers(cluster: None) -> N
             assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
 
 
-def test_death_that_is_reported_late_is_still_named(launcher: trx.Launcher) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+def test_death_that_is_reported_late_is_still_named(
+    launcher: trx.Launcher, how: signal.Signals
+) -> None:
     """On a busy machine the template, which reports it, may run long after the peer has failed."""
 
     def die_under_a_frozen_template() -> None:
@@ -54,12 +57,12 @@ def test_death_that_is_reported_late_is_still_named(launcher: trx.Launcher) -> N
             template = os.getppid()
             subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -CONT {template}"])
             os.kill(template, signal.SIGSTOP)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
         dist.barrier()
 
     with pytest.raises(trx.WorkerFailedError) as caught:
         launcher.run(die_under_a_frozen_template)
-    assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
+    assert (caught.value.rank, caught.value.signal) == (1, how)
 
 
 def test_crash_of_a_rank_that_was_told_to_stop_is_not_taken_for_the_cause(

@@ -1,20 +1,24 @@
 """A handler that takes its time stops the workers: nothing is lost, unless somebody gives it up."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import torchrunx_ray as trx
 from tests.interrupts import result_with_one_ctrl_c
 from tests.logs import Kept
-from tests.processes import wait_until
+from tests.processes import above, note, wait_until
 from torchrunx_ray.driver import attempt
+from torchrunx_ray.driver.logs import run_logs
 
 
 @pytest.mark.slow
@@ -117,6 +121,65 @@ def test_cancelled_run_waits_some_seconds_for_a_handler_that_blocks(
     run.cancel()
     assert wait_until(run.done)
     assert "is not shown" in caplog.text
+
+
+def test_cancelled_run_whose_agent_freezes_before_its_last_output_ends(
+    one: trx.Launcher, blocked: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def announce_and_flood() -> None:
+        note(tmp_path / "pid", str(os.getpid()))
+        flood()
+
+    monkeypatch.setattr(attempt, "_LAST_LINES_S", 4.0)
+    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 100.0)
+    monkeypatch.setattr(run_logs, "_MOST_BYTES", 100_000)
+    run = dataclasses.replace(one, log_handlers=[blocked], linger=0).submit(announce_and_flood)
+    assert wait_until(lambda: bool(blocked.records), 30)
+    agent = above(int((tmp_path / "pid").read_text()))["agent"]
+    time.sleep(0.5)  # until the driver takes no more output
+    run.cancel()
+    assert wait_until(lambda: not run.stacks(), 15)
+    time.sleep(1)  # until the driver has heard that the workers are gone
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        assert wait_until(run.done, 30)
+    finally:
+        os.kill(agent, signal.SIGCONT)
+
+
+def test_slow_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
+    one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            time.sleep(0.1 if record.name.startswith("torchrunx_ray.") else 0)
+
+    def speak_until_stopped() -> None:
+        def say_last_words(*_: object) -> None:
+            print("the last words", flush=True)
+            os._exit(0)
+
+        signal.signal(signal.SIGTERM, say_last_words)
+        for i in itertools.count():
+            print(i, flush=True)
+            time.sleep(0.005)
+
+    def written() -> str:
+        return "".join(path.read_text() for path in tmp_path.glob("2*/*[[]0].log"))
+
+    monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.5)
+    monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
+    slow = Slow()
+    logging.getLogger().addHandler(slow)
+    try:
+        run = dataclasses.replace(one, log_handlers="auto").submit(speak_until_stopped)
+        assert wait_until(lambda: "20\n" in written(), 60)
+        run.cancel()
+        with pytest.raises(concurrent.futures.CancelledError):
+            run.result(timeout=60)
+    finally:
+        logging.getLogger().removeHandler(slow)
+    assert written().endswith("the last words\n")
 
 
 def test_ctrl_c_while_output_is_waited_for_tells_what_had_failed(

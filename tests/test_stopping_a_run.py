@@ -113,17 +113,22 @@ def test_kill_ends_workers_that_ignore_sigterm(
     assert run.kill() is False
 
 
+@pytest.mark.parametrize("grace_s", [1000, 1.5])
 def test_kill_does_not_wait_for_an_agent_that_froze_after_the_cancel(
-    patient: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patient: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace_s: float
 ) -> None:
+    """Also where the agent should have killed by itself already."""
     monkeypatch.setattr(attempt, "_LAST_WORDS_S", 100.0)
-    run = dataclasses.replace(patient, linger=0).submit(save_when_stopped, tmp_path)
+    launcher = dataclasses.replace(patient, linger=0, shutdown_timeout=grace_s)
+    run = launcher.submit(save_when_stopped, tmp_path)
     assert both(tmp_path, "ready")
     worker = next(int(path.read_text()) for path in tmp_path.glob("ready *"))
     run.cancel()
     assert both(tmp_path, "saving")
     time.sleep(0.5)  # for the agent's answer
     os.kill(agent := above(worker)["agent"], signal.SIGSTOP)
+    if grace_s < 10:
+        time.sleep(grace_s)
     run.kill()
     try:
         assert wait_until(run.done, 30)

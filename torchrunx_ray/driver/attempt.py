@@ -52,7 +52,10 @@ _DEAF_S = 1.0
 """How long after a second cancellation an agent may take to hear that it shall kill."""
 
 _LAST_LINES_S = 5.0
-"""How long a handler or terminal may take for the last output of a cancelled run."""
+"""How long a handler or terminal may take for the last output of a cancelled run.
+
+As long again its agent may take to send it.
+"""
 
 _SLOW_START_S = 60.0
 """How long a host may take until it can fork before that is told."""
@@ -262,7 +265,8 @@ class Attempt:
     def _bound_last_lines(self) -> None:
         """Let nobody who cancelled a run wait long for a handler that blocks, or a stopped terminal."""
         if self._was_cancelled and len(self._over) == len(self._crew.hosts):
-            asyncio.get_running_loop().call_later(_LAST_LINES_S, self._logs.give_up)
+            asyncio.get_running_loop().call_later(_LAST_LINES_S, self._logs.hurry)
+            self._later(2 * _LAST_LINES_S, self._give_up_silent)
 
     @property
     def _was_cancelled(self) -> bool:
@@ -521,11 +525,11 @@ class Attempt:
         return [place for places in self._layout for place in places]
 
     def _stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL after the grace. Again only with a shorter one."""
+        """SIGTERM, and SIGKILL after the grace. SIGTERM again only with a shorter one."""
         kills_at = asyncio.get_running_loop().time() + grace_s
-        if kills_at >= self._kills_at:
+        if grace_s > 0 and kills_at >= self._kills_at:
             return
-        self._kills_at = kills_at
+        self._kills_at = min(kills_at, self._kills_at)
         if self._stopped_at_ns is None:
             self._stopped_at_ns = now_ns()
         self._history.is_stopping = True
@@ -559,6 +563,15 @@ class Attempt:
             if i not in self._over and not watching.done():
                 self._lose(i, what, evidence)
                 self._forget(i)
+
+    def _give_up_silent(self) -> None:
+        """Wait no longer for the last output of agents that do not answer, though nothing keeps it here."""
+        if not self._logs.is_at_work:
+            for i, watching in enumerate(self._watching):
+                if not watching.done():
+                    self._forget(i)
+        else:
+            self._later(_LAST_LINES_S, self._give_up_silent)
 
     def _give_up_deaf(self) -> None:
         """Wait no longer for agents that do not even confirm that they kill."""

@@ -150,11 +150,12 @@ class Failures:
         match failure.report:
             case messages.Died(exited=exited):
                 # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
-                # a worker may crash by what it does to end; nobody kills itself by SIGKILL.
-                to_end = self.stopped_at_ns is not None and failure.time_ns > self.stopped_at_ns
+                # a worker that lived may crash by what it does to end; nobody kills itself by SIGKILL.
+                lived = failure.rank is not None and self.stacks.by_rank.get(failure.rank)
+                was_told = self.stopped_at_ns is not None and failure.time_ns > self.stopped_at_ns
                 if exited.signal in (None, signal.SIGABRT):
                     return _NOTICE_NS
-                if to_end and exited.signal != signal.SIGKILL:
+                if lived and was_told and exited.signal != signal.SIGKILL:
                     return _NOTICE_NS
                 return _NOTICE_OF_SIGNAL_NS
             case messages.AgentFailed():

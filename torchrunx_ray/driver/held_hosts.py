@@ -126,7 +126,7 @@ class HeldHosts:
                 )
                 gpu_ids = await _answered(placement.gpu_ids())
             except (AgentFailedError, RayError) as error:
-                if await placement.is_whole():
+                if await _is_whole(placement):
                     raise
                 logger.warning("a node died before the run began; it is placed again: %s", error)
                 await self._drop(set(self._agents))
@@ -195,6 +195,14 @@ def _say_silent(hostname: str) -> None:
         hostname,
         _SILENT_S,
     )
+
+
+async def _is_whole(placement: Placement) -> bool:
+    """Return whether all nodes live; True if Ray does not tell, for the failure itself says more."""
+    try:
+        return await _answered(placement.is_whole())
+    except (LaunchError, RayError):
+        return True
 
 
 async def _answered(question: Awaitable[T]) -> T:

@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import logging
 import math
 import numbers
@@ -217,13 +218,14 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         self._task.add_done_callback(self._end)
 
     def _end(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
-        _living.pop(self, None)
         try:
             self._settle(task)
         except BaseException as error:  # or whoever waits would wait for ever
             if self.done():
                 raise
             self.set_exception(error)
+        finally:
+            _living.pop(self, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.debug("%s ended by this", self.name, exc_info=error)
 
@@ -306,17 +308,21 @@ def _stop_living() -> None:
     living = {run: repr(run) for run in list(_living)}
     for run in living:
         run.cancel()
-    for shown in living.values():  # now, since a handler may block
-        logger.warning(
-            "the script ended while %s; it is being stopped, for shutdown_timeout and some seconds at most. "
-            "`result()` waits for a run.",
-            shown,
-        )
     try:
+        for shown in living.values():  # after the cancellations, since a handler may block
+            with contextlib.suppress(Exception, SystemExit):  # of a handler of the user's
+                logger.warning(
+                    "the script ended while %s; it is being stopped, for shutdown_timeout and some seconds at "
+                    "most. `result()` waits for a run.",
+                    shown,
+                )
         for run in living:
             run.wait()
+        if living:  # a run is done a moment before its callbacks are in the list
+            loop.wait(loop.start(asyncio.sleep(0)))
         while _called_at_exit:
-            _called_at_exit.pop(0)()
+            with contextlib.suppress(SystemExit):
+                _called_at_exit.pop(0)()
     except BaseException:
         return  # told to end once more: what is left ends with the driver
 

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from torchrunx_ray.driver.logs import host_story
 from torchrunx_ray.driver.logs.complaint import Complaint
@@ -25,6 +26,12 @@ from torchrunx_ray.wire.messages import Stream
 from torchrunx_ray.wire.records import from_line
 
 logger = logging.getLogger("torchrunx_ray")
+
+_STUCK_S = 2.0
+"""How long one piece of output may take when the run is cancelled and the files alone take it."""
+
+Taking = Literal["everywhere", "files", "nowhere"]
+"""Where output goes."""
 
 _MOST_BYTES = 16 * 2**20
 """May wait for a slow terminal or handler before the agents are asked for no more."""
@@ -47,7 +54,7 @@ class RunLogs:
         self._complaint = Complaint(
             "What the workers say cannot be shown here; the launch goes on: %s"
         )
-        self._is_given_up = False
+        self._taking: Taking = "everywhere"
         self._files = files
         self._levels: list[int] = []
         self._open_sinks(options, handlers)
@@ -56,6 +63,9 @@ class RunLogs:
             queue.SimpleQueue()
         )
         self._waiting_bytes = 0
+        self._written = 0
+        """How many pieces of output have been written, or dropped."""
+        self._is_ending = False
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._loop = asyncio.get_running_loop()
@@ -79,7 +89,12 @@ class RunLogs:
 
     @property
     def has_room(self) -> bool:
-        return self._is_given_up or self._has_room.is_set()
+        return self._taking == "nowhere" or self._has_room.is_set()
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether something that was put is not written yet."""
+        return self._waiting_bytes > 0 and not self._done.is_set()
 
     async def until_room(self) -> None:
         await self._has_room.wait()
@@ -97,17 +112,38 @@ class RunLogs:
 
     async def drain(self) -> None:
         """Return when all that was put is written."""
+        self._is_ending = True
         self._queue.put(None)
         await self._done.wait()
 
+    def hurry(self) -> None:
+        """Write to the files only; and nowhere once a terminal or handler has taken nothing for a while."""
+        if self._taking != "everywhere" or self._done.is_set():
+            return
+        self._taking = "files"
+        if self._waiting_bytes:
+            has_files = "" if self._files is None else "; it is in the log files"
+            logger.warning("interrupted: what the workers said last is not shown%s", has_files)
+        self._loop.call_later(_STUCK_S, self._give_up_if_stuck, self._written)
+
+    def _give_up_if_stuck(self, written: int) -> None:
+        if self._done.is_set():
+            return
+        if self._written == written and (self._waiting_bytes or self._is_ending):
+            self.give_up()
+        else:
+            self._loop.call_later(_STUCK_S, self._give_up_if_stuck, self._written)
+
     def give_up(self) -> None:
-        """Show no more; `drain` returns at once, also where a handler blocks."""
-        if not (self._is_given_up or self._done.is_set()):
-            self._is_given_up = True
-            self._done.set()
-            self._has_room.set()
-            if self._waiting_bytes:
-                logger.warning("interrupted: what the workers said last is not shown")
+        """Write no more; `drain` returns at once, also where a handler blocks."""
+        if self._taking == "nowhere" or self._done.is_set():
+            return
+        if self._waiting_bytes:
+            nor = "" if self._files is None else ", and not in the log files either"
+            logger.warning("interrupted: what the workers said last is not shown%s", nor)
+        self._taking = "nowhere"
+        self._done.set()
+        self._has_room.set()
 
     def _begin_stories(self) -> None:
         workers = [who for who in self._speakers if who.rank is not None]
@@ -174,17 +210,25 @@ class RunLogs:
 
     def _write_all(self) -> None:
         while (said := self._queue.get()) is not None:
-            if not self._is_given_up:
-                self._write(*said)
-            if said[1] is not None:
-                self._tell_loop(self._was_written, len(said[2]))
+            self._write(*said)
+            self._tell_loop(self._was_written, 0 if said[1] is None else len(said[2]))
         for sink in self._sinks:
             self._try(sink.close)
         self._tell_loop(self._done.set)
 
+    @property
+    def _takers(self) -> list[Sink]:
+        match self._taking:
+            case "everywhere":
+                return self._sinks
+            case "files":
+                return [] if self._files is None else [self._files]
+            case "nowhere":
+                return []
+
     def _write(self, who: Speaker, stream: Stream | None, data: bytes, time_s: float) -> None:
         if stream is None:
-            for sink in self._sinks:
+            for sink in self._takers:
                 self._try(sink.host_line, who, data.decode(), time_s)
             return
         cutter = self._cutters[who, stream]
@@ -194,12 +238,12 @@ class RunLogs:
             for line in lines.splitlines():
                 self._write_record(who, line, time_s)
             return
-        for sink in self._sinks:
+        for sink in self._takers:
             self._try(sink.chunk, who, stream, text, lines, cutter.drawn, time_s)
 
     def _write_record(self, who: Speaker, line: str, time_s: float) -> None:
         record = from_line(line)
-        for sink in self._sinks:
+        for sink in self._takers:
             if record is None:
                 self._try(sink.text, who, "stderr", line + "\n", time_s)
             else:
@@ -213,6 +257,7 @@ class RunLogs:
             self._complaint.tell(error)
 
     def _was_written(self, size: int) -> None:
+        self._written += 1
         self._waiting_bytes -= size
         if self._waiting_bytes <= _MOST_BYTES:
             self._has_room.set()
