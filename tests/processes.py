@@ -44,13 +44,19 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
-    """For what sends no event, such as the end of a process that is nobody's child here."""
+    """Wait for what sends no event, such as the end of a process that is nobody's child here.
+
+    A condition that takes long is looked at less often, or it would keep a core from what it waits for.
+    """
     deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
+    while True:
+        begun = time.monotonic()
+        if condition():
+            return True
+        ended = time.monotonic()
+        if ended > deadline:
             return False
-        time.sleep(0.01)
-    return True
+        time.sleep(min(max(0.01, 4 * (ended - begun)), 1))
 
 
 def own_mark() -> str:
