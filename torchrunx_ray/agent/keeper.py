@@ -27,10 +27,17 @@ class Keeper:
     def __init__(self, environment: Mapping[str, str], cwd: str, wanted: TemplateWanted) -> None:
         self.mark = uuid.uuid4().hex
         self.begun_ns = now_ns()
+        setup = TemplateSetup(
+            tuple(search_path(wanted, environment, cwd)),
+            environment.get("PYTHONPATH"),
+            wanted.preload,
+            wanted.start_method,
+        )
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             self.channel, channel = Channel.pair()
             ours.callback(self.channel.close)
             theirs.callback(channel.close)
+            self.channel.send(setup)  # it waits in the channel: once started, nothing can fail
             self.alive_fd, alive = _pipe(ours, theirs)
             self.stdout_fd, stdout = _pipe(ours, theirs)
             self.stderr_fd, stderr = _pipe(ours, theirs)
@@ -38,14 +45,6 @@ class Keeper:
                 environment, cwd, self.mark, channel.fileno(), alive, stdout, stderr
             )
             ours.pop_all()
-        self.channel.send(
-            TemplateSetup(
-                tuple(search_path(wanted, environment, cwd)),
-                environment.get("PYTHONPATH"),
-                wanted.preload,
-                wanted.start_method,
-            )
-        )
 
 
 def _pipe(readers: contextlib.ExitStack, writers: contextlib.ExitStack) -> tuple[int, int]:
