@@ -124,7 +124,7 @@ class HeldHosts:
                 met = await _all_or_first_error(
                     [self._meet(i, host, template) for i, host in enumerate(hosts)]
                 )
-                gpu_ids = await _answered(placement.gpu_ids())
+                gpu_ids = await placement.gpu_ids()
             except (AgentFailedError, RayError) as error:
                 if await placement.is_whole():
                     raise
