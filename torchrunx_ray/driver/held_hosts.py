@@ -162,11 +162,11 @@ class HeldHosts:
             finally:
                 silent.cancel()
             if met is None:
-                if agent.is_gone:
+                if agent.fault:
                     logger.warning(
-                        "%s: the agent that rested there does not answer: the machine is too busy to run it, or "
-                        "is swapping, or the agent is frozen or cut off. A new one takes its place.",
+                        "%s: the agent that rested there %s A new one takes its place.",
                         host.label,
+                        agent.fault,
                     )
                 await self._drop({index})
                 continue
