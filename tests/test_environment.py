@@ -612,3 +612,43 @@ def test_what_torchrun_set_for_the_driver_stays_there(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/error.json")
 
     assert seen(launcher, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE") == [None, None]
+
+
+def test_what_the_launch_sets_is_refused_in_an_env_file(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("RANK=1\n")
+    wanted = template_wanted(trx.Launcher(env_file=tmp_path / "env"))
+
+    with pytest.raises(ValueError, match=r"env' sets RANK, which the launch itself sets"):
+        template_environment(wanted, "", "/")
+
+
+def test_host_without_bash_for_an_env_file_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told as a template that could not be started."""
+    (tmp_path / "env").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    wanted = template_wanted(trx.Launcher(env_file=tmp_path / "env"))
+
+    with pytest.raises(ValueError, match=rf"env_file='{tmp_path}/env' .*bash.* PATH .*{tmp_path}"):
+        template_environment(wanted, "", "/")
+
+
+@pytest.mark.parametrize("what", ["search_path", "Channel.send"])
+def test_template_that_cannot_be_set_up_leaves_neither_process_nor_descriptor(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("out of files")
+
+    def left() -> tuple[str, int]:
+        children = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+        return "".join(sorted(children)), len(os.listdir("/proc/self/fd"))
+
+    wanted = template_wanted(trx.Launcher())
+    monkeypatch.setattr(f"torchrunx_ray.agent.keeper.{what}", fail)
+    before = left()
+    with pytest.raises(OSError, match="out of files"):
+        Keeper(dict(os.environ), "/", wanted, {})
+
+    assert left() == before

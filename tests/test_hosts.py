@@ -22,7 +22,7 @@ import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
 from tests.soon import SOON_S, soon
-from torchrunx_ray.driver import cluster, returning
+from torchrunx_ray.driver import cluster, gpu_question, returning
 from torchrunx_ray.driver.shape import resolve
 
 
@@ -463,6 +463,64 @@ def test_node_that_left_a_moment_ago_is_waited_for(
     session.close()
     assert len(runs[0].result(timeout=60)) == 1
     assert not [node for node in cluster.left_nodes() if "passing" in node.resources]  # it is back
+
+
+@pytest.mark.parametrize(("strategy", "more", "apart"), [("SPREAD", 1, True), ("PACK", -1, False)])
+def test_hosts_are_preferably_apart_or_together(
+    three_raylets: Cluster, strategy: Any, more: int, apart: bool
+) -> None:
+    there = len(nodes())
+    launcher = trx.Launcher(
+        hostnames=there + more,
+        placement_strategy=strategy,
+        workers_per_host=1,
+        gpus_per_worker=0,
+        backend=None,
+        preload=(),
+    )
+
+    raylets_used = launcher.run(raylet_pid)
+    assert len(raylets_used) == there + more
+    assert len(set(raylets_used)) == (there if apart else 1)
+
+
+HOLDS_THE_QUESTION = """
+import os, sys, time
+
+class Holds:
+    def find_spec(self, name, path=None, target=None):
+        while name == "torchrunx_ray.driver" and os.path.exists(HELD):
+            time.sleep(0.1)
+        return None
+
+HELD = os.path.join(os.path.dirname(__file__), "held")
+sys.meta_path.insert(0, Holds())
+"""
+
+
+@pytest.mark.slow
+def test_question_for_gpus_that_is_not_answered_is_named_and_asked_again(
+    three_raylets: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error named Ray's head; and later runs waited for the old task, which held the GPUs."""
+    (tmp_path / "sitecustomize.py").write_text(HOLDS_THE_QUESTION)
+    (tmp_path / "held").touch()
+    launcher = trx.Launcher(
+        hostnames=1,
+        workers_per_host=2,
+        gpus_per_worker=1,
+        backend=None,
+        preload=(),
+        runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
+        linger=0,
+    )
+    with launcher.session() as session:
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu_question, "_ANSWER_S", 1.0)
+            with pytest.raises(trx.AgentFailedError, match=r"which GPUs .* not answered for 1 s"):
+                session.submit(gpus).result(timeout=60)
+        (tmp_path / "sitecustomize.py").unlink()  # the task that was asked first is still held
+        assert list(session.submit(gpus).result(timeout=60)) == ["0,1", "0,1"]
 
 
 def test_killed_raylet_is_told_at_once(three_raylets: Cluster, tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import gc
 import os
 import pickle
 import signal
+import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -568,3 +571,58 @@ def test_struct_of_msgspec_is_named_itself_and_not_its_field() -> None:
 def test_exception_in_reduce_is_shown_with_the_path() -> None:
     with pytest.raises(PayloadError, match=r"args\[0\]\['a'\] cannot be pickled: .*in reduce"):
         pack([("args", ({"a": RaisesInReduce()},))])
+
+
+class OfAnOddModule:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("in reduce")
+
+
+@pytest.mark.parametrize(
+    "module", [None, object(), types.SimpleNamespace(__file__=Path("/x/site-packages/odd.py"))]
+)
+def test_what_stands_for_a_module_does_not_replace_the_error(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs put such things into sys.modules, for instance None against an import."""
+    monkeypatch.setitem(sys.modules, "odd", module)
+    monkeypatch.setattr(OfAnOddModule, "__module__", "odd")
+
+    with pytest.raises(
+        PayloadError, match=r"^args\[0\] cannot be pickled: RuntimeError: in reduce"
+    ):
+        pack([("args", (OfAnOddModule(),))])
+
+
+class RaisesWhenUnwrapped:
+    @property
+    def __wrapped__(self) -> Any:
+        raise RuntimeError("in __wrapped__")
+
+
+def test_function_whose_wrapped_leads_nowhere_travels() -> None:
+    def answer() -> int:
+        return 42
+
+    for wrapped in (answer, RaisesWhenUnwrapped()):
+        answer.__dict__["__wrapped__"] = wrapped
+        assert pack([("value", answer)]).unpack()() == 42
+
+
+def test_dispatching_function_of_a_module_that_travels_by_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = types.ModuleType("travels_by_value")
+    exec(f"{DISPATCHERS}\ncached = functools.lru_cache(maxsize=7)(len)", vars(module))
+    module.cached.__qualname__, module.cached.__module__ = "cached", module.__name__
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        name, cached = pack([("value", [module.name, module.cached])]).unpack()
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+    assert name is not module.name
+    assert (name("a"), name.about) == ("", "what a value is called")
+    assert cached is not module.cached
+    assert (cached("a"), cached.cache_parameters()["maxsize"]) == (1, 7)

@@ -12,7 +12,7 @@ import ray
 import torchrunx_ray as trx
 from tests import processes
 from tests.conftest import RunScript
-from torchrunx_ray.driver import loop, pool
+from torchrunx_ray.driver import attempt, loop, pool
 from torchrunx_ray.driver.call import put_call
 
 SLOW_ON_ONE_HOST = """
@@ -155,3 +155,56 @@ def test_head_that_is_frozen_costs_neither_a_result_nor_the_placement_timeout(
     assert placement.startswith("Ray's head has not answered")
     assert again == "1"
     assert "removing the placement group that holds CPUs and GPUs of" in done.stderr
+
+
+def test_host_that_cannot_fork_is_told_of_and_fails_the_run_in_the_end(
+    one: trx.Launcher,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = tmp_path / "gate"
+    (tmp_path / "waits_for_gate.py").write_text(
+        f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.05)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(attempt, "_SLOW_START_S", 1.0)
+    monkeypatch.setattr(attempt, "_START_S", 3.0)
+    hangs = dataclasses.replace(one, preload=("waits_for_gate",), linger=0)
+    why = "no worker can be forked{}: its template still imports waits_for_gate"
+    try:
+        with pytest.raises(trx.AgentFailedError, match=why.format(" on .*")) as caught:
+            hangs.submit(os.getpid).result(timeout=60)
+    finally:
+        gate.touch()
+
+    assert str(caught.value).startswith("3 s after the run began")
+    assert f"{caught.value.hostname}: 1 s after the run began {why.format('')}" in caplog.text
+
+
+def test_agent_that_answers_but_is_never_ready_is_replaced_for_that_reason(
+    one: trx.Launcher,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was called frozen or cut off."""
+    monkeypatch.setattr(pool, "_SILENT_S", 0.2)
+    monkeypatch.setattr(pool, "_READY_S", 0.5)
+    env_file, gate, first = (tmp_path / name for name in ("env", "gate", "first"))
+    env_file.touch()
+    launcher = dataclasses.replace(one, env_file=env_file, preload=(), linger=0)
+    with launcher.session() as session:
+        before = session.run(processes.agent_pid).rank(0)
+        env_file.write_text(
+            f"if mkdir '{first}' 2>/dev/null; then until [ -e '{gate}' ]; do sleep 0.1; done; fi\n"
+        )
+        try:
+            after = session.submit(processes.agent_pid).result(timeout=60).rank(0)
+        finally:
+            gate.touch()
+
+    assert before != after
+    said = "the agent that rested there answers, but was not ready after 0.5 s: "
+    assert said in caplog.text
+    assert "frozen" not in caplog.text

@@ -193,3 +193,25 @@ def test_run_can_be_neither_copied_nor_pickled(
     run.wait()
     del run
     assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_cancelled_run_gives_up_an_agent_that_has_frozen(
+    patient: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 2.0)
+    run = dataclasses.replace(patient, shutdown_timeout=0.5, linger=0).submit(
+        save_when_stopped, tmp_path
+    )
+    assert both(tmp_path, "ready")
+    workers = [int(path.read_text()) for path in tmp_path.glob("ready *")]
+    os.kill(agent := above(workers[0])["agent"], signal.SIGSTOP)
+    run.cancel()
+    try:
+        with pytest.raises(concurrent.futures.CancelledError):
+            run.result(timeout=60)
+    finally:
+        gone = wait_until(lambda: not is_alive(agent), 20)
+        if not gone:
+            os.kill(agent, signal.SIGCONT)
+    assert gone, "the agent that was given up is not killed"
+    assert wait_until(lambda: not any(map(is_alive, workers)), 20)

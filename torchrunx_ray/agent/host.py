@@ -9,7 +9,7 @@ import sysconfig
 import tempfile
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.wire import environment, family
@@ -168,14 +168,7 @@ def _run_bash(path: str, base: Mapping[str, str]) -> tuple[int | None, bytes, by
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         mark = uuid.uuid4().hex
-        bash = subprocess.Popen(
-            ["bash", "-c", _SOURCE, "bash", path],
-            env={**base, environment.MARK: mark},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            process_group=0,
-        )
+        bash = _start_bash(path, {**base, environment.MARK: mark}, output, errors)
         try:
             code = bash.wait(_SOURCING_S)
         except subprocess.TimeoutExpired:
@@ -187,3 +180,25 @@ def _run_bash(path: str, base: Mapping[str, str]) -> tuple[int | None, bytes, by
         output.seek(0)
         errors.seek(0)
         return code, output.read(), errors.read()
+
+
+def _start_bash(
+    path: str, made: Mapping[str, str], output: IO[bytes], errors: IO[bytes]
+) -> "subprocess.Popen[bytes]":
+    try:
+        return subprocess.Popen(
+            ["bash", "-c", _SOURCE, "bash", path],
+            env=made,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            process_group=0,
+        )
+    except OSError as error:
+        if error.errno == errno.E2BIG:  # it fits no other process, either
+            raise
+        raise ValueError(
+            f"env_file={path!r} is sourced by bash, which could not be started: {error}. The PATH of workers is "
+            f"{made.get('PATH')!r}. Install bash in one of these folders, or pass the file's values as "
+            "extra_env_vars."
+        ) from None

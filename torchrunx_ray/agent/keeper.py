@@ -34,6 +34,12 @@ class Keeper:
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.begun_ns = now_ns()
+        setup = TemplateSetup(
+            tuple(search_path(wanted, environment, cwd, runtime_env)),
+            environment.get("PYTHONPATH"),
+            wanted.preload,
+            wanted.start_method,
+        )
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             self.channel, channel = Channel.pair()
             ours.callback(self.channel.close)
@@ -44,15 +50,15 @@ class Keeper:
             self.process = _start(
                 environment, cwd, self.mark, channel.fileno(), alive, stdout, stderr
             )
+            try:
+                self.channel.send(setup)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it died at once, which `alive_fd` tells
+            except OSError:
+                self.process.kill()
+                self.process.wait()
+                raise
             ours.pop_all()
-        self.channel.send(
-            TemplateSetup(
-                tuple(search_path(wanted, environment, cwd, runtime_env)),
-                environment.get("PYTHONPATH"),
-                wanted.preload,
-                wanted.start_method,
-            )
-        )
 
 
 def _pipe(readers: contextlib.ExitStack, writers: contextlib.ExitStack) -> tuple[int, int]:

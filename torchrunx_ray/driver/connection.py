@@ -141,7 +141,10 @@ class Connection:
         """
         with self._telling_its_loss():
             future = await in_thread(lambda: method.remote(*args).future())
-            return await asyncio.shield(asyncio.wrap_future(future))
+            promised = asyncio.wrap_future(future)
+            # Nobody waits for it any more if the question is cancelled, and the task with it.
+            promised.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return await asyncio.shield(promised)
 
     @contextlib.contextmanager
     def _telling_its_loss(self) -> Generator[None]:

@@ -124,7 +124,7 @@ class HeldHosts:
                 met = await _all_or_first_error(
                     [self._meet(i, host, template) for i, host in enumerate(hosts)]
                 )
-                gpu_ids = await _answered(placement.gpu_ids())
+                gpu_ids = await placement.gpu_ids()
             except (AgentFailedError, RayError) as error:
                 if await _is_whole(placement):
                     raise
@@ -162,11 +162,11 @@ class HeldHosts:
             finally:
                 silent.cancel()
             if met is None:
-                if agent.is_gone:
+                if agent.fault:
                     logger.warning(
-                        "%s: the agent that rested there does not answer: the machine is too busy to run it, or "
-                        "is swapping, or the agent is frozen or cut off. A new one takes its place.",
+                        "%s: the agent that rested there %s A new one takes its place.",
                         host.label,
+                        agent.fault,
                     )
                 await self._drop({index})
                 continue

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 import time
@@ -10,21 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from torchrunx_ray.driver import cluster, line, orphans, placement_group, reports
 from torchrunx_ray.driver.clean_up import clean_up
 from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.connection import Connection, untyped_ray
+from torchrunx_ray.driver.gpu_question import GpuQuestion
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.returning import resolve_when_back
 from torchrunx_ray.driver.room import HostLeft
 from torchrunx_ray.driver.shape import Shape
 from torchrunx_ray.driver.waiting import Waiting
-from torchrunx_ray.errors import AgentFailedError, PlacementError
+from torchrunx_ray.errors import PlacementError
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -56,28 +54,15 @@ class Placement:
         self._group = group
         self._cluster = Connection()
         line.hold(group, shape.needed)
-        self._ask_for_gpu_ids = functools.partial(_gpu_ids, group, shape, hosts, options)
-        # Asked for while agents start: the answer takes Ray a process.
-        self._gpu_ids: asyncio.Task[list[tuple[str, ...]]] | None = self._begin_to_ask()
+        # Asked while agents start: the answer takes Ray a process.
+        gpus = (float(host.bundle.get("GPU", 0)) for host in shape.hosts)
+        labels = (host.label for host in hosts)
+        wanted = list(zip(labels, gpus, strict=True))
+        self._gpu_question = GpuQuestion(group, wanted, options.runtime_env)
 
     async def gpu_ids(self) -> list[tuple[str, ...]]:
-        """GPUs of each host's bundle, which are the bundle's for as long as it lives.
-
-        AgentFailedError where Ray cannot tell; the next run asks again.
-        """
-        if self._gpu_ids is None:
-            self._gpu_ids = self._begin_to_ask()
-        try:
-            return await asyncio.shield(self._gpu_ids)
-        except Exception:
-            self._gpu_ids = None
-            raise
-
-    def _begin_to_ask(self) -> "asyncio.Task[list[tuple[str, ...]]]":
-        asking = asyncio.ensure_future(self._ask_for_gpu_ids())
-        # Nobody asks for them where the launch fails before it needs them.
-        asking.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return asking
+        """GPUs of each host's bundle; AgentFailedError if Ray cannot tell."""
+        return await self._gpu_question.answer()
 
     async def is_whole(self) -> bool:
         """Whether all its nodes live, as far as Ray knows."""
@@ -98,8 +83,7 @@ class Placement:
 
     async def remove(self) -> None:
         """Give the room back. What goes wrong is logged."""
-        if self._gpu_ids is not None:
-            self._gpu_ids.cancel()
+        self._gpu_question.drop()
         hosts = ", ".join(host.label for host in self.hosts)
         removing = placement_group.remove(self._group, self._cluster)
         await clean_up(
@@ -210,43 +194,6 @@ def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:
     if len(set(ips)) == len(ips):
         return ips
     return [f"{ip}#{ips[:i].count(ip)}" if ips.count(ip) > 1 else ip for i, ip in enumerate(ips)]
-
-
-async def _gpu_ids(
-    group: PlacementGroup, shape: Shape, hosts: Sequence[Host], options: Options
-) -> list[tuple[str, ...]]:
-    amounts = [host.bundle.get("GPU", 0) for host in shape.hosts]
-    return await asyncio.gather(
-        *(
-            _gpu_ids_of(group, i, amount, host, options)
-            for i, (amount, host) in enumerate(zip(amounts, hosts, strict=True))
-        )
-    )
-
-
-async def _gpu_ids_of(
-    group: PlacementGroup, index: int, amount: float, host: Host, options: Options
-) -> tuple[str, ...]:
-    if not amount:
-        return ()
-    ask: Any = untyped_ray.remote(
-        num_cpus=0,
-        num_gpus=amount,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            group, placement_group_bundle_index=index
-        ),
-        runtime_env=dict(options.runtime_env) if options.runtime_env else None,
-    )(_own_gpu_ids)
-    try:
-        ids: list[str] = await Connection().ask(ask)
-    except RayError as error:
-        what = "the task that asks Ray which GPUs the launch has there failed"
-        raise AgentFailedError(hostname=host.label, what=what, evidence=str(error)) from None
-    return tuple(sorted(ids, key=lambda i: (not i.isdigit(), int(i) if i.isdigit() else 0, i)))
-
-
-def _own_gpu_ids() -> list[str]:
-    return cluster.context().get_accelerator_ids()["GPU"]
 
 
 def _in_words(shape: Shape, hosts: Sequence[Host], nodes: Sequence[Node]) -> str:

@@ -48,6 +48,13 @@ _READY_S = 300.0
 _ANSWER_S = 5.0
 """For an agent that lives to answer."""
 
+_NEVER_READY = (
+    "answers, but was not ready after {:g} s: its old template does not end, or a new one cannot be started. "
+    "Does a file system hang there, such as that of the env_file?"
+)
+
+_NO_ANSWER = "does not answer: the machine is too busy to run it, or is swapping, or the agent is frozen or cut off."
+
 _RUNTIME_ENV_S = 600.0
 """How long Ray makes a runtime_env, unless its config says otherwise."""
 
@@ -68,6 +75,8 @@ class Agent:
     is_new: bool = True
     is_gone: bool = False
     """Dead, frozen or cut off: it would be asked in vain for seconds."""
+    fault: str = ""
+    """Why it was given up when it was wanted for another run, as the rest of a sentence about it."""
     rests_until: float = 0
     ahead_ns: int = 0
     """How far its host's clock is before the driver's, once `Clocks` has compared them."""
@@ -106,9 +115,13 @@ class Agent:
         gives_up_at = time.monotonic() + _READY_S
         while not meeting.done():
             await asyncio.wait({meeting}, timeout=_SILENT_S)
+            if meeting.done():
+                return
             is_late = time.monotonic() >= gives_up_at
-            if not meeting.done() and (is_late or not await self._answers()):
+            answers = await self._answers()
+            if not meeting.done() and (is_late or not answers):
                 self.is_gone = True
+                self.fault = _NEVER_READY.format(_READY_S) if answers else _NO_ANSWER
                 raise TimeoutError
 
     async def _answers(self) -> bool:

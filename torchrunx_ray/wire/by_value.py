@@ -14,6 +14,9 @@ import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
 
+_is_registered: Any = _cloudpickle.get("_is_registered_pickle_by_value", lambda _module: False)  # pyright: ignore[reportUnknownLambdaType]
+"""Tells whether a module was given to cloudpickle.register_pickle_by_value."""
+
 _by_id: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
 
 _loading = threading.RLock()
@@ -36,11 +39,11 @@ def reduce(obj: Any) -> Any:
         return _with_file(obj)
     if kind is functools.cached_property:  # it has a lock, before Python 3.12
         return _cached_property, (obj.func, obj.attrname)
-    if kind is functools._lru_cache_wrapper and _has_no_name(obj):  # pyright: ignore[reportPrivateUsage]
+    if kind is functools._lru_cache_wrapper and _goes_by_value(obj):  # pyright: ignore[reportPrivateUsage]
         return _cached, (obj.__wrapped__, obj.cache_parameters())
-    if _is_dispatcher(obj) and _has_no_name(obj):
+    if _is_dispatcher(obj) and _goes_by_value(obj):
         return _dispatching, (), _state_of_dispatcher(obj), None, None, _set_dispatcher_state
-    if issubclass(kind, type) and _is_of_msgspec(kind) and _has_no_name(obj):
+    if issubclass(kind, type) and _is_of_msgspec(kind) and _goes_by_value(obj):
         raise UnfitError(
             "msgspec keeps what it knows of a Struct class out of Python's reach; put the class into a "
             "module beside the script, and import it"
@@ -48,9 +51,10 @@ def reduce(obj: Any) -> Any:
     return NotImplemented
 
 
-def _has_no_name(obj: object) -> bool:
-    """Return True for what is in no module that another process could import."""
-    return _cloudpickle["_lookup_module_and_qualname"](obj) is None
+def _goes_by_value(obj: object) -> bool:
+    """Return True for what is in no module that another process could import, as cloudpickle decides it."""
+    found = _cloudpickle["_lookup_module_and_qualname"](obj)
+    return found is None or _is_registered(found[0])
 
 
 def _is_of_msgspec(metaclass: type) -> bool:
@@ -97,7 +101,10 @@ def _without_parts_of_dispatcher(function: Any, reduced: Any) -> Any:
     """Have a wrapper of a dispatcher find again what functools.wraps copied from the dispatcher."""
     if not hasattr(function, "__wrapped__"):
         return reduced
-    below: Any = inspect.unwrap(function, stop=_is_dispatcher)
+    try:
+        below: Any = inspect.unwrap(function, stop=_is_dispatcher)
+    except Exception:  # a circle, or a property that raises; cloudpickle does not follow it
+        return reduced
     if not _is_dispatcher(below):
         return reduced
     make, arguments, (attributes, slots), items, pairs, _ = reduced

@@ -74,8 +74,11 @@ def _first_of(
 
 def is_of_a_library(kind: type) -> bool:
     """Return True for a class of an installed module."""
-    file = vars(sys.modules.get(module_of(kind), sys)).get("__file__") or ""
-    return any(f"{os.sep}{each}{os.sep}" in file for each in ("site-packages", "dist-packages"))
+    # Programs put other things than modules into sys.modules, too.
+    file = getattr(sys.modules.get(module_of(kind)), "__dict__", {}).get("__file__")
+    return isinstance(file, str) and any(
+        f"{os.sep}{each}{os.sep}" in file for each in ("site-packages", "dist-packages")
+    )
 
 
 def module_of(kind: type) -> str:
