@@ -77,6 +77,7 @@ def test_nothing_is_lost_or_reordered_in_a_flood(
     assert [line.split()[1] for line in lines] == [str(i) for i in range(50_000)]
 
 
+@pytest.mark.alone
 def test_output_without_newlines_is_not_quadratic(
     cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ while len(os.listdir("{tmp_path}/marks")) < 2:
     time.sleep(0.01)
 head = ray._private.worker._global_node.all_processes["gcs_server"][0].process.pid
 os.kill(head, signal.SIGKILL)
+print("the head is killed", flush=True)
 try:
     run.result()
 except Exception as error:
@@ -131,6 +132,9 @@ except Exception as error:
         timeout=200,
         check=False,
     )
+    assert "the head is killed" in done.stdout, done.stderr
     assert "RAISED AgentFailedError" in done.stdout or done.returncode != 0
-    marks = {path.read_text() for path in (tmp_path / "marks").iterdir()}
+    marks = [path.read_text() for path in (tmp_path / "marks").iterdir()]
+    assert len(marks) == 2
+    assert all(marks)
     assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 30)

@@ -19,20 +19,21 @@ from torchrunx_ray.driver.loop import in_thread
 
 
 def test_driver_that_is_killed_leaves_nothing(
-    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
     done = run_script(
         """
-import os, signal, subprocess, sys
+import os, pathlib, signal, subprocess, sys
 sys.path.insert(0, os.getcwd())
 import torchrunx_ray as trx
 
 def sleep(driver):
     import time
     subprocess.run(["setsid", "sh", "-c", "sleep 1000 &"], check=True)
-    print("mark", os.environ["TORCHRUNX_RAY_POOL"], flush=True)
+    pathlib.Path("mark" + os.environ["RANK"]).write_text(os.environ["TORCHRUNX_RAY_POOL"])
     if os.environ["RANK"] == "0":
-        time.sleep(1)
+        while not os.path.exists("mark1"):
+            time.sleep(0.01)
         os.kill(driver, signal.SIGKILL)
     time.sleep(1000)
 
@@ -41,7 +42,7 @@ trx.launch(sleep, (os.getpid(),), workers_per_host=2)
     )
 
     assert done.returncode == -signal.SIGKILL, done.stderr
-    mark = done.stdout.split()[-1]
+    mark = (tmp_path / "mark0").read_text()
     assert processes.wait_until(lambda: processes.of_pool(mark) == {})
 
 

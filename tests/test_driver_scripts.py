@@ -23,7 +23,7 @@ def train():
     return int(os.environ["RANK"]), os.environ["RAY_ADDRESS"]
 
 if __name__ == "__main__":
-    result = trx.launch(train, hostnames=1, workers_per_host=2)
+    result = trx.launch(train, hostnames=1, workers_per_host=2, backend=None, preload=())
     print(list(result))
 """
 
@@ -50,7 +50,6 @@ def drive(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     return drive
 
 
-@pytest.mark.slow
 def test_ray_that_the_launch_started_ends_with_the_script(
     drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
@@ -66,7 +65,6 @@ def test_ray_that_the_launch_started_ends_with_the_script(
     assert wait_until(lambda: not mentioning(mark), 10), mentioning(mark)
 
 
-@pytest.mark.slow
 def test_launch_joins_the_cluster_of_ray_address(
     drive: Callable[..., "subprocess.CompletedProcess[str]"], address: str
 ) -> None:

@@ -336,7 +336,7 @@ def test_env_file_that_blocks_does_not_hold_a_cancel(cluster: None, tmp_path: Pa
     run.cancel()
 
     with pytest.raises(concurrent.futures.CancelledError):
-        run.result(timeout=5)
+        run.result(timeout=20)
     for pid in sleeping_bash(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
@@ -597,7 +597,11 @@ def test_what_an_env_file_leaves_outside_of_its_group_is_ended(
 ) -> None:
     """As ssh-agent does."""
     env_file = tmp_path / "env.sh"
-    env_file.write_text("LEFT=4321 setsid sleep 4321 > /dev/null 2>&1 &\nsleep 0.2\n")
+    left = tmp_path / "left"
+    env_file.write_text(
+        f"LEFT=4321 setsid sh -c 'touch {left}; exec sleep 4321' > /dev/null 2>&1 &\n"
+        f"while [ ! -e {left} ]; do sleep 0.01; done\n"
+    )
     launcher = dataclasses.replace(launcher, env_file=env_file, linger=0)
     launcher.run(os.getpid)
 

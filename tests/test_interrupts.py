@@ -17,9 +17,10 @@ import pytest
 import ray
 from jupyter_client.manager import start_new_kernel
 from ray.exceptions import RayError
+from ray.util.placement_group import placement_group_table
 
 import torchrunx_ray as trx
-from tests.processes import of_pool, wait_until
+from tests.processes import mentioning, of_pool, wait_until
 from tests.soon import SOON_S, soon
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("joined")]
@@ -102,6 +103,7 @@ class Terminal:
     """A driver in the foreground of a terminal."""
 
     def __init__(self, phase: str, grace_s: float, folder: Path) -> None:
+        self._folder = folder
         (folder / "script.py").write_text(SCRIPT)
         for name, text in MODULES.items():
             (folder / f"{name}.py").write_text(text)
@@ -134,9 +136,12 @@ class Terminal:
         os.waitpid(self.pid, 0)
         os.close(self._fd)
 
-    def nothing_is_left(self) -> bool:
-        marks = re.findall(r"mark (\w+)", self.shown)
-        return all(not of_pool(mark) for mark in marks)
+    def processes(self) -> dict[int, str]:
+        """Of its launches: workers tell their mark, templates may have the folder on their path."""
+        found = mentioning(str(self._folder))
+        for mark in set(re.findall(r"mark (\w+)", self.shown)):
+            found |= of_pool(mark)
+        return found
 
 
 @contextlib.contextmanager
@@ -151,6 +156,11 @@ def terminal(phase: str, grace_s: float, folder: Path) -> Iterator[Terminal]:
 AT_IT = {"placing": "waiting for room"}
 
 
+def groups() -> set[str]:
+    """The states of the placement groups that there are."""
+    return {group["state"] for group in placement_group_table().values()} - {"REMOVED"}
+
+
 @pytest.mark.parametrize(
     "phase",
     ["placing", "importing", "forming", "running", "session", "collecting", "tearing down"],
@@ -159,13 +169,17 @@ def test_ctrl_c_ends_every_phase_long_before_the_grace_is_over(phase: str, tmp_p
     with terminal(phase, 60, tmp_path) as driver:
         times = 2 if phase in ("running", "session", "tearing down") else 1
         driver.wait_for(AT_IT.get(phase, "at it"), 90, times)
+        if phase == "placing":
+            assert "PENDING" in groups()
+        else:
+            assert driver.processes()
         driver.press_ctrl_c()
         driver.wait_for("INTERRUPTED", SOON_S)
         driver.wait_for("AND AGAIN 2", 40)
         if phase in ("running", "session"):
             shown = re.findall(r"^ranks? .+: train \(script.py:\d+\)", driver.shown, re.MULTILINE)
             assert len(shown) in (1, 2), driver.shown  # each may be at another line
-    assert wait_until(driver.nothing_is_left)
+    assert wait_until(lambda: not driver.processes() and not groups())
 
 
 @pytest.mark.parametrize("phase", ["deaf", "deaf and parked"])

@@ -285,7 +285,7 @@ trx.launch(train, hostnames=2, workers_per_host=2, placement_timeout=60)
     script = ("--working-dir", str(tmp_path), "--", sys.executable, "train.py")
     submitted = jobs.run("submit", "--no-wait", "--submission-id=stopped", *script)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    marks = lambda: [path.read_text() for path in tmp_path.glob("mark*")]  # noqa: E731
+    marks = lambda: [text for p in tmp_path.glob("mark*") if (text := p.read_text())]  # noqa: E731
     assert wait_until(lambda: len(marks()) == 4, 60), jobs.run("logs", "stopped").stdout
     assert len(set(marks())) == 2, "of the agents on two nodes"
     assert all(of_pool(mark) for mark in marks())

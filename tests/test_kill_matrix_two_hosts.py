@@ -50,7 +50,6 @@ import json, os, sys
 from dataclasses import asdict
 import ray
 import torchrunx_ray as trx
-from tests.soon import SOON_S
 from tests.traces import Traces
 
 def traces():

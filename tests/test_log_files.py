@@ -248,13 +248,17 @@ def test_file_that_cannot_be_written_costs_no_other(
 ) -> None:
     def speak() -> None:
         print("first", flush=True)
-        time.sleep(0.5)
         if os.environ["RANK"] == "1":
-            (path,) = (logs / "latest").glob("*1].log")
+            assert wait_until(
+                lambda: any("first" in path.read_text() for path in files_of_rank_1())
+            )
+            (path,) = files_of_rank_1()
             path.unlink()
             path.mkdir()
-        time.sleep(0.5)
         print("second", flush=True)
+
+    def files_of_rank_1() -> list[Path]:
+        return list((logs / "latest").glob("*1].log"))
 
     launcher = trx.Launcher(workers_per_host=2, backend=None, console_ranks=())
     (hostname,) = launcher.run(speak).hostnames

@@ -41,7 +41,7 @@ def speak():
     sys.stderr.write("\\n")
     print("line of", os.environ["RANK"])
 
-trx.launch(speak, workers_per_host=2, backend=None, name="shown", **OPTIONS)
+trx.launch(speak, workers_per_host=2, backend=None, preload=(), name="shown", **OPTIONS)
 print("after")
 """
 
@@ -115,7 +115,6 @@ def after_ray_was_joined(shown: str) -> str:
     return shown.rpartition("Connected to Ray cluster.")[2].removesuffix("\x1b[0m")
 
 
-@pytest.mark.slow
 def test_terminal_has_a_status_line_beside_the_output(tmp_path: Path) -> None:
     script = BEGIN.format(before="OPTIONS = {}") + SPEAKING
     variables = {"TORCHRUNX_LOG_DIR": str(tmp_path / "logs"), "COLUMNS": "300"}
@@ -133,11 +132,12 @@ def test_terminal_has_a_status_line_beside_the_output(tmp_path: Path) -> None:
     assert "running" not in shown.rpartition("\x1b[?25h")[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "options"),
-    [("", {"progress": False}), ("sys.modules['rich'] = None", {})],
-    ids=["progress=False", "without rich"],
+    [
+        pytest.param("", {"progress": False}, id="progress=False", marks=pytest.mark.slow),
+        pytest.param("sys.modules['rich'] = None", {}, id="without rich"),
+    ],
 )
 def test_terminal_without_a_status_line_is_the_functions(
     before: str, options: dict[str, object], tmp_path: Path
@@ -370,14 +370,16 @@ def interrupted(run: trx.Run[Any]) -> KeyboardInterrupt:
 
 
 def test_failure_is_told_while_the_others_take_long_to_stop(
-    launcher: trx.Launcher, caplog: pytest.LogCaptureFixture
+    launcher: trx.Launcher, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """And is not lost where somebody then interrupts the run; the driver had not said a word."""
 
     def fail_or_save() -> None:
         if os.environ["RANK"] == "1":
+            assert wait_until((tmp_path / "saves").exists)
             raise ValueError("shard 17 is truncated")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (tmp_path / "saves").touch()
         time.sleep(1000)
 
     launcher = dataclasses.replace(launcher, shutdown_timeout=6)

@@ -45,9 +45,6 @@ def test_failing_example_says_what_the_readme_says(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "torchrunx_ray.errors.RemoteFailure: on rank 2 (" in done.stderr
     assert "\nDataError: shard 17 is truncated\nRaised by rank 2 (local rank 2 on" in done.stderr
-    assert re.search(
-        r"\n0\.\d{3} s later, rank \d on .*: RuntimeError: .*[Cc]onnection", done.stderr
-    )
 
 
 def test_table_has_every_option_with_its_default() -> None:

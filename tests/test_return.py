@@ -1,11 +1,13 @@
 """A value on its way out of a worker, while something else happens to that worker."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,54 +23,73 @@ from tests.test_data_plane import MIB, status
 
 def returns_and_is_killed(folder: Path) -> torch.Tensor:
     (folder / str(os.getpid())).touch()
-    return torch.zeros(2**31, dtype=torch.uint8)
+    return torch.zeros(2**30, dtype=torch.uint8)
 
 
 @pytest.mark.slow
 def test_worker_that_is_killed_while_its_value_is_copied(cluster: None, tmp_path: Path) -> None:
     """Its memory, and what the agent had of it, were held on; the next run was told of an error."""
+    killed = 0
     with trx.Launcher(workers_per_host=1, backend=None).session() as session:
         agent = session.run(processes.agent_pid).rank(0)
         before = status(agent, "RssAnon")
-        for wait_s in (0.4, 0.5, 0.6, 0.7):
-            run = session.submit(returns_and_is_killed, tmp_path / str(wait_s))
-            (tmp_path / str(wait_s)).mkdir()
-            assert processes.wait_until(lambda: any((tmp_path / str(wait_s)).iterdir()), 30)  # noqa: B023
-            (worker,) = (tmp_path / str(wait_s)).iterdir()
+        for wait_s in (0, 0.1, 0.2):
+            folder = tmp_path / str(wait_s)
+            folder.mkdir()
+            run = session.submit(returns_and_is_killed, folder)
+            assert processes.wait_until(lambda: "is being copied" in str(run.stacks()), 60)  # noqa: B023
+            (worker,) = folder.iterdir()
             time.sleep(wait_s)
             try:
                 os.kill(int(worker.name), signal.SIGKILL)
                 run.result()
-            except (ProcessLookupError, trx.WorkerFailedError):
-                pass  # it had ended already, or is told as what it is
+            except ProcessLookupError:
+                pass  # it had ended already
+            except trx.WorkerFailedError:
+                killed += 1
             run.wait()
             assert processes.wait_until(lambda: status(agent, "RssAnon") - before < 50 * MIB)
             assert session.run(processes.agent_pid).rank(0) == agent
+    assert killed
 
 
 class DeadlineError(Exception):
     pass
 
 
+class RingsAfter:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __reduce__(self) -> Any:
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        return int, ()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("wait_s", [0.2, 0.3, 0.4, 0.5])
+@pytest.mark.parametrize("wait_s", [0.01, 0.05, 0.1, 0.2])
 def test_signal_handler_that_raises_while_the_value_is_copied_is_heard(
-    launcher: trx.Launcher, wait_s: float
+    launcher: trx.Launcher, wait_s: float, tmp_path: Path
 ) -> None:
-    def return_late() -> torch.Tensor:
-        def ring(*_: object) -> None:
+    def return_late() -> Any:
+        def ring(_signum: int, frame: types.FrameType | None) -> None:
+            called = {frame.f_code.co_name for frame, _ in traceback.walk_stack(frame)}
+            if "report_value" in called:
+                (tmp_path / "rang").touch()
             raise DeadlineError
 
+        if os.environ["RANK"] == "1":
+            return None
         signal.signal(signal.SIGALRM, ring)
-        value = torch.zeros(2**30, dtype=torch.uint8)
-        signal.setitimer(signal.ITIMER_REAL, wait_s)
-        return value
+        return RingsAfter(wait_s), torch.zeros(2**30, dtype=torch.uint8)
 
     try:
-        value = launcher.run(return_late).rank(0)
+        _, value = launcher.run(return_late).rank(0)
     except DeadlineError:
-        return
-    assert not value.any()
+        assert (tmp_path / "rang").exists()
+    else:  # it rang when the value was delivered
+        assert not (tmp_path / "rang").exists()
+        assert not value.any()
 
 
 def test_worker_that_dies_with_its_value_taken_is_not_the_agents_failure(
@@ -76,29 +97,26 @@ def test_worker_that_dies_with_its_value_taken_is_not_the_agents_failure(
 ) -> None:
     """It left the agent's last message unread, which looked like a failure of the agent."""
 
-    def return_and_stop() -> int:
-        import threading
-
-        def stop_and_be_killed() -> None:
-            time.sleep(0.3)
+    def return_and_stop() -> Any:
+        def stop_where_the_agent_answers() -> None:
+            main = threading.main_thread().ident
+            assert processes.wait_until((tmp_path / "packed").exists)
+            while "receive" not in sys._current_frames()[main].f_code.co_name:
+                time.sleep(0)
             os.kill(os.getpid(), signal.SIGSTOP)
 
-        if os.environ["RANK"] == "0":
-            (tmp_path / str(os.getpid())).touch()
-            value = Slow()
-            threading.Thread(target=stop_and_be_killed, daemon=True).start()
-            return value  # pyright: ignore[reportReturnType]
-        return 0
+        if os.environ["RANK"] == "1":
+            return 0
+        threading.Thread(target=stop_where_the_agent_answers).start()
+        processes.note(tmp_path / "pid", os.getpid())
+        return Announces(tmp_path / "packed")
 
     run = launcher.submit(return_and_stop)
-    assert processes.wait_until(lambda: any(tmp_path.iterdir()), 30)
-    (worker,) = tmp_path.iterdir()
-    assert processes.wait_until(lambda: is_stopped_or_gone(int(worker.name)), 30)
-    time.sleep(0.5)
-    with contextlib.suppress(
-        ProcessLookupError
-    ):  # on a busy machine it may have ended before it stopped
-        os.kill(int(worker.name), signal.SIGKILL)
+    assert processes.wait_until((tmp_path / "pid").exists, 30)
+    worker = int((tmp_path / "pid").read_text())
+    assert processes.wait_until(lambda: is_stopped(worker), 30)
+    time.sleep(0.5)  # for the agent's answer
+    os.kill(worker, signal.SIGKILL)
     try:
         values = list(run.result())
     except trx.WorkerFailedError as error:
@@ -106,18 +124,17 @@ def test_worker_that_dies_with_its_value_taken_is_not_the_agents_failure(
     assert values == [7, 0] or "was killed by SIGKILL" in values[0]
 
 
-class Slow:
+class Announces:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> Any:
-        time.sleep(0.29)
+        self.path.touch()
         return int, (7,)
 
 
-def is_stopped_or_gone(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return True
-    return stat.rpartition(")")[2].split()[0] == "T"
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may do that to itself")

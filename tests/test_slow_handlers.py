@@ -97,8 +97,12 @@ def blocked() -> Iterator[Kept]:
 
 
 def test_kill_gives_up_output_that_nobody_takes(
-    one: trx.Launcher, blocked: Kept, caplog: pytest.LogCaptureFixture
+    one: trx.Launcher,
+    blocked: Kept,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(attempt, "_LAST_LINES_S", 1000.0)
     run = dataclasses.replace(one, log_handlers=[blocked]).submit(flood)
     assert wait_until(lambda: bool(blocked.records), 30)
     run.cancel()

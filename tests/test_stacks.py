@@ -64,43 +64,44 @@ def test_equal_stacks_are_one_group(waiting_for_one: "trx.Run[None]") -> None:
     assert [ranks for ranks, _frames in stacks.groups] == [[0, 2, 3], [1]]
 
 
-def test_asking_does_not_disturb_a_run(cluster: None) -> None:
+def test_asking_does_not_disturb_a_run(launcher: trx.Launcher, tmp_path: Path) -> None:
     def train() -> float:
-        total = torch.ones(1)
-        for _ in range(2000):
+        total, is_open = torch.ones(1), torch.zeros(1)
+        while not is_open:
             dist.all_reduce(total)
             total /= dist.get_world_size()
+            is_open.fill_((tmp_path / "gate").exists())
+            dist.all_reduce(is_open)
         return total.item()
 
-    run = trx.Launcher(workers_per_host=2).submit(train)
-    asked = 0
-    while not run.done():
-        run.stacks()
-        asked += 1
+    run = launcher.submit(train)
+    wait_for_stacks(run, "train (test_stacks.py:")
+    for _ in range(20):
+        assert run.stacks()
+    (tmp_path / "gate").touch()
 
-    assert list(run.result()) == [1.0, 1.0]
-    assert asked > 10
+    assert list(run.result(timeout=60)) == [1.0, 1.0]
 
 
 @pytest.mark.slow
-def test_asking_in_the_middle_of_a_call_does_not_crash_the_worker(cluster: None) -> None:
+def test_asking_in_the_middle_of_a_call_does_not_crash_the_worker(
+    cluster: None, tmp_path: Path
+) -> None:
     """faulthandler's signal handler, asked alone, crashed one of a few hundred times."""
 
     def call() -> str:
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            sorted(range(100), key=lambda number: number)
+        while not (tmp_path / "gate").exists():
+            for _ in range(1000):
+                sorted(range(100), key=lambda number: number)
         return "alive"
 
     run = trx.Launcher(workers_per_host=1, backend=None).submit(call)
     wait_for_stacks(run, "call (test_stacks.py:")
-    asked = 0
-    while not run.done():
-        run.stacks()
-        asked += 1
+    for _ in range(250):
+        assert run.stacks()
+    (tmp_path / "gate").touch()
 
-    assert run.result().rank(0) == "alive"
-    assert asked > 200
+    assert run.result(timeout=60).rank(0) == "alive"
 
 
 def test_main_thread_is_seen_among_very_many(launcher: trx.Launcher) -> None:

@@ -22,7 +22,7 @@ try:
 except FileExistsError:
     pass
 else:
-    time.sleep(4)
+    time.sleep(10)
 """
 
 FROZEN_HEAD = """
@@ -65,7 +65,7 @@ def test_timeout_of_the_group_begins_when_all_hosts_can_fork(
     (tmp_path / "slow_on_one_host.py").write_text(SLOW_ON_ONE_HOST)
     launcher = dataclasses.replace(
         together,
-        timeout=2,
+        timeout=8,
         preload=("torch.distributed", "slow_on_one_host"),
         runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
         linger=0,
@@ -97,7 +97,7 @@ def test_agent_that_froze_while_it_rested_is_replaced(
     together: trx.Launcher, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "_SILENT_S", 0.5)
-    monkeypatch.setattr(pool, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(pool, "_ANSWER_S", 8.0)
     with together.session() as session:
         before = list(session.run(processes.agent_pid))
         os.kill(before[1], signal.SIGSTOP)

@@ -12,6 +12,8 @@ import pytest
 
 import torchrunx_ray as trx
 from tests import processes
+from tests.soon import soon
+from torchrunx_ray.driver import attempt
 from torchrunx_ray.wire import messages
 
 
@@ -47,8 +49,10 @@ def test_sigterm_is_sent_once_when_a_rank_exits_in_its_handler(
 
 
 def test_second_interruption_does_not_wait_for_a_frozen_agent(
-    cluster: None, tmp_path: Path
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 100.0)
+
     def announce_and_sleep() -> None:
         processes.note(tmp_path / "pid", f"{os.getpid()} {processes.own_mark()}")
         time.sleep(1000)
@@ -63,13 +67,11 @@ def test_second_interruption_does_not_wait_for_a_frozen_agent(
     agent = processes.above(int(pid))["agent"]
     os.kill(agent, signal.SIGSTOP)
     interrupts = [threading.Timer(s, os.kill, (os.getpid(), signal.SIGUSR1)) for s in (0.2, 1.0)]
-    begun = time.monotonic()
     try:
         for timer in interrupts:
             timer.start()
-        with pytest.raises(KeyboardInterrupt):
+        with soon(), pytest.raises(KeyboardInterrupt):
             run.result()
-        assert time.monotonic() - begun < 8, "it waited for the agent: 12 s for its last words"
         assert run.done()
     finally:
         for timer in interrupts:

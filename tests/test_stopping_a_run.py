@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray.util.placement_group import placement_group_table
 
 import torchrunx_ray as trx
 from tests.interrupts import result_with_one_ctrl_c
@@ -98,7 +99,7 @@ def test_session_that_an_exception_ends_leaves_cancelled_workers_to_save_their_w
     assert both(tmp_path, "saved")
 
 
-@pytest.mark.parametrize("before", [[], ["cancel"], ["cancel", "wait"], ["kill"]])
+@pytest.mark.parametrize("before", [[], ["cancel", "wait"], ["kill"]])
 def test_kill_ends_workers_that_ignore_sigterm(
     patient: trx.Launcher, before: list[str], tmp_path: Path
 ) -> None:
@@ -133,13 +134,18 @@ def test_kill_does_not_wait_for_an_agent_that_froze_after_the_cancel(
     try:
         assert wait_until(run.done, 30)
     finally:
-        if not wait_until(lambda: not is_alive(agent), 20):
+        gone = wait_until(lambda: not is_alive(agent), 20)
+        if not gone:
             os.kill(agent, signal.SIGCONT)
+    assert gone, "Ray has not killed the frozen agent"
 
 
 def test_run_that_waits_for_room_can_be_killed(patient: trx.Launcher) -> None:
     with patient.session():
         run = dataclasses.replace(patient, workers_per_host=8).submit(os.getpid)
+        assert wait_until(
+            lambda: "PENDING" in {group["state"] for group in placement_group_table().values()}
+        )
         run.kill()
         with pytest.raises(concurrent.futures.CancelledError):
             run.result(timeout=60)
@@ -188,8 +194,6 @@ def test_run_can_be_neither_copied_nor_pickled(
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=rf"{run.name} cannot be copied or pickled: .*result"):
             copied(run)
-    with pytest.raises(trx.PayloadError, match=r"args\[0\] cannot be pickled: it is a Run"):
-        patient.run(str, run)
     run.wait()
     del run
     assert "Exception ignored" not in capfd.readouterr().err

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,14 @@ def twice() -> None:
     run.result()
 
 
+def asked(timeout: Any) -> None:
+    run = ONE.submit(int)
+    try:
+        run.result(timeout)
+    finally:
+        run.wait()
+
+
 RAISED: dict[str, tuple[type[BaseException], Callable[[], object]]] = {
     "function": (ZeroDivisionError, lambda: trx.launch(fail, workers_per_host=1, backend=None)),
     "run": (ZeroDivisionError, lambda: ONE.run(fail)),
@@ -50,8 +59,8 @@ RAISED: dict[str, tuple[type[BaseException], Callable[[], object]]] = {
     "option": (TypeError, lambda: trx.launch(fail, workers=2)),
     "option's value": (ValueError, lambda: trx.launch(fail, workers_per_host=0)),
     "no function": (TypeError, lambda: trx.launch(3)),  # pyright: ignore
-    "timeout": (TypeError, lambda: ONE.submit(int).result("3")),  # pyright: ignore
-    "time": (TimeoutError, lambda: ONE.submit(int).result(0)),
+    "timeout": (TypeError, lambda: asked("3")),
+    "time": (TimeoutError, lambda: asked(0)),
 }
 
 

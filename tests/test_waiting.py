@@ -43,7 +43,7 @@ def test_launches_that_wait_for_each_other_take_about_as_long_as_one_after_anoth
     assert time.monotonic() - begun < 1.5 * one_after_another_s + 2
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_launch_begins_soon_after_the_one_that_it_waited_for(cluster: None) -> None:
     """Ray has just tried it: the next time would be a second later."""
     launcher = of_cpus(CPUS)
@@ -60,6 +60,7 @@ def test_launch_begins_soon_after_the_one_that_it_waited_for(cluster: None) -> N
     assert min(waited_s() for _ in range(5)) < 0.7
 
 
+@pytest.mark.alone
 def test_launch_that_fits_is_not_held_up_by_an_earlier_one_that_does_not(cluster: None) -> None:
     of_cpus(2).run(int)
 
@@ -134,16 +135,16 @@ def test_launches_that_wait_at_once_are_told_in_one_warning(
     """Fifty submits printed 45 tables within a second."""
     monkeypatch.setattr(reports, "EVERY_S", 2)
     with of_cpus(CPUS).session():
+        begun = time.monotonic()
         runs = [of_cpus(CPUS).submit(int) for _ in range(8)]
         assert wait_until(lambda: len(waiting()) == 8, 20)
-        begun = time.monotonic()
         assert wait_until(lambda: "7 more launches of this driver wait" in caplog.text, 20)
-        passed_s = time.monotonic() - begun
         for run in runs:
             run.cancel()
         for run in runs:
             with pytest.raises(CancelledError):
                 run.result()
+        passed_s = time.monotonic() - begun
     said = [r.getMessage() for r in caplog.records if "waiting for room" in r.getMessage()]
     assert len(said) <= 2 + passed_s / 2
 

@@ -79,11 +79,9 @@ def announce():
     note = {"pid": os.getpid(), "rank": int(os.environ.get("RANK", "-1")), **above}
     (folder / f".{os.getpid()}").write_text(json.dumps(note))
     (folder / f".{os.getpid()}").rename(folder / f"{os.getpid()}.json")
-    if moment == "reporting":
-        time.sleep(0.05)  # and report while the victims are killed
-    else:
-        while not (folder / "go on").exists():
-            time.sleep(0.01)
+    gate = "found" if moment == "reporting" else "go on"  # reports while the victims are killed
+    while not (folder / gate).exists():
+        time.sleep(0.01)
 
 def join_late(*args, **kwargs):
     announce()
@@ -139,6 +137,7 @@ class Driven:
         prefix: Sequence[str] = (),
     ) -> None:
         """Start the driver; with `stays` it does not end before it is told to `leave`."""
+        self._moment = moment
         self._folder = folder / "notes"
         self._folder.mkdir()
         (folder / "victims_preload.py").write_text(_PRELOAD)
@@ -165,11 +164,18 @@ class Driven:
 
     def kill(self, victims: Sequence[str]) -> None:
         """Wait for the moment, and kill all of them at once."""
-        for pid in self._find(victims, self._wait_for_moment()):
+        found = self._find(victims, self._wait_for_moment())
+        if self._moment == "reporting":
+            (self._folder / "found").touch()
+            time.sleep(0.03)
+        killed = 0
+        for pid in found:
             try:
                 os.kill(pid, signal.SIGKILL)
+                killed += 1
             except ProcessLookupError:
                 pass  # of a pair, the second ended with the first
+        assert killed or self._moment == "reporting", "who has reported may have ended"
         self._killed_at = time.monotonic()
 
     def wait_for_outcome(self) -> tuple[str, float]:
@@ -226,7 +232,9 @@ class Driven:
                 for name in ("template", "keeper", "outer keeper", "agent", "raylet")
             },
         }
-        return [pid for victim in victims for pid in found[victim]()]
+        chosen = {victim: found[victim]() for victim in victims}
+        assert all(chosen.values()), chosen
+        return [pid for pids_of_one in chosen.values() for pid in pids_of_one]
 
 
 def _is_store(pid: int, workers: Sequence[int]) -> bool:
