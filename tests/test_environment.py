@@ -454,7 +454,7 @@ def test_keeper_that_cannot_be_started_leaves_no_pipe() -> None:
     before = pipes()
 
     with pytest.raises(FileNotFoundError):
-        Keeper({}, "/no/such/folder", wanted)
+        Keeper({}, "/no/such/folder", wanted, {})
 
     assert pipes() == before
 

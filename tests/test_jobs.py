@@ -361,9 +361,14 @@ trx.launch(train, hostnames=1, workers_per_host=2, name="train")
 
 def test_agents_metrics_can_be_read_by_prometheus(jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
-        """
+        f"""
 import time
+from pathlib import Path
 import torchrunx_ray as trx
+
+def wait():
+    while not Path({str(tmp_path / "seen")!r}).exists():
+        time.sleep(0.1)
 
 launcher = trx.Launcher(hostnames=["localhost"], workers_per_host=2)
 launcher.run(print, "hello")
@@ -371,7 +376,7 @@ try:
     launcher.run(lambda: 1 / 0)
 except ZeroDivisionError:
     pass
-launcher.run(time.sleep, 15)
+launcher.run(wait)
 """
     )
     script = ("--working-dir", str(tmp_path), "--", sys.executable, "train.py")
@@ -393,7 +398,9 @@ launcher.run(time.sleep, 15)
                 found[key] = found.get(key, 0) + float(value)
         return found
 
+    # A look makes Ray gather all of its metrics anew, for 0.1 s of CPU.
     assert wait_until(lambda: metrics().get("workers_running") == 2, 60), metrics()
+    (tmp_path / "seen").touch()
     assert wait_until(lambda: metrics().get("runs_total", 0) >= 3, 30), sorted(metrics().items())
     seen = metrics()
     assert seen['failures_total kind="exception"'] >= 1
