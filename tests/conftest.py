@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ import pytest
 import ray
 
 import torchrunx_ray as trx
+from tests import hung
 from tests.clusters.shared import shared_ray
 from tests.logs import Kept
 from tests.processes import wait_until
@@ -82,6 +84,22 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
     finally:
         logging.root.handlers = handlers
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """See what all processes are doing shortly before pytest-timeout ends a test that hangs."""
+    marker = item.get_closest_marker("timeout")
+    limit_s = float(marker.args[0] if marker else item.config.getini("timeout"))
+    looking = threading.Timer(
+        limit_s - 10, lambda: item.add_report_section("call", "processes", hung.seen())
+    )
+    looking.daemon = True
+    looking.start()
+    try:
+        return (yield)
+    finally:
+        looking.cancel()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
