@@ -92,7 +92,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     marker = item.get_closest_marker("timeout")
     limit_s = float(marker.args[0] if marker else item.config.getini("timeout"))
     looking = threading.Timer(
-        limit_s - 10, lambda: item.add_report_section("call", "processes", hung.seen())
+        0.9 * limit_s, lambda: item.add_report_section("call", "processes", hung.seen())
     )
     looking.daemon = True
     looking.start()
