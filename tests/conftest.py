@@ -5,6 +5,7 @@
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -44,6 +45,8 @@ SHOWN_AT_END = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell without job control starts what is in its background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):  # a lane's: its /tmp is not the one that pytest-xdist means
         config.option.basetemp = None
 
