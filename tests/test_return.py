@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import types
@@ -19,6 +18,7 @@ import torch
 import torchrunx_ray as trx
 from tests import processes
 from tests.test_data_plane import MIB, status
+from torchrunx_ray.wire.channel import Channel
 
 
 def returns_and_is_killed(folder: Path) -> torch.Tensor:
@@ -97,19 +97,18 @@ def test_worker_that_dies_with_its_value_taken_is_not_the_agents_failure(
 ) -> None:
     """It left the agent's last message unread, which looked like a failure of the agent."""
 
-    def return_and_stop() -> Any:
-        def stop_where_the_agent_answers() -> None:
-            main = threading.main_thread().ident
-            assert processes.wait_until((tmp_path / "packed").exists)
-            while "receive" not in sys._current_frames()[main].f_code.co_name:
-                time.sleep(0)
+    def return_and_stop() -> int:
+        receive = Channel.receive
+
+        def stop_and_receive(channel: Channel) -> Any:
             os.kill(os.getpid(), signal.SIGSTOP)
+            return receive(channel)
 
         if os.environ["RANK"] == "1":
             return 0
-        threading.Thread(target=stop_where_the_agent_answers).start()
+        Channel.receive = stop_and_receive  # of what it receives, the agent's answer comes next
         processes.note(tmp_path / "pid", os.getpid())
-        return Announces(tmp_path / "packed")
+        return 7
 
     run = launcher.submit(return_and_stop)
     assert processes.wait_until((tmp_path / "pid").exists, 30)
@@ -122,15 +121,6 @@ def test_worker_that_dies_with_its_value_taken_is_not_the_agents_failure(
     except trx.WorkerFailedError as error:
         values = [str(error)]
     assert values == [7, 0] or "was killed by SIGKILL" in values[0]
-
-
-class Announces:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        self.path.touch()
-        return int, (7,)
 
 
 def is_stopped(pid: int) -> bool:
