@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -53,13 +54,63 @@ def test_death_that_is_reported_late_is_still_named(
     assert (caught.value.rank, caught.value.signal) == (1, how)
 
 
-def test_crash_of_a_rank_that_was_told_to_stop_is_not_taken_for_the_cause(
+def test_exception_is_named_before_what_its_peers_raised_when_it_left_the_group(
     launcher: trx.Launcher,
+) -> None:
+    """As with `finally: dist.destroy_process_group()`: the peers are told before the exception is out."""
+
+    def leave_and_raise() -> None:
+        try:
+            dist.barrier()
+            if dist.get_rank() == 1:
+                raise ValueError("shard 17")
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+            time.sleep(0.2)  # such as a tracker's last upload
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="shard 17"):
+            launcher.run(leave_and_raise)
+
+
+class TrainError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["wait", "raise from", "sys.exit"])
+def test_death_is_named_before_what_came_of_its_peers_errors(
+    launcher: trx.Launcher, how: str
+) -> None:
+    def die_or_wait() -> None:
+        dist.barrier()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            work = dist.all_reduce(torch.ones(1), async_op=True)
+            assert work is not None
+            work.wait()  # C++, so that the innermost frame is this one
+        except RuntimeError as error:
+            if how == "raise from":
+                raise TrainError from error
+            if how == "sys.exit":
+                sys.exit(f"failed: {error}")
+            raise
+
+    for _ in range(4):
+        with pytest.raises(trx.WorkerFailedError) as caught:
+            launcher.run(die_or_wait)
+        assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+def test_crash_of_a_rank_that_was_told_to_stop_is_not_taken_for_the_cause(
+    launcher: trx.Launcher, how: signal.Signals
 ) -> None:
     def fail_or_crash_when_stopped() -> None:
         def crash(*_: object) -> None:
             time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGSEGV)
+            os.kill(os.getpid(), how)
 
         signal.signal(signal.SIGTERM, crash)
         dist.barrier()
@@ -69,7 +120,7 @@ def test_crash_of_a_rank_that_was_told_to_stop_is_not_taken_for_the_cause(
 
     with pytest.raises(ValueError, match="rank") as caught:
         launcher.run(fail_or_crash_when_stopped)
-    assert any("SIGSEGV" in note for note in caught.value.__notes__)
+    assert any(how.name in note for note in caught.value.__notes__)
 
 
 def test_equal_failures_are_one_line(cluster: None) -> None:

@@ -127,7 +127,9 @@ def test_hosts_file_tells_what_happened_there(cluster: None, logs: Path) -> None
 
     with pytest.raises(ValueError, match="shard 17"):
         launcher.run(live, "fails")
-    HostStory(logs).tells(r"rank 0 \(local rank 0, pid \d+\) has failed: ValueError: shard 17")
+    story = HostStory(logs)
+    story.tells(r"rank 0 \(local rank 0, pid \d+\) has failed: ValueError: shard 17")
+    story.tells(r"  File .*test_log_files.py\", line \d+, in live")
 
 
 def test_hosts_file_tells_of_a_lost_template_and_a_lost_store(cluster: None, logs: Path) -> None:

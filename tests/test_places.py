@@ -37,8 +37,8 @@ def failed(text: str, trace: str = "") -> messages.Failed:
         (
             ["shard 7", "shard 8", "shard 7", "shard 9"],
             [
-                "0.500 s later, rank 1 on vm, rank 3 on vm: ValueError: shard 7; alike: rank 2 on vm, "
-                "rank 4 on vm"
+                "0.500 s later, rank 1 on vm, rank 3 on vm: ValueError: shard 7 (much the same on "
+                "rank 2 on vm, rank 4 on vm)"
             ],
         ),
         (["shard 7"] * 2, ["0.500 s later, rank 1 on vm, rank 2 on vm: ValueError: shard 7"]),

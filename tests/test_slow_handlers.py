@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -186,17 +187,35 @@ def test_slow_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
     assert written().endswith("the last words\n")
 
 
-def test_ctrl_c_while_output_is_waited_for_tells_what_had_failed(
-    one: trx.Launcher, blocked: Kept, monkeypatch: pytest.MonkeyPatch
+def test_killed_run_has_its_end_in_the_log_files(
+    one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
+    run = dataclasses.replace(one, log_handlers="auto", console_ranks=[]).submit(flood)
+    assert wait_until(lambda: bool(list(tmp_path.glob("2*/*[[]0].log"))), 60)
+    run.kill()
+    with pytest.raises(concurrent.futures.CancelledError):
+        run.result(timeout=60)
+    (story,) = tmp_path.glob("2*/*[!]].log")
+    assert "the workers that live are being stopped: SIGKILL" in story.read_text()
+    assert "the run has ended here" in story.read_text()
+
+
+def test_failure_is_told_while_output_is_waited_for_and_again_with_ctrl_c(
+    one: trx.Launcher,
+    blocked: Kept,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def say_and_fail() -> None:
         print("before")
         raise ValueError("found out")
 
     monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.5)
+    monkeypatch.setattr(attempt, "_SILENT_STOP_S", 0.3)
     run = dataclasses.replace(one, log_handlers=[blocked]).submit(say_and_fail)
-    assert wait_until(lambda: bool(blocked.records) and not run.stacks(), 30)
-    time.sleep(0.5)
+    told = "does not take what the workers said: rank 0 on .*ValueError: found out"
+    assert wait_until(lambda: re.search(told, caplog.text) is not None, 30)
     with pytest.raises(KeyboardInterrupt) as caught:
         result_with_one_ctrl_c(run)
     assert any("ValueError: found out" in note for note in caught.value.__notes__)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torchrunx_ray as trx
 from tests import processes
 from torchrunx_ray.wire.messages import StartMethod
+from torchrunx_ray.worker import entry
 
 
 @pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -303,6 +305,20 @@ def test_worker_exits_as_an_interpreter_does(launcher: trx.Launcher, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{what}{rank}" for what in ("exited", "finalized", "worked") for rank in (0, 1)
     ]
+
+
+def test_file_whose_lock_a_thread_holds_for_ever_keeps_no_run_from_ending(
+    one: trx.Launcher,
+) -> None:
+    def leave_a_thread_that_writes() -> int:
+        entry._FLUSH_S = 0.3
+        _, writer = os.pipe()  # nobody reads
+        file = os.fdopen(writer, "wb")
+        threading.Thread(target=file.write, args=(b"x" * 2**20,), daemon=True).start()
+        time.sleep(0.2)
+        return 7
+
+    assert one.submit(leave_a_thread_that_writes).result(timeout=30).rank(0) == 7
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])

@@ -42,6 +42,9 @@ logger = logging.getLogger("torchrunx_ray")
 _SETTLING_S = 0.1
 """How long an earlier failure may take to arrive after a later one."""
 
+_CAUSE_S = 0.5
+"""How much longer a failure may take to arrive that errors in collectives came of."""
+
 _LAST_WORDS_S = 12.0
 """How long after SIGKILL a host may take to report its end before it is given up.
 
@@ -50,6 +53,9 @@ Longer than a template waits for a process that gives back much memory.
 
 _DEAF_S = 1.0
 """How long after a second cancellation an agent may take to hear that it shall kill."""
+
+_LAST_LINES_OF_KILLED_S = 0.5
+"""How long the log files may take for the last output of a run that is killed."""
 
 _LAST_LINES_S = 5.0
 """How long a handler or terminal may take for the last output of a cancelled run.
@@ -110,6 +116,8 @@ class Attempt:
         self._lookout = Lookout(run_id, crew.agents, self._layout)
         self._failed: list[tuple[int | None, Failure]] = []
         """With the hosts on whose clocks their times are; None for the driver's."""
+        self._cause_is_known = asyncio.Event()
+        """A failure is there that is no error in a collective, or no other can come."""
         self._stopped_at_ns: int | None = None
         self._kills_at = math.inf
         """Time of the loop at which SIGKILL follows."""
@@ -243,7 +251,7 @@ class Attempt:
                 else:
                     self._stop(0)
                     self._later(_DEAF_S, self._give_up_deaf)
-                    self._logs.give_up()
+                    self._give_up_last_lines()
                 cancelled = error
         if cancelled is not None:
             try:
@@ -268,6 +276,11 @@ class Attempt:
             asyncio.get_running_loop().call_later(_LAST_LINES_S, self._logs.hurry)
             self._later(2 * _LAST_LINES_S, self._give_up_silent)
 
+    def _give_up_last_lines(self) -> None:
+        """Let the run end at once, though not before files have what is here already."""
+        self._logs.hurry()
+        asyncio.get_running_loop().call_later(_LAST_LINES_OF_KILLED_S, self._logs.give_up)
+
     @property
     def _was_cancelled(self) -> bool:
         return self._failed_before_cancel is not None
@@ -275,14 +288,17 @@ class Attempt:
     async def _drain_logs(self) -> None:
         """All of it, unless the run is cancelled."""
         draining = asyncio.ensure_future(self._logs.drain())
+        loop = asyncio.get_running_loop()
+        telling = loop.call_later(_SILENT_STOP_S, self._tell_of_last_lines)
         cancelled: asyncio.CancelledError | None = None
         while not draining.done():
             try:
                 await asyncio.shield(draining)
             except asyncio.CancelledError as error:
                 if not self._is_first_cancellation():
-                    self._logs.give_up()
+                    self._give_up_last_lines()
                 cancelled = error
+        telling.cancel()
         try:
             if cancelled is not None:
                 raise cancelled
@@ -484,6 +500,9 @@ class Attempt:
             self._failed.append((host_index, Failure(time_ns, label, rank, report)))
         if rank is None:
             self._tell_of_host(host_index, None, report)
+        is_of_a_collective = isinstance(report, messages.Failed) and report.in_collective
+        if not is_of_a_collective or len(self._failed) == len(self._places()):
+            self._cause_is_known.set()
 
     def _tell_of_failure(self) -> None:
         """Workers may take long to stop, as long as `shutdown_timeout` lets them save their work."""
@@ -495,11 +514,28 @@ class Attempt:
             self.failures.in_brief,
         )
 
+    def _tell_of_last_lines(self) -> None:
+        """A failure must not be kept back with the output."""
+        if self.failures is not None and not self._was_cancelled:
+            logger.warning(
+                "%s has failed, and still waits for a terminal or a handler of logging that does not take what "
+                "the workers said: %s",
+                self._run_id,
+                self.failures.in_brief,
+            )
+
     async def _settle_and_stop(self) -> None:
         """Wait for earlier failures, and for what the others are doing while they still do it."""
         looking = self._look(_STACKS_AFTER_FAILURE)
-        self._stacks, _ = await asyncio.gather(looking, asyncio.sleep(_SETTLING_S))
+        self._stacks, _ = await asyncio.gather(looking, self._settle())
         self._stop(self._options.shutdown_timeout)
+
+    async def _settle(self) -> None:
+        """Let earlier failures arrive, and what errors in collectives came of."""
+        await asyncio.sleep(_SETTLING_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CAUSE_S):
+                await self._cause_is_known.wait()
 
     async def _look_and_stop(self, grace_s: float) -> None:
         self.stacks_at_stop = await self._look(_STACKS_AT_CANCEL)

@@ -132,30 +132,36 @@ class Failures:
         return first
 
     def _in_order(self) -> list[Failure]:
-        """By time; but a death comes before what peers raised in a collective because of it.
+        """Return failures by time, but a cause before what peers raised in a collective because of it.
 
-        The kernel closes a dying process's sockets before its parent can reap it.
+        The kernel closes a dying process's sockets before its parent can reap it. And a function that
+        destroys its process group in `finally` fails for its peers before its own exception is out.
         """
         in_order = sorted(self.failures, key=lambda failure: failure.time_ns)
         first = in_order[0]
         if isinstance(first.report, messages.Failed) and first.report.in_collective:
-            for failure in in_order:
-                if failure.time_ns - first.time_ns < self._notice_ns(failure):
+            for failure in in_order[1:]:
+                if self._may_have_caused(first, failure):
                     in_order.remove(failure)
                     return [failure, *in_order]
         return in_order
 
+    def _may_have_caused(self, in_collective: Failure, failure: Failure) -> bool:
+        """Return whether an error in a collective may be of this failure, which was told later."""
+        if isinstance(failure.report, messages.Failed):
+            before_stop = self.stopped_at_ns is None or failure.time_ns <= self.stopped_at_ns
+            return before_stop and not failure.report.in_collective
+        return failure.time_ns - in_collective.time_ns < self._notice_ns(failure)
+
     def _notice_ns(self, failure: Failure) -> int:
-        """Return how long after an error in a collective this may still be its cause."""
+        """Return how much later than its peers' errors a death may be told."""
         match failure.report:
             case messages.Died(exited=exited):
                 # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
-                # a worker that lived may crash by what it does to end; nobody kills itself by SIGKILL.
+                # a worker that lived may crash, or be killed, by what it does to end.
                 lived = failure.rank is not None and self.stacks.by_rank.get(failure.rank)
                 was_told = self.stopped_at_ns is not None and failure.time_ns > self.stopped_at_ns
-                if exited.signal in (None, signal.SIGABRT):
-                    return _NOTICE_NS
-                if lived and was_told and exited.signal != signal.SIGKILL:
+                if exited.signal in (None, signal.SIGABRT) or (lived and was_told):
                     return _NOTICE_NS
                 return _NOTICE_OF_SIGNAL_NS
             case messages.AgentFailed():
@@ -285,18 +291,20 @@ def _consequences(in_order: Sequence[Failure]) -> list[str]:
     groups: dict[str, list[Failure]] = {}
     for failure in in_order[1:]:
         groups.setdefault(re.sub(r"\d+", "#", _summary(failure.report)), []).append(failure)
-    return [
-        f"{max(0, members[0].time_ns - first.time_ns) / 1e9:.3f} s later, {_in_one_line(members)}"
-        for members in groups.values()
-    ]
+    lines: list[str] = []
+    for members in groups.values():
+        after_s = (members[0].time_ns - first.time_ns) / 1e9
+        when = f"{abs(after_s):.3f} s {'later' if after_s >= 0 else 'earlier'}"
+        lines.append(f"{when}, {_in_one_line(members)}")
+    return lines
 
 
 def _in_one_line(failures: Sequence[Failure]) -> str:
     """What the first of them said, after those who said just that."""
     said = _summary(failures[0].report)
     who = ", ".join(each.who for each in failures if _summary(each.report) == said)
-    alike = ", ".join(each.who for each in failures if _summary(each.report) != said)
-    return f"{who}: {said}; alike: {alike}" if alike else f"{who}: {said}"
+    others = ", ".join(each.who for each in failures if _summary(each.report) != said)
+    return f"{who}: {said} (much the same on {others})" if others else f"{who}: {said}"
 
 
 def _place(report: Report) -> str:

@@ -205,7 +205,8 @@ class Failed:
     """The function raised, or what it returned cannot travel.
 
     `exception` is its pickle, which only the driver may load; None where it cannot travel, and
-    `unraisable` says why. `in_collective`: raised in torch.distributed, as when a peer is gone.
+    `unraisable` says why. `in_collective`: torch.distributed raised it or what led to it, as when a
+    peer is gone.
     """
 
     local_rank: int

@@ -21,6 +21,8 @@ from torchrunx_ray.wire.title import set_title
 from torchrunx_ray.wire.transfer import map_file
 from torchrunx_ray.worker import group, logs, names, outcome, preload, script, stacks
 
+_FLUSH_S = 5.0
+
 _BUFFERED = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 
@@ -158,10 +160,22 @@ def _join_threads() -> None:
 
 
 def _flush_files() -> None:
-    """Those that the function left open, which an interpreter closes at its end.
+    """Write what is in the buffers of files that the function left open, as an interpreter's end does.
 
-    Text first: it lies above the bytes. The template's own are frozen, and not among them.
+    In a thread, and not for long: a thread of the function may hold a file's lock for ever, and nobody
+    may read a pipe.
     """
+    flushing = threading.Thread(target=_flush_all, daemon=True)
+    try:
+        flushing.start()
+    except RuntimeError:  # a limit of the host
+        _flush_all()
+    else:
+        flushing.join(_FLUSH_S)
+
+
+def _flush_all() -> None:
+    """Text first: it lies above the bytes. The template's own are frozen, and not among them."""
     files = [each for each in gc.get_objects() if type(each) in _BUFFERED]
     for file in sorted(files, key=lambda each: type(each) is not io.TextIOWrapper):
         try:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import linecache
 import os
+import sys
 import traceback
 import types
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -38,6 +39,9 @@ _NOT_REPORTED_ADVICE = (
 )
 
 _PACKAGE = f"{os.path.dirname(os.path.dirname(__file__))}{os.sep}"
+
+_OF_GLOO = "gloo/transport/"
+"""What an error of gloo about a peer names: the file that raised it."""
 
 _SHORT = 4096
 """Characters of each text that are told where more cannot be sent."""
@@ -151,7 +155,7 @@ def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) 
         exception,
         unraisable,
         int(code) if isinstance(code, int) else None,  # the agent has no IntEnum of the function's
-        _was_raised_in_torch_distributed(error),
+        _came_of_a_collective(error),
     )
 
 
@@ -169,7 +173,7 @@ def _as_text(wanted: messages.ForkWorker, time_ns: int, error: BaseException) ->
         None,
         unraisable,
         None,
-        _was_raised_in_torch_distributed(error),
+        _came_of_a_collective(error),
     )
 
 
@@ -237,7 +241,23 @@ def _dump(error: BaseException) -> tuple[bytes | None, str]:
         )
 
 
-def _was_raised_in_torch_distributed(error: BaseException) -> bool:
+def _came_of_a_collective(error: BaseException) -> bool:
+    """Return whether torch.distributed raised this, or an exception that led to it."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and not any(following is each for each in chain):
+        chain.append(following)
+        following = _own(following, "__cause__") or _own(following, "__context__")
+    return any(map(_is_of_a_collective, chain))
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    if isinstance(error, getattr(distributed, "DistError", ())):
+        return True
+    # In autograd and in Work.wait() gloo raises a plain error, without a frame of torch.distributed.
+    if type(error) is RuntimeError and _OF_GLOO in text_of(error):
+        return True
     frames = _frames(error)
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next
@@ -247,8 +267,12 @@ def _was_raised_in_torch_distributed(error: BaseException) -> bool:
 
 
 def _frames(error: BaseException) -> types.TracebackType | None:
-    """By the base class: its own may refuse to be asked for attributes."""
-    return vars(BaseException)["__traceback__"].__get__(error)
+    return _own(error, "__traceback__")
+
+
+def _own(error: BaseException, attribute: str) -> Any:
+    """Return an attribute by the base class: the exception's own class may refuse to be asked."""
+    return vars(BaseException)[attribute].__get__(error)
 
 
 def _full_name(error: BaseException) -> str:

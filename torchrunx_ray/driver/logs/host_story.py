@@ -26,6 +26,8 @@ def line_of(
 ) -> tuple[str, int]:
     """Return the line for an event, and its time on the driver's clock; "" for what needs no line.
 
+    A traceback follows the line of what raised.
+
     `on_ours` puts a time of the host on the driver's clock, on which the run began at `begun_ns`.
     """
     match event:
@@ -37,7 +39,8 @@ def line_of(
             return f"rank {rank} has returned", on_ours(event.time_ns)
         case messages.Failed():
             what = ": ".join(filter(None, (event.kind, event.text.partition("\n")[0])))
-            return f"{_worker(event, rank)} has failed: {what}", on_ours(event.time_ns)
+            text = f"{_worker(event, rank)} has failed: {what}\n{event.traceback}".rstrip()
+            return text, on_ours(event.time_ns)
         case messages.Exited():
             return f"{_worker(event, rank)} {_how(event)}", on_ours(event.time_ns)
         case messages.Died():

@@ -135,12 +135,11 @@ class RunLogs:
             self._loop.call_later(_STUCK_S, self._give_up_if_stuck, self._written)
 
     def give_up(self) -> None:
-        """Write no more; `drain` returns at once, also where a handler blocks."""
+        """Write no more, after `hurry`; `drain` returns at once, also where a handler blocks."""
         if self._taking == "nowhere" or self._done.is_set():
             return
-        if self._waiting_bytes:
-            nor = "" if self._files is None else ", and not in the log files either"
-            logger.warning("interrupted: what the workers said last is not shown%s", nor)
+        if self._waiting_bytes and self._files is not None:
+            logger.warning("interrupted: the log files do not have all that the workers said last")
         self._taking = "nowhere"
         self._done.set()
         self._has_room.set()
