@@ -54,14 +54,17 @@ Longer than a template waits for a process that gives back much memory.
 _DEAF_S = 1.0
 """How long after a second cancellation an agent may take to hear that it shall kill."""
 
-_LAST_LINES_OF_KILLED_S = 0.5
-"""How long the log files may take for the last output of a run that is killed."""
-
 _LAST_LINES_S = 5.0
 """How long a handler or terminal may take for the last output of a cancelled run.
 
 As long again its agent may take to send it.
 """
+
+_STUCK_S = 2.0
+"""How long a handler or terminal may keep one piece of output after that."""
+
+_STUCK_KILLED_S = 0.5
+"""The same when a run is killed."""
 
 _SLOW_START_S = 60.0
 """How long a host may take until it can fork before that is told."""
@@ -251,7 +254,7 @@ class Attempt:
                 else:
                     self._stop(0)
                     self._later(_DEAF_S, self._give_up_deaf)
-                    self._give_up_last_lines()
+                    self._logs.hurry(_STUCK_KILLED_S)
                 cancelled = error
         if cancelled is not None:
             try:
@@ -273,13 +276,9 @@ class Attempt:
     def _bound_last_lines(self) -> None:
         """Let nobody who cancelled a run wait long for a handler that blocks, or a stopped terminal."""
         if self._was_cancelled and len(self._over) == len(self._crew.hosts):
-            asyncio.get_running_loop().call_later(_LAST_LINES_S, self._logs.hurry)
+            loop = asyncio.get_running_loop()
+            loop.call_later(_LAST_LINES_S, self._logs.hurry, _STUCK_S)
             self._later(2 * _LAST_LINES_S, self._give_up_silent)
-
-    def _give_up_last_lines(self) -> None:
-        """Let the run end at once, though not before files have what is here already."""
-        self._logs.hurry()
-        asyncio.get_running_loop().call_later(_LAST_LINES_OF_KILLED_S, self._logs.give_up)
 
     @property
     def _was_cancelled(self) -> bool:
@@ -296,7 +295,7 @@ class Attempt:
                 await asyncio.shield(draining)
             except asyncio.CancelledError as error:
                 if not self._is_first_cancellation():
-                    self._give_up_last_lines()
+                    self._logs.hurry(_STUCK_KILLED_S)
                 cancelled = error
         telling.cancel()
         try:

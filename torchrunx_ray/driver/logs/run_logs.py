@@ -27,9 +27,6 @@ from torchrunx_ray.wire.records import from_line
 
 logger = logging.getLogger("torchrunx_ray")
 
-_STUCK_S = 2.0
-"""How long one piece of output may take when the run is cancelled and the files alone take it."""
-
 Taking = Literal["everywhere", "files", "nowhere"]
 """Where output goes."""
 
@@ -63,8 +60,8 @@ class RunLogs:
             queue.SimpleQueue()
         )
         self._waiting_bytes = 0
-        self._written = 0
-        """How many pieces of output have been written, or dropped."""
+        self._steps = 0
+        """They grow as long as output is written, or dropped."""
         self._is_ending = False
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -113,31 +110,31 @@ class RunLogs:
     async def drain(self) -> None:
         """Return when all that was put is written."""
         self._is_ending = True
+        self._steps += 1
         self._queue.put(None)
         await self._done.wait()
 
-    def hurry(self) -> None:
-        """Write to the files only; and nowhere once a terminal or handler has taken nothing for a while."""
-        if self._taking != "everywhere" or self._done.is_set():
-            return
-        self._taking = "files"
-        if self._waiting_bytes:
-            has_files = "" if self._files is None else "; it is in the log files"
-            logger.warning("interrupted: what the workers said last is not shown%s", has_files)
-        self._loop.call_later(_STUCK_S, self._give_up_if_stuck, self._written)
-
-    def _give_up_if_stuck(self, written: int) -> None:
+    def hurry(self, stuck_s: float) -> None:
+        """Write to the files only; and nowhere if a terminal or handler keeps all of it for `stuck_s`."""
         if self._done.is_set():
             return
-        if self._written == written and (self._waiting_bytes or self._is_ending):
-            self.give_up()
-        else:
-            self._loop.call_later(_STUCK_S, self._give_up_if_stuck, self._written)
+        if self._taking == "everywhere":
+            self._taking = "files"
+            if self._waiting_bytes:
+                has_files = "" if self._files is None else "; it is in the log files"
+                logger.warning("interrupted: what the workers said last is not shown%s", has_files)
+        self._loop.call_later(stuck_s, self._give_up_if_stuck, stuck_s, self._steps)
 
-    def give_up(self) -> None:
-        """Write no more, after `hurry`; `drain` returns at once, also where a handler blocks."""
-        if self._taking == "nowhere" or self._done.is_set():
+    def _give_up_if_stuck(self, stuck_s: float, steps: int) -> None:
+        if self._done.is_set():
             return
+        if self._steps == steps and (self._waiting_bytes or self._is_ending):
+            self._give_up()
+        else:
+            self._loop.call_later(stuck_s, self._give_up_if_stuck, stuck_s, self._steps)
+
+    def _give_up(self) -> None:
+        """Write no more; `drain` returns at once, also if a handler blocks."""
         if self._waiting_bytes and self._files is not None:
             logger.warning("interrupted: the log files do not have all that the workers said last")
         self._taking = "nowhere"
@@ -256,7 +253,7 @@ class RunLogs:
             self._complaint.tell(error)
 
     def _was_written(self, size: int) -> None:
-        self._written += 1
+        self._steps += 1
         self._waiting_bytes -= size
         if self._waiting_bytes <= _MOST_BYTES:
             self._has_room.set()
