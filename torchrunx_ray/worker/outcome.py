@@ -253,7 +253,7 @@ def _came_of_a_collective(error: BaseException) -> bool:
 
 def _is_of_a_collective(error: BaseException) -> bool:
     distributed = sys.modules.get("torch.distributed")
-    if isinstance(error, getattr(distributed, "DistError", ())):
+    if issubclass(type(error), getattr(distributed, "DistError", ())):  # its own class may lie
         return True
     # In autograd and in Work.wait() gloo raises a plain error, without a frame of torch.distributed.
     if type(error) is RuntimeError and _OF_GLOO in text_of(error):
