@@ -1,5 +1,6 @@
 """Classes and functions that travel by value, where cloudpickle alone would lose something of them."""
 
+import dataclasses
 import functools
 import inspect
 import io
@@ -11,6 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
+
+from torchrunx_ray.wire import type_names
+from torchrunx_ray.wire.class_bodies import names_in_class_bodies
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
 
@@ -27,6 +31,11 @@ _MAKES_A_CLASS = re.compile(rb"_class_setstate")
 _NO_FILE = "<dynamic-code>"
 """Stands for a file's name in what cloudpickle writes, since 3.1.3."""
 
+_SENTINELS: dict[type, str] = {
+    type(vars(dataclasses)[name]): name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY")
+}
+"""Kinds of objects that the code of dataclasses compares by identity, with their only object's name."""
+
 
 class UnfitError(TypeError):
     """A value is not made to travel. The message says what to do instead."""
@@ -40,7 +49,13 @@ def reduce(obj: Any) -> Any:
     if kind is functools.cached_property:  # it has a lock, before Python 3.12
         return _cached_property, (obj.func, obj.attrname)
     if kind is functools._lru_cache_wrapper and _goes_by_value(obj):  # pyright: ignore[reportPrivateUsage]
-        return _cached, (obj.__wrapped__, obj.cache_parameters())
+        return _cached, (obj.__wrapped__, obj.cache_parameters()), _attributes_of_cached(obj)
+    if kind in _SENTINELS:
+        return _SENTINELS[kind]
+    if type_names.is_part_of_parameters(kind):
+        return type_names.reduce_part_of_parameters(obj)
+    if type_names.is_type_name(kind) and _goes_by_value(obj):
+        return type_names.reduce_type_name(obj)
     if _is_dispatcher(obj) and _goes_by_value(obj):
         return _dispatching, (), _state_of_dispatcher(obj), None, None, _set_dispatcher_state
     if issubclass(kind, type) and _is_of_msgspec(kind) and _goes_by_value(obj):
@@ -93,8 +108,19 @@ def finish(obj: object, reduced: Any) -> Any:
     if reduced[0] is _cloudpickle["_make_skeleton_class"]:
         return _with_slots(obj, reduced)
     if reduced[0] is _cloudpickle["_make_function"]:
-        return _without_parts_of_dispatcher(obj, reduced)
+        return _without_parts_of_dispatcher(obj, _with_globals_of_class_bodies(obj, reduced))
     return reduced
+
+
+def _with_globals_of_class_bodies(function: Any, reduced: Any) -> Any:
+    make, arguments, (attributes, slots), *rest = reduced
+    names = [
+        name
+        for name in names_in_class_bodies(function.__code__)
+        if name in function.__globals__ and name not in slots["__globals__"]
+    ]
+    slots["__globals__"] |= {name: function.__globals__[name] for name in names}
+    return make, arguments, (attributes, slots), *rest
 
 
 def _without_parts_of_dispatcher(function: Any, reduced: Any) -> Any:
@@ -228,6 +254,13 @@ _CODE_OF_DISPATCHERS = _dispatching().__code__
 """All functions of functools.singledispatch share it."""
 
 _OF_DISPATCHERS = frozenset(cast("dict[str, Any]", vars(_dispatching()))) - {"__wrapped__"}
+
+
+def _attributes_of_cached(function: Any) -> dict[str, Any]:
+    """Leave out what functools.lru_cache itself sets."""
+    attributes = cast("dict[str, Any]", vars(function))
+    own = ("__wrapped__", "cache_parameters")
+    return {name: part for name, part in attributes.items() if name not in own}
 
 
 def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import pickling
+from torchrunx_ray.wire import class_bodies, pickling
 
 _DEPTH = 50
 
@@ -25,6 +25,8 @@ _PICKLING = (
     copyreg.__file__,
 )
 """Where the code lies that pickles, and unpickles."""
+
+_GLOBAL_OPERATIONS = class_bodies.OPERATIONS | {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
 def _globals_named_in(code: types.CodeType) -> Iterator[str]:
     """Also by functions that it makes."""
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
+        if instruction.opname in _GLOBAL_OPERATIONS:
             yield instruction.argval
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
