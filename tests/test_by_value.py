@@ -1,8 +1,10 @@
 """Classes and functions of a script are in another process what they are in the script."""
 
 import dataclasses
+import enum
 import subprocess
 import sys
+import threading
 import types
 from typing import Any
 
@@ -138,6 +140,124 @@ def test_names_for_types_travel_and_come_back_as_the_scripts_own() -> None:
     assert said == (6, True, True, True, int, True, True, (int,))
     assert names[:3] == [script.P, script.Ts, script.UserId]
     assert modules == ["script_of_no_module"] * 4
+
+
+ENUMS = """
+import datetime
+import enum
+
+class Planet(enum.Enum):
+    EARTH = (5.9, 6.3)
+    MARS = (0.6, 3.3)
+    def __init__(self, mass, radius):
+        self.mass, self.radius = mass, radius
+        self.neighbours = []
+
+class Number(enum.Enum):
+    ONE = 1
+    UNO = 1
+    TWO = 2
+
+class Right(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+    BOTH = 3
+    ALSO = 1
+
+class Coord(bytes, enum.Enum):
+    def __new__(cls, value, label):
+        made = bytes.__new__(cls, [value])
+        made._value_ = value
+        made.label = label
+        return made
+    X = (1, "east")
+    Y = (2, "north")
+
+class Counted(enum.Enum):
+    def __new__(cls):
+        made = object.__new__(cls)
+        made._value_ = len(cls.__members__) + 1
+        return made
+
+class Letter(Counted):
+    A = ()
+    B = ()
+
+class Loose(enum.Enum):
+    def __new__(cls, value, *others):
+        made = object.__new__(cls)
+        made._value_ = value
+        for other in others:
+            cls._value2member_map_[other] = made
+        return made
+    YES = ("yes", "y")
+
+class Day(datetime.date, enum.Enum):
+    FIRST = 2026, 1, 1
+
+class Sized(tuple, enum.Enum):
+    PAIR = (1, 2)
+
+class Text(str, enum.Enum):
+    HELLO = "hello"
+    def __init__(self, value):
+        self.upper_case = value.upper()
+
+class Plain(enum.StrEnum):
+    FIRST = enum.auto()
+
+ALL = [Planet, Number, Right, Coord, Counted, Letter, Loose, Day, Sized, Text, Plain]
+
+def describe():
+    members = [[(name, each.name, each.value) for name, each in kind.__members__.items()] for kind in ALL]
+    iterated = [[each.name for each in kind] for kind in ALL]
+    said = [Planet.EARTH.mass, Planet((0.6, 3.3)).radius, Planet.MARS.neighbours]
+    said += [Number["UNO"] is Number.ONE, Number(1).name, len(Number)]
+    said += [Right(3).name, (Right.READ | Right.WRITE) is Right.BOTH, ~Right.READ is Right.WRITE]
+    said += [Right["ALSO"] is Right.READ, Right(7).value, [*Right], Right._all_bits_]
+    said += [bytes(Coord.X), Coord(2).label, Coord.Y == bytes([2]), Letter(2) is Letter.B]
+    said += [Loose("y") is Loose.YES, Day.FIRST.isoformat(), Sized.PAIR[1], Sized((1, 2)).name]
+    said += [Text.HELLO.upper_case, Text("hello") + "!", f"{Plain.FIRST}", str(Text.HELLO)]
+    own = [sorted({"__new__", "__init__", "__new_member__", "_use_args_"} & {*vars(kind)}) for kind in ALL]
+    return members, iterated, said, own
+
+class Made(Counted):
+    pass
+
+def look():
+    class Later(Counted):
+        C = ()
+    return describe(), [kind for each in ALL for kind in each], Later.C.value
+"""
+
+
+def test_members_of_an_enum_keep_names_attributes_and_data() -> None:
+    script = of_a_script(ENUMS)
+    described, members, later = elsewhere(script.look)
+
+    assert described == script.describe()
+    own = [each for kind in script.ALL for each in kind]
+    assert [id(each) for each in members] == [id(each) for each in own]
+    assert later == 1
+
+
+def test_enum_whose_data_cannot_be_made_again_is_refused_with_what_to_do() -> None:
+    kind = enum.Enum("Kind", {"A": [1]}, type=list, module="of_no_module")
+
+    with pytest.raises(PayloadError) as caught:
+        pack([("kind", kind)])
+    assert str(caught.value) == (
+        "kind.A cannot be pickled: the members of the enum Kind are of the type list, which cannot be made "
+        "again without Kind's own code; put Kind into a module beside the script, and import it"
+    )
+
+
+def test_attribute_of_a_member_that_cannot_be_pickled_is_named() -> None:
+    kind = enum.Enum("Kind", {"A": 1}, module="of_no_module")
+    vars(kind.A)["lock"] = threading.Lock()
+
+    with pytest.raises(PayloadError, match=r"^kind.A.lock cannot be pickled: TypeError"):
+        pack([("kind", kind)])
 
 
 CACHED = """

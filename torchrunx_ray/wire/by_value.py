@@ -13,8 +13,9 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import type_names
+from torchrunx_ray.wire import enums, type_names
 from torchrunx_ray.wire.class_bodies import names_in_class_bodies
+from torchrunx_ray.wire.unfit import UnfitError
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
 
@@ -26,7 +27,11 @@ _by_id: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
 _loading = threading.RLock()
 """cloudpickle lets others find a class before it is whole; what is loaded may load something itself."""
 
-_MAKES_A_CLASS = re.compile(rb"_class_setstate")
+_MAKES_A_CLASS = re.compile(rb"_class_setstate|set_state_of_enum")
+
+_MAKERS = _cloudpickle["_make_skeleton_class"], _cloudpickle["_make_skeleton_enum"]
+
+_SETTERS = _cloudpickle["_class_setstate"], enums.set_state_of_enum
 
 _NO_FILE = "<dynamic-code>"
 """Stands for a file's name in what cloudpickle writes, since 3.1.3."""
@@ -35,10 +40,6 @@ _SENTINELS: dict[type, str] = {
     type(vars(dataclasses)[name]): name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY")
 }
 """Kinds of objects that the code of dataclasses compares by identity, with their only object's name."""
-
-
-class UnfitError(TypeError):
-    """A value is not made to travel. The message says what to do instead."""
 
 
 def reduce(obj: Any) -> Any:
@@ -107,6 +108,8 @@ def finish(obj: object, reduced: Any) -> Any:
         return reduced
     if reduced[0] is _cloudpickle["_make_skeleton_class"]:
         return _with_slots(obj, reduced)
+    if reduced[0] is _cloudpickle["_make_skeleton_enum"]:
+        return enums.reduce_enum(obj, reduced)
     if reduced[0] is _cloudpickle["_make_function"]:
         return _without_parts_of_dispatcher(obj, _with_globals_of_class_bodies(obj, reduced))
     return reduced
@@ -174,11 +177,10 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         found = super().find_class(module_name, global_name)
-        if module_name == "cloudpickle.cloudpickle":
-            if global_name in ("_make_skeleton_class", "_make_skeleton_enum"):
-                return functools.partial(self._classes.make, found)
-            if global_name == "_class_setstate":
-                return functools.partial(self._classes.set_state, found)
+        if any(found is each for each in _MAKERS):
+            return functools.partial(self._classes.make, found)
+        if any(found is each for each in _SETTERS):
+            return functools.partial(self._classes.set_state, found)
         return found
 
 

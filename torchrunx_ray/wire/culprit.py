@@ -3,6 +3,7 @@
 import contextlib
 import copyreg
 import dis
+import enum
 import functools
 import os
 import pickle
@@ -139,6 +140,8 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}.{name}", function) for name, function in accessors)
     elif isinstance(value, staticmethod | classmethod):
         yield f"{path}.__func__", value.__func__  # pyright: ignore[reportUnknownMemberType]  # any
+    elif isinstance(value, enum.Enum):
+        yield from _parts_of_member(value, path)
     elif not isinstance(value, types.ModuleType):
         yield from _attributes(value, path)
         yield f"{path}.__class__", type(value)
@@ -172,10 +175,18 @@ def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
     made_by_python = types.GetSetDescriptorType | types.MemberDescriptorType
     for name, part in vars(kind).items():
         kind_of_part: Any = type(part)  # pyright: ignore[reportUnknownVariableType]
+        if name in ("_member_map_", "_value2member_map_"):  # an enum's members stand in it, too
+            continue
         if not isinstance(part, made_by_python) and not is_of_a_library(kind_of_part):
             yield f"{path}.{name}", part
     for i, base in enumerate(kind.__bases__):
         yield f"{path}.__bases__[{i}]", base
+
+
+def _parts_of_member(member: enum.Enum, path: str) -> Iterator[tuple[str, object]]:
+    own = ((name, part) for name, part in vars(member).items() if name != "__objclass__")
+    yield from ((f"{path}.{name}", part) for name, part in own)
+    yield f"{path}.__class__", type(member)
 
 
 def _globals_named_in(code: types.CodeType) -> Iterator[str]:
