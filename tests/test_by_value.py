@@ -260,6 +260,105 @@ def test_attribute_of_a_member_that_cannot_be_pickled_is_named() -> None:
         pack([("kind", kind)])
 
 
+HOOKS = """
+import abc
+
+REGISTRY, NOTED = [], {}
+
+class Base:
+    def __init_subclass__(cls, *, tag, **others):
+        super().__init_subclass__(**others)
+        cls.tag = tag
+        REGISTRY.append(cls)
+
+class A(Base, tag="a"):
+    pass
+
+class Plain:
+    seen = []
+    def __init_subclass__(cls):
+        Plain.seen.append(cls.__name__)
+
+class B(Plain):
+    __slots__ = ("x",)
+
+class C(B):
+    size = 2
+
+class Meta(abc.ABCMeta):
+    def __new__(metaclass, name, bases, namespace, *, key):
+        made = super().__new__(metaclass, name, bases, namespace)
+        NOTED[key] = made
+        return made
+
+    def __init__(cls, name, bases, namespace, *, key):
+        super().__init__(name, bases, namespace)
+        cls.key = key
+
+class D(metaclass=Meta, key="d"):
+    @abc.abstractmethod
+    def run(self): ...
+
+class E(D, key="e"):
+    def run(self):
+        return self.key
+
+def look():
+    class F(A, tag="f"):
+        pass
+    class G(Plain):
+        pass
+    try:
+        D()
+    except TypeError:
+        said = [A.tag, F.tag, E().run(), C.size, [*map(id, REGISTRY)] == [id(A), id(F)]]
+    return said, Plain.seen, NOTED == {"d": D, "e": E}, [A, B, C, D, E], F
+"""
+
+
+@pytest.mark.parametrize("names", ["look", "[C, A, E, look][-1]"])
+def test_class_is_made_again_without_the_scripts_hooks_for_new_classes(names: str) -> None:
+    script = of_a_script(HOOKS)
+    said, seen, is_noted, kinds, new = elsewhere(eval(names, vars(script)))
+
+    assert said == ["a", "f", "e", 2, True]
+    assert seen == ["B", "C", "G"]
+    assert is_noted
+    assert kinds == [script.A, script.B, script.C, script.D, script.E]
+    assert new.tag == "f"
+    assert script.REGISTRY == [script.A]
+    assert script.Plain.seen == ["B", "C"]
+
+
+MODELS = """
+import pydantic
+
+class Base(pydantic.BaseModel):
+    def __init_subclass__(cls, *, tag):
+        super().__init_subclass__()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, *, tag, **others):
+        super().__pydantic_init_subclass__(**others)
+        cls.tag = tag
+
+class Model(Base, tag="a", frozen=True):
+    x: int
+
+def look():
+    try:
+        Model(x=1).x = 2
+    except pydantic.ValidationError:
+        return Model.tag, Model(x="3"), Model.model_config["frozen"]
+"""
+
+
+def test_model_with_keywords_of_its_class_travels() -> None:
+    script = of_a_script(MODELS)
+
+    assert elsewhere(script.look) == ("a", script.Model(x=3), True)
+
+
 CACHED = """
 import functools
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import enums, type_names
+from torchrunx_ray.wire import enums, skeletons, type_names
 from torchrunx_ray.wire.class_bodies import names_in_class_bodies
 from torchrunx_ray.wire.unfit import UnfitError
 
@@ -203,28 +203,20 @@ class _Classes:
     def make(self, make: Callable[..., type], *arguments: Any) -> type:
         *_, tracker_id, _ = arguments
         here = _by_id.get(tracker_id)
-        try:
-            kind = make(*arguments)
-        except Exception:
-            if "__slots__" not in arguments[3]:
-                raise
-            kind = make(*_without_slots(*arguments))
-        if kind is here:
-            self._were_here.append(kind)
-        else:
-            self._made.append(tracker_id)
-        return kind
+        if here is not None:
+            self._were_here.append(here)
+            return here
+        self._made.append(tracker_id)
+        if make is _cloudpickle["_make_skeleton_enum"]:
+            with skeletons.calm(arguments[0]):
+                return make(*arguments)
+        with skeletons.calm(arguments[2]):
+            return skeletons.make(*arguments)
 
     def set_state(self, set_state: Callable[..., type], kind: type, state: Any) -> type:
         if any(kind is each for each in self._were_here):
             return kind
         return set_state(kind, state)
-
-
-def _without_slots(metaclass: Any, name: Any, bases: Any, namespace: Any, *rest: Any) -> Any:
-    """Suit a metaclass that makes the slots and forbids the name, as that of typing.NamedTuple."""
-    namespace = {key: value for key, value in namespace.items() if key != "__slots__"}
-    return metaclass, name, bases, namespace, *rest
 
 
 def _cached_property(function: Callable[..., Any], name: str | None) -> Any:
