@@ -206,7 +206,25 @@ class Text(str, enum.Enum):
 class Plain(enum.StrEnum):
     FIRST = enum.auto()
 
-ALL = [Planet, Number, Right, Coord, Counted, Letter, Loose, Day, Sized, Text, Plain]
+class Meta(enum.EnumMeta):
+    def __new__(metaclass, name, bases, namespace, *, about, **others):
+        made = super().__new__(metaclass, name, bases, namespace, **others)
+        made.about = [about]
+        return made
+
+    def __init__(cls, *arguments, about):
+        pass
+
+    def __contains__(cls, value):
+        return value in cls._value2member_map_
+
+class Mode(enum.Enum, metaclass=Meta, about="modes"):
+    pass
+
+class Device(Mode, about="devices"):
+    CPU = "cpu"
+
+ALL = [Mode, Device, Planet, Number, Right, Coord, Counted, Letter, Loose, Day, Sized, Text, Plain]
 
 def describe():
     members = [[(name, each.name, each.value) for name, each in kind.__members__.items()] for kind in ALL]
@@ -218,6 +236,7 @@ def describe():
     said += [bytes(Coord.X), Coord(2).label, Coord.Y == bytes([2]), Letter(2) is Letter.B]
     said += [Loose("y") is Loose.YES, Day.FIRST.isoformat(), Sized.PAIR[1], Sized((1, 2)).name]
     said += [Text.HELLO.upper_case, Text("hello") + "!", f"{Plain.FIRST}", str(Text.HELLO)]
+    said += [type(Device) is Meta, "cpu" in Device, 2 in Device, Mode.about, Device.about]
     own = [sorted({"__new__", "__init__", "__new_member__", "_use_args_"} & {*vars(kind)}) for kind in ALL]
     return members, iterated, said, own
 

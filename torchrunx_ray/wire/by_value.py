@@ -29,7 +29,11 @@ _loading = threading.RLock()
 
 _MAKES_A_CLASS = re.compile(rb"_class_setstate|set_state_of_enum")
 
-_MAKERS = _cloudpickle["_make_skeleton_class"], _cloudpickle["_make_skeleton_enum"]
+_MAKERS = {
+    id(_cloudpickle["_make_skeleton_class"]): skeletons.make,
+    id(enums.make_enum): enums.make_enum,
+}
+"""Makers of empty classes that a stream names, and what is called for them."""
 
 _SETTERS = _cloudpickle["_class_setstate"], enums.set_state_of_enum
 
@@ -177,8 +181,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         found = super().find_class(module_name, global_name)
-        if any(found is each for each in _MAKERS):
-            return functools.partial(self._classes.make, found)
+        if id(found) in _MAKERS:
+            return functools.partial(self._classes.make, _MAKERS[id(found)])
         if any(found is each for each in _SETTERS):
             return functools.partial(self._classes.set_state, found)
         return found
@@ -207,11 +211,9 @@ class _Classes:
             self._were_here.append(here)
             return here
         self._made.append(tracker_id)
-        if make is _cloudpickle["_make_skeleton_enum"]:
-            with skeletons.calm(arguments[0]):
-                return make(*arguments)
-        with skeletons.calm(arguments[2]):
-            return skeletons.make(*arguments)
+        _metaclass, _name, bases, *_ = arguments
+        with skeletons.calm(bases):
+            return make(*arguments)
 
     def set_state(self, set_state: Callable[..., type], kind: type, state: Any) -> type:
         if any(kind is each for each in self._were_here):

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
+from torchrunx_ray.wire import skeletons
 from torchrunx_ray.wire.unfit import UnfitError
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
@@ -43,7 +44,7 @@ class State:
 
 def reduce_enum(kind: Any, reduced: Any) -> Any:
     """Return cloudpickle's reduce tuple of an enum, with all that members are."""
-    make, (bases, name, qualname, _, *rest), (attributes, slots), *_ = reduced
+    _, (bases, name, *_, tracker_id, extra), (attributes, slots), *_ = reduced
     members: dict[str, Any] = dict(kind.__members__)
     made_by = _maker_of_data(kind._member_type_)
     described: dict[str, Any] = {"__new__": new_member, "__init__": leave_as_it_is}
@@ -56,7 +57,27 @@ def reduce_enum(kind: Any, reduced: Any) -> Any:
         {name: _state_of(member) for name, member in members.items()},
         _further_values(kind),
     )
-    return make, (bases, name, qualname, described, *rest), state, None, None, set_state_of_enum
+    names = (kind.__module__, kind.__qualname__)
+    arguments = (cast("Any", type(kind)), name, bases, described, names, tracker_id, extra)
+    return make_enum, arguments, state, None, None, set_state_of_enum
+
+
+def make_enum(
+    metaclass: Any,
+    name: str,
+    bases: tuple[type, ...],
+    members: dict[str, Any],
+    names: tuple[str, str],
+    tracker_id: str,
+    _extra: Any,
+) -> Any:
+    """Do what cloudpickle does, but with the enum's own metaclass."""
+    namespace = skeletons.library_of(metaclass).__prepare__(name, bases)
+    for each, member in members.items():
+        namespace[each] = member
+    made: Any = skeletons.make_as_a_library(metaclass, name, bases, namespace)
+    made.__module__, made.__qualname__ = names
+    return _cloudpickle["_lookup_class_or_track"](tracker_id, made)
 
 
 def new_member(kind: Any, described: Any) -> Any:

@@ -55,7 +55,7 @@ def _passing_on(kind: type, name: str) -> object:
 def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest: Any) -> type:
     """Call cloudpickle's own function, but no metaclass that came by value."""
     if metaclass in _travelled:
-        metaclass = functools.partial(_make_as_a_library, metaclass)
+        metaclass = functools.partial(make_as_a_library, metaclass)
     make: Any = _cloudpickle["_make_skeleton_class"]
     try:
         return make(metaclass, name, bases, namespace, *rest)
@@ -67,8 +67,13 @@ def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest
         return make(metaclass, name, bases, others, *rest)
 
 
-def _make_as_a_library(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any]) -> type:
-    library: Any = next(each for each in metaclass.__mro__ if each not in _travelled)
+def make_as_a_library(metaclass: Any, name: str, bases: Any, namespace: Any) -> type:
+    library = library_of(metaclass)
     made = library.__new__(metaclass, name, bases, namespace)
     library.__init__(made, name, bases, namespace)
     return made
+
+
+def library_of(metaclass: Any) -> Any:
+    """Return the first class among a metaclass and its bases that did not come by value."""
+    return next(each for each in metaclass.__mro__ if each not in _travelled)
