@@ -100,6 +100,25 @@ def test_global_that_cannot_be_pickled_is_found_in_the_body_of_a_class() -> None
         pack([("function", script.look)])
 
 
+SUBMODULES = """
+import wsgiref.headers
+import xml.dom.minidom
+
+def look():
+    def parse():
+        return xml.dom.minidom.parseString("<a/>").firstChild.tagName
+
+    class Answer:
+        headers = wsgiref.headers.Headers([("a", "b")])
+
+    return parse(), Answer.headers["a"]
+"""
+
+
+def test_submodules_that_only_inner_functions_and_classes_use_are_imported() -> None:
+    assert elsewhere(of_a_script(SUBMODULES).look) == ("a", "b")
+
+
 NAMES = """
 from typing import Callable, Generic, NewType, ParamSpec, TypeVar, TypeVarTuple
 from typing_extensions import TypeAliasType

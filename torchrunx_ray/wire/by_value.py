@@ -13,8 +13,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import enums, skeletons, type_names
-from torchrunx_ray.wire.class_bodies import names_in_class_bodies
+from torchrunx_ray.wire import enums, inner_code, skeletons, type_names
 from torchrunx_ray.wire.unfit import UnfitError
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
@@ -115,19 +114,8 @@ def finish(obj: object, reduced: Any) -> Any:
     if reduced[0] is _cloudpickle["_make_skeleton_enum"]:
         return enums.reduce_enum(obj, reduced)
     if reduced[0] is _cloudpickle["_make_function"]:
-        return _without_parts_of_dispatcher(obj, _with_globals_of_class_bodies(obj, reduced))
+        return _without_parts_of_dispatcher(obj, inner_code.with_needs(obj, reduced))
     return reduced
-
-
-def _with_globals_of_class_bodies(function: Any, reduced: Any) -> Any:
-    make, arguments, (attributes, slots), *rest = reduced
-    names = [
-        name
-        for name in names_in_class_bodies(function.__code__)
-        if name in function.__globals__ and name not in slots["__globals__"]
-    ]
-    slots["__globals__"] |= {name: function.__globals__[name] for name in names}
-    return make, arguments, (attributes, slots), *rest
 
 
 def _without_parts_of_dispatcher(function: Any, reduced: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import class_bodies, pickling
+from torchrunx_ray.wire import inner_code, pickling
 
 _DEPTH = 50
 
@@ -27,7 +27,7 @@ _PICKLING = (
 )
 """Where the code lies that pickles, and unpickles."""
 
-_GLOBAL_OPERATIONS = class_bodies.OPERATIONS | {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
+_GLOBAL_OPERATIONS = inner_code.OPERATIONS | {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
 
 
 @dataclass(frozen=True)
