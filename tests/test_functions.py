@@ -292,11 +292,27 @@ def test_everything_of_main_travels_both_ways(
 ) -> None:
     done = run_script(
         """
-import dataclasses, torchrunx_ray as trx
+import dataclasses, enum, typing, torchrunx_ray as trx
+
+Steps = typing.NewType("Steps", int)
+KINDS = []
+
+class Kind:
+    def __init_subclass__(cls, *, tag):
+        KINDS.append(tag)
+
+class Resumed(Kind, tag="resumed"):
+    pass
+
+class Device(enum.Enum):
+    CPU = ("cpu", 2)
+    HOST = CPU
+    def __init__(self, name, count):
+        self.count = count
 
 @dataclasses.dataclass
 class Config:
-    steps: int
+    steps: Steps
 
 class Trouble(Exception):
     def __init__(self, what, code):
@@ -305,6 +321,8 @@ class Trouble(Exception):
 
 def train(config):
     assert isinstance(config, Config)
+    assert Resumed and KINDS == ["resumed"]
+    assert Device.HOST is Device.CPU and Device["HOST"].count == 2
     if config.steps < 0:
         raise Trouble("steps", config.steps)
     return Config(config.steps + 1)

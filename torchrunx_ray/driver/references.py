@@ -14,8 +14,8 @@ from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
-from torchrunx_ray.wire.by_value import UnfitError
 from torchrunx_ray.wire.payload import Inserted, Packed, pack
+from torchrunx_ray.wire.unfit import UnfitError
 
 logger = logging.getLogger("torchrunx_ray")
 

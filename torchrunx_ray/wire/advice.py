@@ -2,9 +2,9 @@
 
 import sys
 
-from torchrunx_ray.wire.by_value import UnfitError
 from torchrunx_ray.wire.culprit import Culprit, is_of_a_library, module_of
 from torchrunx_ray.wire.exceptions import text_of
+from torchrunx_ray.wire.unfit import UnfitError
 
 _TORCHS_FORMAT = "{} cannot be pickled"
 """Text of a NotImplementedError that torch raises without formatting the text."""

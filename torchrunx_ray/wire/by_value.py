@@ -1,5 +1,6 @@
 """Classes and functions that travel by value, where cloudpickle alone would lose something of them."""
 
+import dataclasses
 import functools
 import inspect
 import io
@@ -12,6 +13,9 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
+from torchrunx_ray.wire import enums, inner_code, skeletons, type_names
+from torchrunx_ray.wire.unfit import UnfitError
+
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
 
 _is_registered: Any = _cloudpickle.get("_is_registered_pickle_by_value", lambda _module: False)  # pyright: ignore[reportUnknownLambdaType]
@@ -22,14 +26,23 @@ _by_id: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
 _loading = threading.RLock()
 """cloudpickle lets others find a class before it is whole; what is loaded may load something itself."""
 
-_MAKES_A_CLASS = re.compile(rb"_class_setstate")
+_MAKES_A_CLASS = re.compile(rb"_class_setstate|set_state_of_enum")
+
+_MAKERS = {
+    id(_cloudpickle["_make_skeleton_class"]): skeletons.make,
+    id(enums.make_enum): enums.make_enum,
+}
+"""Makers of empty classes that a stream names, and what is called for them."""
+
+_SETTERS = _cloudpickle["_class_setstate"], enums.set_state_of_enum
 
 _NO_FILE = "<dynamic-code>"
 """Stands for a file's name in what cloudpickle writes, since 3.1.3."""
 
-
-class UnfitError(TypeError):
-    """A value is not made to travel. The message says what to do instead."""
+_SENTINELS: dict[type, str] = {
+    type(vars(dataclasses)[name]): name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY")
+}
+"""Kinds of objects that the code of dataclasses compares by identity, with their only object's name."""
 
 
 def reduce(obj: Any) -> Any:
@@ -40,7 +53,13 @@ def reduce(obj: Any) -> Any:
     if kind is functools.cached_property:  # it has a lock, before Python 3.12
         return _cached_property, (obj.func, obj.attrname)
     if kind is functools._lru_cache_wrapper and _goes_by_value(obj):  # pyright: ignore[reportPrivateUsage]
-        return _cached, (obj.__wrapped__, obj.cache_parameters())
+        return _cached, (obj.__wrapped__, obj.cache_parameters()), _attributes_of_cached(obj)
+    if kind in _SENTINELS:
+        return _SENTINELS[kind]
+    if type_names.is_part_of_parameters(kind):
+        return type_names.reduce_part_of_parameters(obj)
+    if type_names.is_type_name(kind) and _goes_by_value(obj):
+        return type_names.reduce_type_name(obj)
     if _is_dispatcher(obj) and _goes_by_value(obj):
         return _dispatching, (), _state_of_dispatcher(obj), None, None, _set_dispatcher_state
     if issubclass(kind, type) and _is_of_msgspec(kind) and _goes_by_value(obj):
@@ -92,8 +111,10 @@ def finish(obj: object, reduced: Any) -> Any:
         return reduced
     if reduced[0] is _cloudpickle["_make_skeleton_class"]:
         return _with_slots(obj, reduced)
+    if reduced[0] is _cloudpickle["_make_skeleton_enum"]:
+        return enums.reduce_enum(obj, reduced)
     if reduced[0] is _cloudpickle["_make_function"]:
-        return _without_parts_of_dispatcher(obj, reduced)
+        return _without_parts_of_dispatcher(obj, inner_code.with_needs(obj, reduced))
     return reduced
 
 
@@ -148,11 +169,10 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         found = super().find_class(module_name, global_name)
-        if module_name == "cloudpickle.cloudpickle":
-            if global_name in ("_make_skeleton_class", "_make_skeleton_enum"):
-                return functools.partial(self._classes.make, found)
-            if global_name == "_class_setstate":
-                return functools.partial(self._classes.set_state, found)
+        if id(found) in _MAKERS:
+            return functools.partial(self._classes.make, _MAKERS[id(found)])
+        if any(found is each for each in _SETTERS):
+            return functools.partial(self._classes.set_state, found)
         return found
 
 
@@ -175,28 +195,18 @@ class _Classes:
     def make(self, make: Callable[..., type], *arguments: Any) -> type:
         *_, tracker_id, _ = arguments
         here = _by_id.get(tracker_id)
-        try:
-            kind = make(*arguments)
-        except Exception:
-            if "__slots__" not in arguments[3]:
-                raise
-            kind = make(*_without_slots(*arguments))
-        if kind is here:
-            self._were_here.append(kind)
-        else:
-            self._made.append(tracker_id)
-        return kind
+        if here is not None:
+            self._were_here.append(here)
+            return here
+        self._made.append(tracker_id)
+        _metaclass, _name, bases, *_ = arguments
+        with skeletons.calm(bases):
+            return make(*arguments)
 
     def set_state(self, set_state: Callable[..., type], kind: type, state: Any) -> type:
         if any(kind is each for each in self._were_here):
             return kind
         return set_state(kind, state)
-
-
-def _without_slots(metaclass: Any, name: Any, bases: Any, namespace: Any, *rest: Any) -> Any:
-    """Suit a metaclass that makes the slots and forbids the name, as that of typing.NamedTuple."""
-    namespace = {key: value for key, value in namespace.items() if key != "__slots__"}
-    return metaclass, name, bases, namespace, *rest
 
 
 def _cached_property(function: Callable[..., Any], name: str | None) -> Any:
@@ -228,6 +238,13 @@ _CODE_OF_DISPATCHERS = _dispatching().__code__
 """All functions of functools.singledispatch share it."""
 
 _OF_DISPATCHERS = frozenset(cast("dict[str, Any]", vars(_dispatching()))) - {"__wrapped__"}
+
+
+def _attributes_of_cached(function: Any) -> dict[str, Any]:
+    """Leave out what functools.lru_cache itself sets."""
+    attributes = cast("dict[str, Any]", vars(function))
+    own = ("__wrapped__", "cache_parameters")
+    return {name: part for name, part in attributes.items() if name not in own}
 
 
 def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:

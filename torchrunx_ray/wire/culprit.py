@@ -3,6 +3,7 @@
 import contextlib
 import copyreg
 import dis
+import enum
 import functools
 import os
 import pickle
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import pickling
+from torchrunx_ray.wire import inner_code, pickling
 
 _DEPTH = 50
 
@@ -25,6 +26,8 @@ _PICKLING = (
     copyreg.__file__,
 )
 """Where the code lies that pickles, and unpickles."""
+
+_GLOBAL_OPERATIONS = inner_code.OPERATIONS | {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}.{name}", function) for name, function in accessors)
     elif isinstance(value, staticmethod | classmethod):
         yield f"{path}.__func__", value.__func__  # pyright: ignore[reportUnknownMemberType]  # any
+    elif isinstance(value, enum.Enum):
+        yield from _parts_of_member(value, path)
     elif not isinstance(value, types.ModuleType):
         yield from _attributes(value, path)
         yield f"{path}.__class__", type(value)
@@ -170,16 +175,24 @@ def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
     made_by_python = types.GetSetDescriptorType | types.MemberDescriptorType
     for name, part in vars(kind).items():
         kind_of_part: Any = type(part)  # pyright: ignore[reportUnknownVariableType]
+        if name in ("_member_map_", "_value2member_map_"):  # an enum's members stand in it, too
+            continue
         if not isinstance(part, made_by_python) and not is_of_a_library(kind_of_part):
             yield f"{path}.{name}", part
     for i, base in enumerate(kind.__bases__):
         yield f"{path}.__bases__[{i}]", base
 
 
+def _parts_of_member(member: enum.Enum, path: str) -> Iterator[tuple[str, object]]:
+    own = ((name, part) for name, part in vars(member).items() if name != "__objclass__")
+    yield from ((f"{path}.{name}", part) for name, part in own)
+    yield f"{path}.__class__", type(member)
+
+
 def _globals_named_in(code: types.CodeType) -> Iterator[str]:
     """Also by functions that it makes."""
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
+        if instruction.opname in _GLOBAL_OPERATIONS:
             yield instruction.argval
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

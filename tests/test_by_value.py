@@ -1,0 +1,418 @@
+"""Classes and functions of a script are in another process what they are in the script."""
+
+import dataclasses
+import enum
+import subprocess
+import sys
+import threading
+import types
+from typing import Any
+
+import pytest
+
+from torchrunx_ray.errors import PayloadError
+from torchrunx_ray.wire import by_value
+from torchrunx_ray.wire.payload import pack
+
+CALL = """import sys
+from torchrunx_ray.wire import by_value, pickling
+function = by_value.loads(sys.stdin.buffer.read())
+sys.stdout.buffer.write(pickling.dumps(function()))
+"""
+
+
+def of_a_script(source: str) -> types.SimpleNamespace:
+    """Return what a script defines, which is in no module that could be imported."""
+    names: dict[str, Any] = {"__name__": "script_of_no_module"}
+    exec(source, names)
+    return types.SimpleNamespace(**names)
+
+
+def elsewhere(function: Any) -> Any:
+    """Return what the function returns in a new process."""
+    stream = bytes(pack([("function", function)]).stream)
+    done = subprocess.run(
+        [sys.executable, "-c", CALL], input=stream, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return by_value.loads(done.stdout)
+
+
+DATACLASSES = """
+import dataclasses
+
+@dataclasses.dataclass
+class Config:
+    name: str
+    steps: int = 3
+    layers: list = dataclasses.field(default_factory=list)
+    _: dataclasses.KW_ONLY
+    seed: int = 0
+
+def look():
+    @dataclasses.dataclass
+    class Larger(Config):
+        rate: float = 0.1
+
+    made = dataclasses.make_dataclass("Made", [("more", int, 1)], bases=(Config,))
+    (name, *_) = dataclasses.fields(Config)
+    return Larger("a"), made("b"), name.default is dataclasses.MISSING, Config
+"""
+
+
+def test_field_of_a_dataclass_without_a_default_has_none() -> None:
+    larger, made, is_missing, config = elsewhere(of_a_script(DATACLASSES).look)
+
+    assert dataclasses.astuple(larger) == ("a", 3, [], 0, 0.1)
+    assert dataclasses.astuple(made) == ("b", 3, [], 0, 1)
+    assert is_missing
+    assert dataclasses.fields(config)[0].default is dataclasses.MISSING
+
+
+CLASS_BODIES = """
+import threading
+from dataclasses import dataclass, field
+
+DEFAULT, OTHER, UNUSED = 4, 5, threading.Lock()
+
+def look():
+    @dataclass
+    class Config:
+        xs: list = field(default_factory=list)
+        steps: int = DEFAULT
+
+        class Inner:
+            other = [OTHER for _ in range(2)]
+            unused = lambda value: value.UNUSED
+
+    return Config().xs, Config().steps, Config.Inner.other
+"""
+
+
+def test_globals_that_only_the_body_of_a_class_names_travel_with_the_function() -> None:
+    assert elsewhere(of_a_script(CLASS_BODIES).look) == ([], 4, [5, 5])
+
+
+def test_global_that_cannot_be_pickled_is_found_in_the_body_of_a_class() -> None:
+    script = of_a_script(CLASS_BODIES.replace("value.UNUSED", "1; lock = UNUSED"))
+
+    with pytest.raises(PayloadError, match=r"^global 'UNUSED' used by function cannot be pickled"):
+        pack([("function", script.look)])
+
+
+SUBMODULES = """
+import wsgiref.headers
+import xml.dom.minidom
+
+def look():
+    def parse():
+        return xml.dom.minidom.parseString("<a/>").firstChild.tagName
+
+    class Answer:
+        headers = wsgiref.headers.Headers([("a", "b")])
+
+    return parse(), Answer.headers["a"]
+"""
+
+
+def test_submodules_that_only_inner_functions_and_classes_use_are_imported() -> None:
+    assert elsewhere(of_a_script(SUBMODULES).look) == ("a", "b")
+
+
+NAMES = """
+from typing import Callable, Generic, NewType, ParamSpec, TypeVar, TypeVarTuple
+from typing_extensions import TypeAliasType
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
+UserId = NewType("UserId", int)
+Users = TypeAliasType("Users", list[UserId])
+Pairs = TypeAliasType("Pairs", list[tuple[T, T]], type_params=(T,))
+
+class Timed(Generic[P, T]):
+    def __init__(self, call: Callable[P, T]):
+        self.call = call
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.call(*args, **kwargs)
+
+class Rows(Generic[*Ts]):
+    pass
+
+def double(user: UserId) -> UserId:
+    return UserId(user * 2)
+
+def look(users: Users = [], pairs: Pairs[int] = []):
+    said = Timed(double)(UserId(3)), Timed.__parameters__ == (P, T), Rows.__parameters__ == (Ts,)
+    hint = double.__annotations__["user"]
+    said += hint is UserId, hint.__supertype__, Users.__value__.__args__[0] is UserId
+    said += Pairs.__type_params__ == (T,), Rows[int].__args__
+    return said, [P, Ts, UserId, Users], [each.__module__ for each in (P, Ts, UserId, Users)]
+"""
+
+
+def test_names_for_types_travel_and_come_back_as_the_scripts_own() -> None:
+    script = of_a_script(NAMES)
+    said, names, modules = elsewhere(script.look)
+
+    assert said == (6, True, True, True, int, True, True, (int,))
+    assert names[:3] == [script.P, script.Ts, script.UserId]
+    assert modules == ["script_of_no_module"] * 4
+
+
+ENUMS = """
+import datetime
+import enum
+
+class Planet(enum.Enum):
+    EARTH = (5.9, 6.3)
+    MARS = (0.6, 3.3)
+    def __init__(self, mass, radius):
+        self.mass, self.radius = mass, radius
+        self.neighbours = []
+
+class Number(enum.Enum):
+    ONE = 1
+    UNO = 1
+    TWO = 2
+
+class Right(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+    BOTH = 3
+    ALSO = 1
+
+class Coord(bytes, enum.Enum):
+    def __new__(cls, value, label):
+        made = bytes.__new__(cls, [value])
+        made._value_ = value
+        made.label = label
+        return made
+    X = (1, "east")
+    Y = (2, "north")
+
+class Counted(enum.Enum):
+    def __new__(cls):
+        made = object.__new__(cls)
+        made._value_ = len(cls.__members__) + 1
+        return made
+
+class Letter(Counted):
+    A = ()
+    B = ()
+
+class Loose(enum.Enum):
+    def __new__(cls, value, *others):
+        made = object.__new__(cls)
+        made._value_ = value
+        for other in others:
+            cls._value2member_map_[other] = made
+        return made
+    YES = ("yes", "y")
+
+class Day(datetime.date, enum.Enum):
+    FIRST = 2026, 1, 1
+
+class Sized(tuple, enum.Enum):
+    PAIR = (1, 2)
+
+class Text(str, enum.Enum):
+    HELLO = "hello"
+    def __init__(self, value):
+        self.upper_case = value.upper()
+
+class Plain(enum.StrEnum):
+    FIRST = enum.auto()
+
+class Meta(enum.EnumMeta):
+    def __new__(metaclass, name, bases, namespace, *, about, **others):
+        made = super().__new__(metaclass, name, bases, namespace, **others)
+        made.about = [about]
+        return made
+
+    def __init__(cls, *arguments, about):
+        pass
+
+    def __contains__(cls, value):
+        return value in cls._value2member_map_
+
+class Mode(enum.Enum, metaclass=Meta, about="modes"):
+    pass
+
+class Device(Mode, about="devices"):
+    CPU = "cpu"
+
+ALL = [Mode, Device, Planet, Number, Right, Coord, Counted, Letter, Loose, Day, Sized, Text, Plain]
+
+def describe():
+    members = [[(name, each.name, each.value) for name, each in kind.__members__.items()] for kind in ALL]
+    iterated = [[each.name for each in kind] for kind in ALL]
+    said = [Planet.EARTH.mass, Planet((0.6, 3.3)).radius, Planet.MARS.neighbours]
+    said += [Number["UNO"] is Number.ONE, Number(1).name, len(Number)]
+    said += [Right(3).name, (Right.READ | Right.WRITE) is Right.BOTH, ~Right.READ is Right.WRITE]
+    said += [Right["ALSO"] is Right.READ, Right(7).value, [*Right], Right._all_bits_]
+    said += [bytes(Coord.X), Coord(2).label, Coord.Y == bytes([2]), Letter(2) is Letter.B]
+    said += [Loose("y") is Loose.YES, Day.FIRST.isoformat(), Sized.PAIR[1], Sized((1, 2)).name]
+    said += [Text.HELLO.upper_case, Text("hello") + "!", f"{Plain.FIRST}", str(Text.HELLO)]
+    said += [type(Device) is Meta, "cpu" in Device, 2 in Device, Mode.about, Device.about]
+    own = [sorted({"__new__", "__init__", "__new_member__", "_use_args_"} & {*vars(kind)}) for kind in ALL]
+    return members, iterated, said, own
+
+class Made(Counted):
+    pass
+
+def look():
+    class Later(Counted):
+        C = ()
+    return describe(), [kind for each in ALL for kind in each], Later.C.value
+"""
+
+
+def test_members_of_an_enum_keep_names_attributes_and_data() -> None:
+    script = of_a_script(ENUMS)
+    described, members, later = elsewhere(script.look)
+
+    assert described == script.describe()
+    own = [each for kind in script.ALL for each in kind]
+    assert [id(each) for each in members] == [id(each) for each in own]
+    assert later == 1
+
+
+def test_enum_whose_data_cannot_be_made_again_is_refused_with_what_to_do() -> None:
+    kind = enum.Enum("Kind", {"A": [1]}, type=list, module="of_no_module")
+
+    with pytest.raises(PayloadError) as caught:
+        pack([("kind", kind)])
+    assert str(caught.value) == (
+        "kind.A cannot be pickled: the members of the enum Kind are of the type list, which cannot be made "
+        "again without Kind's own code; put Kind into a module beside the script, and import it"
+    )
+
+
+def test_attribute_of_a_member_that_cannot_be_pickled_is_named() -> None:
+    kind = enum.Enum("Kind", {"A": 1}, module="of_no_module")
+    vars(kind.A)["lock"] = threading.Lock()
+
+    with pytest.raises(PayloadError, match=r"^kind.A.lock cannot be pickled: TypeError"):
+        pack([("kind", kind)])
+
+
+HOOKS = """
+import abc
+
+REGISTRY, NOTED = [], {}
+
+class Base:
+    def __init_subclass__(cls, *, tag, **others):
+        super().__init_subclass__(**others)
+        cls.tag = tag
+        REGISTRY.append(cls)
+
+class A(Base, tag="a"):
+    pass
+
+class Plain:
+    seen = []
+    def __init_subclass__(cls):
+        Plain.seen.append(cls.__name__)
+
+class B(Plain):
+    __slots__ = ("x",)
+
+class C(B):
+    size = 2
+
+class Meta(abc.ABCMeta):
+    def __new__(metaclass, name, bases, namespace, *, key):
+        made = super().__new__(metaclass, name, bases, namespace)
+        NOTED[key] = made
+        return made
+
+    def __init__(cls, name, bases, namespace, *, key):
+        super().__init__(name, bases, namespace)
+        cls.key = key
+
+class D(metaclass=Meta, key="d"):
+    @abc.abstractmethod
+    def run(self): ...
+
+class E(D, key="e"):
+    def run(self):
+        return self.key
+
+def look():
+    class F(A, tag="f"):
+        pass
+    class G(Plain):
+        pass
+    try:
+        D()
+    except TypeError:
+        said = [A.tag, F.tag, E().run(), C.size, [*map(id, REGISTRY)] == [id(A), id(F)]]
+    return said, Plain.seen, NOTED == {"d": D, "e": E}, [A, B, C, D, E], F
+"""
+
+
+@pytest.mark.parametrize("names", ["look", "[C, A, E, look][-1]"])
+def test_class_is_made_again_without_the_scripts_hooks_for_new_classes(names: str) -> None:
+    script = of_a_script(HOOKS)
+    said, seen, is_noted, kinds, new = elsewhere(eval(names, vars(script)))
+
+    assert said == ["a", "f", "e", 2, True]
+    assert seen == ["B", "C", "G"]
+    assert is_noted
+    assert kinds == [script.A, script.B, script.C, script.D, script.E]
+    assert new.tag == "f"
+    assert script.REGISTRY == [script.A]
+    assert script.Plain.seen == ["B", "C"]
+
+
+MODELS = """
+import pydantic
+
+class Base(pydantic.BaseModel):
+    def __init_subclass__(cls, *, tag):
+        super().__init_subclass__()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, *, tag, **others):
+        super().__pydantic_init_subclass__(**others)
+        cls.tag = tag
+
+class Model(Base, tag="a", frozen=True):
+    x: int
+
+def look():
+    try:
+        Model(x=1).x = 2
+    except pydantic.ValidationError:
+        return Model.tag, Model(x="3"), Model.model_config["frozen"]
+"""
+
+
+def test_model_with_keywords_of_its_class_travels() -> None:
+    script = of_a_script(MODELS)
+
+    assert elsewhere(script.look) == ("a", script.Model(x=3), True)
+
+
+CACHED = """
+import functools
+
+@functools.lru_cache(maxsize=7)
+def double(x: int) -> int:
+    "About."
+    return x * 2
+
+double.version = 3
+double.itself = double
+
+def look():
+    said = double(2), double.version, double.itself is double, double.cache_parameters()["maxsize"]
+    return said, double.__doc__, double.__annotations__ is double.__wrapped__.__annotations__
+"""
+
+
+def test_cached_function_keeps_its_attributes() -> None:
+    assert elsewhere(of_a_script(CACHED).look) == ((4, 3, True, 7), "About.", True)

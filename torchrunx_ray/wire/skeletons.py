@@ -1,0 +1,79 @@
+"""Empty classes, for the state of a class that travels by value.
+
+What the script's own hooks for new classes did travels with the class, and they would need keywords that
+no class keeps. So hooks that came by value themselves are not called.
+"""
+
+import contextlib
+import functools
+import types
+from collections.abc import Generator, Iterator
+from typing import Any, cast
+
+import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
+
+_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
+
+_travelled: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
+"""Classes that came, or went, by value."""
+
+_HOOKS = "__init_subclass__", "__pydantic_init_subclass__"
+
+
+@contextlib.contextmanager
+def calm(bases: Any) -> Generator[None]:
+    """Within, these bases do not hear of a new subclass, except by the hooks of libraries."""
+    hooks = list(_hooks_of(bases))
+    for kind, name, _ in hooks:
+        type.__setattr__(kind, name, _passing_on(kind, name))
+    try:
+        yield
+    finally:
+        for kind, name, hook in hooks:
+            type.__setattr__(kind, name, hook)
+
+
+def _hooks_of(bases: Any) -> Iterator[tuple[type, str, object]]:
+    family: dict[type, None] = dict.fromkeys(
+        each for base in types.resolve_bases(bases) for each in base.__mro__
+    )
+    for kind in family:
+        if kind in _travelled:
+            yield from ((kind, name, vars(kind)[name]) for name in _HOOKS if name in vars(kind))
+
+
+def _passing_on(kind: type, name: str) -> object:
+    """Return a hook that calls the next one, which may be a library's."""
+
+    def hook(cls: type, **keywords: Any) -> None:
+        getattr(after(kind, cls), name)(**keywords)
+
+    after = cast("Any", super)  # its type, and classmethod's, are not for variables
+    return cast("Any", classmethod)(hook)
+
+
+def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest: Any) -> type:
+    """Call cloudpickle's own function, but no metaclass that came by value."""
+    if metaclass in _travelled:
+        metaclass = functools.partial(make_as_a_library, metaclass)
+    make: Any = _cloudpickle["_make_skeleton_class"]
+    try:
+        return make(metaclass, name, bases, namespace, *rest)
+    except Exception:
+        if "__slots__" not in namespace:
+            raise
+        # A metaclass that makes the slots may forbid the name, as that of typing.NamedTuple.
+        others = {key: part for key, part in namespace.items() if key != "__slots__"}
+        return make(metaclass, name, bases, others, *rest)
+
+
+def make_as_a_library(metaclass: Any, name: str, bases: Any, namespace: Any) -> type:
+    library = library_of(metaclass)
+    made = library.__new__(metaclass, name, bases, namespace)
+    library.__init__(made, name, bases, namespace)
+    return made
+
+
+def library_of(metaclass: Any) -> Any:
+    """Return the first class among a metaclass and its bases that did not come by value."""
+    return next(each for each in metaclass.__mro__ if each not in _travelled)
