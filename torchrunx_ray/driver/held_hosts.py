@@ -15,6 +15,7 @@ from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.own_sessions import Held
 from torchrunx_ray.driver.placement import Host, Placement, place
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.progress import Progress
@@ -51,6 +52,11 @@ class HeldHosts:
         """None while there are none: before they are there, between two placements, at the end."""
         placement = self._placement
         return () if placement is None else tuple(host.label for host in placement.hosts)
+
+    @property
+    def held(self) -> list[Held]:
+        placement = self._placement
+        return [] if placement is None else placement.held
 
     @property
     def is_closed(self) -> bool:

@@ -17,6 +17,7 @@ from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.gpu_question import GpuQuestion
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.own_sessions import Held
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.returning import resolve_when_back
 from torchrunx_ray.driver.room import HostLeft
@@ -51,6 +52,11 @@ class Placement:
     ) -> None:
         self.hosts = hosts
         self.backend = shape.backend
+        bundles = [host.bundle for host in shape.hosts]
+        self.held = [
+            Held(host.node.node_id, host.label, bundle)
+            for host, bundle in zip(hosts, bundles, strict=True)
+        ]
         self._group = group
         self._cluster = Connection()
         line.hold(group, shape.needed)
