@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver import cluster_token
+from torchrunx_ray.driver import cluster_token, head_address
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.main_guard import refuse_if_the_script_is_only_imported
 from torchrunx_ray.errors import LaunchError
@@ -207,6 +207,7 @@ def _init() -> None:
             f"torchrunx_ray runs workers on Linux, and this is {sys.platform}. From here you can "
             'drive a Linux cluster: call ray.init("ray://<head>:10001") before the launch.'
         )
+    head_address.check()
     try:
         untyped_ray.init()
     except Exception as error:
