@@ -38,6 +38,9 @@ _connecting = threading.Lock()
 _came_through_client = False
 """Whether the last launch of this process reached its cluster through ray://."""
 
+_joined_by_launch: object = None
+"""The last connection that a launch began itself, by ray.init()."""
+
 # Ray's own atexit function, which was registered before, ends its worker under our thread's feet.
 _interpreter_ends = threading.Event()
 atexit.register(_interpreter_ends.set)
@@ -164,7 +167,7 @@ def connect() -> None:
 
     Called in the user's own thread: Ray installs signal handlers, which only the main thread may.
     """
-    global _came_through_client
+    global _came_through_client, _joined_by_launch
     refuse_if_the_script_is_only_imported()
     with _connecting:
         if not untyped_ray.is_initialized():
@@ -172,6 +175,7 @@ def connect() -> None:
             if _came_through_client and not by_itself:
                 raise _no_longer_connected()
             _init()
+            _joined_by_launch = _membership()
         elif not untyped_ray.util.client.ray.is_default():
             raise LaunchError(
                 "ray.init(..., allow_multiple=True) connects one thread only, and launches go on in another. "
@@ -219,6 +223,11 @@ def _init() -> None:
 def is_remote_client() -> bool:
     """Whether this driver is connected through ray://, where Ray tells less."""
     return untyped_ray.util.client.ray.is_connected()
+
+
+def was_begun_by_launch() -> bool:
+    """Whether a launch called ray.init() for this connection, and not the script."""
+    return untyped_ray.is_initialized() and _membership() == _joined_by_launch
 
 
 def is_in_rays_worker() -> bool:

@@ -85,9 +85,7 @@ class Room:
         if never is not None and self.waits_for is not For.RETURN:
             raise self._error(
                 f"The Ray cluster can never hold this launch: {never}.",
-                "Ask for fewer hosts or workers, or for less per worker."
-                if what_no_node_is(self.nodes, self.options) is None
-                else "Ask for one that is there, or add a node that has it.",
+                self._instead(),
             )
         if waited_s >= limit_s:
             starting = self._news()
@@ -96,6 +94,13 @@ class Room:
                 + (f"; {starting}." if starting else "."),
                 self._own_sessions() or self._what_to_try(),
             )
+
+    def _instead(self) -> str:
+        if len(self.shape.hosts) > len(self.nodes) and (advice := cluster.other_hosts()):
+            return advice
+        if what_no_node_is(self.nodes, self.options) is None:
+            return "Ask for fewer hosts or workers, or for less per worker."
+        return "Ask for one that is there, or add a node that has it."
 
     def _own_sessions(self) -> str:
         """Name the sessions of this script that hold what the launch lacks."""

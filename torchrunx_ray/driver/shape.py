@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from torchrunx_ray.driver import slurm
-from torchrunx_ray.driver.cluster import Node, was_started_here
+from torchrunx_ray.driver.cluster import Node, other_hosts, was_started_here
 from torchrunx_ray.driver.fit import could_be_host, least_needs, why_impossible
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import PlacementError
@@ -91,7 +91,7 @@ def _choose(
             f"are live: {reason}.",
             wanted=wanted,
             total={node.name: node.resources for node in nodes},
-            advice=_numbers_for_an_autoscaler().strip(),
+            advice=other_hosts() or _numbers_for_an_autoscaler().strip(),
         )
     chosen: list[Node | None] = list(candidates[:count])
     chosen += [None] * (count - len(chosen))
@@ -123,7 +123,8 @@ def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
     node = _node_called(name, nodes, driver_node_id)
     if node is None:
         raise PlacementError(
-            f"hostnames: {name!r} is no live node of this Ray cluster.", advice=_live(nodes)
+            f"hostnames: {name!r} is no live node of this Ray cluster.",
+            advice=f"{_live(nodes)}\n{other_hosts()}".rstrip(),
         )
     return node
 
