@@ -9,7 +9,7 @@ from torchrunx_ray.driver import slurm
 from torchrunx_ray.driver.cluster import Node, other_hosts, was_started_here
 from torchrunx_ray.driver.fit import could_be_host, least_needs, why_impossible
 from torchrunx_ray.driver.options import Options
-from torchrunx_ray.errors import PlacementError
+from torchrunx_ray.errors import PlacementError, counted
 from torchrunx_ray.wire.ranks import gpus_held
 
 _LOOPBACK = ("127.0.0.1", "127.0.1.1", "::1")
@@ -178,8 +178,8 @@ def _workers(options: Options, chosen: Sequence[Node | None]) -> list[int]:
         if len(workers) != len(chosen):
             names = ", ".join(node.name for node in nodes)
             raise ValueError(
-                f"workers_per_host={list(workers)!r} has {len(workers)} numbers, but there are "
-                f"{len(chosen)} hosts ({names}); give one number per host."
+                f"workers_per_host={list(workers)!r} has {counted(len(workers), 'number')}, but the launch has "
+                f"{counted(len(chosen), 'host')} ({names}); give one number per host."
             )
         return list(workers)
     if workers == "slurm":
