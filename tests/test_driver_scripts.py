@@ -27,6 +27,14 @@ if __name__ == "__main__":
     print(list(result))
 """
 
+MORE_HOSTS = """
+    for hosts in {"hostnames": 2}, {"hostnames": 2, "workers_per_host": "cpu"}, {"hostnames": ["node1"]}:
+        try:
+            trx.launch(train, **{"workers_per_host": 1, **hosts})
+        except trx.PlacementError as error:
+            print(error)
+"""
+
 
 @pytest.fixture
 def drive(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
@@ -57,11 +65,12 @@ def test_ray_that_the_launch_started_ends_with_the_script(
     mark = f"OF_SCRIPT={tmp_path}"
     assert "RAY_ADDRESS" not in os.environ
     with tempfile.TemporaryDirectory(prefix="trx") as folder:
-        done = drive(TRAIN, RAY_TMPDIR=folder, OF_SCRIPT=str(tmp_path))
+        done = drive(TRAIN + MORE_HOSTS, RAY_TMPDIR=folder, OF_SCRIPT=str(tmp_path))
 
     assert done.returncode == 0, done.stderr
     assert "Started a local Ray instance" in done.stderr
     assert done.stdout.startswith("[(0, '"), done.stdout
+    assert done.stdout.count("This Ray was started by the launch itself, since it found none") == 3
     assert wait_until(lambda: not mentioning(mark), 10), mentioning(mark)
 
 

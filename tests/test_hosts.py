@@ -259,7 +259,7 @@ def test_hostnames_ignore_case_and_loopback_names_mean_the_drivers_host(
 
 
 def test_list_of_counts_must_have_one_for_each_host(three_raylets: Cluster) -> None:
-    with pytest.raises(ValueError, match="has 3 numbers, but there are 2 hosts"):
+    with pytest.raises(ValueError, match="has 3 numbers, but the launch has 2 hosts"):
         trx.Launcher(hostnames="auto", workers_per_host=[1, 1, 1], backend="gloo").run(place)
 
 

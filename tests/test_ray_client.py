@@ -1,6 +1,7 @@
 """Through ray:// the driver is no process of the cluster: what holds there all the same."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -360,6 +361,27 @@ except trx.LaunchError as error:
         assert f"AFTER SHUTDOWN {not_at_home}" in said
         assert "Callback error" not in said
         assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 30)
+
+
+def test_driver_with_a_token_on_a_cluster_without_one_is_told_so(
+    head: ClientServer, tmp_path: Path
+) -> None:
+    """Any local Ray of the user writes ~/.ray/auth_token, which later drivers then send."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    script = dataclasses.replace(head, address=head.of_head)
+    done = script.drive(
+        "trx.launch(print, hostnames=1, workers_per_host=1)",
+        HOME=str(tmp_path),
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN="",
+    )
+
+    assert "AgentFailedError: the agent could not be started on" in done.stderr
+    assert done.stderr.strip().endswith(
+        "This driver has a token (from ~/.ray/auth_token), and the cluster may have been started without one. Start "
+        "the cluster again, so that it uses the token, or set RAY_AUTH_MODE=disabled for this script."
+    )
 
 
 def servers_of(head: ClientServer) -> list[int]:

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import random
+import re
+import socket
 import time
 from concurrent.futures import CancelledError
 from typing import Any
@@ -12,6 +14,7 @@ import ray
 from ray import PlacementGroupID
 from ray.util.placement_group import (
     PlacementGroup,
+    placement_group,
     placement_group_table,
     remove_placement_group,
 )
@@ -21,6 +24,7 @@ from tests.conftest import RunScript
 from tests.processes import wait_until
 from torchrunx_ray.driver import cluster as cluster_of_ray
 from torchrunx_ray.driver import line, reports
+from torchrunx_ray.driver import waiting as waiting_for_room
 
 CPUS = 8
 
@@ -147,6 +151,39 @@ def test_launches_that_wait_at_once_are_told_in_one_warning(
         passed_s = time.monotonic() - begun
     said = [r.getMessage() for r in caplog.records if "waiting for room" in r.getMessage()]
     assert len(said) <= 2 + passed_s / 2
+
+
+def test_launch_whose_room_ray_gives_while_the_driver_looks_around_does_not_say_that_it_waits(
+    cluster: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting_for_room, "_VERDICT_S", 0)
+    for _ in range(5):
+        of_cpus(CPUS).session().close()
+
+    assert "is waiting" not in caplog.text
+
+
+def test_launch_that_waits_for_a_session_of_its_own_script_names_it(
+    cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = f"on {socket.gethostname()}"
+    advice = ": call session.run(...), or leave its `with` first."
+    holder = dataclasses.replace(of_cpus(6), name="holder")
+    waits = dataclasses.replace(of_cpus(4), placement_timeout=1)
+    with holder.session(), pytest.raises(trx.PlacementError) as caught:
+        waits.run(int)
+    said = [r.getMessage() for r in caplog.records if "is waiting for room" in r.getMessage()]
+    for text in (said[0], str(caught.value)):
+        assert re.search(rf"^holder-\w+ of this script holds 6 CPU {node}", text, re.M), text
+        assert text.endswith(advice)
+
+    caplog.clear()
+    group = placement_group([{"CPU": 6}])
+    assert group.wait(30)
+    with pytest.raises(trx.PlacementError) as of_others:
+        dataclasses.replace(waits, placement_timeout=0.1).run(int)
+    remove_placement_group(group)
+    assert "of this script" not in caplog.text + str(of_others.value)
 
 
 def test_error_right_after_a_launch_shows_as_free_what_is_given_back(cluster: None) -> None:

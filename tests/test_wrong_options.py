@@ -72,6 +72,13 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("preload", "torch", TypeError, "names of modules"),
     ("start_method", "forkserver", ValueError, '"fork" or "spawn"'),
     ("runtime_env", [], TypeError, "a mapping"),
+    (
+        "runtime_env",
+        {"env_var": {"A": "1"}},
+        ValueError,
+        "no key 'env_var', and would ignore it. Did you mean 'env_vars'?",
+    ),
+    ("runtime_env", {"xyz": 1}, ValueError, "The keys are conda, "),
     ("runtime_env", {"working_dir": "."}, ValueError, "ray.init(runtime_env={'working_dir': ...})"),
     ("runtime_env", {"py_modules": ["src/a"]}, ValueError, "py_modules 'src/a' is no URI"),
     ("name", "", ValueError, "not empty"),
@@ -150,8 +157,10 @@ def test_every_option_is_tested_with_a_wrong_value() -> None:
 
 
 def test_lists_of_hosts_and_workers_must_agree() -> None:
-    with pytest.raises(ValueError, match="has 2 numbers, but hostnames=3 stands for 3 hosts"):
+    with pytest.raises(ValueError, match="has 2 numbers, but hostnames=3 stands for 3 hosts;"):
         trx.Launcher(hostnames=3, workers_per_host=[1, 1])
+    with pytest.raises(ValueError, match="has 2 numbers, but hostnames=1 stands for 1 host;"):
+        trx.Launcher(hostnames=1, workers_per_host=[1, 1])
 
 
 def test_launcher_is_frozen() -> None:

@@ -326,6 +326,11 @@ def room_table(
     return "\n".join(lines)
 
 
+def counted(count: float, noun: str) -> str:
+    """Return such as "1 host" or "2 hosts"."""
+    return f"{count:g} {noun}{'s' * (count != 1)}"
+
+
 def amounts_in_words(amounts: Mapping[str, float]) -> str:
     return ", ".join(
         _named(name) if _is_accelerator(name) else f"{_amount(amount)} {name}"

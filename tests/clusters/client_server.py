@@ -27,6 +27,8 @@ class ClientServer:
     address: str
     mark: str
     """In the environment of all its processes."""
+    of_head: str
+    """The address for drivers on the head's machine."""
     environment: dict[str, str]
 
     def command(self, script: str) -> list[str]:
@@ -71,7 +73,9 @@ def client_server(python: Path = Path(sys.executable)) -> Iterator[ClientServer]
             of_servers["PYTHONPATH"] = environment["PYTHONPATH"]
         with ray_start(*arguments, python=python, environment=of_servers):
             address = f"ray://127.0.0.1:{client_port}"
-            server = ClientServer(address, f"CLIENT_SERVER={folder}", environment)
+            server = ClientServer(
+                address, f"CLIENT_SERVER={folder}", f"127.0.0.1:{port}", environment
+            )
             # Ray starts a process for each driver, and gives up on one that a busy machine is slow to start.
             joined = [sys.executable, "-c", f"import ray; ray.init({address!r})"]
             assert wait_until(

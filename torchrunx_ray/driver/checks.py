@@ -13,6 +13,9 @@ from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any
 
+from ray.runtime_env import RuntimeEnv
+
+from torchrunx_ray.errors import counted
 from torchrunx_ray.wire.environment import forbidden, too_large
 
 _BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
@@ -34,6 +37,9 @@ EXPECTED = {
     "console_ranks": '"all", or a list of ranks such as (0, 1)',
 }
 """What options accept that can also be wrong on a command line."""
+
+_PLUGINS = "RAY_RUNTIME_ENV_PLUGINS"
+"""Ray's variable for plug-ins, which have keys of their own in a runtime_env."""
 
 _ELSEWHERE = {
     **dict.fromkeys(("nproc_per_node", "nproc", "nprocs"), "workers_per_host"),
@@ -130,8 +136,8 @@ def _check_workers(workers: Any, hosts: Any) -> None:
         wanted = hosts if isinstance(hosts, int) else None if isinstance(hosts, str) else len(hosts)
         if wanted not in (None, len(counts)):
             raise ValueError(
-                f"workers_per_host={counts!r} has {len(counts)} numbers, but hostnames={hosts!r} "
-                f"stands for {wanted} hosts; give one number per host."
+                f"workers_per_host={counts!r} has {counted(len(counts), 'number')}, but hostnames={hosts!r} "
+                f"stands for {counted(wanted, 'host')}; give one number per host."
             )
     else:
         _require_int("workers_per_host", workers, 1, expected)
@@ -250,7 +256,8 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 
 def _check_runtime_env(given: Any) -> None:
-    """Ray uploads local folders only when a driver joins its cluster."""
+    """Ray ignores a key that it does not know, and uploads local folders only when a driver joins its cluster."""
+    _check_keys_of_runtime_env(given)
     modules = given.get("py_modules") or ()
     for option, places in (
         ("working_dir", [given.get("working_dir")]),
@@ -263,6 +270,21 @@ def _check_runtime_env(given: Any) -> None:
                     f"driver joins the cluster: give it there, ray.init(runtime_env={{{option!r}: ...}}) before the "
                     f"launch, or by `ray job submit`. Here it can be a URI, such as 's3://bucket/code.zip'."
                 )
+
+
+def _check_keys_of_runtime_env(given: Any) -> None:
+    known: set[str] = getattr(RuntimeEnv, "known_fields", set())
+    if not known or _PLUGINS in os.environ:
+        return
+    for name in given:
+        if name not in known:
+            near = next(iter(get_close_matches(str(name), known, n=1)), None)
+            meant = f" Did you mean {near!r}?" if near else ""
+            public = ", ".join(sorted(each for each in known if not each.startswith("_")))
+            raise ValueError(
+                f"runtime_env: Ray knows no key {name!r}, and would ignore it.{meant} The keys are {public}. For "
+                f"the key of a plug-in set {_PLUGINS} in the driver, too."
+            )
 
 
 def _check_output(given: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The nodes of the Ray cluster that this driver belongs to."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,12 @@ from typing import Any
 
 import ray._raylet
 
-from torchrunx_ray.driver.connection import Connection, is_remote_client, untyped_ray
+from torchrunx_ray.driver.connection import (
+    Connection,
+    is_remote_client,
+    untyped_ray,
+    was_begun_by_launch,
+)
 
 _raylet: Any = ray._raylet  # Cython, without types
 
@@ -54,6 +60,21 @@ def was_started_here() -> bool:
         return False
     node = untyped_ray._private.worker.global_worker.node
     return node is not None and node.is_head()
+
+
+def other_hosts() -> str:
+    """Return how to have more hosts, if the launch itself started this Ray; "" for any other."""
+    if not (was_started_here() and was_begun_by_launch()):
+        return ""
+    why = (
+        "as RAY_ADDRESS=local asks"
+        if os.environ.get("RAY_ADDRESS") == "local"
+        else "since it found none to join"
+    )
+    return (
+        f"This Ray was started by the launch itself, {why}: set RAY_ADDRESS=<head>:6379, or run the script on a node "
+        'of the cluster. To try several hosts on one machine: hostnames=2, placement_strategy="PACK".'
+    )
 
 
 def live_nodes() -> list[Node]:

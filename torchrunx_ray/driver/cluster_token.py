@@ -34,6 +34,21 @@ def refusal(error: Exception) -> LaunchError | None:
     )
 
 
+def doubt(evidence: str) -> str:
+    """Return what to tell if an actor never ran for want of a token in the cluster; else nothing.
+
+    A cluster without a token lets a driver with one join, and then cancels its actors.
+    """
+    sends_one = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    source = _source() if sends_one and "never ran" in evidence else None
+    if source is None:
+        return ""
+    return (
+        f"This driver has a token (from {source}), and the cluster may have been started without one. Start the "
+        "cluster again, so that it uses the token, or set RAY_AUTH_MODE=disabled for this script."
+    )
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -53,14 +68,21 @@ def _what_was_sent() -> str:
     if mode.lower() != "token":
         said = f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is not set"
         return f"wants a token, and this process sent none: {said}"
-    named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
-    if named or os.path.exists(os.path.expanduser("~/.ray/auth_token")):
-        source = named[0] if named else "~/.ray/auth_token"
+    source = _source()
+    if source is not None:
         return f"refused the token of this process, which is from {source}"
     return (
         "cannot be joined without a token, and this process has none: RAY_AUTH_TOKEN and "
         "RAY_AUTH_TOKEN_PATH are not set, and there is no ~/.ray/auth_token"
     )
+
+
+def _source() -> str | None:
+    """Name where Ray finds this process's token, or return None if there is none."""
+    named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    if named:
+        return named[0]
+    return "~/.ray/auth_token" if os.path.exists(os.path.expanduser("~/.ray/auth_token")) else None
 
 
 def _reason_of_client_server(address: str) -> str:

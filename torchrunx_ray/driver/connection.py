@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver import cluster_token
+from torchrunx_ray.driver import cluster_token, head_address
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.main_guard import refuse_if_the_script_is_only_imported
 from torchrunx_ray.errors import LaunchError
@@ -37,6 +37,9 @@ _connecting = threading.Lock()
 
 _came_through_client = False
 """Whether the last launch of this process reached its cluster through ray://."""
+
+_joined_by_launch: object = None
+"""The last connection that a launch began itself, by ray.init()."""
 
 # Ray's own atexit function, which was registered before, ends its worker under our thread's feet.
 _interpreter_ends = threading.Event()
@@ -164,7 +167,7 @@ def connect() -> None:
 
     Called in the user's own thread: Ray installs signal handlers, which only the main thread may.
     """
-    global _came_through_client
+    global _came_through_client, _joined_by_launch
     refuse_if_the_script_is_only_imported()
     with _connecting:
         if not untyped_ray.is_initialized():
@@ -172,6 +175,7 @@ def connect() -> None:
             if _came_through_client and not by_itself:
                 raise _no_longer_connected()
             _init()
+            _joined_by_launch = _membership()
         elif not untyped_ray.util.client.ray.is_default():
             raise LaunchError(
                 "ray.init(..., allow_multiple=True) connects one thread only, and launches go on in another. "
@@ -207,6 +211,7 @@ def _init() -> None:
             f"torchrunx_ray runs workers on Linux, and this is {sys.platform}. From here you can "
             'drive a Linux cluster: call ray.init("ray://<head>:10001") before the launch.'
         )
+    head_address.check()
     try:
         untyped_ray.init()
     except Exception as error:
@@ -218,6 +223,11 @@ def _init() -> None:
 def is_remote_client() -> bool:
     """Whether this driver is connected through ray://, where Ray tells less."""
     return untyped_ray.util.client.ray.is_connected()
+
+
+def was_begun_by_launch() -> bool:
+    """Whether a launch called ray.init() for this connection, and not the script."""
+    return untyped_ray.is_initialized() and _membership() == _joined_by_launch
 
 
 def is_in_rays_worker() -> bool:

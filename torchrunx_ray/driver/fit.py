@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.options import Options
-from torchrunx_ray.errors import amounts_in_words
+from torchrunx_ray.errors import amounts_in_words, counted
 
 _ACCELERATOR = "accelerator_type:"
 """What Ray puts before a type of accelerator, to make a resource of it."""
@@ -46,7 +46,7 @@ def why_impossible(
     apart = "each on another node (placement_strategy='STRICT_SPREAD')"
     is_apart = options.placement_strategy == "STRICT_SPREAD"
     if is_apart and len(nodes) < len(wanted):
-        count = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+        count = counted(len(nodes), "node")
         matching = f" that match{'es' * (len(nodes) == 1)} label_selector"
         which = count + (matching if options.label_selector else "")
         return f"{len(wanted)} hosts are wanted, {apart}, and the cluster has {which}"

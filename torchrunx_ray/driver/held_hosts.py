@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver import pool, references
+from torchrunx_ray.driver import cluster, cluster_token, pool, references
 from torchrunx_ray.driver.attempt import Attempt, Crew
 from torchrunx_ray.driver.call import Call
 from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.failures import Failures
 from torchrunx_ray.driver.loop import to_the_end
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.own_sessions import Held
 from torchrunx_ray.driver.placement import Host, Placement, place
 from torchrunx_ray.driver.pool import Agent
 from torchrunx_ray.driver.progress import Progress
@@ -51,6 +52,11 @@ class HeldHosts:
         """None while there are none: before they are there, between two placements, at the end."""
         placement = self._placement
         return () if placement is None else tuple(host.label for host in placement.hosts)
+
+    @property
+    def held(self) -> list[Held]:
+        placement = self._placement
+        return [] if placement is None else placement.held
 
     @property
     def is_closed(self) -> bool:
@@ -157,7 +163,7 @@ class HeldHosts:
                     raise LaunchError(f"On {host.label}: {missing}") from None
                 what = "the agent could not be started"
                 raise AgentFailedError(
-                    hostname=host.label, what=what, evidence=str(error)
+                    hostname=host.label, what=what, evidence=_why_not_started(error)
                 ) from None
             finally:
                 silent.cancel()
@@ -186,6 +192,12 @@ class HeldHosts:
         agents = [self._agents.pop(i) for i in indices if i in self._agents]
         if ending := [asyncio.create_task(agent.end()) for agent in agents]:
             await to_the_end(asyncio.wait(ending))
+
+
+def _why_not_started(error: Exception) -> str:
+    # A Ray that this process started has the same token.
+    doubt = "" if cluster.was_started_here() else cluster_token.doubt(str(error))
+    return f"{error}\n{doubt}".rstrip()
 
 
 def _say_silent(hostname: str) -> None:

@@ -4,7 +4,9 @@ import importlib.util
 import logging
 import os
 import re
+import shlex
 import site
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -69,18 +71,29 @@ def _of_module(name: str) -> str | None:
             f"The driver has {top} installed, in {place}. Install it on the hosts as well, or have Ray do "
             "that: ray.init(runtime_env={'pip': [...]})."
         )
-    module, root = _shown(place), _shown(place.parent)
-    searched = ""
+    module, root = str(place), str(place.parent)
     if place.parent in _python_path():
-        searched = (
-            " That folder is in the driver's PYTHONPATH, which workers search too, where their host has the "
-            "folder."
+        first = (
+            "That folder is in the driver's PYTHONPATH, which workers search too, where their host has the "
+            "folder. To send it"
+        )
+    else:
+        first = (
+            f"Where the hosts have that folder: {_with_python_path(root)}; what a script puts on sys.path "
+            "itself is not passed on. To send it instead"
         )
     return (
-        f"The driver has {top} in {place}.{searched} To send it, before the launch: "
+        f"The driver has {top} in {place}. {first}, before the launch: "
         f"ray.init(runtime_env={{'py_modules': [{module!r}]}}), or {{'working_dir': {root!r}}} for all of its "
         f"folder; in a job the same by `ray job submit --runtime-env-json`."
     )
+
+
+def _with_python_path(folder: str) -> str:
+    """Return the command that also searches this folder."""
+    script = sys.argv[0] if sys.argv and sys.argv[0].endswith(".py") else "..."
+    searched = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return f"PYTHONPATH={shlex.quote(searched)} python {script}"
 
 
 def _of_other(name: Any, worker_path: Any) -> str | None:
@@ -117,9 +130,3 @@ def _is_installed(place: Path) -> bool:
 def _python_path() -> list[Path]:
     path = os.environ.get("PYTHONPATH")
     return [Path(entry).absolute() for entry in path.split(os.pathsep)] if path else []
-
-
-def _shown(place: Path) -> str:
-    """Relative where the user would write it so."""
-    here = Path.cwd()
-    return str(place.relative_to(here)) if place.is_relative_to(here) else str(place)

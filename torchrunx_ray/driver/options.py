@@ -50,7 +50,7 @@ class Options:
     accelerator_type: Annotated[str | None, written_as("accelerator_type", string_or_none)] = None
     """Type of the hosts' GPUs, in Ray's words, such as "A100"."""
     label_selector: Annotated[Mapping[str, str] | None, written_as("label_selector", pairs)] = None
-    """Ray's labels that every host must have, such as {"region": "in(us, eu)"}."""
+    """Ray's labels that every host must have, each with its value, such as region "in(us, eu)"; in Python a mapping."""
     resources_per_host: Annotated[
         Mapping[str, float] | None, written_as("resources_per_host", amounts)
     ] = None
@@ -60,7 +60,7 @@ class Options:
     backend: Annotated[str | None, written_as("backend", string_or_none)] = "auto"
     """Backend of the process group: "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl". "auto": nccl where each worker has a GPU of its own, else gloo. None: no process group. With nccl collectives take CUDA tensors only; "cpu:gloo,cuda:nccl" takes both."""
     timeout: Annotated[float, written_as("timeout", number)] = 600
-    """Timeout of the process group, in seconds, from when all hosts can fork. Workers that import torch themselves (start_method "spawn", or a preload without torch) do so within that time."""
+    """Timeout of the process group, in seconds: for ranks to join, from when all hosts can fork, and for every collective that waits for a slow rank. Workers that import torch themselves (start_method "spawn", or a preload without torch) do so within the time to join."""
     placement_timeout: Annotated[float | None, written_as("placement_timeout", number_or_none)] = (
         600
     )

@@ -17,12 +17,13 @@ from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.gpu_question import GpuQuestion
 from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.own_sessions import Held
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.returning import resolve_when_back
 from torchrunx_ray.driver.room import HostLeft
 from torchrunx_ray.driver.shape import Shape
 from torchrunx_ray.driver.waiting import Waiting
-from torchrunx_ray.errors import PlacementError
+from torchrunx_ray.errors import PlacementError, counted
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -51,6 +52,11 @@ class Placement:
     ) -> None:
         self.hosts = hosts
         self.backend = shape.backend
+        bundles = [host.bundle for host in shape.hosts]
+        self.held = [
+            Held(host.node.node_id, host.label, bundle)
+            for host, bundle in zip(hosts, bundles, strict=True)
+        ]
         self._group = group
         self._cluster = Connection()
         line.hold(group, shape.needed)
@@ -176,7 +182,7 @@ def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
         cpus = int(host.node.cpus)
         if cpus and host.workers > cpus:
             said = (
-                f"{host.workers} workers share {cpus} CPUs, up to {math.ceil(host.workers / cpus)} on "
+                f"{host.workers} workers share {counted(cpus, 'CPU')}, up to {math.ceil(host.workers / cpus)} on "
                 f"each, on {host.label}: they take turns. If that is meant, cpus_per_worker="
                 f"{math.floor(100 * cpus / host.workers) / 100:g} says so; else give fewer workers_per_host."
             )
@@ -201,10 +207,11 @@ def _in_words(shape: Shape, hosts: Sequence[Host], nodes: Sequence[Node]) -> str
     workers = sum(host.workers for host in hosts)
     gpus = sum(host.bundle.get("GPU", 0) for host in shape.hosts)
     text = (
-        f"launching on {len(hosts)} {'host' if len(hosts) == 1 else 'hosts'} "
-        f"({', '.join(host.label for host in hosts)}): {workers} "
-        f"{'worker' if workers == 1 else 'workers'}, {gpus:g} GPUs, backend {shape.backend}"
+        f"launching on {counted(len(hosts), 'host')} ({', '.join(host.label for host in hosts)}): "
+        f"{counted(workers, 'worker')}, {counted(gpus, 'GPU')}, backend {shape.backend}"
     )
     used = {host.node.node_id for host in hosts}
     unused = sum(node.gpus for node in nodes if node.node_id in used) - gpus
-    return f"{text}; {unused:g} GPUs of these hosts stay unused" if unused > 0 else text
+    if unused <= 0:
+        return text
+    return f"{text}; {counted(unused, 'GPU')} of these hosts {'stays' if unused == 1 else 'stay'} unused"

@@ -7,11 +7,11 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
-from torchrunx_ray.driver import cluster, placement_group, returning
+from torchrunx_ray.driver import cluster, own_sessions, placement_group, returning
 from torchrunx_ray.driver.autoscaler import Outlook, outlook
 from torchrunx_ray.driver.cluster import Node
 from torchrunx_ray.driver.connection import Connection
-from torchrunx_ray.driver.fit import unplaced, what_no_node_is, why_impossible
+from torchrunx_ray.driver.fit import is_in, unplaced, what_no_node_is, why_impossible
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.reports import For
 from torchrunx_ray.driver.shape import Shape
@@ -64,6 +64,11 @@ class Room:
         return self.scheduling_state == "INFEASIBLE"
 
     @property
+    def is_placed(self) -> bool:
+        """Whether the group has its room, which then no longer counts as free."""
+        return self.scheduling_state == "FINISHED"
+
+    @property
     def is_being_reserved(self) -> bool:
         """Whether Ray may have found room, and asks the nodes for it."""
         return self.scheduling_state in placement_group.UNDECIDED
@@ -80,33 +85,67 @@ class Room:
         if never is not None and self.waits_for is not For.RETURN:
             raise self._error(
                 f"The Ray cluster can never hold this launch: {never}.",
-                "Ask for fewer hosts or workers, or for less per worker."
-                if what_no_node_is(self.nodes, self.options) is None
-                else "Ask for one that is there, or add a node that has it.",
+                self._instead(),
             )
         if waited_s >= limit_s:
             starting = self._news()
             raise self._error(
                 f"The Ray cluster had no room for this launch within placement_timeout={limit_s:g} s"
                 + (f"; {starting}." if starting else "."),
-                "Has the autoscaler reached its max_workers, and does it know a node type that is large "
-                "enough? `ray status` tells. Wait longer, or ask for less."
-                if self.outlook.can_grow
-                else self._who_holds_it(),
+                self._own_sessions() or self._what_to_try(),
             )
 
-    def _who_holds_it(self) -> str:
+    def _instead(self) -> str:
+        if len(self.shape.hosts) > len(self.nodes) and (advice := cluster.other_hosts()):
+            return advice
+        if what_no_node_is(self.nodes, self.options) is None:
+            return "Ask for fewer hosts or workers, or for less per worker."
+        return "Ask for one that is there, or add a node that has it."
+
+    def _own_sessions(self) -> str:
+        """Name the sessions of this script that hold what the launch lacks."""
+        names = {name for bundle in self._missing() for name in self._short_of(bundle)}
+        pinned = [host.node for host in self.shape.hosts if host.node is not None]
+        usable = pinned if len(pinned) == len(self.shape.hosts) else self.nodes
+        return own_sessions.holding(names, {node.node_id for node in usable})
+
+    def _missing(self) -> Sequence[Mapping[str, float]]:
+        """Return the bundles that find no room: on their own node, or on any."""
+        on_their_node = [
+            host.bundle
+            for host in self.shape.hosts
+            if host.node and not is_in(host.bundle, self.free_by_node.get(host.node.node_id, {}))
+        ]
+        return on_their_node or unplaced(self._wanted(), list(self.free_by_node.values()))
+
+    def _short_of(self, bundle: Mapping[str, float]) -> Sequence[str]:
+        """Return what no node has enough of; all of the bundle if each is there somewhere."""
+        free = self.free_by_node.values()
+        short = [
+            name
+            for name, amount in bundle.items()
+            if all(node.get(name, 0) < amount for node in free)
+        ]
+        return short or list(bundle)
+
+    def _what_to_try(self) -> str:
+        if self.outlook.can_grow:
+            return (
+                "Has the autoscaler reached its max_workers, and does it know a node type that is large "
+                "enough? `ray status` tells. Wait longer, or ask for less."
+            )
         if not unplaced(self._wanted(), list(self.free_by_node.values())):
             return "It is free by now: launch again."
         return (
-            "Others hold what is missing, or an open session of your own: `ray list placement-groups`, "
+            "Others hold what is missing: `ray list placement-groups`, "
             "`ray list actors` and `ray list tasks` tell. Wait longer, or ask for less."
         )
 
     def report(self, name: str, waited_s: float, limit_s: float, others: str) -> None:
         starting = self._news()
+        sessions = self._own_sessions()
         logger.warning(
-            "%s is waiting for %s, %.0f s%s so far%s%s\n%s",
+            "%s is waiting for %s, %.0f s%s so far%s%s\n%s%s",
             name,
             "Ray to reserve its room (is a node slow to answer Ray's head?)"
             if self.is_being_reserved
@@ -116,6 +155,7 @@ class Room:
             f"; {starting}" if starting else "",
             others,
             room_table(self._wanted(), self._free(), self._total()),
+            f"\n{sessions}" if sessions else "",
         )
 
     def in_brief(self) -> str:

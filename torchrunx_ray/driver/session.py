@@ -6,7 +6,7 @@ from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from torchrunx_ray.driver import connection, interruption, loop
+from torchrunx_ray.driver import connection, interruption, loop, own_sessions
 from torchrunx_ray.driver.call import Call, put_call, unique
 from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.failures import Failures
@@ -43,6 +43,7 @@ class Session:
         self._cluster = Connection()
         self._options = options
         self._hosts = HeldHosts(options)
+        self._name = unique(options.name or "session")
         self._running: set[Run[Any]] = set()
         self._opening = loop.start(self._open())
         if not loop.is_called_in_one():
@@ -117,9 +118,10 @@ class Session:
         return f"<Session on {', '.join(self._hosts.names) or 'no hosts'}: {state}>"
 
     async def _open(self) -> None:
-        progress = Progress(unique(self._options.name or "session"))
+        progress = Progress(self._name)
         async with shown(progress, self._options):
             await self._hosts.open(progress)
+        own_sessions.note_open(self._name, self._hosts)
         await own_lines.written()
 
     async def _run(self, call: Call, progress: Progress) -> LaunchResult[Any] | Failures:
@@ -128,7 +130,10 @@ class Session:
 
     async def _close_hosts(self) -> None:
         self._opening.cancel()  # if it still waits for room
-        await self._hosts.close()
+        try:
+            await self._hosts.close()
+        finally:
+            own_sessions.forget(self._name)
 
     def _wait_until_open(self) -> None:
         try:

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from torchrunx_ray.driver import slurm
-from torchrunx_ray.driver.cluster import Node, was_started_here
+from torchrunx_ray.driver.cluster import Node, other_hosts, was_started_here
 from torchrunx_ray.driver.fit import could_be_host, least_needs, why_impossible
 from torchrunx_ray.driver.options import Options
-from torchrunx_ray.errors import PlacementError
+from torchrunx_ray.errors import PlacementError, counted
 from torchrunx_ray.wire.ranks import gpus_held
 
 _LOOPBACK = ("127.0.0.1", "127.0.1.1", "::1")
@@ -91,7 +91,7 @@ def _choose(
             f"are live: {reason}.",
             wanted=wanted,
             total={node.name: node.resources for node in nodes},
-            advice=_numbers_for_an_autoscaler().strip(),
+            advice=other_hosts() or _numbers_for_an_autoscaler().strip(),
         )
     chosen: list[Node | None] = list(candidates[:count])
     chosen += [None] * (count - len(chosen))
@@ -123,7 +123,8 @@ def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
     node = _node_called(name, nodes, driver_node_id)
     if node is None:
         raise PlacementError(
-            f"hostnames: {name!r} is no live node of this Ray cluster.", advice=_live(nodes)
+            f"hostnames: {name!r} is no live node of this Ray cluster.",
+            advice=f"{_live(nodes)}\n{other_hosts()}".rstrip(),
         )
     return node
 
@@ -177,8 +178,8 @@ def _workers(options: Options, chosen: Sequence[Node | None]) -> list[int]:
         if len(workers) != len(chosen):
             names = ", ".join(node.name for node in nodes)
             raise ValueError(
-                f"workers_per_host={list(workers)!r} has {len(workers)} numbers, but there are "
-                f"{len(chosen)} hosts ({names}); give one number per host."
+                f"workers_per_host={list(workers)!r} has {counted(len(workers), 'number')}, but the launch has "
+                f"{counted(len(chosen), 'host')} ({names}); give one number per host."
             )
         return list(workers)
     if workers == "slurm":

@@ -122,6 +122,8 @@ class Waiting:
         self._connection.check()
         now = time.monotonic()
         room = await self._checked_room(group, now - self._begun)
+        if room.is_placed:
+            return
         self._progress.waiting_for = room.in_brief()
         is_early = room.is_being_reserved and now - self._begun < reports.EVERY_S
         if not is_early and reports.is_due(self._progress.name, room.waits_for):
@@ -132,6 +134,8 @@ class Waiting:
     async def _checked_room(self, group: PlacementGroup, waited_s: float) -> Room:
         """Return the room, or raise its error, which counts as free what is being given back."""
         room = await Room.now(group, self._options, self._shape, self._connection)
+        if room.is_placed:
+            return room
         try:
             room.check(waited_s, self._limit_s)
         except PlacementError:
