@@ -487,9 +487,15 @@ HOLDS_THE_QUESTION = """
 import os, sys, time
 
 class Holds:
+    # Holds the first process for ever, and no other.
+
     def find_spec(self, name, path=None, target=None):
-        while name == "torchrunx_ray.driver" and os.path.exists(HELD):
-            time.sleep(0.1)
+        if name == "torchrunx_ray.driver":
+            try:
+                os.mkdir(HELD)
+            except FileExistsError:
+                return None
+            time.sleep(1000)
         return None
 
 HELD = os.path.join(os.path.dirname(__file__), "held")
@@ -503,7 +509,6 @@ def test_question_for_gpus_that_is_not_answered_is_named_and_asked_again(
 ) -> None:
     """The error named Ray's head; and later runs waited for the old task, which held the GPUs."""
     (tmp_path / "sitecustomize.py").write_text(HOLDS_THE_QUESTION)
-    (tmp_path / "held").touch()
     launcher = trx.Launcher(
         hostnames=1,
         workers_per_host=2,
@@ -518,7 +523,7 @@ def test_question_for_gpus_that_is_not_answered_is_named_and_asked_again(
             patched.setattr(gpu_question, "_ANSWER_S", 1.0)
             with pytest.raises(trx.AgentFailedError, match=r"which GPUs .* not answered for 1 s"):
                 session.submit(gpus).result(timeout=60)
-        (tmp_path / "sitecustomize.py").unlink()  # the task that was asked first is still held
+        assert (tmp_path / "held").exists()
         assert list(session.submit(gpus).result(timeout=60)) == ["0,1", "0,1"]
 
 
