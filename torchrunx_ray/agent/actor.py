@@ -2,88 +2,256 @@
 
 import asyncio
 import ctypes
+import os
 import signal
-import threading
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+import socket
+from typing import Any
 
 import ray
 
-from torchrunx_ray.agent.service import Service
-from torchrunx_ray.wire import messages
+from torchrunx_ray.agent import host
+from torchrunx_ray.agent.keeper import Keeper
+from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.metrics import Metrics
+from torchrunx_ray.agent.run import HostRun
+from torchrunx_ray.agent.template import Death, Template
+from torchrunx_ray.wire import kernel, messages, versions
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed, carry_values_packed
-
-T = TypeVar("T")
 
 _ray: Any = ray  # most of its functions have no types
 
 VALUES = "values"
 """The concurrency group of the calls that bring values."""
 
+_POLL_S = 5.0
+
+_LAST_WORDS_S = 1.0
+"""For the driver to hear why, before an agent ends whose raylet is gone."""
+
 
 class Agent:
-    """The Ray actor: each call runs a coroutine of `Service` in the agent's own event loop, and waits for it.
+    """Serves one run at a time, and keeps its template warm between runs.
 
-    No method is a coroutine, or Ray would serve all of them by fibers. On a busy machine these can lose a
-    wake-up (boost's unbuffered_channel), and then the actor hears nothing more.
+    The constructor starts the template, so that torch is imported while the driver still asks.
+    Every method is a coroutine that does not block the loop.
     """
 
     def __init__(self, name: str, wanted: messages.TemplateWanted) -> None:
         _end_at_sigterm()
         carry_values_packed()
         self._name = name
-        self._service = Service(wanted)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="agent", daemon=True).start()
+        self._wanted = wanted
+        self._context: Any = _ray.get_runtime_context()
+        self._cwd, self._warning = host.working_directory(
+            wanted, in_job_working_dir=bool(self._context.runtime_env.get("working_dir"))
+        )
+        self._ip: str = _ray.util.get_node_ip_address()
+        self._problem: str | None = None
+        # An env_file may take its time; `meet` sources it without blocking the loop.
+        self._keeper = self._start_keeper() if wanted.env_file is None else None
+        self._template: Template | None = None
+        self._metrics = Metrics()
+        self._mailbox = Mailbox(self._resume_output, self._metrics.hear)
+        self._run: HostRun | None = None
+        self._stopped_early: set[str] = set()
+        self._outlasted_early: set[str] = set()
+        self._listening: socket.socket | None = None
+        self._rest_ends: asyncio.TimerHandle | None = None
+        self._leaving = False
+        self._raylet_fd: int | None = None
 
     def __repr__(self) -> str:
         """Return what Ray puts before the actor's own lines, and shows in its dashboard."""
         return f"torchrunx_ray {self._name}"
 
-    def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    async def meet(self, listen: bool) -> messages.Met:
+        """Claim the agent for a run; with `listen`, hold a port for the run's store."""
+        self._loop = asyncio.get_running_loop()
+        if self._rest_ends is not None:
+            self._rest_ends.cancel()
+            self._rest_ends = None
+        self._watch_raylet()
+        port = None
+        if not self._leaving:
+            await self._have_template()
+            if listen:
+                family = socket.AF_INET6 if ":" in self._ip else socket.AF_INET
+                self._listening = socket.create_server(("", 0), family=family, backlog=4096)
+                port = self._listening.getsockname()[1]
+        return messages.Met(
+            ip=self._ip,
+            master_port=port,
+            leaving=self._leaving,
+            versions=versions.of_this_process(),
+            warning=self._warning,
+            problem=self._problem,
+        )
 
-    def meet(self, listen: bool) -> messages.Met:
-        return self._do(self._service.meet(listen))
-
-    def clock(self) -> int:
+    async def clock(self) -> int:
         return now_ns()
 
-    def start(self, wanted: messages.RunWanted, function: Packed, *inserted: Packed) -> None:
-        self._do(self._service.start(wanted, function, *inserted))
+    async def start(self, wanted: messages.RunWanted, function: Packed, *inserted: Packed) -> None:
+        """Begin the run; all that comes of it is told through `poll` and `value`.
 
-    def fork(self, run_id: str) -> None:
-        self._do(self._service.fork(run_id))
+        `inserted` are the values of references in the function's arguments.
+        """
+        assert self._template is not None
+        listening, self._listening = self._listening, None
+        self._metrics.begins(now_ns())
+        run = HostRun(wanted, self._template, self._mailbox, listening, self._ip)
+        self._run = run
+        if wanted.run_id in self._stopped_early:
+            run.stop(0)
+        if wanted.run_id in self._outlasted_early:
+            run.others_have_ended()
+        self._stopped_early.clear()
+        self._outlasted_early.clear()
+        await run.start(function, inserted)
 
-    def poll(self, with_output: bool) -> list[messages.Event]:
-        return self._do(self._service.poll(with_output))
+    async def fork(self, run_id: str) -> None:
+        """Fork the workers of a run that waits for all hosts to be able to."""
+        if self._run is not None and self._run.run_id == run_id:
+            self._run.fork()
 
-    def nudge(self) -> None:
-        self._do(self._service.nudge())
+    async def poll(self, with_output: bool) -> list[messages.Event]:
+        """Events as soon as there are some; none after a while."""
+        return await self._mailbox.take(_POLL_S, with_output=with_output)
+
+    async def nudge(self) -> None:
+        """Have a poll that is under way return."""
+        self._mailbox.nudge()
 
     @_ray.method(concurrency_group=VALUES)
-    def value(self, run_id: str, local_rank: int) -> Packed | None:
-        """Return a worker's value; Ray copies it in this thread."""
-        return self._do(self._service.value(run_id, local_rank))
+    async def value(self, run_id: str, local_rank: int) -> Packed | None:
+        """What one worker's function returned, as soon as it has.
 
-    def stacks(self, run_id: str, wanted: messages.StacksWanted) -> dict[int, str]:
-        return self._do(self._service.stacks(run_id, wanted))
+        In a loop of its own: Ray copies what is returned in the thread that the method ran in, and
+        a large value would keep the agent from all else.
+        """
+        waiting = asyncio.run_coroutine_threadsafe(self._value(run_id, local_rank), self._loop)
+        return await asyncio.wrap_future(waiting)
 
-    def stop(self, run_id: str, grace_s: float) -> None:
-        self._do(self._service.stop(run_id, grace_s))
+    async def _value(self, run_id: str, local_rank: int) -> Packed | None:
+        if self._run is None or self._run.run_id != run_id:
+            return None  # that run failed, and this call came late
+        return await self._run.value(local_rank)
 
-    def others_have_ended(self, run_id: str) -> None:
-        self._do(self._service.others_have_ended(run_id))
+    async def stacks(self, run_id: str, wanted: messages.StacksWanted) -> dict[int, str]:
+        """Return the workers' stacks by local rank; a text is empty if its worker did not answer in time."""
+        if self._run is None or self._run.run_id != run_id:
+            return {}
+        return await self._run.stacks(wanted)
 
-    def rest(self, linger_s: float) -> None:
-        self._do(self._service.rest(linger_s))
+    async def stop(self, run_id: str, grace_s: float) -> None:
+        """End a run. Ray may deliver this before the run's start, whose argument takes time."""
+        if self._run is not None and self._run.run_id == run_id:
+            self._metrics.stops()
+            self._run.stop(grace_s)
+        else:
+            self._stopped_early.add(run_id)
 
-    def close(self) -> None:
-        self._do(self._service.close())
+    async def others_have_ended(self, run_id: str) -> None:
+        """No worker of another host asks the store of this one any more. Like `stop` it may come early."""
+        if self._run is not None and self._run.run_id == run_id:
+            self._run.others_have_ended()
+        else:
+            self._outlasted_early.add(run_id)
 
-    def retire(self) -> None:
+    async def rest(self, linger_s: float) -> None:
+        """Wait for another run, holding no resources; end after `linger_s` without one."""
+        self._run = None
+        if self._listening is not None:  # the run that asked for it was cancelled
+            self._listening.close()
+            self._listening = None
+        loop = asyncio.get_running_loop()
+        self._rest_ends = loop.call_later(linger_s, self._leave)
+
+    async def close(self) -> None:
+        """Return when nothing that this agent started lives."""
+        self._attach()
+        if self._template is not None:
+            await self._template.close()
+
+    async def retire(self) -> None:
         _ray.actor.exit_actor()
+
+    def _leave(self) -> None:
+        self._leaving = True  # at once: whoever asks from now on must take another agent
+        self._ending = asyncio.ensure_future(self._close_and_retire())
+
+    async def _close_and_retire(self) -> None:
+        await self.close()
+        # Only a method that Ray itself called may end its actor in an orderly way.
+        self._context.current_actor.retire.remote()
+
+    def _start_keeper(self) -> Keeper | None:
+        self._env_file_version = host.env_file_version(self._wanted, self._cwd)
+        self._problem = None
+        made = {**os.environ, **dict(self._wanted.driver_variables)}  # until there is more
+        try:
+            made = host.template_environment(self._wanted, self._context.gcs_address, self._cwd)
+            return Keeper(made, self._cwd, self._wanted, self._context.runtime_env)
+        except ValueError as error:
+            self._problem = str(error)
+        except OSError as error:
+            self._problem = host.why_no_process(error, made)
+        return None
+
+    async def _have_template(self) -> None:
+        """A template that can serve, in place of one that was killed or is out of date."""
+        self._attach()
+        version = host.env_file_version(self._wanted, self._cwd)
+        if self._template is not None:
+            if self._template.is_whole and version == self._env_file_version:
+                return
+            await self._template.close()
+            self._template = None
+        self._keeper = await asyncio.to_thread(self._start_keeper)
+        self._attach()
+
+    def _attach(self) -> None:
+        """Listen to a new template; the constructor could not, it ran outside the loop."""
+        if self._keeper is None:
+            return
+        keeper, self._keeper = self._keeper, None
+        self._template = Template(keeper, self._mailbox, self._worker_exited, self._template_gone)
+
+    def _watch_raylet(self) -> None:
+        """Ray itself tells of a killed raylet only after 15 to 30 s."""
+        if self._raylet_fd is None:
+            pid = int(os.environ["RAY_RAYLET_PID"])  # no parent of an actor that `uv run` started
+            self._raylet_fd = kernel.pidfd_open(pid)
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._raylet_fd, self._raylet_gone, pid, loop)
+
+    def _raylet_gone(self, pid: int, loop: asyncio.AbstractEventLoop) -> None:
+        assert self._raylet_fd is not None
+        loop.remove_reader(self._raylet_fd)
+        what = f"the raylet, Ray's process for the node (pid {pid}), ended"
+        self._mailbox.put(messages.AgentFailed(now_ns(), what, "", is_ending=True))
+        self._ending = asyncio.ensure_future(self._end_with_raylet())
+
+    async def _end_with_raylet(self) -> None:
+        await self.close()
+        if self._run is not None:
+            self._run.everything_is_gone()
+        await asyncio.sleep(_LAST_WORDS_S)
+        os._exit(1)
+
+    def _resume_output(self) -> None:
+        if self._template is not None:
+            self._template.resume_output()
+        if self._run is not None:
+            self._run.resume_output()
+
+    def _worker_exited(self, exited: messages.Exited) -> None:
+        if self._run is not None:
+            self._run.has_exited(exited)
+
+    def _template_gone(self, death: Death) -> None:
+        if self._run is not None:
+            self._run.template_is_gone(death)
 
 
 def _end_at_sigterm() -> None:

@@ -27,11 +27,8 @@ logger = logging.getLogger("torchrunx_ray")
 
 NAMESPACE = "torchrunx_ray"
 
-_VALUES_AT_ONCE = 64
-"""Threads of an agent that wait for workers' values. The values of more workers follow."""
-
-_CALLS_AT_ONCE = 16
-"""Threads of an agent for all other calls: a poll and a start wait long, and no other call may wait for them."""
+_MOST_WORKERS = 1000
+"""On one host: so many calls may wait for values; Ray's own bound for an async actor."""
 
 _MOST_RESTING = 8
 """On one node: each keeps the memory of its template, and other environments need other templates."""
@@ -253,12 +250,11 @@ def _starts_within_s(runtime_env: Mapping[str, Any]) -> float | None:
 
 def _create(node_id: str, label: str, wanted: TemplateWanted, options: Options) -> Any:
     """Name it by its host: Ray shows the name for as long as the agent lives, whichever runs it serves."""
-    groups = {VALUES: _VALUES_AT_ONCE}
+    groups = {VALUES: _MOST_WORKERS}
     actor_class: Any = untyped_ray.remote(concurrency_groups=groups)(_AgentActor)
     unique = f"agent-{label}-{uuid.uuid4().hex[:8]}"
     calls = actor_class.options(
         num_cpus=0,
-        max_concurrency=_CALLS_AT_ONCE,
         name=unique,
         namespace=NAMESPACE,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
