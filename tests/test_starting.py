@@ -116,7 +116,7 @@ def test_agent_that_has_not_answered_yet_does_not_rest(one: trx.Launcher) -> Non
 
     async def acquire_and_release() -> str:
         agent = await pool.acquire(ray.nodes()[0]["NodeID"], "here", wanted, launcher)
-        agent.calls.meet.remote(False)
+        agent.calls.meet.remote(1, False)
         await agent.release(linger=1000)
         return agent.calls._actor_id.hex()
 

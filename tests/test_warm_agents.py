@@ -12,6 +12,8 @@ import ray
 import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
+from torchrunx_ray.driver import pool
+from torchrunx_ray.driver.connection import untyped_ray
 
 
 def test_nothing_but_keepers_and_template_lingers_and_not_for_long(cluster: None) -> None:
@@ -43,6 +45,31 @@ def test_launches_at_the_end_of_linger_all_work(cluster: None) -> None:
     for i in range(8):
         assert launcher.run(lambda: "well").rank(0) == "well"
         time.sleep(0.26 + 0.01 * i)
+
+
+def test_agent_that_is_let_rest_when_it_serves_the_next_run_already_stays(
+    cluster: None, tmp_path: Path
+) -> None:
+    """Ray may deliver calls in another order. A minute later the agent was gone, and the run hung."""
+
+    def wait_for_go() -> str:
+        (tmp_path / "runs").touch()
+        assert processes.wait_until((tmp_path / "go").exists, 60)
+        return "well"
+
+    launcher = trx.Launcher(
+        workers_per_host=1, backend=None, extra_env_vars={"OWN_AGENT_FOR": "a late rest"}
+    )
+    launcher.run(os.getpid)
+    agent = pool._resting._agents[-1]
+    run = launcher.submit(wait_for_go)
+    assert processes.wait_until((tmp_path / "runs").exists, 60)
+    late_claim, linger_s = agent.claims - 1, 0.1
+    untyped_ray.get(agent.calls.rest.remote(late_claim, linger_s))
+    time.sleep(1)
+    (tmp_path / "go").touch()
+
+    assert run.result(timeout=60).rank(0) == "well"
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ class Agent:
         self._stopped_early: set[str] = set()
         self._outlasted_early: set[str] = set()
         self._listening: socket.socket | None = None
+        self._claim = 0
         self._rest_ends: asyncio.TimerHandle | None = None
         self._leaving = False
         self._raylet_fd: int | None = None
@@ -65,8 +66,12 @@ class Agent:
         """Return what Ray puts before the actor's own lines, and shows in its dashboard."""
         return f"torchrunx_ray {self._name}"
 
-    async def meet(self, listen: bool) -> messages.Met:
-        """Claim the agent for a run; with `listen`, hold a port for the run's store."""
+    async def meet(self, claim: int, listen: bool) -> messages.Met:
+        """Claim the agent for a run; with `listen`, hold a port for the run's store.
+
+        `claim` counts the driver's claims: Ray may deliver the `rest` after an earlier one late.
+        """
+        self._claim = claim
         self._loop = asyncio.get_running_loop()
         if self._rest_ends is not None:
             self._rest_ends.cancel()
@@ -158,8 +163,10 @@ class Agent:
         else:
             self._outlasted_early.add(run_id)
 
-    async def rest(self, linger_s: float) -> None:
+    async def rest(self, claim: int, linger_s: float) -> None:
         """Wait for another run, holding no resources; end after `linger_s` without one."""
+        if claim != self._claim:
+            return  # that run is there already
         self._run = None
         if self._listening is not None:  # the run that asked for it was cancelled
             self._listening.close()

@@ -73,6 +73,8 @@ class Agent:
     connection: Connection
     starts_within_s: float | None
     is_new: bool = True
+    claims: int = 0
+    """For how many runs it was claimed."""
     is_gone: bool = False
     """Dead, frozen or cut off: it would be asked in vain for seconds."""
     fault: str = ""
@@ -88,7 +90,8 @@ class Agent:
 
         RayError or TimeoutError: it never began.
         """
-        meeting = asyncio.create_task(self.connection.ask(self.calls.meet, listen))
+        self.claims += 1
+        meeting = asyncio.create_task(self.connection.ask(self.calls.meet, self.claims, listen))
         try:
             await (self._until_met(meeting) if self.is_new else self._until_met_or_frozen(meeting))
             met: Met = meeting.result()
@@ -140,7 +143,7 @@ class Agent:
         if linger <= 0 or self.is_new or self.is_gone or not self.connection.is_ours():
             await self.end()
             return
-        self.connection.tell(self.calls.rest, linger)
+        self.connection.tell(self.calls.rest, self.claims, linger)
         self.rests_until = time.monotonic() + linger
         for surplus in _resting.put(self):
             ending = asyncio.create_task(surplus.end())  # another's; nobody waits for it
