@@ -28,7 +28,7 @@ _LOOK_AROUND_S = 1.0
 """How often a driver that waits for an answer looks whether it still belongs to the cluster."""
 
 _lost: set[object] = set()
-"""Connections through ray:// that Ray has given up; it tells so whoever uses them next."""
+"""Connections that end: through ray://, if Ray has given them up, or while ray.shutdown() goes on."""
 
 _inherited: set[object] = set()
 """Connections that a fork brought into this process, without the threads that they live by."""
@@ -100,6 +100,10 @@ class Connection:
         if self.is_ours():
             with contextlib.suppress(ClusterLeft), self._telling_its_loss():
                 method.remote(*args)
+
+    def is_ending(self) -> None:
+        """Take note that ray.shutdown() has begun: a call of Ray's meanwhile can end this process."""
+        _lost.add(self._membership)
 
     @property
     def is_inherited(self) -> bool:
