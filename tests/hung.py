@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests import processes
-from tests.traces import pids
+from tests.processes import pids
 
 
 def seen() -> str:

@@ -59,6 +59,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
         time.sleep(min(max(0.01, 4 * (ended - begun)), 1))
 
 
+def pids() -> list[int]:
+    """Return those of all processes, in whatever namespace of networks."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
 def own_mark() -> str:
     """In a worker: the mark of everything that its agent started."""
     return os.environ[MARK]

@@ -68,7 +68,7 @@ class Traces:
 def _marked_processes() -> Iterator[tuple[str, str]]:
     """Their command lines, by pid and start time; of others those without an environment, too."""
     mark = f"{MARK}={os.environ[MARK]}".encode()
-    for pid in pids():
+    for pid in processes.pids():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             words = processes.command_line(pid).strip()
@@ -80,11 +80,6 @@ def _marked_processes() -> Iterator[tuple[str, str]]:
         is_ours = not environment or mark in environment
         if words and fields[0] != "Z" and not is_rays and is_ours:
             yield f"{pid} {fields[19]}", words
-
-
-def pids() -> list[int]:
-    """Of all processes, in whatever namespace of networks."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _is_of_ray(line: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests import processes
-from tests.traces import pids
+from tests.processes import pids
 
 _DRIVER = """
 import json, os, subprocess, sys
