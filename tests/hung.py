@@ -1,4 +1,4 @@
-"""What all processes that a test can see are doing, for the report of a test that hangs."""
+"""A look at all processes that a test can see, for the report of a test that hangs."""
 
 import os
 import subprocess

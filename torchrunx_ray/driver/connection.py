@@ -101,7 +101,7 @@ class Connection:
             with contextlib.suppress(ClusterLeft), self._telling_its_loss():
                 method.remote(*args)
 
-    def is_ending(self) -> None:
+    def note_ending(self) -> None:
         """Take note that ray.shutdown() has begun: a call of Ray's meanwhile can end this process."""
         _lost.add(self._membership)
 

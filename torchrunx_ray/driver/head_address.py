@@ -1,4 +1,4 @@
-"""Whether anybody answers at RAY_ADDRESS: Ray itself tries for long, and hears no Ctrl-C meanwhile."""
+"""A look at RAY_ADDRESS before Ray tries it: Ray tries for long, and hears no Ctrl-C meanwhile."""
 
 import os
 import re

@@ -71,7 +71,7 @@ class Talk:
         except RayError as error:
             self._agent.is_gone = isinstance(error, RayActorError)
             if self._agent.is_gone and _OWNER_DIED in str(error):
-                self._cluster.is_ending()
+                self._cluster.note_ending()
             return _failed("the agent died", str(error))
         finally:
             starting.cancel()

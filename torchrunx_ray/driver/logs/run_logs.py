@@ -90,7 +90,7 @@ class RunLogs:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether something that was put is not written yet."""
+        """Return True while output that was put is not written yet."""
         return self._waiting_bytes > 0 and not self._done.is_set()
 
     async def until_room(self) -> None:
