@@ -96,7 +96,7 @@ def test_event_that_the_driver_cannot_handle_ends_the_run_at_once(
                 assert frame.f_back is not None
                 frame = frame.f_back
             frame.f_locals["channel"].send(messages.Joined(99, 0))
-        (tmp_path / os.environ["RANK"]).write_text(str(os.getpid()))
+        processes.note(tmp_path / os.environ["RANK"], os.getpid())
         time.sleep(1000)
 
     launcher = trx.Launcher(

@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group_table
 
 import torchrunx_ray as trx
 from tests.interrupts import result_with_one_ctrl_c
-from tests.processes import above, is_alive, wait_until
+from tests.processes import above, is_alive, note, wait_until
 from torchrunx_ray.driver import attempt
 
 
@@ -34,7 +34,7 @@ def save_when_stopped(folder: Path) -> None:
         os._exit(0)
 
     signal.signal(signal.SIGTERM, save)
-    (folder / f"ready {os.environ['RANK']}").write_text(str(os.getpid()))
+    note(folder / f"ready {os.environ['RANK']}", os.getpid())
     time.sleep(1000)
 
 
