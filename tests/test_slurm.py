@@ -4,12 +4,19 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.clusters.allocation import NAMES, allocated, run_batch_script, stand_in_scontrol
+from tests.clusters.allocation import (
+    NAMES,
+    allocated,
+    run_batch_script,
+    scontrol_of_plain_lists,
+    stand_in_scontrol,
+)
 from tests.clusters.two_hosts import TwoHosts, namespaces_are_possible, two_hosts
 from tests.conftest import RunScript
 from torchrunx_ray.driver import slurm
@@ -28,58 +35,71 @@ def hosts() -> Iterator[TwoHosts]:
         yield hosts
 
 
-@pytest.fixture
-def drive(hosts: TwoHosts, tmp_path: Path) -> Callable[..., str]:
-    """Run a driver on the first of two hosts, in an allocation of nodes with these names."""
+Launched = Callable[..., Any]
 
-    def drive(nodes: Sequence[str], script: str) -> str:
-        slurm = {
-            "PATH": f"{stand_in_scontrol(tmp_path, nodes)}:{os.environ['PATH']}",
-            "SLURM_JOB_NODELIST": "as scontrol shows it",
-            "SLURM_JOB_CPUS_PER_NODE": "2,3",
-        }
-        done = hosts.drive(f"os.environ.update({slurm!r})\n{script}")
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return drive
-
-
-LAUNCH = """
-launcher = trx.Launcher(hostnames="slurm", workers_per_host="slurm")
-result = launcher.run(lambda: (os.environ["RANK"], os.uname().nodename))
-print(result.hostnames, list(result))
+LAUNCHES = """
+import json
+launcher = trx.Launcher(hostnames="slurm", workers_per_host="slurm", backend=None)
+for nodes in NODES:
+    os.environ["SLURM_JOB_NODELIST"] = nodes
+    try:
+        result = launcher.run(lambda: (os.environ["RANK"], os.uname().nodename))
+        print(json.dumps([result.hostnames, list(result)]))
+    except trx.PlacementError as error:
+        print(json.dumps(str(error)))
 """
 
-RANKS_AND_HOSTS = [
-    *[(str(rank), "node1.cluster") for rank in range(2)],
-    *[(str(rank), "node2.cluster") for rank in range(2, 5)],
-]
+
+@pytest.fixture(scope="module")
+def launched(hosts: TwoHosts, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """What launches in allocations of nodes with these names came to, all by one driver."""
+    allocations = ["node1,node2", "node2,node1", "gpu-node1,gpu-node2", "node1,node2,node3"]
+    slurm = {
+        "PATH": f"{scontrol_of_plain_lists(tmp_path_factory.mktemp('slurm'))}:{os.environ['PATH']}",
+        "SLURM_JOB_CPUS_PER_NODE": "2,3",
+    }
+    done = hosts.drive(f"os.environ.update({slurm!r})\nNODES = {allocations!r}\n{LAUNCHES}")
+    assert done.returncode == 0, done.stderr
+    outcomes = dict(zip(allocations, map(json.loads, done.stdout.splitlines()), strict=True))
+    return lambda *nodes: outcomes[",".join(nodes)]
+
+
+ON_NODE1 = [[str(rank), "node1.cluster"] for rank in range(2)]
+ON_NODE2 = [[str(rank), "node2.cluster"] for rank in range(2, 5)]
 
 
 @pytest.mark.slow
 @needs_hosts
-def test_short_names_of_slurm_are_those_of_hosts_with_a_domain(drive: Callable[..., str]) -> None:
-    out = drive(["node1", "node2"], LAUNCH)
-
-    assert out == f"('node1', 'node2') {RANKS_AND_HOSTS}\n"
+def test_short_names_of_slurm_are_those_of_hosts_with_a_domain(launched: Launched) -> None:
+    assert launched("node1", "node2") == [["node1", "node2"], ON_NODE1 + ON_NODE2]
 
 
 @pytest.mark.slow
 @needs_hosts
-def test_order_of_the_allocation_is_that_of_the_ranks(drive: Callable[..., str]) -> None:
-    out = drive(["node2", "node1"], LAUNCH)
+def test_order_of_the_allocation_is_that_of_the_ranks(launched: Launched) -> None:
+    names, ranks = launched("node2", "node1")
 
-    assert out.startswith("('node2', 'node1') [('0', 'node2.cluster'), ('1', 'node2.cluster'), (")
+    assert names == ["node2", "node1"]
+    assert ranks[:2] == [["0", "node2.cluster"], ["1", "node2.cluster"]]
 
 
 @pytest.mark.slow
 @needs_hosts
-def test_name_that_no_host_gives_itself_is_looked_up(drive: Callable[..., str]) -> None:
+def test_name_that_no_host_gives_itself_is_looked_up(launched: Launched) -> None:
     """Slurm's NodeName need not be a hostname."""
-    out = drive(["gpu-node1", "gpu-node2"], LAUNCH)
+    assert launched("gpu-node1", "gpu-node2") == [["gpu-node1", "gpu-node2"], ON_NODE1 + ON_NODE2]
 
-    assert out == f"('gpu-node1', 'gpu-node2') {RANKS_AND_HOSTS}\n"
+
+@pytest.mark.slow
+@needs_hosts
+def test_node_of_the_allocation_without_ray_is_named(launched: Launched) -> None:
+    out = launched("node1", "node2", "node3")
+
+    assert out.startswith(
+        'hostnames="slurm": node3 of the allocation is no live node of this Ray cluster.\n'
+        "Live are: node1.cluster (10.77.0.11, "
+    )
+    assert "--address node1:6379 --min-nodes 3 -- python train.py" in out
 
 
 FAILING_LAUNCH = """
@@ -88,18 +108,6 @@ try:
 except trx.PlacementError as error:
     print(error)
 """
-
-
-@pytest.mark.slow
-@needs_hosts
-def test_node_of_the_allocation_without_ray_is_named(drive: Callable[..., str]) -> None:
-    out = drive(["node1", "node2", "node3"], FAILING_LAUNCH)
-
-    assert out.startswith(
-        'hostnames="slurm": node3 of the allocation is no live node of this Ray cluster.\n'
-        "Live are: node1.cluster (10.77.0.11, "
-    )
-    assert "--address node1:6379 --min-nodes 3 -- python train.py" in out
 
 
 @pytest.mark.slow

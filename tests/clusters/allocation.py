@@ -30,6 +30,13 @@ def stand_in_scontrol(folder: Path, nodes: Sequence[str]) -> Path:
     )
 
 
+def scontrol_of_plain_lists(folder: Path) -> Path:
+    """A folder for the PATH, with a scontrol that takes apart a list of whole names, as Slurm's does."""
+    return _command(
+        folder, "scontrol", """[ "$1 $2" = "show hostnames" ] && echo "$3" | tr , '\\n'"""
+    )
+
+
 def _command(folder: Path, name: str, script: str) -> Path:
     path = folder / "bin" / name
     path.parent.mkdir(exist_ok=True)
