@@ -25,7 +25,6 @@ from torchrunx_ray.driver.logs.host_story import HostEvent
 from torchrunx_ray.driver.logs.run_logs import RunLogs
 from torchrunx_ray.driver.logs.speaker import Speaker
 from torchrunx_ray.driver.lookout import Lookout
-from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
@@ -223,8 +222,8 @@ class Attempt:
     async def _see_stored(self, refs: "list[ray.ObjectRef[Any]]") -> None:
         """Until then a value is in its agent only, and would be lost with it."""
         try:
-            while await in_thread(self._cluster.inside, missing_after_a_second, refs):
-                self._cluster.check()
+            while await self._cluster.call(self._cluster.inside, missing_after_a_second, refs):
+                pass
         except RayError as error:
             # Of the task that waits, through ray://; the values are the agents'.
             logger.warning(
