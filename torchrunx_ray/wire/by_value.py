@@ -42,7 +42,10 @@ _NO_FILE = "<dynamic-code>"
 _SENTINELS: dict[type, str] = {
     type(vars(dataclasses)[name]): name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY")
 }
-"""Kinds of objects that the code of dataclasses compares by identity, with their only object's name."""
+"""Kinds of objects that dataclasses compares by identity, with the name of its own object.
+
+Other libraries that pickle, such as Ray's copy of cloudpickle, make further objects of these kinds.
+"""
 
 
 def reduce(obj: Any) -> Any:
@@ -55,7 +58,7 @@ def reduce(obj: Any) -> Any:
     if kind is functools._lru_cache_wrapper and _goes_by_value(obj):  # pyright: ignore[reportPrivateUsage]
         return _cached, (obj.__wrapped__, obj.cache_parameters()), _attributes_of_cached(obj)
     if kind in _SENTINELS:
-        return _SENTINELS[kind]
+        return getattr, (dataclasses, _SENTINELS[kind])
     if type_names.is_part_of_parameters(kind):
         return type_names.reduce_part_of_parameters(obj)
     if type_names.is_type_name(kind) and _goes_by_value(obj):
