@@ -416,3 +416,76 @@ def look():
 
 def test_cached_function_keeps_its_attributes() -> None:
     assert elsewhere(of_a_script(CACHED).look) == ((4, 3, True, 7), "About.", True)
+
+
+CLOSURES = """
+def switch():
+    on = False
+    def is_on():
+        return on
+    def set_on(value):
+        nonlocal on
+        on = value
+    return is_on, set_on
+
+is_on, set_on = switch()
+
+class Timer:
+    def __init__(self):
+        total = 0
+        def add(seconds):
+            nonlocal total
+            total += seconds
+        def get():
+            return total
+        self.add, self.get = add, get
+
+timer = Timer()
+
+def recursive():
+    def factorial(n):
+        return 1 if n == 0 else n * factorial(n - 1)
+    def is_even(n):
+        return n == 0 or is_odd(n - 1)
+    def is_odd(n):
+        return n > 0 and is_even(n - 1)
+    def early():
+        return late
+    if False:
+        late = None
+    factorial.itself = factorial
+    return factorial, is_even, early
+
+factorial, is_even, early = recursive()
+
+class Base:
+    def name(self):
+        return __class__.__name__
+
+class Derived(Base):
+    def name(self):
+        return super().name() + __class__.__name__
+
+def look():
+    before = is_on(), timer.get()
+    set_on(True)
+    timer.add(3)
+    said = factorial(4), factorial.itself is factorial, is_even(5), Derived().name()
+    try:
+        early()
+    except NameError as error:
+        return before, (is_on(), timer.get()), said, error.name, (is_on, timer)
+"""
+
+
+def test_closures_that_share_a_variable_share_it_in_another_process() -> None:
+    script = of_a_script(CLOSURES)
+    before, after, said, unbound, (is_on, timer) = elsewhere(script.look)
+
+    assert before == (False, 0)
+    assert after == (True, 3)
+    assert said == (24, True, False, "BaseDerived")
+    assert unbound == "late"
+    timer.add(1)
+    assert (is_on(), timer.get()) == (True, 4)
+    assert elsewhere(script.Derived().name) == "BaseDerived"

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import enums, inner_code, skeletons, type_names
+from torchrunx_ray.wire import closures, enums, inner_code, skeletons, type_names
 from torchrunx_ray.wire.unfit import UnfitError
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
@@ -53,6 +53,8 @@ def reduce(obj: Any) -> Any:
     kind = cast("Any", type(obj))
     if kind is types.CodeType:
         return _with_file(obj)
+    if kind is types.CellType:
+        return closures.reduce_cell(obj)
     if kind is functools.cached_property:  # it has a lock, before Python 3.12
         return _cached_property, (obj.func, obj.attrname)
     if kind is functools._lru_cache_wrapper and _goes_by_value(obj):  # pyright: ignore[reportPrivateUsage]
@@ -117,7 +119,8 @@ def finish(obj: object, reduced: Any) -> Any:
     if reduced[0] is _cloudpickle["_make_skeleton_enum"]:
         return enums.reduce_enum(obj, reduced)
     if reduced[0] is _cloudpickle["_make_function"]:
-        return _without_parts_of_dispatcher(obj, inner_code.with_needs(obj, reduced))
+        reduced = inner_code.with_needs(obj, closures.with_own_cells(obj, reduced))
+        return _without_parts_of_dispatcher(obj, reduced)
     return reduced
 
 
