@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import closures, enums, inner_code, skeletons, type_names
+from torchrunx_ray.wire import annotations, closures, enums, inner_code, skeletons, type_names
 from torchrunx_ray.wire.unfit import UnfitError
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
@@ -115,7 +115,7 @@ def finish(obj: object, reduced: Any) -> Any:
     if reduced is NotImplemented:
         return reduced
     if reduced[0] is _cloudpickle["_make_skeleton_class"]:
-        return _with_slots(obj, reduced)
+        return _with_names_in_annotations(obj, _with_slots(obj, reduced))
     if reduced[0] is _cloudpickle["_make_skeleton_enum"]:
         return enums.reduce_enum(obj, reduced)
     if reduced[0] is _cloudpickle["_make_function"]:
@@ -139,6 +139,12 @@ def _without_parts_of_dispatcher(function: Any, reduced: Any) -> Any:
     copied = [name for name in _OF_DISPATCHERS if attributes.get(name, reduced) is own[name]]
     attributes = {name: part for name, part in attributes.items() if name not in copied}
     return make, arguments, (attributes, slots, below, copied), items, pairs, _set_wrapper_state
+
+
+def _with_names_in_annotations(kind: Any, reduced: Any) -> Any:
+    """Put a function beside the class's attributes, where cloudpickle has a place that it does not use."""
+    make, arguments, (attributes, unused), *rest = reduced
+    return make, arguments, (attributes, unused | {"": annotations.carrier_of(kind)}), *rest
 
 
 def _with_slots(obj: object, reduced: Any) -> Any:
