@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 import subprocess
 import sys
 import threading
@@ -164,6 +165,7 @@ def test_names_for_types_travel_and_come_back_as_the_scripts_own() -> None:
 ENUMS = """
 import datetime
 import enum
+import functools
 
 class Planet(enum.Enum):
     EARTH = (5.9, 6.3)
@@ -489,3 +491,50 @@ def test_closures_that_share_a_variable_share_it_in_another_process() -> None:
     timer.add(1)
     assert (is_on(), timer.get()) == (True, 4)
     assert elsewhere(script.Derived().name) == "BaseDerived"
+
+
+TYPED_DICTS = """
+import typing
+import typing_extensions
+
+T = typing.TypeVar("T")
+
+class Base(typing.TypedDict):
+    a: int
+
+class Sub(Base, total=False):
+    b: typing.Required[str]
+    c: int
+
+Made = typing.TypedDict("Made", {"a": int}, total=False)
+
+class Rows(typing.TypedDict, typing.Generic[T]):
+    row: T
+
+class Numbers(Rows[int]):
+    b: int
+
+class Other(typing_extensions.TypedDict):
+    a: typing_extensions.ReadOnly[int]
+
+class More(Other):
+    b: int
+
+KINDS = [Base, Sub, Made, Rows, Numbers, Other, More]
+
+def describe():
+    names = "__annotations__", "__required_keys__", "__optional_keys__", "__total__"
+    return [[getattr(kind, name) for name in names] for kind in KINDS]
+
+def look(given: Sub):
+    return describe(), given, Made(a=1), Numbers(row=1, b=2), More(a=1, b=2), KINDS
+"""
+
+
+def test_typed_dicts_travel_also_those_that_inherit_or_are_made_by_a_call() -> None:
+    script = of_a_script(TYPED_DICTS)
+    described, *made, kinds = elsewhere(functools.partial(script.look, script.Sub(a=1, b="x")))
+
+    assert described == script.describe()
+    assert made == [{"a": 1, "b": "x"}, {"a": 1}, {"row": 1, "b": 2}, {"a": 1, "b": 2}]
+    assert kinds == script.KINDS

@@ -115,7 +115,7 @@ def finish(obj: object, reduced: Any) -> Any:
     if reduced is NotImplemented:
         return reduced
     if reduced[0] is _cloudpickle["_make_skeleton_class"]:
-        return _with_names_in_annotations(obj, _with_slots(obj, reduced))
+        return _with_names_in_annotations(obj, skeletons.with_bases_and_slots(obj, reduced))
     if reduced[0] is _cloudpickle["_make_skeleton_enum"]:
         return enums.reduce_enum(obj, reduced)
     if reduced[0] is _cloudpickle["_make_function"]:
@@ -145,13 +145,6 @@ def _with_names_in_annotations(kind: Any, reduced: Any) -> Any:
     """Put a function beside the class's attributes, where cloudpickle has a place that it does not use."""
     make, arguments, (attributes, unused), *rest = reduced
     return make, arguments, (attributes, unused | {"": annotations.carrier_of(kind)}), *rest
-
-
-def _with_slots(obj: object, reduced: Any) -> Any:
-    """Add the slots to a class, without which its objects fit no other."""
-    slots = {name: value for name, value in vars(obj).items() if name == "__slots__"}
-    make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
-    return make, (metaclass, name, bases, namespace | slots, tracker_id, extra), *rest
 
 
 def loads(stream: "bytes | memoryview", buffers: Sequence[Any] = ()) -> Any:

@@ -6,6 +6,7 @@ no class keeps. So hooks that came by value themselves are not called.
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Generator, Iterator
 from typing import Any, cast
@@ -18,6 +19,16 @@ _travelled: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
 """Classes that came, or went, by value."""
 
 _HOOKS = "__init_subclass__", "__pydantic_init_subclass__"
+
+
+def with_bases_and_slots(kind: Any, reduced: Any) -> Any:
+    """Add the slots to a class, without which its objects fit no other; give a TypedDict its base again."""
+    slots = {name: value for name, value in vars(kind).items() if name == "__slots__"}
+    make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
+    if metaclass.__name__ == "_TypedDictMeta" and "__orig_bases__" not in vars(kind):
+        # Before Python 3.12, one that inherits or was made by a call knows no base but dict.
+        bases = (sys.modules[metaclass.__module__].TypedDict,)
+    return make, (metaclass, name, bases, namespace | slots, tracker_id, extra), *rest
 
 
 @contextlib.contextmanager
