@@ -538,3 +538,46 @@ def test_typed_dicts_travel_also_those_that_inherit_or_are_made_by_a_call() -> N
     assert described == script.describe()
     assert made == [{"a": 1, "b": "x"}, {"a": 1}, {"row": 1, "b": 2}, {"a": 1, "b": 2}]
     assert kinds == script.KINDS
+
+
+CALLS = """
+import enum
+import functools
+
+class Activation(enum.Enum):
+    RELU = functools.partial(max, 0)
+    SQUARE = enum.member(lambda x: x * x)
+
+class Options(enum.Enum):
+    def __init__(self, value):
+        self.other = type(self)._member_map_.get("SMALL")
+    SMALL = [1]
+    LARGE = type("Spec", (), {"size": 2})()
+
+class Own(enum.Enum):
+    A = 1
+    def __reduce_ex__(self, protocol):
+        return getattr, (Own, "B")
+    B = 2
+
+class Right(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+def look(given):
+    said = given(-3), given is Activation.RELU.value, Options.LARGE.other is Options.SMALL
+    members = *Activation, *Options, Own.A, Right.READ, Right.READ | Right.WRITE
+    return said, members
+"""
+
+
+def test_members_of_an_enum_whose_values_equal_no_other_come_back_as_themselves() -> None:
+    script = of_a_script(CALLS)
+    given = script.Activation.RELU.value
+    said, members = elsewhere(functools.partial(script.look, given))
+
+    assert said == (0, True, True)
+    both = script.Right.READ | script.Right.WRITE
+    expected = *script.Activation, *script.Options, script.Own.B, script.Right.READ, both
+    assert [each is other for each, other in zip(members, expected, strict=True)] == [True] * 7
+    assert elsewhere(script.Activation.SQUARE.value.__get__(3)) == 9

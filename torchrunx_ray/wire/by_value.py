@@ -61,6 +61,8 @@ def reduce(obj: Any) -> Any:
         return _cached, (obj.__wrapped__, obj.cache_parameters()), _attributes_of_cached(obj)
     if kind in _SENTINELS:
         return getattr, (dataclasses, _SENTINELS[kind])
+    if enums.is_found_by_name(obj) and _goes_by_value(kind):
+        return enums.member_named, (kind, obj._name_)
     if type_names.is_part_of_parameters(kind):
         return type_names.reduce_part_of_parameters(obj)
     if type_names.is_type_name(kind) and _goes_by_value(obj):
@@ -110,7 +112,7 @@ def _state_of_dispatcher(function: Any) -> Any:
     return tuple(function.registry.items()), named | others
 
 
-def finish(obj: object, reduced: Any) -> Any:
+def finish(obj: Any, reduced: Any) -> Any:
     """Return what cloudpickle makes of an object, with what cloudpickle loses of it."""
     if reduced is NotImplemented:
         return reduced

@@ -42,6 +42,21 @@ class State:
     """Further values by which members are found, with the members' names."""
 
 
+def is_found_by_name(obj: object) -> bool:
+    """Return True for a member that has a name and no way of its own to be pickled.
+
+    enum itself looks members up by their values, which may equal no other, such as functions.
+    """
+    kind: Any = type(obj)
+    if not isinstance(obj, enum.Enum) or kind.__reduce_ex__ is not enum.Enum.__reduce_ex__:
+        return False
+    return kind._member_map_.get(obj._name_) is obj
+
+
+def member_named(kind: Any, name: str) -> Any:
+    return kind._member_map_[name]
+
+
 def reduce_enum(kind: Any, reduced: Any) -> Any:
     """Return cloudpickle's reduce tuple of an enum, with all that members are."""
     _, (bases, name, *_, tracker_id, extra), (attributes, slots), *_ = reduced

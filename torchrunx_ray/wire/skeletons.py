@@ -21,7 +21,7 @@ _travelled: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
 _HOOKS = "__init_subclass__", "__pydantic_init_subclass__"
 
 
-def with_bases_and_slots(kind: Any, reduced: Any) -> Any:
+def with_bases_and_slots(kind: type, reduced: Any) -> Any:
     """Add the slots to a class, without which its objects fit no other; give a TypedDict its base again."""
     slots = {name: value for name, value in vars(kind).items() if name == "__slots__"}
     make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
