@@ -581,3 +581,135 @@ def test_members_of_an_enum_whose_values_equal_no_other_come_back_as_themselves(
     expected = *script.Activation, *script.Options, script.Own.B, script.Right.READ, both
     assert [each is other for each, other in zip(members, expected, strict=True)] == [True] * 7
     assert elsewhere(script.Activation.SQUARE.value.__get__(3)) == 9
+
+
+OWN_OBJECTS = """
+import enum
+import logging
+import threading
+import typing
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    def is_last(self):
+        return self in LAST and self in helper()
+
+def helper():
+    return {each: 1 for each in ALSO_LAST}
+
+LAST = frozenset({Stage("b")})
+ALSO_LAST = frozenset({Stage("b")})
+
+def of_a_function():
+    @dataclass(frozen=True)
+    class Local:
+        name: str
+        def is_last(self):
+            return self in last
+    last = {Local("b"): 1}
+    return Local
+
+Local = of_a_function()
+
+class Cache:
+    _instance = None
+    names = {"mine": 1}
+    def __init__(self):
+        self.lock = threading.Lock()
+    @classmethod
+    def shared(cls):
+        cls._instance = cls._instance or cls()
+        return cls._instance
+    def __getstate__(self):
+        return (1,)
+    def __setstate__(self, state):
+        self.names[LOGGER.name] = 1
+        self.lock = threading.Lock()
+    def other(self):
+        return OTHER
+
+Cache.shared()
+OTHER = Cache()
+LOGGER = logging.getLogger("mine")
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    x: float
+    def is_zero(self):
+        return self == Vector.ZERO
+
+Vector.ZERO = Vector(0)
+
+class Point(typing.NamedTuple):
+    x: float
+    def plus(self, default=None):
+        return Point(self.x + (default or ORIGIN).x)
+
+ORIGIN = Point(5)
+
+class Base:
+    def __eq__(self, other):
+        return type(self) is type(other)
+    def __hash__(self):
+        return 7
+    def table(self):
+        return TABLE
+
+class Derived(Base):
+    def __hash__(self):
+        return 8
+    def one_of(self):
+        return self in TABLE, self in self.own, DEFAULT(self)
+    def given(self, table=()):
+        return self in table
+
+TABLE = {Derived(): 1, Base(): 2}
+Derived.own = [TABLE, TABLE][0]
+DEFAULT = lambda self, table=frozenset(TABLE): self in table
+Derived.given.__defaults__ = (frozenset(TABLE),)
+
+class Single:
+    single = None
+    singles = {}
+    def __new__(cls):
+        global SINGLE
+        cls.single = SINGLE = cls.single or SINGLE or super().__new__(cls)
+        return cls.singles.setdefault(cls, cls.single)
+    def is_single(self):
+        return Single() is self.single is self.singles[Single] is SINGLE and self.size == 3
+
+SINGLE = None
+Single().size = 3
+
+class Kind(enum.Enum):
+    A = 1
+    B = 2
+    def __init__(self, value):
+        self.others = {self: value}
+    def __hash__(self):
+        return hash(("kind", self.value))
+    def cost(self):
+        return COSTS[self], self.others[self]
+
+COSTS = {Kind.A: 3, Kind.B: 4}
+
+def look(*given):
+    said = [Stage("b").is_last(), Local("b").is_last(), Cache._instance.lock is not None]
+    said += [Cache.shared().other().lock is not None, Cache.names, Cache.shared() is Cache._instance]
+    said += [Vector(0).is_zero(), Vector.ZERO, Point(1).plus(), Kind.A.cost(), Derived().table()]
+    return said + [Single().is_single(), Derived().one_of(), Derived().given(), len(given)]
+"""
+
+
+@pytest.mark.parametrize(
+    "first", ["()", "[Cache.shared()]", "COSTS, Stage, ORIGIN", "[DEFAULT, SINGLE]"]
+)
+def test_objects_that_their_own_class_reaches_are_made_when_it_has_its_methods(first: str) -> None:
+    """They were hashed as object does, and made without the class's `__setstate__`."""
+    script = of_a_script(OWN_OBJECTS)
+    given = eval(first, vars(script))
+    call = functools.partial(lambda given, look: look(*given), given, script.look)
+
+    assert elsewhere(call) == script.look(*given)

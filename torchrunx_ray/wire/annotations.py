@@ -54,12 +54,12 @@ def _texts_in(annotation: Any) -> Iterator[str]:
 
 def _texts_in_class_bodies(code: types.CodeType) -> Iterator[str]:
     """Yield the texts that code stores in a class's `__annotations__`."""
-    before = None
-    for instruction in dis.get_instructions(code):
-        if before is not None and instruction.argval == "__annotations__":
-            yield before
-        is_text = instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str)
-        before = instruction.argval if is_text else None
+    if "__annotations__" in code.co_names:
+        before = None
+        for instruction in dis.get_instructions(code):
+            if instruction.argval == "__annotations__" and isinstance(before, str):
+                yield before
+            before = instruction.argval if instruction.opname == "LOAD_CONST" else None
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _texts_in_class_bodies(constant)

@@ -3,12 +3,17 @@
 import types
 from typing import Any
 
+from torchrunx_ray.wire import code_first
 
-def reduce_cell(cell: types.CellType) -> Any:
+
+def reduce_cell(cell: types.CellType, order: code_first.Order) -> Any:
     """Return a reduce tuple. A cell comes before its value, which may refer to the cell."""
     try:
         value = cell.cell_contents
     except ValueError:  # it has no value yet
+        return types.CellType, ()
+    if order.is_in_code and (rank := code_first.rank_of(value)) != code_first.CODE:
+        order.put_off(rank, code_first.Step(_set_value, cell, (value,)))
         return types.CellType, ()
     return types.CellType, (), (value,), None, None, _set_value
 
