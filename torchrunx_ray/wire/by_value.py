@@ -22,7 +22,7 @@ from torchrunx_ray.wire import (
     skeletons,
     type_names,
 )
-from torchrunx_ray.wire.private import goes_by_value
+from torchrunx_ray.wire.private import goes_by_value, is_of_the_script, share_id
 from torchrunx_ray.wire.unfit import UnfitError
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
@@ -77,16 +77,18 @@ def reduce(obj: Any, order: code_first.Order) -> Any:
         return type_names.reduce_type_name(obj)
     if _is_dispatcher(obj) and goes_by_value(obj):
         return _dispatching, (), _state_of_dispatcher(obj), None, None, _set_dispatcher_state
-    if issubclass(kind, type) and _is_of_msgspec(kind) and goes_by_value(obj):
+    if issubclass(kind, type) and is_of_the_script(obj):
+        _refuse_class_of_msgspec(kind)
+        share_id(obj)
+    return NotImplemented
+
+
+def _refuse_class_of_msgspec(metaclass: type) -> None:
+    if any(each.__module__.partition(".")[0] == "msgspec" for each in metaclass.__mro__):
         raise UnfitError(
             "msgspec keeps what it knows of a Struct class out of Python's reach; put the class into a "
             "module beside the script, and import it"
         )
-    return NotImplemented
-
-
-def _is_of_msgspec(metaclass: type) -> bool:
-    return any(each.__module__.partition(".")[0] == "msgspec" for each in metaclass.__mro__)
 
 
 def _with_file(code: types.CodeType) -> Any:
@@ -166,10 +168,12 @@ class _Unpickler(pickle.Unpickler):
 
     def load_whole(self) -> Any:
         try:
-            return self.load()
+            value = self.load()
         except BaseException:
             self._classes.forget()
             raise
+        self._classes.are_whole()
+        return value
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         found = super().find_class(module_name, global_name)
@@ -189,12 +193,16 @@ class _Classes:
 
     def __init__(self) -> None:
         self._were_here: list[type] = []
-        self._made: set[Any] = set()
+        self._made: dict[Any, type] = {}
 
     def forget(self) -> None:
         """Forget these classes after a failure: the next attempt would take an empty class for whole."""
         for tracker_id in self._made:
             _by_id.pop(tracker_id, None)
+
+    def are_whole(self) -> None:
+        for kind in self._made.values():
+            share_id(kind)
 
     def make(self, make: Callable[..., type], *arguments: Any) -> type:
         *_, tracker_id, _ = arguments
@@ -203,10 +211,10 @@ class _Classes:
             if tracker_id not in self._made:  # its bases, which come before it, may have brought it
                 self._were_here.append(here)
             return here
-        self._made.add(tracker_id)
         _metaclass, _name, bases, *_ = arguments
         with skeletons.calm(bases):
-            return make(*arguments)
+            self._made[tracker_id] = make(*arguments)
+        return self._made[tracker_id]
 
     def fill(self, fill: Callable[..., None], kind: type, *arguments: Any) -> None:
         if all(kind is not each for each in self._were_here):

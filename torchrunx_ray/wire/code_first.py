@@ -12,12 +12,9 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire.private import goes_by_value
+from torchrunx_ray.wire.private import is_of_the_script
 
 _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
-
-_MADE_BY_A_CLASS_STATEMENT = 1 << 9
-"""Py_TPFLAGS_HEAPTYPE, which no class has that is built in."""
 
 CODE, OTHER, OF_THE_SCRIPT = range(3)
 """Kinds of values, in the order in which they come."""
@@ -97,13 +94,9 @@ def rank_of(value: object, depth: int = 3) -> int:
             return OF_THE_SCRIPT
         parts = [*parts, *parts.values()] if kind is dict else parts
         return max((rank_of(each, depth - 1) for each in parts), default=CODE)
-    if _is_of_the_script(kind) and not isinstance(value, enum.Enum):
+    if is_of_the_script(kind) and not isinstance(value, enum.Enum):
         return OF_THE_SCRIPT
     return CODE if hasattr(kind, "__get__") or kind is types.BuiltinFunctionType else OTHER
-
-
-def _is_of_the_script(kind: Any) -> bool:
-    return bool(kind.__flags__ & _MADE_BY_A_CLASS_STATEMENT) and goes_by_value(kind)
 
 
 def of_function(function: Any, reduced: Any, order: Order) -> Any:
