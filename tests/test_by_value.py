@@ -163,6 +163,7 @@ def test_names_for_types_travel_and_come_back_as_the_scripts_own() -> None:
 
 
 ENUMS = """
+import abc
 import datetime
 import enum
 import functools
@@ -245,7 +246,19 @@ class Mode(enum.Enum, metaclass=Meta, about="modes"):
 class Device(Mode, about="devices"):
     CPU = "cpu"
 
-ALL = [Mode, Device, Planet, Number, Right, Coord, Counted, Letter, Loose, Day, Sized, Text, Plain]
+class AbstractMeta(abc.ABCMeta, enum.EnumMeta):
+    pass
+
+class Shape(abc.ABC):
+    @abc.abstractmethod
+    def area(self): ...
+
+class Square(Shape, enum.Enum, metaclass=AbstractMeta):
+    SMALL = 2
+    def area(self):
+        return self.value ** 2
+
+ALL = [Square, Mode, Device, Planet, Number, Right, Coord, Counted, Letter, Loose, Day, Sized, Text, Plain]
 
 def describe():
     members = [[(name, each.name, each.value) for name, each in kind.__members__.items()] for kind in ALL]
@@ -258,6 +271,7 @@ def describe():
     said += [Loose("y") is Loose.YES, Day.FIRST.isoformat(), Sized.PAIR[1], Sized((1, 2)).name]
     said += [Text.HELLO.upper_case, Text("hello") + "!", f"{Plain.FIRST}", str(Text.HELLO)]
     said += [type(Device) is Meta, "cpu" in Device, 2 in Device, Mode.about, Device.about]
+    said += [Square.SMALL.area(), isinstance(Square.SMALL, Shape), type(Square) is AbstractMeta]
     own = [sorted({"__new__", "__init__", "__new_member__", "_use_args_"} & {*vars(kind)}) for kind in ALL]
     return members, iterated, said, own
 

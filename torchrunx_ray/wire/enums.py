@@ -78,7 +78,7 @@ def make_enum(
     _extra: Any,
 ) -> Any:
     """Do what cloudpickle does, but with the enum's own metaclass."""
-    namespace = skeletons.library_of(metaclass).__prepare__(name, bases)
+    namespace = skeletons.of_a_library(metaclass, "__prepare__")(name, bases)
     for each, member in members.items():
         namespace[each] = member
     made: Any = skeletons.make_as_a_library(metaclass, name, bases, namespace)

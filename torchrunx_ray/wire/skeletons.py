@@ -79,12 +79,12 @@ def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest
 
 
 def make_as_a_library(metaclass: Any, name: str, bases: Any, namespace: Any) -> type:
-    library = library_of(metaclass)
-    made = library.__new__(metaclass, name, bases, namespace)
-    library.__init__(made, name, bases, namespace)
+    made = of_a_library(metaclass, "__new__")(metaclass, name, bases, namespace)
+    of_a_library(metaclass, "__init__")(made, name, bases, namespace)
     return made
 
 
-def library_of(metaclass: Any) -> Any:
-    """Return the first class among a metaclass and its bases that did not come by value."""
-    return next(each for each in metaclass.__mro__ if each not in _travelled)
+def of_a_library(metaclass: Any, name: str) -> Any:
+    """Return a method as the first class among a metaclass and its bases defines it that did not travel."""
+    own = (each for each in metaclass.__mro__ if each not in _travelled and name in vars(each))
+    return getattr(next(own), name)
