@@ -124,9 +124,14 @@ def test_submodules_that_only_inner_functions_and_classes_use_are_imported() -> 
 
 NAMES = """
 from typing import Callable, Generic, NewType, ParamSpec, TypeVar, TypeVarTuple
+import typing_extensions
 from typing_extensions import TypeAliasType
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+DT = typing_extensions.TypeVar("DT", bound=int, covariant=True, default=bool)
+DP = typing_extensions.ParamSpec("DP", default=[int])
+DTs = typing_extensions.TypeVarTuple("DTs", default=typing_extensions.Unpack[tuple[int, str]])
 P = ParamSpec("P")
 Ts = TypeVarTuple("Ts")
 UserId = NewType("UserId", int)
@@ -150,8 +155,10 @@ def look(users: Users = [], pairs: Pairs[int] = []):
     said = Timed(double)(UserId(3)), Timed.__parameters__ == (P, T), Rows.__parameters__ == (Ts,)
     hint = double.__annotations__["user"]
     said += hint is UserId, hint.__supertype__, Users.__value__.__args__[0] is UserId
+    said += Number.__constraints__, DT.__bound__, DT.__covariant__, DT.__default__, T.__bound__
+    said += [*DP.__default__], str(DTs.__default__), getattr(T, "has_default", bool)()
     said += Pairs.__type_params__ == (T,), Rows[int].__args__
-    return said, [P, Ts, UserId, Users], [each.__module__ for each in (P, Ts, UserId, Users)]
+    return said, [P, Ts, UserId, T, DT, DP, DTs, Users], [each.__module__ for each in (P, Ts, UserId, T, DT, Users)]
 """
 
 
@@ -159,9 +166,11 @@ def test_names_for_types_travel_and_come_back_as_the_scripts_own() -> None:
     script = of_a_script(NAMES)
     said, names, modules = elsewhere(script.look)
 
-    assert said == (6, True, True, True, int, True, True, (int,))
-    assert names[:3] == [script.P, script.Ts, script.UserId]
-    assert modules == ["script_of_no_module"] * 4
+    assert said == script.look()[0]
+    assert said[:6] == (6, True, True, True, int, True)
+    own = [script.P, script.Ts, script.UserId, script.T, script.DT, script.DP, script.DTs]
+    assert names[:7] == own
+    assert modules == ["script_of_no_module"] * 6
 
 
 ENUMS = """

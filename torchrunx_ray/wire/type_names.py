@@ -1,5 +1,6 @@
 """Names for types that a script makes, such as a NewType. They travel as their parts."""
 
+import sys
 import typing
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ _cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public 
 
 
 def is_type_name(kind: type) -> bool:
-    """Return True for the kinds that pickle takes only from a module. cloudpickle knows TypeVar itself."""
+    """Return True for the kinds that pickle takes only from a module."""
     return kind in _PARAMETERS or kind is typing.NewType or _is_alias(kind)
 
 
@@ -32,12 +33,32 @@ def reduce_type_name(obj: Any) -> Any:
         qualname = obj.__qualname__
         return _new_type, (obj.__name__, qualname, obj.__supertype__, obj.__module__, tracker_id)
     options = {name: getattr(obj, f"__{name}__") for name in _PARAMETERS[kind]}
-    if getattr(obj, "has_default", bool)():  # since Python 3.13
-        options["default"] = obj.__default__
-    return _parameter, (kind, obj.__name__, options, obj.__module__, tracker_id)
+    constraints = getattr(obj, "__constraints__", ())
+    make, newer = _with_newer_options(obj)
+    return _parameter, (
+        make,
+        obj.__name__,
+        constraints,
+        options | newer,
+        obj.__module__,
+        tracker_id,
+    )
+
+
+def _with_newer_options(obj: Any) -> tuple[Any, dict[str, Any]]:
+    """Return what makes such a parameter, and its options that came with Python 3.12 and 3.13."""
+    newer: dict[str, Any] = {}
+    if getattr(obj, "__infer_variance__", False):
+        newer["infer_variance"] = True
+    if getattr(obj, "has_default", bool)():
+        newer["default"] = obj.__default__
+    # typing_extensions makes typing's own kinds, for older versions of Python with these options.
+    made_by = sys.modules.get("typing_extensions", typing) if newer else typing
+    return getattr(made_by, type(obj).__name__), newer
 
 
 _PARAMETERS: dict[type, tuple[str, ...]] = {
+    typing.TypeVar: ("bound", "covariant", "contravariant"),
     typing.ParamSpec: ("bound", "covariant", "contravariant"),
     typing.TypeVarTuple: (),
 }
@@ -49,8 +70,10 @@ def _is_alias(kind: type) -> bool:
     return is_of_typing and kind.__name__ == "TypeAliasType"
 
 
-def _parameter(kind: Any, name: str, options: Any, module: str, tracker_id: str) -> Any:
-    made = kind(name, **options)
+def _parameter(
+    make: Any, name: str, constraints: Any, options: Any, module: str, tracker_id: str
+) -> Any:
+    made = make(name, *constraints, **options)
     made.__module__ = module
     return _cloudpickle["_lookup_class_or_track"](tracker_id, made)
 
