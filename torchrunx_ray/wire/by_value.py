@@ -11,8 +11,6 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
 from torchrunx_ray.wire import (
     annotations,
     closures,
@@ -22,12 +20,10 @@ from torchrunx_ray.wire import (
     skeletons,
     type_names,
 )
-from torchrunx_ray.wire.private import goes_by_value, is_of_the_script, share_id
+from torchrunx_ray.wire.private import goes_by_value, is_of_the_script, of_cloudpickle, share_id
 from torchrunx_ray.wire.unfit import UnfitError
 
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
-
-_by_id: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
+_by_id: Any = of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
 
 _loading = threading.RLock()
 """cloudpickle lets others find a class before it is whole; what is loaded may load something itself."""
@@ -36,7 +32,7 @@ _MAKES_A_CLASS = re.compile(rb"set_class_state")
 """In every stream with a class: a name of ours, which also the setter of enums has in its own."""
 
 _MAKERS = {
-    id(_cloudpickle["_make_skeleton_class"]): skeletons.make,
+    id(of_cloudpickle["_make_skeleton_class"]): skeletons.make,
     id(enums.make_enum): enums.make_enum,
 }
 """Makers of empty classes that a stream names, and what is called for them."""
@@ -93,7 +89,7 @@ def _refuse_class_of_msgspec(metaclass: type) -> None:
 
 def _with_file(code: types.CodeType) -> Any:
     """Keep the file's name: tracebacks, inspect.getsource and torch.jit.script look for lines there."""
-    make, parts = _cloudpickle["_code_reduce"](code)
+    make, parts = of_cloudpickle["_code_reduce"](code)
     return make, tuple(
         code.co_filename if type(part) is str and part == _NO_FILE else part for part in parts
     )
@@ -120,12 +116,12 @@ def finish(obj: Any, reduced: Any, order: code_first.Order) -> Any:
     """Return what cloudpickle makes of an object, with what cloudpickle loses of it."""
     if reduced is NotImplemented:
         return reduced
-    if reduced[0] is _cloudpickle["_make_skeleton_class"]:
+    if reduced[0] is of_cloudpickle["_make_skeleton_class"]:
         reduced = skeletons.with_bases_and_slots(obj, reduced)
         return code_first.of_class(obj, reduced, order, annotations.carrier_of(obj))
-    if reduced[0] is _cloudpickle["_make_skeleton_enum"]:
+    if reduced[0] is of_cloudpickle["_make_skeleton_enum"]:
         return enums.reduce_enum(obj, reduced, order)
-    if reduced[0] is _cloudpickle["_make_function"]:
+    if reduced[0] is of_cloudpickle["_make_function"]:
         reduced = inner_code.with_needs(obj, closures.with_own_cells(obj, reduced))
         return _without_parts_of_dispatcher(obj, code_first.of_function(obj, reduced, order))
     return reduced
@@ -242,7 +238,7 @@ def _set_dispatcher_state(function: Any, state: Any) -> None:
 
 def _set_wrapper_state(function: Any, state: Any) -> None:
     attributes, slots, dispatcher, copied = state
-    _cloudpickle["_function_setstate"](function, (attributes, slots))
+    of_cloudpickle["_function_setstate"](function, (attributes, slots))
     function.__dict__.update({name: getattr(dispatcher, name) for name in copied})
 
 

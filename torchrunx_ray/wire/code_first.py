@@ -10,11 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any, cast
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
-from torchrunx_ray.wire.private import is_of_the_script
-
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
+from torchrunx_ray.wire.private import is_of_the_script, of_cloudpickle
 
 CODE, OTHER, OF_THE_SCRIPT = range(3)
 """Kinds of values, in the order in which they come."""
@@ -175,7 +171,7 @@ class _Data:
 
 
 def set_class_state(kind: Any, _needs: object, attributes: dict[str, Any]) -> None:
-    _cloudpickle["_class_setstate"](kind, (attributes, {}))
+    of_cloudpickle["_class_setstate"](kind, (attributes, {}))
 
 
 def set_global_if_new(function: Any, name: str, stand_in: object) -> None:

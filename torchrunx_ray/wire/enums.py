@@ -8,12 +8,9 @@ import types
 from dataclasses import dataclass
 from typing import Any, cast
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
 from torchrunx_ray.wire import code_first, skeletons
+from torchrunx_ray.wire.private import of_cloudpickle
 from torchrunx_ray.wire.unfit import UnfitError
-
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
 
 _CREATION = ("__new__", "__init__", "__new_member__", "_new_member_", "_use_args_")
 """Attributes of an enum that have to do with how members are made."""
@@ -83,7 +80,7 @@ def make_enum(
         namespace[each] = member
     made: Any = skeletons.make_as_a_library(metaclass, name, bases, namespace)
     made.__module__, made.__qualname__ = names
-    return _cloudpickle["_lookup_class_or_track"](tracker_id, made)
+    return of_cloudpickle["_lookup_class_or_track"](tracker_id, made)
 
 
 def new_member(kind: Any, described: Any) -> Any:

@@ -6,11 +6,8 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
 from torchrunx_ray.wire import annotations
-
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
+from torchrunx_ray.wire.private import of_cloudpickle
 
 OPERATIONS = frozenset({"LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 """Look a name up in a class's body first, then among the globals."""
@@ -27,7 +24,7 @@ def with_needs(function: Any, reduced: Any) -> Any:
     there = function.__globals__
     needed = slots["__globals__"] | {name: there[name] for name in named if name in there}
     all_names = types.SimpleNamespace(co_names=[name for code in inner for name in code.co_names])
-    modules = _cloudpickle["_find_imported_submodules"](all_names, needed.values())
+    modules = of_cloudpickle["_find_imported_submodules"](all_names, needed.values())
     submodules = [*slots["_cloudpickle_submodules"], *modules]
     slots |= {"__globals__": needed, "_cloudpickle_submodules": submodules}
     return make, arguments, (attributes, slots), *rest

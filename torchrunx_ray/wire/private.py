@@ -1,14 +1,35 @@
-"""Private names of cloudpickle that this package uses."""
+"""Private names of cloudpickle that this package uses. This module raises ImportError if one is missing."""
 
 import sys
 from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)
+_NAMES = (
+    "_DYNAMIC_CLASS_TRACKER_BY_CLASS",
+    "_DYNAMIC_CLASS_TRACKER_BY_ID",
+    "_DYNAMIC_CLASS_TRACKER_LOCK",
+    "_class_setstate",
+    "_code_reduce",
+    "_find_imported_submodules",
+    "_function_setstate",
+    "_get_or_create_tracker_id",
+    "_is_registered_pickle_by_value",
+    "_lookup_class_or_track",
+    "_lookup_module_and_qualname",
+    "_make_function",
+    "_make_skeleton_class",
+    "_make_skeleton_enum",
+)
 
-_is_registered: Any = _cloudpickle.get("_is_registered_pickle_by_value", lambda _module: False)  # pyright: ignore[reportUnknownLambdaType]
-"""Tells whether a module was given to cloudpickle.register_pickle_by_value."""
+of_cloudpickle: Any = vars(cloudpickle.cloudpickle)
+"""All names of cloudpickle, as they are now: a worker replaces one of them while it unpickles its call."""
+
+if missing := ", ".join(name for name in _NAMES if name not in of_cloudpickle):
+    raise ImportError(
+        f"cloudpickle {cloudpickle.__version__} does not have {missing}, which torchrunx_ray needs; install "
+        "cloudpickle>=3,<4 or a newer torchrunx-ray"
+    )
 
 _MADE_BY_A_CLASS_STATEMENT = 1 << 9
 """Py_TPFLAGS_HEAPTYPE, which no class has that is built in."""
@@ -16,8 +37,8 @@ _MADE_BY_A_CLASS_STATEMENT = 1 << 9
 
 def goes_by_value(obj: object) -> bool:
     """Return True for what is in no module that another process could import, as cloudpickle decides it."""
-    found = _cloudpickle["_lookup_module_and_qualname"](obj)
-    return found is None or _is_registered(found[0])
+    found = of_cloudpickle["_lookup_module_and_qualname"](obj)
+    return found is None or of_cloudpickle["_is_registered_pickle_by_value"](found[0])
 
 
 def is_of_the_script(kind: Any) -> bool:
@@ -35,6 +56,6 @@ def share_id(kind: type) -> None:
         return
     tracker_id = theirs._DYNAMIC_CLASS_TRACKER_BY_CLASS.get(kind)
     if tracker_id is None:
-        theirs._lookup_class_or_track(_cloudpickle["_get_or_create_tracker_id"](kind), kind)
-    elif kind not in _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]:
-        _cloudpickle["_lookup_class_or_track"](tracker_id, kind)
+        theirs._lookup_class_or_track(of_cloudpickle["_get_or_create_tracker_id"](kind), kind)
+    elif kind not in of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]:
+        of_cloudpickle["_lookup_class_or_track"](tracker_id, kind)

@@ -11,11 +11,9 @@ import types
 from collections.abc import Generator, Iterator
 from typing import Any, cast
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
+from torchrunx_ray.wire.private import of_cloudpickle
 
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
-
-_travelled: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
+_travelled: Any = of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
 """Classes that came, or went, by value."""
 
 _HOOKS = "__init_subclass__", "__pydantic_init_subclass__"
@@ -67,7 +65,7 @@ def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest
     """Call cloudpickle's own function, but no metaclass that came by value."""
     if metaclass in _travelled:
         metaclass = functools.partial(make_as_a_library, metaclass)
-    make: Any = _cloudpickle["_make_skeleton_class"]
+    make: Any = of_cloudpickle["_make_skeleton_class"]
     try:
         return make(metaclass, name, bases, namespace, *rest)
     except Exception:

@@ -4,9 +4,7 @@ import sys
 import typing
 from typing import Any, cast
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
+from torchrunx_ray.wire.private import of_cloudpickle
 
 
 def is_type_name(kind: type) -> bool:
@@ -28,7 +26,7 @@ def reduce_type_name(obj: Any) -> Any:
     kind = cast("Any", type(obj))
     if _is_alias(kind):  # cannot be referred to weakly, and so not be found again by its id
         return _alias, (kind, obj.__name__, obj.__value__, obj.__type_params__, obj.__module__)
-    tracker_id = _cloudpickle["_get_or_create_tracker_id"](obj)
+    tracker_id = of_cloudpickle["_get_or_create_tracker_id"](obj)
     if kind is typing.NewType:
         qualname = obj.__qualname__
         return _new_type, (obj.__name__, qualname, obj.__supertype__, obj.__module__, tracker_id)
@@ -75,7 +73,7 @@ def _parameter(
 ) -> Any:
     made = make(name, *constraints, **options)
     made.__module__ = module
-    return _cloudpickle["_lookup_class_or_track"](tracker_id, made)
+    return of_cloudpickle["_lookup_class_or_track"](tracker_id, made)
 
 
 def _new_type(name: str, qualname: str, supertype: Any, module: str, tracker_id: str) -> Any:
@@ -83,7 +81,7 @@ def _new_type(name: str, qualname: str, supertype: Any, module: str, tracker_id:
     made = make(name, supertype)
     made.__qualname__ = qualname
     made.__module__ = module
-    return _cloudpickle["_lookup_class_or_track"](tracker_id, made)
+    return of_cloudpickle["_lookup_class_or_track"](tracker_id, made)
 
 
 def _alias(kind: Any, name: str, value: Any, parameters: Any, module: str) -> Any:

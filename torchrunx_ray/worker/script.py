@@ -8,11 +8,8 @@ import types
 from collections.abc import Generator
 from typing import Any
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
 from torchrunx_ray.wire.payload import is_inserting
-
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
+from torchrunx_ray.wire.private import of_cloudpickle
 
 
 class _Brought:
@@ -60,8 +57,8 @@ class _Script(types.ModuleType):
         for came in self._brought.of_values:
             if name in came and not name.startswith("__"):
                 return came[name]
-        with _cloudpickle["_DYNAMIC_CLASS_TRACKER_LOCK"]:
-            kinds = list(_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"].values())
+        with of_cloudpickle["_DYNAMIC_CLASS_TRACKER_LOCK"]:
+            kinds = list(of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"].values())
         for kind in kinds:  # type variables, too, which have no such name
             if (kind.__module__, getattr(kind, "__qualname__", None)) == ("__main__", name):
                 return kind
@@ -76,7 +73,7 @@ def brought_by_the_call() -> Generator[None]:
     """
     brought = _Brought()
     script = sys.modules["__main__"] = _Script(brought)
-    plain = _cloudpickle["_make_function"]
+    plain = of_cloudpickle["_make_function"]
 
     @functools.wraps(plain)
     def make_function(code: Any, came: dict[str, Any], *rest: Any) -> Any:
@@ -84,8 +81,8 @@ def brought_by_the_call() -> Generator[None]:
             came = brought.take(came, vars(script))
         return plain(code, came, *rest)
 
-    _cloudpickle["_make_function"] = make_function
+    of_cloudpickle["_make_function"] = make_function
     try:
         yield
     finally:
-        _cloudpickle["_make_function"] = plain
+        of_cloudpickle["_make_function"] = plain
