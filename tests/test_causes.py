@@ -1,0 +1,77 @@
+"""Of several failures, the cause is raised, also if it is reported after what it did to its peers."""
+
+import os
+import signal
+import sys
+
+import pytest
+import torch.distributed as dist
+
+import torchrunx_ray as trx
+from torchrunx_ray.driver.failures import Failure, Failures, Report
+from torchrunx_ray.driver.stacks import Stacks
+from torchrunx_ray.wire import messages
+
+MS = 1_000_000
+
+
+def failed(text: str, *, in_collective: bool = False) -> messages.Failed:
+    return messages.Failed(
+        0, 1, 2, "ValueError", text, "", None, text, 1, in_collective=in_collective
+    )
+
+
+def died(signum: int | None = None, code: int | None = None) -> messages.Died:
+    return messages.Died(messages.Exited(0, 1, 2, code, signum, 1000), (), None)
+
+
+EXIT = failed("called sys.exit(1)")
+KILLED, ABORTED = died(signal.SIGKILL), died(signal.SIGABRT)
+EXITED = died(code=3)
+AGENT_DIED = messages.AgentFailed(2, "the agent died", "")
+
+
+def first_of(reports: dict[int, Report], stopped_at_ms: int) -> Report:
+    """Return the report that is raised, of those that were made at these milliseconds."""
+    failures = [
+        Failure(ms * MS, "vm", rank, each) for rank, (ms, each) in enumerate(reports.items())
+    ]
+    found = Failures(failures, [], Stacks({}), None, stopped_at_ms * MS)
+    brief = found.in_brief
+    (rank,) = (rank for rank in range(len(failures)) if brief.startswith(f"rank {rank} "))
+    return failures[rank].report
+
+
+@pytest.mark.parametrize("consequence", [EXIT, EXITED, ABORTED])
+def test_kill_goes_before_what_its_peers_made_of_it_in_that_moment(consequence: Report) -> None:
+    """Scripts catch the peer's error, and exit where it is no exception's context any more."""
+    assert first_of({0: consequence, 50: KILLED}, stopped_at_ms=100) is KILLED
+    assert first_of({0: consequence, 150: KILLED}, stopped_at_ms=200) is consequence
+    assert first_of({0: consequence, 50: KILLED}, stopped_at_ms=40) is consequence
+
+
+def test_kill_of_the_workers_of_a_host_that_ends_is_not_its_cause() -> None:
+    """An agent whose raylet is gone ends its workers before the launch does."""
+    assert first_of({0: AGENT_DIED, 50: KILLED}, stopped_at_ms=100) is AGENT_DIED
+
+
+def test_kill_is_named_before_the_exit_of_a_peer_that_caught_its_error(
+    launcher: trx.Launcher,
+) -> None:
+    def die_or_exit() -> None:
+        dist.barrier()
+        if dist.get_rank() == 1:
+            os.kill(os.getppid(), signal.SIGSTOP)  # the template, which reports the death
+            os.kill(os.getpid(), signal.SIGKILL)
+        code = 0
+        try:
+            dist.barrier()
+        except Exception:
+            code = 1
+        os.kill(os.getppid(), signal.SIGCONT)
+        sys.exit(code)
+
+    for _ in range(4):
+        with pytest.raises(trx.WorkerFailedError) as caught:
+            launcher.run(die_or_exit)
+        assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
