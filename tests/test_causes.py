@@ -25,7 +25,9 @@ def died(signum: int | None = None, code: int | None = None) -> messages.Died:
     return messages.Died(messages.Exited(0, 1, 2, code, signum, 1000), (), None)
 
 
+COLLECTIVE = failed("Connection closed by peer", in_collective=True)
 EXIT = failed("called sys.exit(1)")
+BAD_BATCH = failed("bad batch")
 KILLED, ABORTED = died(signal.SIGKILL), died(signal.SIGABRT)
 EXITED = died(code=3)
 AGENT_DIED = messages.AgentFailed(2, "the agent died", "")
@@ -53,6 +55,13 @@ def test_kill_goes_before_what_its_peers_made_of_it_in_that_moment(consequence: 
 def test_kill_of_the_workers_of_a_host_that_ends_is_not_its_cause() -> None:
     """An agent whose raylet is gone ends its workers before the launch does."""
     assert first_of({0: AGENT_DIED, 50: KILLED}, stopped_at_ms=100) is AGENT_DIED
+
+
+@pytest.mark.parametrize("cause", [AGENT_DIED, EXITED, BAD_BATCH])
+def test_cause_that_is_told_late_goes_before_errors_of_collectives(cause: Report) -> None:
+    """Ray tells of an agent's death, and a busy template of a worker's, later than gloo of a closed socket."""
+    assert first_of({0: COLLECTIVE, 500: cause}, stopped_at_ms=600) is cause
+    assert first_of({0: COLLECTIVE, 700: cause}, stopped_at_ms=600) is COLLECTIVE
 
 
 def test_kill_is_named_before_the_exit_of_a_peer_that_caught_its_error(

@@ -173,25 +173,24 @@ class Failures:
 
     def _may_have_caused(self, in_collective: Failure, failure: Failure) -> bool:
         """Return whether an error in a collective may be of this failure, which was told later."""
-        if isinstance(failure.report, messages.Failed):
-            return self._was_before_stop(failure) and not failure.report.in_collective
-        return failure.time_ns - in_collective.time_ns < self._notice_ns(failure)
-
-    def _notice_ns(self, failure: Failure) -> int:
-        """Return how much later than its peers' errors a death may be told."""
         match failure.report:
-            case messages.Died(exited=exited):
-                # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
-                # a worker that lived may crash, or be killed, by what it does to end.
-                lived = failure.rank is not None and self.stacks.by_rank.get(failure.rank)
-                was_told = not self._was_before_stop(failure)
-                if exited.signal in (None, signal.SIGABRT) or (lived and was_told):
-                    return _NOTICE_NS
-                return _NOTICE_OF_SIGNAL_NS
-            case messages.AgentFailed():
-                return _NOTICE_NS
+            case messages.Failed(in_collective=also_in_collective):
+                return self._was_before_stop(failure) and not also_in_collective
+            case messages.Died(exited=exited) if exited.signal is not None:
+                return failure.time_ns - in_collective.time_ns < self._notice_ns(failure, exited)
+            case messages.Died() | messages.AgentFailed():
+                return self._was_before_stop(failure)
             case _:
-                return 0
+                return False
+
+    def _notice_ns(self, failure: Failure, exited: messages.Exited) -> int:
+        """Return how much later than its peers' errors a death by a signal may be told."""
+        # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
+        # a worker that lived may crash, or be killed, by what it does to end.
+        lived = failure.rank is not None and self.stacks.by_rank.get(failure.rank)
+        was_told = not self._was_before_stop(failure)
+        is_doubtful = exited.signal == signal.SIGABRT or (lived and was_told)
+        return _NOTICE_NS if is_doubtful else _NOTICE_OF_SIGNAL_NS
 
     def _tell_of_the_others(self, first: BaseException, stacks: Stacks) -> None:
         if stacks:
