@@ -64,6 +64,12 @@ def test_cause_that_is_told_late_goes_before_errors_of_collectives(cause: Report
     assert first_of({0: COLLECTIVE, 700: cause}, stopped_at_ms=600) is COLLECTIVE
 
 
+@pytest.mark.parametrize("cause", [KILLED, AGENT_DIED])
+def test_death_goes_before_an_exception_of_a_peer_that_was_told_sooner(cause: Report) -> None:
+    reports: dict[int, Report] = {0: COLLECTIVE, 10: EXIT, 300: cause}
+    assert first_of(reports, stopped_at_ms=400) is cause
+
+
 def test_kill_is_named_before_the_exit_of_a_peer_that_caught_its_error(
     launcher: trx.Launcher,
 ) -> None:

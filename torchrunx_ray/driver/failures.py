@@ -163,10 +163,12 @@ class Failures:
         return None
 
     def _cause_of_error_in_collective(self, in_order: Sequence[Failure]) -> Failure | None:
+        """Return a death first: an exception that followed may be what a peer made of its own error."""
         first, *later = in_order
-        if isinstance(first.report, messages.Failed) and first.report.in_collective:
-            return next((each for each in later if self._may_have_caused(first, each)), None)
-        return None
+        if not (isinstance(first.report, messages.Failed) and first.report.in_collective):
+            return None
+        causes = [each for each in later if self._may_have_caused(first, each)]
+        return min(causes, key=lambda each: not _is_of_no_peer(each.report), default=None)
 
     def _was_before_stop(self, failure: Failure) -> bool:
         return self.stopped_at_ns is None or failure.time_ns <= self.stopped_at_ns
@@ -294,6 +296,17 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
     )
     failed.traceback = report.traceback
     return failed
+
+
+def _is_of_no_peer(report: Report) -> bool:
+    """Return whether no error of a peer leads to this. SIGABRT is what NCCL's watchdog sends itself."""
+    match report:
+        case messages.Died(exited=exited):
+            return exited.signal not in (None, signal.SIGABRT)
+        case messages.AgentFailed():
+            return True
+        case _:
+            return False
 
 
 def _is_exit(report: Report) -> bool:
