@@ -247,7 +247,8 @@ def _came_of_a_collective(error: BaseException) -> bool:
     following: BaseException | None = error
     while following is not None and not any(following is each for each in chain):
         chain.append(following)
-        following = _own(following, "__cause__") or _own(following, "__context__")
+        cause = _own(following, "__cause__")  # its class may refuse to be true or false
+        following = _own(following, "__context__") if cause is None else cause
     return any(map(_is_of_a_collective, chain))
 
 
