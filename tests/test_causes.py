@@ -3,8 +3,10 @@
 import os
 import signal
 import sys
+import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import torchrunx_ray as trx
@@ -90,3 +92,24 @@ def test_kill_is_named_before_the_exit_of_a_peer_that_caught_its_error(
         with pytest.raises(trx.WorkerFailedError) as caught:
             launcher.run(die_or_exit)
         assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "TypeError"])
+def test_wrong_argument_of_a_collective_is_named_rather_than_what_came_of_it(
+    launcher: trx.Launcher, kind: str
+) -> None:
+    """It is raised in torch.distributed, too, but by no peer."""
+
+    def give_a_wrong_argument() -> None:
+        dist.barrier()
+        if dist.get_rank() == 1:
+            time.sleep(0.3)
+            raise RuntimeError("rank 0 does not answer")
+        if kind == "ValueError":
+            dist.send(torch.ones(1), dst=0)
+        else:
+            dist.all_reduce([1])  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises((ValueError, TypeError)) as caught:
+        launcher.run(give_a_wrong_argument)
+    assert type(caught.value).__name__ == kind
