@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +114,27 @@ def test_wrong_argument_of_a_collective_is_named_rather_than_what_came_of_it(
     with pytest.raises((ValueError, TypeError)) as caught:
         launcher.run(give_a_wrong_argument)
     assert type(caught.value).__name__ == kind
+
+
+def test_rank_that_fails_before_it_joins_is_not_said_to_be_late_as_well(
+    cluster: None, tmp_path: Path
+) -> None:
+    """Its peers take longer to stop than the process group's timeout."""
+    (tmp_path / "fails_to_join.py").write_text(
+        "import signal, time, torch.distributed as dist\n"
+        "def fail(*args, rank, **kwargs):\n"
+        "    if rank == 1: raise ValueError('no interface')\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    time.sleep(1000)\n"
+        "dist.init_process_group = fail\n"
+    )
+    launcher = trx.Launcher(
+        workers_per_host=2,
+        timeout=1,
+        shutdown_timeout=2,
+        preload=("torch", "torch.distributed", "fails_to_join"),
+        runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
+    )
+    with pytest.raises(ValueError, match="no interface") as caught:
+        launcher.run(os.getpid)
+    assert "the process group was not complete in time" not in "".join(caught.value.__notes__)

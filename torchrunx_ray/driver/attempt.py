@@ -469,6 +469,8 @@ class Attempt:
 
     def _check_joined(self) -> None:
         """Tell who is missing, before those who wait for them give up."""
+        if self._failed or self._was_cancelled:
+            return
         missing = {
             place.rank: self._crew.hosts[place.host_index].label
             for place in self._places()
