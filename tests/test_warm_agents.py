@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -132,11 +133,9 @@ def test_other_hosts_may_be_done_before_the_first_one_has_begun() -> None:
         assert len(run.result(timeout=30)) == 2
 
 
-def own_agent(value: str) -> tuple[pool.Agent, dict[str, int]]:
+def own_agent(env_file: Path) -> tuple[pool.Agent, dict[str, int]]:
     """Return an agent that no other launch takes, and its processes."""
-    launcher = trx.Launcher(
-        workers_per_host=1, backend=None, extra_env_vars={"OWN_AGENT_FOR": value}
-    )
+    launcher = trx.Launcher(workers_per_host=1, backend=None, env_file=str(env_file))
     pids = launcher.run(lambda: processes.above(os.getpid())).rank(0)
     return pool._resting._agents.pop(), pids
 
@@ -150,9 +149,12 @@ def children(parent: int) -> list[int]:
     return found
 
 
-def test_agent_whose_rest_is_heard_before_its_claim_still_ends(cluster: None) -> None:
+def test_agent_whose_rest_is_heard_before_its_claim_still_ends(
+    cluster: None, tmp_path: Path
+) -> None:
     """Ray delivered the two in another order, or the claim was cancelled: the agent stayed for ever."""
-    agent, pids = own_agent("an early rest")
+    (tmp_path / "env.sh").touch()
+    agent, pids = own_agent(tmp_path / "env.sh")
     untyped_ray.get(agent.calls.rest.remote(agent.claims + 1, 0.5))
     met = untyped_ray.get(agent.calls.meet.remote(agent.claims + 1, True))
 
@@ -160,9 +162,12 @@ def test_agent_whose_rest_is_heard_before_its_claim_still_ends(cluster: None) ->
     assert processes.wait_until(lambda: not any(map(processes.is_alive, pids.values())))
 
 
-def test_agent_that_two_runs_claim_at_once_has_one_template_and_one_port(cluster: None) -> None:
+def test_agent_that_two_runs_claim_at_once_has_one_template_and_one_port(
+    cluster: None, tmp_path: Path
+) -> None:
     """The first was cancelled while its template was started; another idle template stayed."""
-    agent, pids = own_agent("two claims")
+    (tmp_path / "env.sh").write_text("sleep 1")
+    agent, pids = own_agent(tmp_path / "env.sh")
     os.kill(pids["template"], signal.SIGKILL)
     assert processes.wait_until(lambda: children(pids["agent"]) == [])
     claims = agent.claims + 1, agent.claims + 2
@@ -171,5 +176,9 @@ def test_agent_that_two_runs_claim_at_once_has_one_template_and_one_port(cluster
     assert first.master_port is None
     assert second.master_port is not None
     assert len(children(pids["agent"])) == 1, "the keeper above the template"
-    untyped_ray.get(agent.calls.rest.remote(agent.claims + 2, 0.1))
+
+    untyped_ray.get(agent.calls.meet.remote(agent.claims + 3, False))
+    with pytest.raises(ConnectionRefusedError):  # or that run's host would serve a store
+        socket.create_connection((second.ip, second.master_port))
+    untyped_ray.get(agent.calls.rest.remote(agent.claims + 3, 0.1))
     assert processes.wait_until(lambda: not processes.is_alive(pids["agent"]))

@@ -79,7 +79,7 @@ class Agent:
         self._claim = max(self._claim, claim)
         self._loop = asyncio.get_running_loop()
         if self._serves(claim):
-            self._stay()
+            self._forget_last_claim()
         self._watch_raylet()
         if self._serves(claim) and not self._leaving:
             async with self._having_template:
@@ -173,11 +173,8 @@ class Agent:
         if claim < self._claim:
             return  # the next run is there already
         self._claim = self._rested = claim
-        self._stay()
+        self._forget_last_claim()
         self._run = None
-        if self._listening is not None:  # the run that asked for it was cancelled
-            self._listening.close()
-            self._listening = None
         loop = asyncio.get_running_loop()
         self._rest_ends = loop.call_later(linger_s, self._leave)
 
@@ -185,10 +182,13 @@ class Agent:
         """Return False for a claim that is over, or that another one has followed."""
         return claim == self._claim > self._rested
 
-    def _stay(self) -> None:
+    def _forget_last_claim(self) -> None:
         if self._rest_ends is not None:
             self._rest_ends.cancel()
             self._rest_ends = None
+        if self._listening is not None:  # the run that asked for it was cancelled
+            self._listening.close()
+            self._listening = None
 
     async def close(self) -> None:
         """Return when nothing that this agent started lives."""
