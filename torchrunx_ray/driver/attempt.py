@@ -156,17 +156,17 @@ class Attempt:
         self._logs = RunLogs(
             self._run_id, self._options, call.log_handlers, call.files, self._speakers()
         )
-        talks = [
-            Talk(
-                self._crew.agents[i],
-                host.label,
-                self._logs,
-                self._pids[i],
-                functools.partial(self._hear, i),
-            )
-            for i, host in enumerate(self._crew.hosts)
-        ]
         try:
+            talks = [
+                Talk(
+                    self._crew.agents[i],
+                    host.label,
+                    self._logs,
+                    self._pids[i],
+                    functools.partial(self._hear, i),
+                )
+                for i, host in enumerate(self._crew.hosts)
+            ]
             self._begin(self._clocks.compare())
             self._watching = [
                 asyncio.create_task(self._watch(i, talk, call)) for i, talk in enumerate(talks)

@@ -205,12 +205,14 @@ class RunLogs:
             )
 
     def _write_all(self) -> None:
-        while (said := self._queue.get()) is not None:
-            self._write(*said)
-            self._tell_loop(self._was_written, 0 if said[1] is None else len(said[2]))
-        for sink in self._sinks:
-            self._try(sink.close)
-        self._tell_loop(self._done.set)
+        try:
+            while (said := self._queue.get()) is not None:
+                self._try(self._write, *said)
+                self._tell_loop(self._was_written, 0 if said[1] is None else len(said[2]))
+            for sink in self._sinks:
+                self._try(sink.close)
+        finally:
+            self._tell_loop(self._done.set)
 
     @property
     def _takers(self) -> list[Sink]:
