@@ -186,6 +186,30 @@ def test_launch_that_waits_for_a_session_of_its_own_script_names_it(
     assert "of this script" not in caplog.text + str(of_others.value)
 
 
+def test_session_of_a_cluster_that_the_script_left_is_not_said_to_hold_anything(
+    run_script: RunScript,
+) -> None:
+    done = run_script(
+        """
+import torchrunx_ray as trx
+address = ray.get_runtime_context().gcs_address
+launcher = trx.Launcher(hostnames=1, workers_per_host=1, backend=None, placement_timeout=1)
+cpus = ray.cluster_resources()["CPU"]
+stale = launcher.session().__enter__()
+ray.shutdown()
+ray.init(address)
+group = ray.util.placement_group([{"CPU": cpus}])
+assert group.wait(60)
+try:
+    launcher.run(int)
+except trx.PlacementError as error:
+    print("Others hold what is missing" in str(error), "of this script" in str(error))
+"""
+    )
+    assert done.stdout.splitlines()[-1:] == ["True False"], done.stderr
+    assert "of this script" not in done.stderr
+
+
 def test_error_right_after_a_launch_shows_as_free_what_is_given_back(cluster: None) -> None:
     for _ in range(5):
         of_cpus(CPUS).run(int)
