@@ -210,6 +210,20 @@ except trx.PlacementError as error:
     assert "of this script" not in done.stderr
 
 
+def test_session_that_holds_less_than_is_missing_is_named_beside_the_others(
+    cluster: None,
+) -> None:
+    """Leaving it was all the advice, and would not have been enough."""
+    group = placement_group([{"CPU": CPUS - 2}])
+    assert group.wait(30)
+    waits = dataclasses.replace(of_cpus(4), placement_timeout=0.1)
+    with of_cpus(2).session(), pytest.raises(trx.PlacementError) as caught:
+        waits.run(int)
+    remove_placement_group(group)
+    assert "of this script holds 2 CPU" in str(caught.value)
+    assert "Others hold what is missing" in str(caught.value)
+
+
 def test_error_right_after_a_launch_shows_as_free_what_is_given_back(cluster: None) -> None:
     for _ in range(5):
         of_cpus(CPUS).run(int)
