@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.call import Call
@@ -25,13 +24,12 @@ from torchrunx_ray.driver.logs.host_story import HostEvent
 from torchrunx_ray.driver.logs.run_logs import RunLogs
 from torchrunx_ray.driver.logs.speaker import Speaker
 from torchrunx_ray.driver.lookout import Lookout
-from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
-from torchrunx_ray.driver.references import missing_after_a_second
 from torchrunx_ray.driver.results import Value
 from torchrunx_ray.driver.stacks import Stacks
+from torchrunx_ray.driver.stored import until_stored
 from torchrunx_ray.driver.talk import Talk
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
@@ -183,7 +181,9 @@ class Attempt:
             await self._drain_logs()
         if (failures := self.failures) is not None:
             return failures
-        await self._see_stored([ref for talk in talks for ref in talk.values])
+        hosts = zip(self._crew.hosts, talks, strict=True)
+        values = [(host.label, talk.values) for host, talk in hosts]
+        await until_stored(self._run_id, values, self._cluster)
         return [
             [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(talk.values)]
             for i, (host, talk) in enumerate(zip(self._crew.hosts, talks, strict=True))
@@ -219,20 +219,6 @@ class Attempt:
             return failure
         time_ns = self._clocks.on_ours(host_index, failure.time_ns)
         return dataclasses.replace(failure, time_ns=time_ns)
-
-    async def _see_stored(self, refs: "list[ray.ObjectRef[Any]]") -> None:
-        """Until then a value is in its agent only, and would be lost with it."""
-        try:
-            while await in_thread(self._cluster.inside, missing_after_a_second, refs):
-                self._cluster.check()
-        except RayError as error:
-            # Of the task that waits, through ray://; the values are the agents'.
-            logger.warning(
-                "%s has ended, but whether its values have left the agents is not known: the task that "
-                "waits for them failed (%s). Fetch the values before their hosts may go.",
-                self._run_id,
-                error,
-            )
 
     def kill(self) -> None:
         """Let the next cancellation kill the workers."""
