@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import torchrunx_ray as trx
+from torchrunx_ray.driver import attempt
 from torchrunx_ray.driver.failures import Failure, Failures, Report
 from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.wire import messages
@@ -138,3 +140,24 @@ def test_rank_that_fails_before_it_joins_is_not_said_to_be_late_as_well(
     with pytest.raises(ValueError, match="no interface") as caught:
         launcher.run(os.getpid)
     assert "the process group was not complete in time" not in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("returns_first", [True, False])
+def test_error_of_a_collective_waits_for_no_cause_where_all_others_have_returned(
+    launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch, returns_first: bool
+) -> None:
+    """A returned rank's process may live on, for its threads."""
+
+    def return_or_fail() -> None:
+        if (dist.get_rank() == 1) is not returns_first:
+            time.sleep(0.5)
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.ones(1, dtype=torch.int16))  # gloo has none of these
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+
+    monkeypatch.setattr(attempt, "_CAUSE_S", 1000)
+    run = launcher.submit(return_or_fail)
+    try:
+        assert type(run.exception(timeout=30)) is RuntimeError
+    finally:
+        run.kill()

@@ -118,7 +118,7 @@ class Attempt:
         self._failed: list[tuple[int | None, Failure]] = []
         """With the hosts on whose clocks their times are; None for the driver's."""
         self._cause_is_known = asyncio.Event()
-        """A failure is there that is no error in a collective, or no other can come."""
+        """A failure is there that is no error in a collective, or each rank has failed or returned."""
         self._stopped_at_ns: int | None = None
         self._kills_at = math.inf
         """Time of the loop at which SIGKILL follows."""
@@ -344,6 +344,7 @@ class Attempt:
             case messages.Finished():
                 self._sizes[host_index, event.local_rank] = event.size
                 self._lookout.has_returned(self._layout[host_index][event.local_rank].rank)
+                self._look_for_others()
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
             case messages.Died():
@@ -487,8 +488,14 @@ class Attempt:
             self._failed.append((host_index, Failure(time_ns, label, rank, report)))
         if rank is None:
             self._tell_of_host(host_index, None, report)
-        is_of_a_collective = isinstance(report, messages.Failed) and report.in_collective
-        if not is_of_a_collective or len(self._failed) == len(self._places()):
+        if not (isinstance(report, messages.Failed) and report.in_collective):
+            self._cause_is_known.set()
+        self._look_for_others()
+
+    def _look_for_others(self) -> None:
+        """Wait for no cause if each rank has failed or returned."""
+        failed = {failure.rank for _, failure in self._failed}
+        if all(p.rank in failed or p.rank in self._history.finished for p in self._places()):
             self._cause_is_known.set()
 
     def _tell_of_failure(self) -> None:
