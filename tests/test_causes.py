@@ -34,7 +34,7 @@ COLLECTIVE = failed("Connection closed by peer", in_collective=True)
 EXIT = failed("called sys.exit(1)")
 BAD_BATCH = failed("bad batch")
 KILLED, ABORTED = died(signal.SIGKILL), died(signal.SIGABRT)
-EXITED = died(code=3)
+CRASHED, EXITED = died(signal.SIGSEGV), died(code=3)
 AGENT_DIED = messages.AgentFailed(2, "the agent died", "")
 
 
@@ -73,6 +73,13 @@ def test_cause_that_is_told_late_goes_before_errors_of_collectives(cause: Report
 def test_death_goes_before_an_exception_of_a_peer_that_was_told_sooner(cause: Report) -> None:
     reports: dict[int, Report] = {0: COLLECTIVE, 10: EXIT, 300: cause}
     assert first_of(reports, stopped_at_ms=400) is cause
+
+
+def test_crash_of_a_rank_that_was_told_to_stop_does_not_go_before_an_exception() -> None:
+    """Nor if a busy machine had no stacks that show that the rank lived."""
+    reports: dict[int, Report] = {0: COLLECTIVE, 50: BAD_BATCH, 700: CRASHED}
+    assert first_of(reports, stopped_at_ms=600) is BAD_BATCH
+    assert first_of({0: COLLECTIVE, 700: CRASHED}, stopped_at_ms=600) is CRASHED
 
 
 def test_kill_is_named_before_the_exit_of_a_peer_that_caught_its_error(

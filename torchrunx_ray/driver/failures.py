@@ -163,12 +163,17 @@ class Failures:
         return None
 
     def _cause_of_error_in_collective(self, in_order: Sequence[Failure]) -> Failure | None:
-        """Return a death first: an exception that followed may be what a peer made of its own error."""
+        """Return what was told before the stop, and of that a death if there is one.
+
+        An exception may be what a peer made of its own error.
+        """
         first, *later = in_order
         if not (isinstance(first.report, messages.Failed) and first.report.in_collective):
             return None
         causes = [each for each in later if self._may_have_caused(first, each)]
-        return min(causes, key=lambda each: not _is_of_no_peer(each.report), default=None)
+        before_stop = list(filter(self._was_before_stop, causes)) or causes
+        deaths = [each for each in before_stop if _is_of_no_peer(each.report)]
+        return next(iter(deaths or before_stop), None)
 
     def _was_before_stop(self, failure: Failure) -> bool:
         return self.stopped_at_ns is None or failure.time_ns <= self.stopped_at_ns
