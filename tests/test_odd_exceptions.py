@@ -71,7 +71,21 @@ class OddlySpoken(Exception):
         return OddText("odd words")
 
 
+class Untruthful(Exception):
+    """Cannot be told to be true or false, as an array of several numbers."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("ambiguous")
+
+
+def caused_by(cause: BaseException) -> BaseException:
+    error = KeyError("what came of it")
+    error.__cause__ = cause
+    return error
+
+
 ODD: dict[str, BaseException] = {
+    "its cause has no truth": caused_by(Untruthful("cause")),
     "its text raises KeyError": Unspeakable(KeyError),
     "its text exits": Unspeakable(SystemExit),
     "pickling raises": PicklingRaises(ValueError),

@@ -186,6 +186,44 @@ def test_launch_that_waits_for_a_session_of_its_own_script_names_it(
     assert "of this script" not in caplog.text + str(of_others.value)
 
 
+def test_session_of_a_cluster_that_the_script_left_is_not_said_to_hold_anything(
+    run_script: RunScript,
+) -> None:
+    done = run_script(
+        """
+import torchrunx_ray as trx
+address = ray.get_runtime_context().gcs_address
+launcher = trx.Launcher(hostnames=1, workers_per_host=1, backend=None, placement_timeout=1)
+cpus = ray.cluster_resources()["CPU"]
+stale = launcher.session().__enter__()
+ray.shutdown()
+ray.init(address)
+group = ray.util.placement_group([{"CPU": cpus}])
+assert group.wait(60)
+try:
+    launcher.run(int)
+except trx.PlacementError as error:
+    print("Others hold what is missing" in str(error), "of this script" in str(error))
+"""
+    )
+    assert done.stdout.splitlines()[-1:] == ["True False"], done.stderr
+    assert "of this script" not in done.stderr
+
+
+def test_session_that_holds_less_than_is_missing_is_named_beside_the_others(
+    cluster: None,
+) -> None:
+    """Leaving it was all the advice, and would not have been enough."""
+    group = placement_group([{"CPU": CPUS - 2}])
+    assert group.wait(30)
+    waits = dataclasses.replace(of_cpus(4), placement_timeout=0.1)
+    with of_cpus(2).session(), pytest.raises(trx.PlacementError) as caught:
+        waits.run(int)
+    remove_placement_group(group)
+    assert "of this script holds 2 CPU" in str(caught.value)
+    assert "Others hold what is missing" in str(caught.value)
+
+
 def test_error_right_after_a_launch_shows_as_free_what_is_given_back(cluster: None) -> None:
     for _ in range(5):
         of_cpus(CPUS).run(int)

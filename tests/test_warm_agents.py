@@ -1,8 +1,10 @@
 """An agent that stays after its launch serves the next one: for how long, and with what."""
 
+import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -129,3 +131,54 @@ def test_other_hosts_may_be_done_before_the_first_one_has_begun() -> None:
 
         run = dataclasses.replace(launcher, hostnames=[first, second]).submit(os.getpid)
         assert len(run.result(timeout=30)) == 2
+
+
+def own_agent(env_file: Path) -> tuple[pool.Agent, dict[str, int]]:
+    """Return an agent that no other launch takes, and its processes."""
+    launcher = trx.Launcher(workers_per_host=1, backend=None, env_file=str(env_file))
+    pids = launcher.run(lambda: processes.above(os.getpid())).rank(0)
+    return pool._resting._agents.pop(), pids
+
+
+def children(parent: int) -> list[int]:
+    found: list[int] = []
+    for pid in processes.pids():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if processes.parent(pid) == parent and processes.is_alive(pid):
+                found.append(pid)
+    return found
+
+
+def test_agent_whose_rest_is_heard_before_its_claim_still_ends(
+    cluster: None, tmp_path: Path
+) -> None:
+    """Ray delivered the two in another order, or the claim was cancelled: the agent stayed for ever."""
+    (tmp_path / "env.sh").touch()
+    agent, pids = own_agent(tmp_path / "env.sh")
+    untyped_ray.get(agent.calls.rest.remote(agent.claims + 1, 0.5))
+    met = untyped_ray.get(agent.calls.meet.remote(agent.claims + 1, True))
+
+    assert met.master_port is None
+    assert processes.wait_until(lambda: not any(map(processes.is_alive, pids.values())))
+
+
+def test_agent_that_two_runs_claim_at_once_has_one_template_and_one_port(
+    cluster: None, tmp_path: Path
+) -> None:
+    """The first was cancelled while its template was started; another idle template stayed."""
+    (tmp_path / "env.sh").write_text("sleep 1")
+    agent, pids = own_agent(tmp_path / "env.sh")
+    os.kill(pids["template"], signal.SIGKILL)
+    assert processes.wait_until(lambda: children(pids["agent"]) == [])
+    claims = agent.claims + 1, agent.claims + 2
+    first, second = untyped_ray.get([agent.calls.meet.remote(each, True) for each in claims])
+
+    assert first.master_port is None
+    assert second.master_port is not None
+    assert len(children(pids["agent"])) == 1, "the keeper above the template"
+
+    untyped_ray.get(agent.calls.meet.remote(agent.claims + 3, False))
+    with pytest.raises(ConnectionRefusedError):  # or that run's host would serve a store
+        socket.create_connection((second.ip, second.master_port))
+    untyped_ray.get(agent.calls.rest.remote(agent.claims + 3, 0.1))
+    assert processes.wait_until(lambda: not processes.is_alive(pids["agent"]))

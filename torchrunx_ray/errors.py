@@ -267,7 +267,7 @@ class RemoteFailure(_Travels):
     """Where, and with what traceback, the user's function raised.
 
     `traceback` is empty where no line of the user's raised: what was returned cannot travel.
-    `failures` holds all ranks' failures in order of time, this one first; `stacks` tells what the
+    `failures` holds all ranks' failures: this one, then the others in order of time; `stacks` tells what the
     other workers were doing.
     """
 

@@ -57,7 +57,11 @@ class Agent:
         self._stopped_early: set[str] = set()
         self._outlasted_early: set[str] = set()
         self._listening: socket.socket | None = None
+        self._having_template = asyncio.Lock()
         self._claim = 0
+        """The last claim that was heard of, by `meet` or by `rest`."""
+        self._rested = 0
+        """The last claim whose run is over."""
         self._rest_ends: asyncio.TimerHandle | None = None
         self._leaving = False
         self._raylet_fd: int | None = None
@@ -69,21 +73,22 @@ class Agent:
     async def meet(self, claim: int, listen: bool) -> messages.Met:
         """Claim the agent for a run; with `listen`, hold a port for the run's store.
 
-        `claim` counts the driver's claims: Ray may deliver the `rest` after an earlier one late.
+        `claim` counts the driver's claims. Ray may deliver the `rest` after a claim before or after
+        the `meet` of another; an answer to a claim that is over is one that nobody waits for.
         """
-        self._claim = claim
+        self._claim = max(self._claim, claim)
         self._loop = asyncio.get_running_loop()
-        if self._rest_ends is not None:
-            self._rest_ends.cancel()
-            self._rest_ends = None
+        if self._serves(claim):
+            self._forget_last_claim()
         self._watch_raylet()
+        if self._serves(claim) and not self._leaving:
+            async with self._having_template:
+                await self._have_template()
         port = None
-        if not self._leaving:
-            await self._have_template()
-            if listen:
-                family = socket.AF_INET6 if ":" in self._ip else socket.AF_INET
-                self._listening = socket.create_server(("", 0), family=family, backlog=4096)
-                port = self._listening.getsockname()[1]
+        if self._serves(claim) and not self._leaving and listen:
+            family = socket.AF_INET6 if ":" in self._ip else socket.AF_INET
+            self._listening = socket.create_server(("", 0), family=family, backlog=4096)
+            port = self._listening.getsockname()[1]
         return messages.Met(
             ip=self._ip,
             master_port=port,
@@ -165,14 +170,25 @@ class Agent:
 
     async def rest(self, claim: int, linger_s: float) -> None:
         """Wait for another run, holding no resources; end after `linger_s` without one."""
-        if claim != self._claim:
-            return  # that run is there already
+        if claim < self._claim:
+            return  # the next run is there already
+        self._claim = self._rested = claim
+        self._forget_last_claim()
         self._run = None
+        loop = asyncio.get_running_loop()
+        self._rest_ends = loop.call_later(linger_s, self._leave)
+
+    def _serves(self, claim: int) -> bool:
+        """Return False for a claim that is over, or that another one has followed."""
+        return claim == self._claim > self._rested
+
+    def _forget_last_claim(self) -> None:
+        if self._rest_ends is not None:
+            self._rest_ends.cancel()
+            self._rest_ends = None
         if self._listening is not None:  # the run that asked for it was cancelled
             self._listening.close()
             self._listening = None
-        loop = asyncio.get_running_loop()
-        self._rest_ends = loop.call_later(linger_s, self._leave)
 
     async def close(self) -> None:
         """Return when nothing that this agent started lives."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.call import Call
@@ -28,9 +27,9 @@ from torchrunx_ray.driver.lookout import Lookout
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.placement import Host
 from torchrunx_ray.driver.pool import Agent
-from torchrunx_ray.driver.references import missing_after_a_second
 from torchrunx_ray.driver.results import Value
 from torchrunx_ray.driver.stacks import Stacks
+from torchrunx_ray.driver.stored import until_stored
 from torchrunx_ray.driver.talk import Talk
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
@@ -119,7 +118,7 @@ class Attempt:
         self._failed: list[tuple[int | None, Failure]] = []
         """With the hosts on whose clocks their times are; None for the driver's."""
         self._cause_is_known = asyncio.Event()
-        """A failure is there that is no error in a collective, or no other can come."""
+        """A failure is there that is no error in a collective, or each rank has failed or returned."""
         self._stopped_at_ns: int | None = None
         self._kills_at = math.inf
         """Time of the loop at which SIGKILL follows."""
@@ -155,17 +154,17 @@ class Attempt:
         self._logs = RunLogs(
             self._run_id, self._options, call.log_handlers, call.files, self._speakers()
         )
-        talks = [
-            Talk(
-                self._crew.agents[i],
-                host.label,
-                self._logs,
-                self._pids[i],
-                functools.partial(self._hear, i),
-            )
-            for i, host in enumerate(self._crew.hosts)
-        ]
         try:
+            talks = [
+                Talk(
+                    self._crew.agents[i],
+                    host.label,
+                    self._logs,
+                    self._pids[i],
+                    functools.partial(self._hear, i),
+                )
+                for i, host in enumerate(self._crew.hosts)
+            ]
             self._begin(self._clocks.compare())
             self._watching = [
                 asyncio.create_task(self._watch(i, talk, call)) for i, talk in enumerate(talks)
@@ -182,7 +181,9 @@ class Attempt:
             await self._drain_logs()
         if (failures := self.failures) is not None:
             return failures
-        await self._see_stored([ref for talk in talks for ref in talk.values])
+        hosts = zip(self._crew.hosts, talks, strict=True)
+        values = [(host.label, talk.values) for host, talk in hosts]
+        await until_stored(self._run_id, values, self._cluster)
         return [
             [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(talk.values)]
             for i, (host, talk) in enumerate(zip(self._crew.hosts, talks, strict=True))
@@ -218,20 +219,6 @@ class Attempt:
             return failure
         time_ns = self._clocks.on_ours(host_index, failure.time_ns)
         return dataclasses.replace(failure, time_ns=time_ns)
-
-    async def _see_stored(self, refs: "list[ray.ObjectRef[Any]]") -> None:
-        """Until then a value is in its agent only, and would be lost with it."""
-        try:
-            while await self._cluster.call(self._cluster.inside, missing_after_a_second, refs):
-                pass
-        except RayError as error:
-            # Of the task that waits, through ray://; the values are the agents'.
-            logger.warning(
-                "%s has ended, but whether its values have left the agents is not known: the task that "
-                "waits for them failed (%s). Fetch the values before their hosts may go.",
-                self._run_id,
-                error,
-            )
 
     def kill(self) -> None:
         """Let the next cancellation kill the workers."""
@@ -357,6 +344,7 @@ class Attempt:
             case messages.Finished():
                 self._sizes[host_index, event.local_rank] = event.size
                 self._lookout.has_returned(self._layout[host_index][event.local_rank].rank)
+                self._look_for_others()
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
             case messages.Died():
@@ -468,6 +456,8 @@ class Attempt:
 
     def _check_joined(self) -> None:
         """Tell who is missing, before those who wait for them give up."""
+        if self._failed or self._was_cancelled:
+            return
         missing = {
             place.rank: self._crew.hosts[place.host_index].label
             for place in self._places()
@@ -498,8 +488,14 @@ class Attempt:
             self._failed.append((host_index, Failure(time_ns, label, rank, report)))
         if rank is None:
             self._tell_of_host(host_index, None, report)
-        is_of_a_collective = isinstance(report, messages.Failed) and report.in_collective
-        if not is_of_a_collective or len(self._failed) == len(self._places()):
+        if not (isinstance(report, messages.Failed) and report.in_collective):
+            self._cause_is_known.set()
+        self._look_for_others()
+
+    def _look_for_others(self) -> None:
+        """Wait for no cause if each rank has failed or returned."""
+        failed = {failure.rank for _, failure in self._failed}
+        if all(p.rank in failed or p.rank in self._history.finished for p in self._places()):
             self._cause_is_known.set()
 
     def _tell_of_failure(self) -> None:

@@ -138,36 +138,66 @@ class Failures:
         destroys its process group in `finally` fails for its peers before its own exception is out.
         """
         in_order = sorted(self.failures, key=lambda failure: failure.time_ns)
+        cause = self._kill_in_that_moment(in_order) or self._cause_of_error_in_collective(in_order)
+        if cause is None:
+            return in_order
+        in_order.remove(cause)
+        return [cause, *in_order]
+
+    def _kill_in_that_moment(self, in_order: Sequence[Failure]) -> Failure | None:
+        """Return a death by SIGKILL that was told shortly after what peers raised, or how they ended.
+
+        No worker's error makes anybody send SIGKILL before the launch stops the workers. The error
+        need not show that it came of a peer: scripts catch it, and exit later.
+        """
         first = in_order[0]
-        if isinstance(first.report, messages.Failed) and first.report.in_collective:
-            for failure in in_order[1:]:
-                if self._may_have_caused(first, failure):
-                    in_order.remove(failure)
-                    return [failure, *in_order]
-        return in_order
+        if not isinstance(first.report, messages.Failed | messages.Died):
+            return None
+        for failure in in_order:
+            is_kill = (
+                isinstance(failure.report, messages.Died)
+                and failure.report.exited.signal == signal.SIGKILL
+            )
+            if is_kill and self._was_before_stop(failure):
+                return failure if failure.time_ns - first.time_ns < _NOTICE_NS else None
+        return None
+
+    def _cause_of_error_in_collective(self, in_order: Sequence[Failure]) -> Failure | None:
+        """Return what was told before the stop, and of that a death if there is one.
+
+        An exception may be what a peer made of its own error.
+        """
+        first, *later = in_order
+        if not (isinstance(first.report, messages.Failed) and first.report.in_collective):
+            return None
+        causes = [each for each in later if self._may_have_caused(first, each)]
+        before_stop = list(filter(self._was_before_stop, causes)) or causes
+        deaths = [each for each in before_stop if _is_of_no_peer(each.report)]
+        return next(iter(deaths or before_stop), None)
+
+    def _was_before_stop(self, failure: Failure) -> bool:
+        return self.stopped_at_ns is None or failure.time_ns <= self.stopped_at_ns
 
     def _may_have_caused(self, in_collective: Failure, failure: Failure) -> bool:
         """Return whether an error in a collective may be of this failure, which was told later."""
-        if isinstance(failure.report, messages.Failed):
-            before_stop = self.stopped_at_ns is None or failure.time_ns <= self.stopped_at_ns
-            return before_stop and not failure.report.in_collective
-        return failure.time_ns - in_collective.time_ns < self._notice_ns(failure)
-
-    def _notice_ns(self, failure: Failure) -> int:
-        """Return how much later than its peers' errors a death may be told."""
         match failure.report:
-            case messages.Died(exited=exited):
-                # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
-                # a worker that lived may crash, or be killed, by what it does to end.
-                lived = failure.rank is not None and self.stacks.by_rank.get(failure.rank)
-                was_told = self.stopped_at_ns is not None and failure.time_ns > self.stopped_at_ns
-                if exited.signal in (None, signal.SIGABRT) or (lived and was_told):
-                    return _NOTICE_NS
-                return _NOTICE_OF_SIGNAL_NS
-            case messages.AgentFailed():
-                return _NOTICE_NS
+            case messages.Failed(in_collective=also_in_collective):
+                return self._was_before_stop(failure) and not also_in_collective
+            case messages.Died(exited=exited) if exited.signal is not None:
+                return failure.time_ns - in_collective.time_ns < self._notice_ns(failure, exited)
+            case messages.Died() | messages.AgentFailed():
+                return self._was_before_stop(failure)
             case _:
-                return 0
+                return False
+
+    def _notice_ns(self, failure: Failure, exited: messages.Exited) -> int:
+        """Return how much later than its peers' errors a death by a signal may be told."""
+        # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
+        # a worker that lived may crash, or be killed, by what it does to end.
+        lived = failure.rank is not None and self.stacks.by_rank.get(failure.rank)
+        was_told = not self._was_before_stop(failure)
+        is_doubtful = exited.signal == signal.SIGABRT or (lived and was_told)
+        return _NOTICE_NS if is_doubtful else _NOTICE_OF_SIGNAL_NS
 
     def _tell_of_the_others(self, first: BaseException, stacks: Stacks) -> None:
         if stacks:
@@ -271,6 +301,17 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
     )
     failed.traceback = report.traceback
     return failed
+
+
+def _is_of_no_peer(report: Report) -> bool:
+    """Return whether no error of a peer leads to this. SIGABRT is what NCCL's watchdog sends itself."""
+    match report:
+        case messages.Died(exited=exited):
+            return exited.signal not in (None, signal.SIGABRT)
+        case messages.AgentFailed():
+            return True
+        case _:
+            return False
 
 
 def _is_exit(report: Report) -> bool:

@@ -1,6 +1,7 @@
 """The sessions of this script that hold room, for launches that wait for it."""
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +44,16 @@ def holding(resources: Collection[str], node_ids: Collection[str]) -> str:
         for name, holder in list(_open.items())
         if (parts := list(_in_words(holder, resources, node_ids)))
     )
+
+
+def held_on(node_id: str) -> Mapping[str, float]:
+    """Return what the sessions hold on this node together."""
+    held = Counter[str]()
+    for holder in list(_open.values()):
+        for host in holder.held:
+            if host.node_id == node_id:
+                held.update(host.amounts)
+    return held
 
 
 def _in_words(

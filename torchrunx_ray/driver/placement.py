@@ -53,7 +53,7 @@ class Placement:
         self.hosts = hosts
         self.backend = shape.backend
         bundles = [host.bundle for host in shape.hosts]
-        self.held = [
+        self._held = [
             Held(host.node.node_id, host.label, bundle)
             for host, bundle in zip(hosts, bundles, strict=True)
         ]
@@ -65,6 +65,11 @@ class Placement:
         labels = (host.label for host in hosts)
         wanted = list(zip(labels, gpus, strict=True))
         self._gpu_question = GpuQuestion(group, wanted, options.runtime_env)
+
+    @property
+    def held(self) -> list[Held]:
+        """What it holds on each host: nothing once the driver has left the cluster, which took it back."""
+        return self._held if self._cluster.is_ours() else []
 
     async def gpu_ids(self) -> list[tuple[str, ...]]:
         """GPUs of each host's bundle; AgentFailedError if Ray cannot tell."""

@@ -1,6 +1,7 @@
 """Whether the cluster has room for a placement group, now or ever."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ class Room:
             raise self._error(
                 f"The Ray cluster had no room for this launch within placement_timeout={limit_s:g} s"
                 + (f"; {starting}." if starting else "."),
-                self._own_sessions() or self._what_to_try(),
+                self._own_sessions_or_what_to_try(),
             )
 
     def _instead(self) -> str:
@@ -109,14 +110,32 @@ class Room:
         usable = pinned if len(pinned) == len(self.shape.hosts) else self.nodes
         return own_sessions.holding(names, {node.node_id for node in usable})
 
+    def _own_sessions_or_what_to_try(self) -> str:
+        """Advise to leave sessions of this script, and what else to try if that would not be enough."""
+        sessions = self._own_sessions()
+        if not sessions:
+            return self._what_to_try()
+        without_sessions = {
+            node_id: Counter(free) + Counter(own_sessions.held_on(node_id))
+            for node_id, free in self.free_by_node.items()
+        }
+        if not self._without_room(without_sessions):
+            return sessions
+        return f"{sessions}\nThat is not enough. {self._what_to_try()}"
+
     def _missing(self) -> Sequence[Mapping[str, float]]:
-        """Return the bundles that find no room: on their own node, or on any."""
+        return self._without_room(self.free_by_node)
+
+    def _without_room(
+        self, free_by_node: Mapping[str, Mapping[str, float]]
+    ) -> Sequence[Mapping[str, float]]:
+        """Return the bundles that find no room in what is free: on their own node, or on any."""
         on_their_node = [
             host.bundle
             for host in self.shape.hosts
-            if host.node and not is_in(host.bundle, self.free_by_node.get(host.node.node_id, {}))
+            if host.node and not is_in(host.bundle, free_by_node.get(host.node.node_id, {}))
         ]
-        return on_their_node or unplaced(self._wanted(), list(self.free_by_node.values()))
+        return on_their_node or unplaced(self._wanted(), list(free_by_node.values()))
 
     def _short_of(self, bundle: Mapping[str, float]) -> Sequence[str]:
         """Return what no node has enough of; all of the bundle if each is there somewhere."""

@@ -206,7 +206,7 @@ class Failed:
 
     `exception` is its pickle, which only the driver may load; None where it cannot travel, and
     `unraisable` says why. `in_collective`: torch.distributed raised it or what led to it, as when a
-    peer is gone.
+    peer is gone, and not because of wrong arguments.
     """
 
     local_rank: int

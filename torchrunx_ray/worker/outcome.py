@@ -242,12 +242,13 @@ def _dump(error: BaseException) -> tuple[bytes | None, str]:
 
 
 def _came_of_a_collective(error: BaseException) -> bool:
-    """Return whether torch.distributed raised this, or an exception that led to it."""
+    """Return whether a peer's end may have raised this in torch.distributed, or an exception that led to it."""
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and not any(following is each for each in chain):
         chain.append(following)
-        following = _own(following, "__cause__") or _own(following, "__context__")
+        cause = _own(following, "__cause__")  # its class may refuse to be true or false
+        following = _own(following, "__context__") if cause is None else cause
     return any(map(_is_of_a_collective, chain))
 
 
@@ -255,8 +256,10 @@ def _is_of_a_collective(error: BaseException) -> bool:
     distributed = sys.modules.get("torch.distributed")
     if issubclass(type(error), getattr(distributed, "DistError", ())):  # its own class may lie
         return True
+    if type(error) is not RuntimeError:  # wrong arguments are ValueErrors and TypeErrors
+        return False
     # In autograd and in Work.wait() gloo raises a plain error, without a frame of torch.distributed.
-    if type(error) is RuntimeError and _OF_GLOO in text_of(error):
+    if _OF_GLOO in text_of(error):
         return True
     frames = _frames(error)
     while frames is not None and frames.tb_next is not None:

@@ -2,28 +2,23 @@
 
 import asyncio
 import contextlib
-import contextvars
+import functools
 import logging
-import queue
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from torchrunx_ray.driver.logs import host_story
-from torchrunx_ray.driver.logs.complaint import Complaint
 from torchrunx_ray.driver.logs.handlers import Only
-from torchrunx_ray.driver.logs.lines import LineCutter
 from torchrunx_ray.driver.logs.speaker import Sink, Speaker
 from torchrunx_ray.driver.logs.to_console import ToConsole
 from torchrunx_ray.driver.logs.to_files import ToFiles
 from torchrunx_ray.driver.logs.to_handlers import ToHandlers
 from torchrunx_ray.driver.logs.to_loggers import ToLoggers, driver_has_configured_logging
+from torchrunx_ray.driver.logs.writer import Said, Source, Writer
 from torchrunx_ray.driver.options import LogHandlers, Options
 from torchrunx_ray.wire.messages import Stream
-from torchrunx_ray.wire.records import from_line
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -48,17 +43,11 @@ class RunLogs:
         self._run_name = run_name
         self._speakers = speakers
         self._sinks: list[Sink] = []
-        self._complaint = Complaint(
-            "What the workers say cannot be shown here; the launch goes on: %s"
-        )
         self._taking: Taking = "everywhere"
         self._files = files
         self._levels: list[int] = []
         self._open_sinks(options, handlers)
-        self._cutters: defaultdict[tuple[Speaker, Stream], LineCutter] = defaultdict(LineCutter)
-        self._queue: queue.SimpleQueue[tuple[Speaker, Stream | None, bytes, float] | None] = (
-            queue.SimpleQueue()
-        )
+        self._source = Source()
         self._waiting_bytes = 0
         self._steps = 0
         """They grow as long as output is written, or dropped."""
@@ -67,11 +56,7 @@ class RunLogs:
         self._has_room.set()
         self._loop = asyncio.get_running_loop()
         self._done = asyncio.Event()
-        context = contextvars.copy_context()  # a notebook knows by it whose cell a line belongs to
-        threading.Thread(
-            target=context.run, args=(self._write_all,), name="torchrunx_ray output", daemon=True
-        ).start()
-
+        self._writer = self._new_writer()
         self._begin_stories()
 
     @property
@@ -101,37 +86,50 @@ class RunLogs:
         self._waiting_bytes += len(data)
         if self._waiting_bytes > _MOST_BYTES:
             self._has_room.clear()
-        self._queue.put((who, stream, data, time_s))
+        self._source.said.put(Said(who, stream, data, time_s))
 
     def tell(self, host: Speaker, line: str, time_s: float) -> None:
         """Queue what happened on a host."""
-        self._queue.put((host, None, line.encode(errors="backslashreplace"), time_s))
+        self._source.said.put(Said(host, None, line.encode(errors="backslashreplace"), time_s))
 
     async def drain(self) -> None:
         """Return when all that was put is written."""
         self._is_ending = True
         self._steps += 1
-        self._queue.put(None)
+        self._source.said.put(None)
         await self._done.wait()
 
     def hurry(self, stuck_s: float) -> None:
-        """Write to the files only; and nowhere if a terminal or handler keeps all of it for `stuck_s`."""
+        """Write to the files only, which a terminal or handler keeps from it for `stuck_s` at most.
+
+        Write nowhere if there are no files, or these block as well.
+        """
         if self._done.is_set():
             return
         if self._taking == "everywhere":
             self._taking = "files"
             if self._waiting_bytes:
-                has_files = "" if self._files is None else "; it is in the log files"
+                has_files = "" if self._files is None else "; it is still written to the log files"
                 logger.warning("interrupted: what the workers said last is not shown%s", has_files)
         self._loop.call_later(stuck_s, self._give_up_if_stuck, stuck_s, self._steps)
 
     def _give_up_if_stuck(self, stuck_s: float, steps: int) -> None:
         if self._done.is_set():
             return
-        if self._steps == steps and (self._waiting_bytes or self._is_ending):
+        is_stuck = self._steps == steps and (self._waiting_bytes or self._is_ending)
+        if is_stuck and not self._files_go_on():
             self._give_up()
         else:
             self._loop.call_later(stuck_s, self._give_up_if_stuck, stuck_s, self._steps)
+
+    def _files_go_on(self) -> bool:
+        """Have another thread write to the files if this one hangs in a terminal or a handler."""
+        in_hand = None if self._files is None else self._writer.give_way(self._files)
+        if in_hand is None:
+            return False
+        self._was_written(in_hand.size)
+        self._writer = self._new_writer()
+        return True
 
     def _give_up(self) -> None:
         """Write no more; `drain` returns at once, also if a handler blocks."""
@@ -204,53 +202,17 @@ class RunLogs:
                 ", ".join(dict.fromkeys(who.hostname for who in workers)),
             )
 
-    def _write_all(self) -> None:
-        while (said := self._queue.get()) is not None:
-            self._write(*said)
-            self._tell_loop(self._was_written, 0 if said[1] is None else len(said[2]))
-        for sink in self._sinks:
-            self._try(sink.close)
-        self._tell_loop(self._done.set)
+    def _new_writer(self) -> Writer:
+        return Writer(
+            self._source,
+            self._sinks,
+            self._takes,
+            functools.partial(self._tell_loop, self._was_written),
+            functools.partial(self._tell_loop, self._done.set),
+        )
 
-    @property
-    def _takers(self) -> list[Sink]:
-        match self._taking:
-            case "everywhere":
-                return self._sinks
-            case "files":
-                return [] if self._files is None else [self._files]
-            case "nowhere":
-                return []
-
-    def _write(self, who: Speaker, stream: Stream | None, data: bytes, time_s: float) -> None:
-        if stream is None:
-            for sink in self._takers:
-                self._try(sink.host_line, who, data.decode(), time_s)
-            return
-        cutter = self._cutters[who, stream]
-        text = cutter.decode(data)
-        lines = cutter.cut(text)
-        if stream == "records":
-            for line in lines.splitlines():
-                self._write_record(who, line, time_s)
-            return
-        for sink in self._takers:
-            self._try(sink.chunk, who, stream, text, lines, cutter.drawn, time_s)
-
-    def _write_record(self, who: Speaker, line: str, time_s: float) -> None:
-        record = from_line(line)
-        for sink in self._takers:
-            if record is None:
-                self._try(sink.text, who, "stderr", line + "\n", time_s)
-            else:
-                self._try(sink.record, who, record)
-
-    def _try(self, write: Callable[..., None], *args: object) -> None:
-        """The run goes on where the driver's stream is closed, or an object that cannot write."""
-        try:
-            write(*args)
-        except BaseException as error:  # a sys.exit in a handler, too
-            self._complaint.tell(error)
+    def _takes(self, sink: Sink) -> bool:
+        return self._taking == "everywhere" or (self._taking == "files" and sink is self._files)
 
     def _was_written(self, size: int) -> None:
         self._steps += 1

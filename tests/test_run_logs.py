@@ -1,0 +1,97 @@
+"""What workers say reaches its places, whatever becomes of the thread that brings it there."""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import torchrunx_ray as trx
+from tests.logs import Kept
+from tests.processes import note, wait_until
+from torchrunx_ray.driver import attempt
+from torchrunx_ray.driver.connection import ClusterLeft
+from torchrunx_ray.driver.logs.run_logs import RunLogs
+from torchrunx_ray.driver.logs.speaker import Speaker
+
+
+async def test_record_that_cannot_be_read_ends_neither_the_output_nor_the_run(kept: Kept) -> None:
+    """json.loads raises RecursionError. The thread ended, and the run waited for it for ever."""
+    who = Speaker("vm", 0, 0, is_first_host=True)
+    logs = RunLogs("run", trx.Launcher(log_handlers=[kept]), [kept], None, [who])
+    logs.put(who, "records", b"[" * 200_000 + b"\n", time.time())
+    logs.put(who, "stdout", b"after it\n", time.time())
+    await logs.drain()
+
+    assert "after it" in [text for _, text in kept.said]
+
+
+def test_run_that_cannot_begin_leaves_no_thread(
+    one: trx.Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when ray.shutdown() comes just then."""
+
+    def leave(*_: object) -> None:
+        raise ClusterLeft(through_client=False)
+
+    monkeypatch.setattr(attempt, "Talk", leave)
+    with pytest.raises(trx.LaunchError, match="left the Ray cluster"):
+        one.run(os.getpid)
+    assert wait_until(lambda: "torchrunx_ray output" not in names_of_threads())
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
+def test_stopped_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
+    one: trx.Launcher,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The only thread that wrote hung in the terminal, and what was queued was dropped."""
+
+    class Stopped(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name.startswith("torchrunx_ray."):
+                goes_on.wait()
+
+    def speak_until_stopped() -> None:
+        def say_last_words(*_: object) -> None:
+            print("the last words", flush=True)
+            os._exit(0)
+
+        signal.signal(signal.SIGTERM, say_last_words)
+        for i in range(1000):
+            logging.getLogger().warning("record %d", i)
+            print("line", i, flush=True)
+        note(tmp_path / "spoken", "")
+        time.sleep(1000)
+
+    monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.2)
+    monkeypatch.setattr(attempt, "_STUCK_S", 0.2)
+    monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
+    goes_on, stopped = threading.Event(), Stopped()
+    logging.getLogger().addHandler(stopped)
+    try:
+        run = dataclasses.replace(one, log_handlers="auto").submit(speak_until_stopped)
+        assert wait_until((tmp_path / "spoken").exists, 60)
+        run.cancel()
+        with pytest.raises(concurrent.futures.CancelledError):
+            run.result(timeout=60)
+    finally:
+        goes_on.set()
+        logging.getLogger().removeHandler(stopped)
+    (path,) = tmp_path.glob("2*/*[[]0].log")
+    written = path.read_text()
+    assert written.endswith("the last words\n")
+    assert [written.count(f"record {i}\n") for i in range(1000)] == [1] * 1000
+    assert [written.count(f"line {i}\n") for i in range(1000)] == [1] * 1000
+    assert "it is still written to the log files" in caplog.text
+    assert "do not have all" not in caplog.text
