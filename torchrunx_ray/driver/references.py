@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from torchrunx_ray.driver.connection import Connection, untyped_ray
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
+from torchrunx_ray.driver.stored import missing_after_a_second
 from torchrunx_ray.wire.payload import Inserted, Packed, pack
 from torchrunx_ray.wire.unfit import UnfitError
 
@@ -74,24 +75,19 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
     """Return when Ray has the values, or knows that it will not have them."""
     begun = time.monotonic()
     reported = -math.inf
-    missing = len(refs)
-    while missing:
-        missing = await connection.call(connection.inside, missing_after_a_second, list(refs))
+    while refs and (
+        missing := await connection.call(connection.inside, missing_after_a_second, list(refs))
+    ):
         now = time.monotonic()
-        if missing and now - reported >= _REPORT_EVERY_S:
+        if now - reported >= _REPORT_EVERY_S:
             logger.warning(
                 "waiting for %d of %d ObjectRefs in the arguments, whose tasks have not ended, %.0f s "
                 "so far; the run begins after them",
-                missing,
+                len(missing),
                 len(refs),
                 now - begun,
             )
             reported = now
-
-
-def missing_after_a_second(refs: list[Any]) -> int:
-    _, missing = untyped_ray.wait(refs, num_returns=len(refs), timeout=1, fetch_local=False)
-    return len(missing)
 
 
 def _is_packed(ref: Any) -> bool:

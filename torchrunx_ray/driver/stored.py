@@ -29,7 +29,7 @@ async def until_stored(
     hostnames = [hostname for hostname, of_host in values for _ in of_host]
     says_at = time.monotonic() + _SILENT_S
     try:
-        while missing := await connection.call(connection.inside, _missing_after_a_second, refs):
+        while missing := await connection.call(connection.inside, missing_after_a_second, refs):
             if time.monotonic() >= says_at:
                 says_at = float("inf")
                 _say_missing(run_name, list(dict.fromkeys(hostnames[i] for i in missing)))
@@ -53,7 +53,7 @@ def _say_missing(run_name: str, hostnames: Sequence[str]) -> None:
     )
 
 
-def _missing_after_a_second(refs: list[Any]) -> list[int]:
+def missing_after_a_second(refs: list[Any]) -> list[int]:
     """Return by index which values Ray does not have."""
     _, missing = untyped_ray.wait(refs, num_returns=len(refs), timeout=1, fetch_local=False)
     left = set(missing)
