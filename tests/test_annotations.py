@@ -148,9 +148,11 @@ def test_names_in_single_annotations_travel(main: types.ModuleType) -> None:
 
 def test_global_that_cannot_be_pickled_is_found_in_an_annotation(main: types.ModuleType) -> None:
     exec("import threading\nlock = threading.Lock()\ndef train(a: 'lock'): pass", vars(main))
+    exec("class Config:\n  a: 'lock'", vars(main))
 
-    with pytest.raises(PayloadError, match=r"^global 'lock' used by train cannot be pickled"):
-        pack([("train", main.train)])
+    for name in "train", "Config":
+        with pytest.raises(PayloadError, match=rf"^global 'lock' used by {name} cannot be pickled"):
+            pack([(name, vars(main)[name])])
 
 
 MIXED = """
