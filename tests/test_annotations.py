@@ -46,6 +46,7 @@ SCRIPT = """
 from __future__ import annotations
 import dataclasses
 import inspect
+import pathlib
 import threading
 import typing
 import wsgiref.headers
@@ -54,6 +55,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import ClassVar, Literal, NamedTuple, Optional, Union
 
 LOCK = threading.Lock()
+Inside, InsideMethod, Unpack = list[int], set[int], dict[int, str]
 Name = Union[str, int]
 
 @dataclass
@@ -88,7 +90,12 @@ def inner():
         a: int = 1
         b: ClassVar[int] = 3
         c: InitVar[int] = 4
-    return [each.name for each in dataclasses.fields(Layer)]
+        def meth(self, other: InsideMethod): pass
+    def typed(config: Inside, *paths: pathlib.Path, n: int = 3) -> Unpack:
+        pass
+    names = "config", "LOCK"
+    signatures = [str(inspect.signature(each, eval_str=True)) for each in (typed, Layer.meth)]
+    return [each.name for each in dataclasses.fields(Layer)], signatures
 
 def command_line(tyro):
     return tyro.cli(Config, args=["--optimizer.rate", "3", "--name", "a"])
@@ -136,7 +143,8 @@ def test_names_in_annotations_that_are_text_travel(main: types.ModuleType) -> No
     (config, plain, pair, signature), fields, parsed = in_a_worker(main.look, tyro)
 
     assert [config, plain, pair, signature] == main.hints()
-    assert fields == ["a"]
+    assert fields == main.inner()
+    assert fields[0] == ["a"]
     assert parsed == main.Config(name="a", optimizer=main.Optimizer(3))
 
 
@@ -148,9 +156,11 @@ def test_names_in_single_annotations_travel(main: types.ModuleType) -> None:
 
 def test_global_that_cannot_be_pickled_is_found_in_an_annotation(main: types.ModuleType) -> None:
     exec("import threading\nlock = threading.Lock()\ndef train(a: 'lock'): pass", vars(main))
+    exec("class Config:\n  a: 'lock'", vars(main))
 
-    with pytest.raises(PayloadError, match=r"^global 'lock' used by train cannot be pickled"):
-        pack([("train", main.train)])
+    for name in "train", "Config":
+        with pytest.raises(PayloadError, match=rf"^global 'lock' used by {name} cannot be pickled"):
+            pack([(name, vars(main)[name])])
 
 
 MIXED = """

@@ -625,6 +625,7 @@ def test_members_of_an_enum_whose_values_equal_no_other_come_back_as_themselves(
 
 OWN_OBJECTS = """
 import enum
+import functools
 import logging
 import threading
 import typing
@@ -710,6 +711,22 @@ Derived.own = [TABLE, TABLE][0]
 DEFAULT = lambda self, table=frozenset(TABLE): self in table
 Derived.given.__defaults__ = (frozenset(TABLE),)
 
+@functools.singledispatch
+def size(value):
+    return 1
+
+@size.register
+def _(value: str):
+    return len(value)
+
+@functools.wraps(size)
+def safe_size(value):
+    return size(value)
+
+class Sized:
+    def size(self):
+        return safe_size("abc"), safe_size(1), safe_size.registry is size.registry
+
 class Single:
     single = None
     singles = {}
@@ -739,7 +756,7 @@ def look(*given):
     said = [Stage("b").is_last(), Local("b").is_last(), Cache._instance.lock is not None]
     said += [Cache.shared().other().lock is not None, Cache.names, Cache.shared() is Cache._instance]
     said += [Vector(0).is_zero(), Vector.ZERO, Point(1).plus(), Kind.A.cost(), Derived().table()]
-    return said + [Single().is_single(), Derived().one_of(), Derived().given(), len(given)]
+    return said + [Sized().size(), Single().is_single(), Derived().one_of(), Derived().given(), len(given)]
 """
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dis
+import inspect
 import sys
 import types
 import typing
@@ -10,8 +11,8 @@ from typing import Any, cast
 
 
 def code_of(function: types.FunctionType) -> list[types.CodeType]:
-    """Return the code of a function's own annotations, and of those of the classes inside it."""
-    texts = [*_texts_of(function.__annotations__), *_texts_in_class_bodies(function.__code__)]
+    """Return the code of a function's own annotations, and of those in functions and classes inside it."""
+    texts = [*_texts_of(function.__annotations__), *_texts_inside(function.__code__)]
     return list(_compiled(texts))
 
 
@@ -52,17 +53,36 @@ def _texts_in(annotation: Any) -> Iterator[str]:
             yield from _texts_in(each)
 
 
-def _texts_in_class_bodies(code: types.CodeType) -> Iterator[str]:
-    """Yield the texts that code stores in a class's `__annotations__`."""
-    if "__annotations__" in code.co_names:
-        before = None
-        for instruction in dis.get_instructions(code):
-            if instruction.argval == "__annotations__" and isinstance(before, str):
-                yield before
-            before = instruction.argval if instruction.opname == "LOAD_CONST" else None
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _texts_in_class_bodies(constant)
+def _texts_inside(code: types.CodeType) -> Iterator[str]:
+    inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    if not inner and "__annotations__" not in code.co_names:
+        return
+    loaded: object = None
+    for instruction in dis.get_instructions(code):
+        if instruction.argval == "__annotations__" and isinstance(loaded, str):
+            yield loaded  # into those of a class
+        if instruction.opname == "LOAD_CONST":
+            if instruction.argval in inner:
+                yield from _texts_of_parameters(instruction.argval, loaded)
+            loaded = instruction.argval
+        elif not instruction.opname.startswith(_LOADS_A_CLOSURE):
+            loaded = None
+    for each in inner:
+        yield from _texts_inside(each)
+
+
+_LOADS_A_CLOSURE = "LOAD_CLOSURE", "LOAD_FAST", "BUILD_TUPLE"
+"""Instructions between a function's annotations and its code."""
+
+
+def _texts_of_parameters(function: types.CodeType, constant: object) -> Iterator[str]:
+    """Yield every second part of a constant such as ("config", "Config", "return", "int")."""
+    if not isinstance(constant, tuple):
+        return
+    parts = cast("tuple[object, ...]", constant)
+    arguments, *further = inspect.getargs(function)
+    if len(parts) % 2 == 0 and {*arguments, *further, "return"}.issuperset(parts[::2]):
+        yield from (text for text in parts[1::2] if isinstance(text, str))
 
 
 def _compiled(texts: Iterable[str]) -> Iterator[types.CodeType]:

@@ -123,7 +123,7 @@ def finish(obj: Any, reduced: Any, order: code_first.Order) -> Any:
         return enums.reduce_enum(obj, reduced, order)
     if reduced[0] is of_cloudpickle["_make_function"]:
         reduced = inner_code.with_needs(obj, closures.with_own_cells(obj, reduced))
-        return _without_parts_of_dispatcher(obj, code_first.of_function(obj, reduced, order))
+        return code_first.of_function(obj, _without_parts_of_dispatcher(obj, reduced), order)
     return reduced
 
 

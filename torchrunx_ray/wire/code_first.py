@@ -99,7 +99,7 @@ def of_function(function: Any, reduced: Any, order: Order) -> Any:
     """Put off what a function has beside code, if a class's code is being pickled."""
     if not order.is_in_code:
         return reduced
-    make, arguments, (attributes, slots), *rest = reduced
+    make, arguments, (attributes, slots, *others), *rest = reduced
     attributes, _ = order.divide(attributes, lambda name, part: Step(setattr, function, name, part))
     submodules, there = slots.pop("_cloudpickle_submodules"), slots.pop("__globals__")
     slots, _ = order.divide(slots, lambda name, part: Step(setattr, function, name, part))
@@ -108,7 +108,7 @@ def of_function(function: Any, reduced: Any, order: Order) -> Any:
     )
     submodules += [Step(set_global_if_new, function, *part) for part in stand_ins.items()]
     slots |= {"__globals__": there, "_cloudpickle_submodules": submodules}
-    return make, arguments, (attributes, slots), *rest
+    return make, arguments, (attributes, slots, *others), *rest
 
 
 def of_class(kind: type, reduced: Any, order: Order, needs: object) -> Any:

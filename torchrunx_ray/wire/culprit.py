@@ -180,6 +180,8 @@ def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
             continue
         if not isinstance(part, made_by_python) and not is_of_a_library(kind_of_part):
             yield f"{path}.{name}", part
+    carrier = annotations.carrier_of(kind)
+    yield from () if carrier is None else parts_of_function(carrier, path)
     for i, base in enumerate(kind.__bases__):
         yield f"{path}.__bases__[{i}]", base
 
