@@ -2,9 +2,12 @@
 
 import dataclasses
 import enum
+import functools
+import re
 import subprocess
 import sys
 import threading
+import time
 import types
 from typing import Any
 
@@ -121,9 +124,14 @@ def test_submodules_that_only_inner_functions_and_classes_use_are_imported() -> 
 
 NAMES = """
 from typing import Callable, Generic, NewType, ParamSpec, TypeVar, TypeVarTuple
+import typing_extensions
 from typing_extensions import TypeAliasType
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+DT = typing_extensions.TypeVar("DT", bound=int, covariant=True, default=bool)
+DP = typing_extensions.ParamSpec("DP", default=[int])
+DTs = typing_extensions.TypeVarTuple("DTs", default=typing_extensions.Unpack[tuple[int, str]])
 P = ParamSpec("P")
 Ts = TypeVarTuple("Ts")
 UserId = NewType("UserId", int)
@@ -147,8 +155,10 @@ def look(users: Users = [], pairs: Pairs[int] = []):
     said = Timed(double)(UserId(3)), Timed.__parameters__ == (P, T), Rows.__parameters__ == (Ts,)
     hint = double.__annotations__["user"]
     said += hint is UserId, hint.__supertype__, Users.__value__.__args__[0] is UserId
+    said += Number.__constraints__, DT.__bound__, DT.__covariant__, DT.__default__, T.__bound__
+    said += [*DP.__default__], str(DTs.__default__), getattr(T, "has_default", bool)()
     said += Pairs.__type_params__ == (T,), Rows[int].__args__
-    return said, [P, Ts, UserId, Users], [each.__module__ for each in (P, Ts, UserId, Users)]
+    return said, [P, Ts, UserId, T, DT, DP, DTs, Users], [each.__module__ for each in (P, Ts, UserId, T, DT, Users)]
 """
 
 
@@ -156,14 +166,18 @@ def test_names_for_types_travel_and_come_back_as_the_scripts_own() -> None:
     script = of_a_script(NAMES)
     said, names, modules = elsewhere(script.look)
 
-    assert said == (6, True, True, True, int, True, True, (int,))
-    assert names[:3] == [script.P, script.Ts, script.UserId]
-    assert modules == ["script_of_no_module"] * 4
+    assert said == script.look()[0]
+    assert said[:6] == (6, True, True, True, int, True)
+    own = [script.P, script.Ts, script.UserId, script.T, script.DT, script.DP, script.DTs]
+    assert names[:7] == own
+    assert modules == ["script_of_no_module"] * 6
 
 
 ENUMS = """
+import abc
 import datetime
 import enum
+import functools
 
 class Planet(enum.Enum):
     EARTH = (5.9, 6.3)
@@ -243,7 +257,19 @@ class Mode(enum.Enum, metaclass=Meta, about="modes"):
 class Device(Mode, about="devices"):
     CPU = "cpu"
 
-ALL = [Mode, Device, Planet, Number, Right, Coord, Counted, Letter, Loose, Day, Sized, Text, Plain]
+class AbstractMeta(abc.ABCMeta, enum.EnumMeta):
+    pass
+
+class Shape(abc.ABC):
+    @abc.abstractmethod
+    def area(self): ...
+
+class Square(Shape, enum.Enum, metaclass=AbstractMeta):
+    SMALL = 2
+    def area(self):
+        return self.value ** 2
+
+ALL = [Square, Mode, Device, Planet, Number, Right, Coord, Counted, Letter, Loose, Day, Sized, Text, Plain]
 
 def describe():
     members = [[(name, each.name, each.value) for name, each in kind.__members__.items()] for kind in ALL]
@@ -256,6 +282,7 @@ def describe():
     said += [Loose("y") is Loose.YES, Day.FIRST.isoformat(), Sized.PAIR[1], Sized((1, 2)).name]
     said += [Text.HELLO.upper_case, Text("hello") + "!", f"{Plain.FIRST}", str(Text.HELLO)]
     said += [type(Device) is Meta, "cpu" in Device, 2 in Device, Mode.about, Device.about]
+    said += [Square.SMALL.area(), isinstance(Square.SMALL, Shape), type(Square) is AbstractMeta]
     own = [sorted({"__new__", "__init__", "__new_member__", "_use_args_"} & {*vars(kind)}) for kind in ALL]
     return members, iterated, said, own
 
@@ -397,6 +424,21 @@ def test_model_with_keywords_of_its_class_travels() -> None:
     assert elsewhere(script.look) == ("a", script.Model(x=3), True)
 
 
+@pytest.mark.alone
+def test_search_for_classes_in_a_large_stream_costs_what_a_search_for_one_word_costs() -> None:
+    stream = memoryview(bytes(2**26))
+    pattern: Any = vars(by_value)["_MAKES_A_CLASS"]
+
+    def cpu_s(pattern: re.Pattern[bytes]) -> float:
+        begun = time.process_time()
+        assert pattern.search(stream) is None
+        return time.process_time() - begun
+
+    word = re.compile(b"of_one_literal")
+    ratios = [cpu_s(pattern) / cpu_s(word) for _ in range(5)]
+    assert min(ratios) < 4
+
+
 CACHED = """
 import functools
 
@@ -416,3 +458,298 @@ def look():
 
 def test_cached_function_keeps_its_attributes() -> None:
     assert elsewhere(of_a_script(CACHED).look) == ((4, 3, True, 7), "About.", True)
+
+
+CLOSURES = """
+def switch():
+    on = False
+    def is_on():
+        return on
+    def set_on(value):
+        nonlocal on
+        on = value
+    return is_on, set_on
+
+is_on, set_on = switch()
+
+class Timer:
+    def __init__(self):
+        total = 0
+        def add(seconds):
+            nonlocal total
+            total += seconds
+        def get():
+            return total
+        self.add, self.get = add, get
+
+timer = Timer()
+
+def recursive():
+    def factorial(n):
+        return 1 if n == 0 else n * factorial(n - 1)
+    def is_even(n):
+        return n == 0 or is_odd(n - 1)
+    def is_odd(n):
+        return n > 0 and is_even(n - 1)
+    def early():
+        return late
+    if False:
+        late = None
+    factorial.itself = factorial
+    return factorial, is_even, early
+
+factorial, is_even, early = recursive()
+
+class Base:
+    def name(self):
+        return __class__.__name__
+
+class Derived(Base):
+    def name(self):
+        return super().name() + __class__.__name__
+
+def look():
+    before = is_on(), timer.get()
+    set_on(True)
+    timer.add(3)
+    said = factorial(4), factorial.itself is factorial, is_even(5), Derived().name()
+    try:
+        early()
+    except NameError as error:
+        return before, (is_on(), timer.get()), said, error.name, (is_on, timer)
+"""
+
+
+def test_closures_that_share_a_variable_share_it_in_another_process() -> None:
+    script = of_a_script(CLOSURES)
+    before, after, said, unbound, (is_on, timer) = elsewhere(script.look)
+
+    assert before == (False, 0)
+    assert after == (True, 3)
+    assert said == (24, True, False, "BaseDerived")
+    assert unbound == "late"
+    timer.add(1)
+    assert (is_on(), timer.get()) == (True, 4)
+    assert elsewhere(script.Derived().name) == "BaseDerived"
+
+
+TYPED_DICTS = """
+import typing
+import typing_extensions
+
+T = typing.TypeVar("T")
+
+class Base(typing.TypedDict):
+    a: int
+
+class Sub(Base, total=False):
+    b: typing.Required[str]
+    c: int
+
+Made = typing.TypedDict("Made", {"a": int}, total=False)
+
+class Rows(typing.TypedDict, typing.Generic[T]):
+    row: T
+
+class Numbers(Rows[int]):
+    b: int
+
+class Other(typing_extensions.TypedDict):
+    a: typing_extensions.ReadOnly[int]
+
+class More(Other):
+    b: int
+
+KINDS = [Base, Sub, Made, Rows, Numbers, Other, More]
+
+def describe():
+    names = "__annotations__", "__required_keys__", "__optional_keys__", "__total__"
+    return [[getattr(kind, name) for name in names] for kind in KINDS]
+
+def look(given: Sub):
+    return describe(), given, Made(a=1), Numbers(row=1, b=2), More(a=1, b=2), KINDS
+"""
+
+
+def test_typed_dicts_travel_also_those_that_inherit_or_are_made_by_a_call() -> None:
+    script = of_a_script(TYPED_DICTS)
+    described, *made, kinds = elsewhere(functools.partial(script.look, script.Sub(a=1, b="x")))
+
+    assert described == script.describe()
+    assert made == [{"a": 1, "b": "x"}, {"a": 1}, {"row": 1, "b": 2}, {"a": 1, "b": 2}]
+    assert kinds == script.KINDS
+
+
+CALLS = """
+import enum
+import functools
+
+class Activation(enum.Enum):
+    RELU = functools.partial(max, 0)
+    SQUARE = enum.member(lambda x: x * x)
+
+class Options(enum.Enum):
+    def __init__(self, value):
+        self.other = type(self)._member_map_.get("SMALL")
+    SMALL = [1]
+    LARGE = type("Spec", (), {"size": 2})()
+
+class Own(enum.Enum):
+    A = 1
+    def __reduce_ex__(self, protocol):
+        return getattr, (Own, "B")
+    B = 2
+
+class Right(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+def look(given):
+    said = given(-3), given is Activation.RELU.value, Options.LARGE.other is Options.SMALL
+    members = *Activation, *Options, Own.A, Right.READ, Right.READ | Right.WRITE
+    return said, members
+"""
+
+
+def test_members_of_an_enum_whose_values_equal_no_other_come_back_as_themselves() -> None:
+    script = of_a_script(CALLS)
+    given = script.Activation.RELU.value
+    said, members = elsewhere(functools.partial(script.look, given))
+
+    assert said == (0, True, True)
+    both = script.Right.READ | script.Right.WRITE
+    expected = *script.Activation, *script.Options, script.Own.B, script.Right.READ, both
+    assert [each is other for each, other in zip(members, expected, strict=True)] == [True] * 7
+    assert elsewhere(script.Activation.SQUARE.value.__get__(3)) == 9
+
+
+OWN_OBJECTS = """
+import enum
+import logging
+import threading
+import typing
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    def is_last(self):
+        return self in LAST and self in helper()
+
+def helper():
+    return {each: 1 for each in ALSO_LAST}
+
+LAST = frozenset({Stage("b")})
+ALSO_LAST = frozenset({Stage("b")})
+
+def of_a_function():
+    @dataclass(frozen=True)
+    class Local:
+        name: str
+        def is_last(self):
+            return self in last
+    last = {Local("b"): 1}
+    return Local
+
+Local = of_a_function()
+
+class Cache:
+    _instance = None
+    names = {"mine": 1}
+    def __init__(self):
+        self.lock = threading.Lock()
+    @classmethod
+    def shared(cls):
+        cls._instance = cls._instance or cls()
+        return cls._instance
+    def __getstate__(self):
+        return (1,)
+    def __setstate__(self, state):
+        self.names[LOGGER.name] = 1
+        self.lock = threading.Lock()
+    def other(self):
+        return OTHER
+
+Cache.shared()
+OTHER = Cache()
+LOGGER = logging.getLogger("mine")
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    x: float
+    def is_zero(self):
+        return self == Vector.ZERO
+
+Vector.ZERO = Vector(0)
+
+class Point(typing.NamedTuple):
+    x: float
+    def plus(self, default=None):
+        return Point(self.x + (default or ORIGIN).x)
+
+ORIGIN = Point(5)
+
+class Base:
+    def __eq__(self, other):
+        return type(self) is type(other)
+    def __hash__(self):
+        return 7
+    def table(self):
+        return TABLE
+
+class Derived(Base):
+    def __hash__(self):
+        return 8
+    def one_of(self):
+        return self in TABLE, self in self.own, DEFAULT(self)
+    def given(self, table=()):
+        return self in table
+
+TABLE = {Derived(): 1, Base(): 2}
+Derived.own = [TABLE, TABLE][0]
+DEFAULT = lambda self, table=frozenset(TABLE): self in table
+Derived.given.__defaults__ = (frozenset(TABLE),)
+
+class Single:
+    single = None
+    singles = {}
+    def __new__(cls):
+        global SINGLE
+        cls.single = SINGLE = cls.single or SINGLE or super().__new__(cls)
+        return cls.singles.setdefault(cls, cls.single)
+    def is_single(self):
+        return Single() is self.single is self.singles[Single] is SINGLE and self.size == 3
+
+SINGLE = None
+Single().size = 3
+
+class Kind(enum.Enum):
+    A = 1
+    B = 2
+    def __init__(self, value):
+        self.others = {self: value}
+    def __hash__(self):
+        return hash(("kind", self.value))
+    def cost(self):
+        return COSTS[self], self.others[self]
+
+COSTS = {Kind.A: 3, Kind.B: 4}
+
+def look(*given):
+    said = [Stage("b").is_last(), Local("b").is_last(), Cache._instance.lock is not None]
+    said += [Cache.shared().other().lock is not None, Cache.names, Cache.shared() is Cache._instance]
+    said += [Vector(0).is_zero(), Vector.ZERO, Point(1).plus(), Kind.A.cost(), Derived().table()]
+    return said + [Single().is_single(), Derived().one_of(), Derived().given(), len(given)]
+"""
+
+
+@pytest.mark.parametrize(
+    "first", ["()", "[Cache.shared()]", "COSTS, Stage, ORIGIN", "[DEFAULT, SINGLE]"]
+)
+def test_objects_that_their_own_class_reaches_are_made_when_it_has_its_methods(first: str) -> None:
+    """They were hashed as object does, and made without the class's `__setstate__`."""
+    script = of_a_script(OWN_OBJECTS)
+    given = eval(first, vars(script))
+    call = functools.partial(lambda given, look: look(*given), given, script.look)
+
+    assert elsewhere(call) == script.look(*given)

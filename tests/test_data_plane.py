@@ -1,6 +1,9 @@
 """Values go in and come out without needless copies, and nothing of them stays behind."""
 
 import concurrent.futures
+import dataclasses
+import enum
+import operator
 import os
 import time
 from collections.abc import Callable
@@ -65,6 +68,49 @@ def test_arrays_that_came_by_reference_may_be_written_to(launcher: trx.Launcher)
     given = np.zeros((1000, 100))
     assert list(launcher.run(add, ray.put(given))) == [1, 1]
     assert list(launcher.run(add, ray.put(given[:, ::2]))) == [1, 1]
+
+
+def test_dataclass_of_the_script_comes_by_reference(one: trx.Launcher) -> None:
+    """Ray's copy of cloudpickle makes a second dataclasses.MISSING."""
+
+    @dataclasses.dataclass
+    class Batch:
+        size: int
+        names: list[str] = dataclasses.field(default_factory=list[str])
+
+    def look(batch: Any) -> tuple[int, bool]:
+        return batch.size, dataclasses.fields(batch)[0].default is dataclasses.MISSING
+
+    assert one.run(look, ray.put(Batch(3))).rank(0) == (3, True)
+
+
+def test_what_comes_by_reference_is_of_the_functions_own_classes(one: trx.Launcher) -> None:
+    """Ray's copy of cloudpickle and cloudpickle itself each keep account of classes."""
+
+    class Early:
+        pass
+
+    class Late:
+        pass
+
+    class Mode(enum.Enum):
+        A = 1
+
+    def make() -> Any:
+        class Made:
+            pass
+
+        return Late, Made
+
+    early = ray.put((Early(), Mode.A))
+    _, made = one.run(make).rank(0)
+    late = ray.put((Late(), made()))
+
+    def look(first: Any, second: Any) -> list[bool]:
+        kinds = [type(each) for each in (*first, *second)]
+        return [*map(operator.is_, kinds, [Early, Mode, Late, made]), first[1] is Mode.A]
+
+    assert one.run(look, early, late).rank(0) == [True] * 5
 
 
 def test_reference_whose_task_failed_is_told(launcher: trx.Launcher) -> None:

@@ -546,9 +546,9 @@ def test_workers_of_different_environments_do_not_share_agents(launcher: trx.Lau
 
 @pytest.mark.slow
 def test_what_a_runtime_env_brings_is_not_hidden_by_the_drivers_pythonpath(
-    run_script: Callable[[str], "subprocess.CompletedProcess[str]"], tmp_path: Path
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"], address: str, tmp_path: Path
 ) -> None:
-    """A host's old copy of the code ran in place of the code that the driver had sent."""
+    """A host's old copy ran in place of the code that the driver had sent, in workers or their children."""
     for folder, of in (("job", "job"), ("given", "env_vars"), ("mods/of_py_modules", "py_modules")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "__init__.py").write_text(f"of = {of!r}")
@@ -559,27 +559,33 @@ def test_what_a_runtime_env_brings_is_not_hidden_by_the_drivers_pythonpath(
         (stale / name).write_text("of = 'an old copy'")
     (tmp_path / "job" / "data.txt").write_text("of the job")
     done = run_script(
-        f"""
-import os
+        f'''
+import os, subprocess, sys
 ray.shutdown()
 folder = {str(tmp_path)!r}
 job = {{"working_dir": folder + "/job", "py_modules": [folder + "/mods/of_py_modules"]}}
 job["env_vars"] = {{"PYTHONPATH": folder + "/given"}}
-ray.init(address="local", num_cpus=2, include_dashboard=False, runtime_env=job)
+ray.init({address!r}, runtime_env=job)
 os.environ["PYTHONPATH"] = folder + "/stale"
 import torchrunx_ray as trx
+
+CHILD = """
+import in_giv, in_job, of_py_modules, only_there
+print(in_job.of, of_py_modules.of, in_giv.of, only_there.of, sep=", ")
+"""
 
 def look():
     import in_giv, in_job, of_py_modules, only_there
     modules = in_job, of_py_modules, in_giv, only_there
-    return open("data.txt").read(), *(module.of for module in modules)
+    in_child = subprocess.check_output([sys.executable, "-c", CHILD], cwd="/", text=True)
+    return open("data.txt").read(), ", ".join(module.of for module in modules), in_child
 
-print(trx.launch(look, workers_per_host=1).rank(0))
-"""
+print(*trx.launch(look, workers_per_host=1, backend=None).rank(0), sep="\\n")
+'''
     )
 
-    found = ("of the job", "job", "py_modules", "env_vars", "an old copy")
-    assert done.stdout == f"{found}\n", done.stderr
+    found = "job, py_modules, env_vars, an old copy\n"
+    assert done.stdout == f"of the job\n{found}{found}\n", done.stderr
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.victims import MAY_RAISE, Driven
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 CPUS = 4
+WITHOUT_TORCH: dict[str, Any] = {"workers_per_host": 2, "backend": None, "preload": ()}
 LINGER_S = 3
 WHOLE = {"worker": 2, "template": 2, "agent": 1}
 """How many of two agents live on, and serve another run, when one of these was killed."""
@@ -74,12 +76,12 @@ def test_agents_go_at_once_with_their_driver(
 
 def test_another_driver_has_the_room_while_agents_linger(environment: dict[str, str]) -> None:
     """And the agents serve their own driver's next run, in new processes, when it is done."""
-    launcher = trx.Launcher(hostnames=2, workers_per_host=2, linger=1000)
+    launcher = trx.Launcher(hostnames=2, linger=1000, **WITHOUT_TORCH)
     pids = list(launcher.run(lambda: (os.getppid(), os.getpid())))
-    script = """
+    script = f"""
 import os, ray, torchrunx_ray as trx
 ray.init(os.environ["CLUSTER"], log_to_driver=False)
-print(len(trx.Launcher(hostnames=2, workers_per_host=2, placement_timeout=20).run(os.getpid)))
+print(len(trx.Launcher(hostnames=2, placement_timeout=20, **{WITHOUT_TORCH}).run(os.getpid)))
 """
     other = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert other.stdout == b"4\n", other.stderr.decode()
@@ -91,7 +93,7 @@ print(len(trx.Launcher(hostnames=2, workers_per_host=2, placement_timeout=20).ru
 
 
 def launch_again() -> int:
-    return len(trx.Launcher(hostnames=2, workers_per_host=2, linger=0).run(os.getpid))
+    return len(trx.Launcher(hostnames=2, linger=0, **WITHOUT_TORCH).run(os.getpid))
 
 
 def outcome_of_killing(victim: str, driven: Driven) -> str:

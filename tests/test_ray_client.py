@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clusters.client_server import ClientServer, client_server
+from tests.clusters.client_server import ClientServer, Drive, client_server, one_driver
 from tests.clusters.other_python import python_without
 from tests.clusters.shifted_clock import compiler, shifted_clock
 from tests.processes import mentioning, of_pool, wait_until
@@ -24,6 +24,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def head() -> Iterator[ClientServer]:
     with client_server() as head:
         yield head
+
+
+@pytest.fixture(scope="module")
+def drive(head: ClientServer) -> Iterator[Drive]:
+    """Run a script in a driver that has run others before."""
+    with one_driver(head) as drive:
+        yield drive
 
 
 def test_core_works_through_ray_client(head: ClientServer) -> None:
@@ -40,12 +47,12 @@ def test_core_works_through_ray_client(head: ClientServer) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_tensors_and_references_travel(head: ClientServer) -> None:
-    done = head.drive(
+def test_tensors_and_references_travel(drive: Drive) -> None:
+    done = drive(
         """
 import numpy, torch
 launcher = trx.Launcher(workers_per_host=2, backend=None)
-big = torch.arange(20_000_000)
+big = torch.arange(5_000_000)
 
 def double(tensor, array):
     rank = int(os.environ["RANK"])
@@ -72,11 +79,11 @@ print(launcher.run(lambda array: float(array.sum()), ray.put(numpy.ones(7))).ran
     assert "Traceback" not in done.stderr, done.stderr
 
 
-def test_what_cannot_travel_is_named_by_its_path(head: ClientServer) -> None:
-    done = head.drive(
+def test_what_cannot_travel_is_named_by_its_path(drive: Drive) -> None:
+    done = drive(
         """
 import threading
-launcher = trx.Launcher(workers_per_host=1, backend=None)
+launcher = trx.Launcher(workers_per_host=1, backend=None, preload=())
 
 @ray.remote(num_cpus=0)
 class Counter: ...
@@ -114,7 +121,7 @@ def speak():
     print("rank", os.environ["RANK"])
     print("an error", file=sys.stderr)
 
-trx.launch(speak, workers_per_host=2, backend=None)
+trx.launch(speak, workers_per_host=2, backend=None, preload=())
 """,
         cwd=tmp_path,
         TORCHRUNX_LOG_DIR="logs",
@@ -127,14 +134,15 @@ trx.launch(speak, workers_per_host=2, backend=None)
     assert ["rank 0" in texts[0], "rank 1" in texts[1]] == [True, True]
 
 
-def test_launch_that_waits_shows_what_is_free(head: ClientServer) -> None:
-    done = head.drive(
+def test_launch_that_waits_shows_what_is_free(drive: Drive) -> None:
+    done = drive(
         """
-session = trx.Launcher(workers_per_host=3, backend=None).session()
-try:
-    trx.launch(print, workers_per_host=2, backend=None, placement_timeout=1)
-except trx.PlacementError as error:
-    print(error)
+without_torch = {"backend": None, "preload": ()}
+with trx.Launcher(workers_per_host=3, **without_torch).session():
+    try:
+        trx.launch(print, workers_per_host=2, placement_timeout=1, **without_torch)
+    except trx.PlacementError as error:
+        print(error)
 try:
     trx.launch(print, workers_per_host=5, cpus_per_worker=1)
 except trx.PlacementError as error:
@@ -146,9 +154,10 @@ except trx.PlacementError as error:
     assert "a host needs 5 CPU; the largest node has 4" in done.stdout
 
 
-def test_localhost_is_the_head(head: ClientServer) -> None:
-    done = head.drive(
-        "print(trx.launch(os.getpid, hostnames=['localhost'], workers_per_host=1).hostnames)"
+def test_localhost_is_the_head(drive: Drive) -> None:
+    done = drive(
+        "without_torch = {'backend': None, 'preload': ()}\n"
+        "print(trx.launch(os.getpid, hostnames=['localhost'], workers_per_host=1, **without_torch).hostnames)"
     )
 
     assert done.stdout == "('localhost',)\n", done.stderr
@@ -164,7 +173,7 @@ import torchrunx_ray as trx
 import ray
 ray.init({head.address!r}, runtime_env={{"working_dir": "."}}, log_to_driver=False)
 import own_module
-print(trx.launch(own_module.train, workers_per_host=1, backend=None).rank(0))
+print(trx.launch(own_module.train, workers_per_host=1, backend=None, preload=()).rank(0))
 """
     )
     done = subprocess.run(
@@ -180,10 +189,8 @@ print(trx.launch(own_module.train, workers_per_host=1, backend=None).rank(0))
     assert done.stdout == "of the driver\n", done.stderr
 
 
-def test_env_file_of_the_drivers_machine_is_told_to_be_read_on_the_hosts(
-    head: ClientServer, tmp_path: Path
-) -> None:
-    done = head.drive(
+def test_env_file_of_the_drivers_machine_is_told_to_be_read_on_the_hosts(drive: Drive) -> None:
+    done = drive(
         """
 try:
     trx.launch(print, workers_per_host=1, env_file="/of/the/laptop/env")
@@ -201,7 +208,7 @@ def sleep(seconds):
     print("mark", os.environ["TORCHRUNX_RAY_POOL"], flush=True)
     time.sleep(seconds)
 
-launcher = trx.Launcher(workers_per_host=2, console_ranks="all")
+launcher = trx.Launcher(workers_per_host=2, backend=None, preload=(), console_ranks="all")
 """
 
 
@@ -264,8 +271,8 @@ def test_driver_that_is_killed_leaves_nothing_after_the_grace_period(
         assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 30)
 
 
-def test_cancelled_run_leaves_no_traceback(head: ClientServer) -> None:
-    done = head.drive(
+def test_cancelled_run_leaves_no_traceback(drive: Drive) -> None:
+    done = drive(
         SLEEPING
         + """
 import concurrent.futures
@@ -298,7 +305,7 @@ def fail():
         raise ValueError("first")
     time.sleep(1000)
 
-launcher = trx.Launcher(workers_per_host=2, backend=None)
+launcher = trx.Launcher(workers_per_host=2, backend=None, preload=())
 print(time.time())
 try:
     launcher.run(fail)
@@ -347,8 +354,9 @@ try:
 except trx.LaunchError as error:
     print("AFTER SHUTDOWN", error)
 """
+    of_others = servers_of(head)
     with sleeping_driver(head, begin) as (driver, marks):
-        for server in servers_of(head):
+        for server in set(servers_of(head)) - set(of_others):
             os.kill(server, signal.SIGKILL)
         said, _ = driver.communicate(timeout=90)
 

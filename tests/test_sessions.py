@@ -1,14 +1,17 @@
 """A session goes on after failures, and says where it cannot."""
 
 import asyncio
+import dataclasses
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 
 import torchrunx_ray as trx
 from tests import processes
@@ -140,10 +143,38 @@ def test_session_that_is_closed_while_it_opens_holds_no_room(one: trx.Launcher) 
         opening = asyncio.create_task(hosts.open(Progress("closed-early")))
         await asyncio.sleep(0)
         await hosts.close()
+        await opening
         with pytest.raises(RuntimeError, match="the session is closed"):
-            await opening
+            await hosts.open(Progress("closed-already"))
 
     loop.start(close_while_it_opens()).result(60)
+
+
+def test_session_that_is_interrupted_while_it_waits_has_given_its_room_back(
+    one: trx.Launcher,
+) -> None:
+    """Else nobody would wait for that where the script ends by the interruption."""
+
+    def states() -> list[str]:
+        groups: dict[str, Any] = placement_group_table()
+        return [each["state"] for each in groups.values() if "interrupted" in each["name"]]
+
+    def interrupt_once_it_waits() -> None:
+        processes.wait_until(lambda: states() == ["PENDING"])
+        signal.raise_signal(signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    cpus = ray.cluster_resources()["CPU"]
+    try:
+        with dataclasses.replace(one, cpus_per_worker=cpus).session():
+            interrupting = threading.Thread(target=interrupt_once_it_waits)
+            interrupting.start()
+            with pytest.raises(KeyboardInterrupt):
+                dataclasses.replace(one, name="interrupted").session()
+            assert states() == ["REMOVED"]
+            interrupting.join()
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 async def test_cancelling_a_coroutine_ends_its_session(cluster: None) -> None:

@@ -1,8 +1,10 @@
 """What template and store do for the workers that are forked."""
 
+import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +131,21 @@ def test_template_does_not_learn_what_preload_left_out(cluster: None) -> None:
     launcher = trx.Launcher(workers_per_host=1, backend=None, preload=())
 
     assert [launcher.run(step).rank(0) for _ in range(2)] == [False, False]
+
+
+@pytest.mark.slow
+def test_what_a_preloaded_module_has_in_a_buffer_is_not_written_by_workers(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them has a copy of the buffer, and gc.freeze() makes theirs and the template's alike."""
+    (tmp_path / "opens_a_file.py").write_text(
+        "from pathlib import Path\n"
+        "file = (Path(__file__).parent / 'log').open('w')\n"
+        "file.write('opened')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    launcher = trx.Launcher(workers_per_host=2, backend=None, preload=("opens_a_file",), linger=0)
+    launcher.run(gc.freeze)
+
+    assert (tmp_path / "log").read_text() == ""

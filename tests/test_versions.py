@@ -2,7 +2,11 @@
 
 import contextlib
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from tests.clusters.other_python import python_without
 from tests.clusters.raylets import raylets
 from tests.clusters.started import ray_start
 from tests.processes import wait_until
-from torchrunx_ray.wire import versions
+from torchrunx_ray.wire import private, versions
 
 HERE = {"Python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "cloudpickle": "3.1.2"}
 
@@ -57,6 +61,33 @@ def test_python_may_differ_in_its_last_number_only() -> None:
 def test_package_that_is_missing_is_named() -> None:
     problem = versions.problem_between(HERE, {**HERE, "torch": None})
     assert problem == "torch is not installed there; the driver has 2.13.0+cpu."
+
+
+LACKS_A_NAME = """import cloudpickle
+del cloudpickle.cloudpickle._find_imported_submodules
+from torchrunx_ray.wire import payload
+"""
+
+
+def test_cloudpickle_without_a_private_name_that_is_needed_is_refused_at_import() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LACKS_A_NAME], capture_output=True, text=True, check=False
+    )
+
+    assert done.stderr.endswith(
+        f"\nImportError: cloudpickle {metadata.version('cloudpickle')} does not have "
+        "_find_imported_submodules, which torchrunx_ray needs; install cloudpickle>=3,<4 or a newer "
+        "torchrunx-ray\n"
+    )
+
+
+def test_every_private_name_of_cloudpickle_that_is_used_is_looked_for_at_import() -> None:
+    folder = Path(trx.__file__).parent
+    sources = [path.read_text() for path in folder.glob("**/*.py")]
+    used = {name for text in sources for name in re.findall(r'of_cloudpickle\["(\w+)"\]', text)}
+
+    assert used == set(vars(private)["_NAMES"])
+    assert sum(text.count("vars(cloudpickle") for text in sources) == 1
 
 
 @contextlib.contextmanager

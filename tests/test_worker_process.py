@@ -1,6 +1,9 @@
 """What a worker finds when it looks at itself; each test is one promise of the design's section 4."""
 
+import bz2
 import dataclasses
+import gzip
+import lzma
 import os
 import re
 import signal
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ import torch.distributed as dist
 import torchrunx_ray as trx
 from tests import processes
 from torchrunx_ray.wire.messages import StartMethod
-from torchrunx_ray.worker import entry
+from torchrunx_ray.worker import open_files
 
 
 @pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -315,7 +319,7 @@ def test_file_whose_lock_a_thread_holds_for_ever_keeps_no_run_from_ending(
     one: trx.Launcher,
 ) -> None:
     def leave_a_thread_that_writes() -> int:
-        entry._FLUSH_S = 0.3
+        open_files._FINISH_S = 0.3
         _, writer = os.pipe()  # nobody reads
         file = os.fdopen(writer, "wb")
         threading.Thread(target=file.write, args=(b"x" * 2**20,), daemon=True).start()
@@ -348,3 +352,51 @@ def test_what_is_left_in_buffers_is_written(
 
     assert (tmp_path / "log").read_text() == "last step"
     assert (tmp_path / "raw").read_text() == "bytes"
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_files_that_write_their_end_at_close_are_whole(
+    cluster: None, tmp_path: Path, start_method: StartMethod
+) -> None:
+    """Compressed files lacked their end, and gc.freeze() hid every file."""
+
+    def train() -> None:
+        import bz2
+        import gc
+        import gzip
+        import io
+        import lzma
+        import zipfile
+
+        text = open(tmp_path / "text", "w")  # noqa: SIM115
+        text.write("last step")
+        archive = zipfile.ZipFile(tmp_path / "zip", "w")
+        archive.writestr("closed", "closed")
+        frozen = [
+            gzip.open(tmp_path / "frozen.gz", "wt"),  # noqa: SIM115
+            lzma.open(tmp_path / "lzma", "wt"),  # noqa: SIM115
+            io.TextIOWrapper(archive.open("member", "w")),
+        ]
+        globals()["kept"] = text, frozen
+        gc.freeze()
+        inner = open(tmp_path / "inner.gz", "wb")  # noqa: SIM115
+        local = [bz2.open(tmp_path / "bz2", "wt"), gzip.open(inner, "wt")]  # noqa: SIM115
+        for file in frozen + local:
+            file.write("last step")
+        error = ValueError("late")  # a cycle, which keeps what is local
+        raise error
+
+    launcher = trx.Launcher(workers_per_host=1, backend=None, start_method=start_method)
+    with pytest.raises(ValueError, match="late"):
+        launcher.run(train)
+
+    with zipfile.ZipFile(tmp_path / "zip") as archive:
+        assert archive.read("closed") == b"closed"
+        assert [
+            (tmp_path / "text").read_bytes(),
+            archive.read("member"),
+            gzip.decompress((tmp_path / "frozen.gz").read_bytes()),
+            gzip.decompress((tmp_path / "inner.gz").read_bytes()),
+            bz2.decompress((tmp_path / "bz2").read_bytes()),
+            lzma.decompress((tmp_path / "lzma").read_bytes()),
+        ] == [b"last step"] * 6

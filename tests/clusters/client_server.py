@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from tests.clusters.started import free_port, ray_start
 from tests.processes import wait_until
@@ -18,6 +19,18 @@ import ray
 import torchrunx_ray as trx
 ray.init(ADDRESS, log_to_driver=False)
 """
+
+
+_ONE_AFTER_ANOTHER = """
+import traceback
+for script in map(eval, sys.stdin):
+    try:
+        exec(script, dict(globals()))
+    except BaseException:
+        traceback.print_exc()
+    print(END, flush=True)
+"""
+_END = "the end of a script"
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,41 @@ class ClientServer:
         )
 
 
+class Drive(Protocol):
+    def __call__(self, script: str) -> "subprocess.CompletedProcess[str]": ...
+
+
+@contextlib.contextmanager
+def one_driver(head: ClientServer) -> Iterator[Drive]:
+    """Run scripts one after another in one driver: each driver behind ray:// costs 3 s of CPU."""
+    command = head.command(_ONE_AFTER_ANOTHER.replace("END", repr(_END)))
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        tempfile.NamedTemporaryFile("w") as written,
+        open(written.name) as errors,
+        subprocess.Popen(
+            command, env=head.environment, stderr=written, text=True, **pipes
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        to_driver, from_driver = process.stdin, process.stdout
+
+        def drive(script: str) -> "subprocess.CompletedProcess[str]":
+            print(repr(script), file=to_driver, flush=True)
+            said = ""
+            while not said.endswith(f"{_END}\n"):
+                line = from_driver.readline()
+                assert line, (said, errors.read())
+                said += line
+            said = said.removesuffix(f"{_END}\n")
+            return subprocess.CompletedProcess(command, 0, said, errors.read())
+
+        yield drive
+        to_driver.close()
+        process.wait(30)
+
+
 @contextlib.contextmanager
 def client_server(python: Path = Path(sys.executable)) -> Iterator[ClientServer]:
     environment = {
@@ -60,7 +108,7 @@ def client_server(python: Path = Path(sys.executable)) -> Iterator[ClientServer]
     }
     port, client_port = free_port(), free_port()
     of_head = ("--head", f"--port={port}", f"--ray-client-server-port={client_port}")
-    sizes = ("--num-cpus=4", "--include-dashboard=false")
+    sizes = ("--num-cpus=4", "--include-dashboard=false", "--include-log-monitor=false")
     with tempfile.TemporaryDirectory(prefix="trx") as folder:
         arguments = (*of_head, *sizes, f"--temp-dir={folder}")
         of_servers = {

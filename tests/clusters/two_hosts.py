@@ -105,7 +105,7 @@ class TwoHosts:
     def _raylet(
         self, host: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> contextlib.AbstractContextManager[None]:
-        address = (f"--node-ip-address={IPS[host]}", "--num-cpus=4")
+        address = (f"--node-ip-address={IPS[host]}", "--num-cpus=4", "--include-log-monitor=false")
         prefix = self._prefixes[host]
         return ray_start(*address, *arguments, environment=environment, prefix=prefix)
 

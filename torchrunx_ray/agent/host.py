@@ -69,13 +69,8 @@ def search_path(
     hide what this host has.
     """
     own = list(sys.path)
-    here = os.getcwd()
-    of_runtime_env = _folders(runtime_env.get("env_vars", {}).get("PYTHONPATH"), here)
-    agents = {
-        folder
-        for folder in _folders(os.environ.get("PYTHONPATH"), here)
-        if folder not in of_runtime_env and _SENT not in folder.split(os.sep)
-    }
+    brought = _brought(runtime_env)
+    agents = set(_folders(os.environ.get("PYTHONPATH"), os.getcwd())).difference(brought)
     places = (i for i, each in enumerate(own) if each in agents or _is_standard(each))
     place = next(places, len(own))
     before, after = own[:place], own[place:]
@@ -85,6 +80,24 @@ def search_path(
         return found
     of_driver = _folders(dict(wanted.driver_variables).get("PYTHONPATH"), cwd)
     return found + [each for each in of_driver if each not in found]
+
+
+def python_path(made: Mapping[str, str], runtime_env: Mapping[str, Any]) -> str | None:
+    """Return the PYTHONPATH of workers, for their child processes: what the runtime_env brought comes first."""
+    wanted = made.get("PYTHONPATH")
+    brought = _brought(runtime_env)
+    if not brought:
+        return wanted
+    entries = wanted.split(os.pathsep) if wanted else []
+    return os.pathsep.join(brought + [each for each in entries if each not in brought])
+
+
+def _brought(runtime_env: Mapping[str, Any]) -> list[str]:
+    """Return the folders of the agent's PYTHONPATH that the runtime_env sent or named."""
+    here = os.getcwd()
+    named = _folders(runtime_env.get("env_vars", {}).get("PYTHONPATH"), here)
+    folders = _folders(os.environ.get("PYTHONPATH"), here)
+    return [each for each in folders if each in named or _SENT in each.split(os.sep)]
 
 
 def _folders(python_path: str | None, cwd: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrunx_ray.agent.host import search_path
+from torchrunx_ray.agent.host import python_path, search_path
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.environment import MARK
@@ -36,7 +36,7 @@ class Keeper:
         self.begun_ns = now_ns()
         setup = TemplateSetup(
             tuple(search_path(wanted, environment, cwd, runtime_env)),
-            environment.get("PYTHONPATH"),
+            python_path(environment, runtime_env),
             wanted.preload,
             wanted.start_method,
         )

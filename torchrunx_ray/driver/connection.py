@@ -1,19 +1,18 @@
 """The driver's membership in a Ray cluster: how it begins, what is asked under it, and that it may end."""
 
 import asyncio
-import atexit
 import contextlib
 import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver import cluster_token, head_address
+from torchrunx_ray.driver import cluster_token, head_address, leaving
 from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.main_guard import refuse_if_the_script_is_only_imported
 from torchrunx_ray.errors import LaunchError
@@ -28,7 +27,7 @@ _LOOK_AROUND_S = 1.0
 """How often a driver that waits for an answer looks whether it still belongs to the cluster."""
 
 _lost: set[object] = set()
-"""Connections that end: through ray://, if Ray has given them up, or while ray.shutdown() goes on."""
+"""Connections through ray:// that Ray has given up."""
 
 _inherited: set[object] = set()
 """Connections that a fork brought into this process, without the threads that they live by."""
@@ -40,10 +39,6 @@ _came_through_client = False
 
 _joined_by_launch: object = None
 """The last connection that a launch began itself, by ray.init()."""
-
-# Ray's own atexit function, which was registered before, ends its worker under our thread's feet.
-_interpreter_ends = threading.Event()
-atexit.register(_interpreter_ends.set)
 
 
 class ClusterLeft(LaunchError):
@@ -76,21 +71,9 @@ class Connection:
         Ray answers nothing more once the driver has called ray.shutdown().
         """
         self.check()
-        answer: asyncio.Future[Any] = asyncio.ensure_future(
+        return await self._answer(
             self._ask_head(method, *args) if self._through_client else method.remote(*args)
         )
-        try:
-            while not answer.done():
-                await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)
-                if not answer.done():
-                    self.check()
-            return answer.result()
-        except RayError:
-            self.check()  # shutdown ends the actors that were asked, too
-            raise
-        finally:
-            answer.cancel()
-            del answer  # a failure refers to this frame, and must not wait for Python's gc
 
     def tell(self, method: Any, *args: Any) -> None:
         """Ask an actor for something whose answer nobody needs.
@@ -101,10 +84,6 @@ class Connection:
             with contextlib.suppress(ClusterLeft), self._telling_its_loss():
                 method.remote(*args)
 
-    def note_ending(self) -> None:
-        """Take note that ray.shutdown() has begun: a call of Ray's meanwhile can end this process."""
-        _lost.add(self._membership)
-
     @property
     def is_inherited(self) -> bool:
         """Whether it is the parent's, from which this process was forked."""
@@ -112,18 +91,25 @@ class Connection:
 
     def check(self) -> None:
         if not self.is_ours():
+            leaving.wait_until_over()
             raise ClusterLeft(through_client=self._through_client)
 
     def is_ours(self) -> bool:
-        if _interpreter_ends.is_set() or not untyped_ray.is_initialized():
+        if leaving.has_begun() or not untyped_ray.is_initialized():
             return False
         return self._membership == _membership() and self._membership not in _lost | _inherited
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What a function of Ray's returns that blocks: called in a thread."""
         self.check()
+
+        def work() -> T:
+            with leaving.calling():
+                self.check()
+                return function(*args, **kwargs)
+
         with self._telling_its_loss():
-            return await in_thread(function, *args, **kwargs)
+            return await self._answer(in_thread(work))
 
     async def begin(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What a function returns that asks actors for something and does not wait for it."""
@@ -140,6 +126,24 @@ class Connection:
         with self._telling_its_loss():
             task = _task(function, self._membership)
             return untyped_ray.get(task.remote(*args, **kwargs))
+
+    async def _answer(self, question: Awaitable[T]) -> T:
+        """Wait for it as long as the driver belongs to the cluster: Ray may answer nothing after that."""
+        answer = asyncio.ensure_future(question)
+        del question
+        try:
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)
+                if not answer.done():
+                    self.check()
+            return answer.result()
+        except RayError:
+            self.check()  # shutdown ends the actors that were asked, too
+            raise
+        finally:
+            leaving.wait_until_over()  # before Ray's reference is freed
+            answer.cancel()
+            del answer  # a failure refers to this frame, and must not wait for Python's gc
 
     async def _ask_head(self, method: Any, *args: Any) -> Any:
         """Through ray://, in a thread: each call waits for the head to take it.

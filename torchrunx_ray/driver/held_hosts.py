@@ -63,12 +63,11 @@ class HeldHosts:
         return self._is_closed
 
     async def open(self, progress: Progress) -> None:
-        """Take room in the cluster."""
-        placement = await place(self._options, progress)
-        if self._is_closed:  # meanwhile; nobody would give the room back
-            await to_the_end(placement.remove())
-            raise RuntimeError("the session is closed")
-        self._placement = placement
+        """Take room in the cluster. `close` waits for that, and for what a cancellation of it gives back."""
+        async with self._turn:
+            if self._is_closed:
+                raise RuntimeError("the session is closed")
+            self._placement = await place(self._options, progress)
 
     async def run(
         self, call: Call, progress: Progress, *, is_fresh: bool = False

@@ -61,7 +61,9 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
 
     if not start_thread(work):
         work()
-    return await asyncio.shield(asyncio.wrap_future(future))
+    answer = asyncio.wrap_future(future)
+    answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # if nobody waits
+    return await asyncio.shield(answer)
 
 
 def start_thread(work: Callable[[], None]) -> bool:
@@ -121,6 +123,12 @@ async def to_the_end(work: Awaitable[T]) -> T:
     if cancelled is not None:
         raise cancelled
     return task.result()
+
+
+def hold(wait: Callable[[], None]) -> None:
+    """Have nothing happen in the loop, if there is one, while this waits."""
+    if _loop is not None:
+        _loop.call_soon_threadsafe(wait)
 
 
 def running() -> asyncio.AbstractEventLoop:

@@ -14,7 +14,6 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from torchrunx_ray.driver import cluster
 from torchrunx_ray.driver.connection import Connection, is_in_rays_worker, untyped_ray
-from torchrunx_ray.driver.loop import in_thread
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -34,7 +33,8 @@ def group_name(name: str) -> str:
 
 def sweep() -> None:
     """Begin to remove the groups of launches whose process has died, on whatever node."""
-    task = asyncio.create_task(in_thread(Connection().inside, _sweep))
+    connection = Connection()
+    task = asyncio.create_task(connection.call(connection.inside, _sweep))
     _sweeping.add(task)
     task.add_done_callback(_has_swept)
 

@@ -11,7 +11,6 @@ import ray
 from ray.actor import ActorHandle
 
 from torchrunx_ray.driver.connection import Connection, untyped_ray
-from torchrunx_ray.driver.loop import in_thread
 from torchrunx_ray.driver.results import LaunchResult
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.wire.payload import Inserted, Packed, pack
@@ -77,8 +76,7 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
     reported = -math.inf
     missing = len(refs)
     while missing:
-        missing = await in_thread(connection.inside, missing_after_a_second, list(refs))
-        connection.check()
+        missing = await connection.call(connection.inside, missing_after_a_second, list(refs))
         now = time.monotonic()
         if missing and now - reported >= _REPORT_EVERY_S:
             logger.warning(

@@ -26,6 +26,9 @@ R = TypeVar("R")
 
 Stop = Literal["cancel", "kill"]
 
+_CLOSING_S = 6.0
+"""For a session that was interrupted while it opened; clean-up goes on in the background sooner."""
+
 
 class Session:
     """Hosts that stay reserved, so that nobody takes their GPUs between runs.
@@ -140,7 +143,7 @@ class Session:
             loop.wait(self._opening)
             self._opening.result()
         except BaseException:
-            loop.start(self._close_hosts())  # it may have opened just now
+            loop.wait(loop.start(self._close_hosts()), _CLOSING_S)  # it may have opened just now
             raise
 
     def _check_usable(self) -> None:
@@ -176,7 +179,8 @@ class Session:
             try:
                 await asyncio.wrap_future(self._opening)
             except BaseException:
-                loop.start(self._close_hosts())
+                closing = loop.start(self._close_hosts())
+                await loop.to_the_end(asyncio.wrap_future(closing))
                 raise
         return self
 

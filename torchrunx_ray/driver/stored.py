@@ -9,7 +9,6 @@ import ray
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.connection import Connection, untyped_ray
-from torchrunx_ray.driver.loop import in_thread
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -30,8 +29,7 @@ async def until_stored(
     hostnames = [hostname for hostname, of_host in values for _ in of_host]
     says_at = time.monotonic() + _SILENT_S
     try:
-        while missing := await in_thread(connection.inside, _missing_after_a_second, refs):
-            connection.check()
+        while missing := await connection.call(connection.inside, _missing_after_a_second, refs):
             if time.monotonic() >= says_at:
                 says_at = float("inf")
                 _say_missing(run_name, list(dict.fromkeys(hostnames[i] for i in missing)))

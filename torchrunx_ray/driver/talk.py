@@ -22,9 +22,6 @@ logger = logging.getLogger("torchrunx_ray")
 _SILENT_S = 15.0
 """An agent answers a poll after 5 s at the latest."""
 
-_OWNER_DIED = "its owner has died"
-"""How Ray says of an agent, whose owner is this driver, that the driver leaves the cluster."""
-
 _NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
 """How Ray says, in the error of a call, that not the call itself failed."""
 
@@ -70,8 +67,6 @@ class Talk:
             return _failed("Ray's memory monitor killed the agent", evidence)
         except RayError as error:
             self._agent.is_gone = isinstance(error, RayActorError)
-            if self._agent.is_gone and _OWNER_DIED in str(error):
-                self._cluster.note_ending()
             return _failed("the agent died", str(error))
         finally:
             starting.cancel()

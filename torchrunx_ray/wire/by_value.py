@@ -11,30 +11,34 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
-from torchrunx_ray.wire import enums, inner_code, skeletons, type_names
+from torchrunx_ray.wire import (
+    annotations,
+    closures,
+    code_first,
+    enums,
+    inner_code,
+    skeletons,
+    type_names,
+)
+from torchrunx_ray.wire.private import goes_by_value, is_of_the_script, of_cloudpickle, share_id
 from torchrunx_ray.wire.unfit import UnfitError
 
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
-
-_is_registered: Any = _cloudpickle.get("_is_registered_pickle_by_value", lambda _module: False)  # pyright: ignore[reportUnknownLambdaType]
-"""Tells whether a module was given to cloudpickle.register_pickle_by_value."""
-
-_by_id: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
+_by_id: Any = of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
 
 _loading = threading.RLock()
 """cloudpickle lets others find a class before it is whole; what is loaded may load something itself."""
 
-_MAKES_A_CLASS = re.compile(rb"_class_setstate|set_state_of_enum")
+_MAKES_A_CLASS = re.compile(rb"set_class_state")
+"""In every stream with a class: a name of ours, which also the setter of enums has in its own."""
 
 _MAKERS = {
-    id(_cloudpickle["_make_skeleton_class"]): skeletons.make,
+    id(of_cloudpickle["_make_skeleton_class"]): skeletons.make,
     id(enums.make_enum): enums.make_enum,
 }
 """Makers of empty classes that a stream names, and what is called for them."""
 
-_SETTERS = _cloudpickle["_class_setstate"], enums.set_state_of_enum
+_SETTERS = code_first.set_class_state, enums.set_class_state_of_enum, enums.set_members
+"""What a stream calls to fill a class, which is the first argument."""
 
 _NO_FILE = "<dynamic-code>"
 """Stands for a file's name in what cloudpickle writes, since 3.1.3."""
@@ -42,47 +46,50 @@ _NO_FILE = "<dynamic-code>"
 _SENTINELS: dict[type, str] = {
     type(vars(dataclasses)[name]): name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY")
 }
-"""Kinds of objects that the code of dataclasses compares by identity, with their only object's name."""
+"""Kinds of objects that dataclasses compares by identity, with the name of its own object.
+
+Other libraries that pickle, such as Ray's copy of cloudpickle, make further objects of these kinds.
+"""
 
 
-def reduce(obj: Any) -> Any:
+def reduce(obj: Any, order: code_first.Order) -> Any:
     """Return a reduce tuple, or NotImplemented if cloudpickle does it well."""
     kind = cast("Any", type(obj))
     if kind is types.CodeType:
         return _with_file(obj)
+    if kind is types.CellType:
+        return closures.reduce_cell(obj, order)
     if kind is functools.cached_property:  # it has a lock, before Python 3.12
         return _cached_property, (obj.func, obj.attrname)
-    if kind is functools._lru_cache_wrapper and _goes_by_value(obj):  # pyright: ignore[reportPrivateUsage]
+    if kind is functools._lru_cache_wrapper and goes_by_value(obj):  # pyright: ignore[reportPrivateUsage]
         return _cached, (obj.__wrapped__, obj.cache_parameters()), _attributes_of_cached(obj)
     if kind in _SENTINELS:
-        return _SENTINELS[kind]
+        return getattr, (dataclasses, _SENTINELS[kind])
+    if enums.is_found_by_name(obj) and goes_by_value(kind):
+        return enums.member_named, (kind, obj._name_)
     if type_names.is_part_of_parameters(kind):
         return type_names.reduce_part_of_parameters(obj)
-    if type_names.is_type_name(kind) and _goes_by_value(obj):
+    if type_names.is_type_name(kind) and goes_by_value(obj):
         return type_names.reduce_type_name(obj)
-    if _is_dispatcher(obj) and _goes_by_value(obj):
+    if _is_dispatcher(obj) and goes_by_value(obj):
         return _dispatching, (), _state_of_dispatcher(obj), None, None, _set_dispatcher_state
-    if issubclass(kind, type) and _is_of_msgspec(kind) and _goes_by_value(obj):
+    if issubclass(kind, type) and is_of_the_script(obj):
+        _refuse_class_of_msgspec(kind)
+        share_id(obj)
+    return NotImplemented
+
+
+def _refuse_class_of_msgspec(metaclass: type) -> None:
+    if any(each.__module__.partition(".")[0] == "msgspec" for each in metaclass.__mro__):
         raise UnfitError(
             "msgspec keeps what it knows of a Struct class out of Python's reach; put the class into a "
             "module beside the script, and import it"
         )
-    return NotImplemented
-
-
-def _goes_by_value(obj: object) -> bool:
-    """Return True for what is in no module that another process could import, as cloudpickle decides it."""
-    found = _cloudpickle["_lookup_module_and_qualname"](obj)
-    return found is None or _is_registered(found[0])
-
-
-def _is_of_msgspec(metaclass: type) -> bool:
-    return any(each.__module__.partition(".")[0] == "msgspec" for each in metaclass.__mro__)
 
 
 def _with_file(code: types.CodeType) -> Any:
     """Keep the file's name: tracebacks, inspect.getsource and torch.jit.script look for lines there."""
-    make, parts = _cloudpickle["_code_reduce"](code)
+    make, parts = of_cloudpickle["_code_reduce"](code)
     return make, tuple(
         code.co_filename if type(part) is str and part == _NO_FILE else part for part in parts
     )
@@ -105,16 +112,18 @@ def _state_of_dispatcher(function: Any) -> Any:
     return tuple(function.registry.items()), named | others
 
 
-def finish(obj: object, reduced: Any) -> Any:
+def finish(obj: Any, reduced: Any, order: code_first.Order) -> Any:
     """Return what cloudpickle makes of an object, with what cloudpickle loses of it."""
     if reduced is NotImplemented:
         return reduced
-    if reduced[0] is _cloudpickle["_make_skeleton_class"]:
-        return _with_slots(obj, reduced)
-    if reduced[0] is _cloudpickle["_make_skeleton_enum"]:
-        return enums.reduce_enum(obj, reduced)
-    if reduced[0] is _cloudpickle["_make_function"]:
-        return _without_parts_of_dispatcher(obj, inner_code.with_needs(obj, reduced))
+    if reduced[0] is of_cloudpickle["_make_skeleton_class"]:
+        reduced = skeletons.with_bases_and_slots(obj, reduced)
+        return code_first.of_class(obj, reduced, order, annotations.carrier_of(obj))
+    if reduced[0] is of_cloudpickle["_make_skeleton_enum"]:
+        return enums.reduce_enum(obj, reduced, order)
+    if reduced[0] is of_cloudpickle["_make_function"]:
+        reduced = inner_code.with_needs(obj, closures.with_own_cells(obj, reduced))
+        return _without_parts_of_dispatcher(obj, code_first.of_function(obj, reduced, order))
     return reduced
 
 
@@ -133,13 +142,6 @@ def _without_parts_of_dispatcher(function: Any, reduced: Any) -> Any:
     copied = [name for name in _OF_DISPATCHERS if attributes.get(name, reduced) is own[name]]
     attributes = {name: part for name, part in attributes.items() if name not in copied}
     return make, arguments, (attributes, slots, below, copied), items, pairs, _set_wrapper_state
-
-
-def _with_slots(obj: object, reduced: Any) -> Any:
-    """Add the slots to a class, without which its objects fit no other."""
-    slots = {name: value for name, value in vars(obj).items() if name == "__slots__"}
-    make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
-    return make, (metaclass, name, bases, namespace | slots, tracker_id, extra), *rest
 
 
 def loads(stream: "bytes | memoryview", buffers: Sequence[Any] = ()) -> Any:
@@ -162,17 +164,19 @@ class _Unpickler(pickle.Unpickler):
 
     def load_whole(self) -> Any:
         try:
-            return self.load()
+            value = self.load()
         except BaseException:
             self._classes.forget()
             raise
+        self._classes.are_whole()
+        return value
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         found = super().find_class(module_name, global_name)
         if id(found) in _MAKERS:
             return functools.partial(self._classes.make, _MAKERS[id(found)])
         if any(found is each for each in _SETTERS):
-            return functools.partial(self._classes.set_state, found)
+            return functools.partial(self._classes.fill, found)
         return found
 
 
@@ -185,28 +189,32 @@ class _Classes:
 
     def __init__(self) -> None:
         self._were_here: list[type] = []
-        self._made: list[Any] = []
+        self._made: dict[Any, type] = {}
 
     def forget(self) -> None:
         """Forget these classes after a failure: the next attempt would take an empty class for whole."""
         for tracker_id in self._made:
             _by_id.pop(tracker_id, None)
 
+    def are_whole(self) -> None:
+        for kind in self._made.values():
+            share_id(kind)
+
     def make(self, make: Callable[..., type], *arguments: Any) -> type:
         *_, tracker_id, _ = arguments
         here = _by_id.get(tracker_id)
         if here is not None:
-            self._were_here.append(here)
+            if tracker_id not in self._made:  # its bases, which come before it, may have brought it
+                self._were_here.append(here)
             return here
-        self._made.append(tracker_id)
         _metaclass, _name, bases, *_ = arguments
         with skeletons.calm(bases):
-            return make(*arguments)
+            self._made[tracker_id] = make(*arguments)
+        return self._made[tracker_id]
 
-    def set_state(self, set_state: Callable[..., type], kind: type, state: Any) -> type:
-        if any(kind is each for each in self._were_here):
-            return kind
-        return set_state(kind, state)
+    def fill(self, fill: Callable[..., None], kind: type, *arguments: Any) -> None:
+        if all(kind is not each for each in self._were_here):
+            fill(kind, *arguments)
 
 
 def _cached_property(function: Callable[..., Any], name: str | None) -> Any:
@@ -230,7 +238,7 @@ def _set_dispatcher_state(function: Any, state: Any) -> None:
 
 def _set_wrapper_state(function: Any, state: Any) -> None:
     attributes, slots, dispatcher, copied = state
-    _cloudpickle["_function_setstate"](function, (attributes, slots))
+    of_cloudpickle["_function_setstate"](function, (attributes, slots))
     function.__dict__.update({name: getattr(dispatcher, name) for name in copied})
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import inner_code, pickling
+from torchrunx_ray.wire import annotations, inner_code, pickling
 
 _DEPTH = 50
 
@@ -161,7 +161,8 @@ def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple
             yield f"variable {name!r} captured by {path}", cell.cell_contents
         except ValueError:  # the cell is empty
             continue
-    for name in dict.fromkeys(_globals_named_in(function.__code__)):
+    in_annotations = annotations.names_in(annotations.code_of(function))
+    for name in dict.fromkeys([*_globals_named_in(function.__code__), *in_annotations]):
         if name in function.__globals__:
             yield f"global {name!r} used by {path}", function.__globals__[name]
     for i, default in enumerate(function.__defaults__ or ()):

@@ -8,12 +8,9 @@ import types
 from dataclasses import dataclass
 from typing import Any, cast
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
-from torchrunx_ray.wire import skeletons
+from torchrunx_ray.wire import code_first, skeletons
+from torchrunx_ray.wire.private import of_cloudpickle
 from torchrunx_ray.wire.unfit import UnfitError
-
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
 
 _CREATION = ("__new__", "__init__", "__new_member__", "_new_member_", "_use_args_")
 """Attributes of an enum that have to do with how members are made."""
@@ -30,36 +27,42 @@ class Member:
     data: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class State:
-    """What an enum has beside its members' values."""
+def is_found_by_name(obj: object) -> bool:
+    """Return True for a member that has a name and no way of its own to be pickled.
 
-    of_class: Any
-    """cloudpickle's own."""
-    creation: dict[str, Any]
-    of_members: dict[str, Any]
-    values: list[tuple[Any, str]]
-    """Further values by which members are found, with the members' names."""
+    enum itself looks members up by their values, which may equal no other, such as functions.
+    """
+    kind: Any = type(obj)
+    if not isinstance(obj, enum.Enum) or kind.__reduce_ex__ is not enum.Enum.__reduce_ex__:
+        return False
+    return kind._member_map_.get(obj._name_) is obj
 
 
-def reduce_enum(kind: Any, reduced: Any) -> Any:
+def member_named(kind: Any, name: str) -> Any:
+    return kind._member_map_[name]
+
+
+def reduce_enum(kind: Any, reduced: Any, order: code_first.Order) -> Any:
     """Return cloudpickle's reduce tuple of an enum, with all that members are."""
-    _, (bases, name, *_, tracker_id, extra), (attributes, slots), *_ = reduced
+    _, (bases, name, *_, tracker_id, extra), (attributes, _), *_ = reduced
     members: dict[str, Any] = dict(kind.__members__)
     made_by = _maker_of_data(kind._member_type_)
     described: dict[str, Any] = {"__new__": new_member, "__init__": leave_as_it_is}
     for each, member in members.items():
         described[each] = Member(member._value_, _data_of(kind, made_by, member))
     others = {key: part for key, part in attributes.items() if key not in {*members, *_CREATION}}
-    state = State(
-        (others, slots),
-        {key: vars(kind)[key] for key in _CREATION if key in vars(kind)},
-        {name: _state_of(member) for name, member in members.items()},
-        _further_values(kind),
+    creation: dict[str, Any] = {key: vars(kind)[key] for key in _CREATION if key in vars(kind)}
+    of_members = {name: _state_of(member) for name, member in members.items()}
+    state = code_first.steps(
+        order,
+        kind,
+        others,
+        first=(set_class_state_of_enum, creation),
+        last=code_first.Step(set_members, kind, of_members, _further_values(kind)),
     )
     names = (kind.__module__, kind.__qualname__)
     arguments = (cast("Any", type(kind)), name, bases, described, names, tracker_id, extra)
-    return make_enum, arguments, state, None, None, set_state_of_enum
+    return make_enum, arguments, state, None, None, code_first.keep
 
 
 def make_enum(
@@ -72,12 +75,12 @@ def make_enum(
     _extra: Any,
 ) -> Any:
     """Do what cloudpickle does, but with the enum's own metaclass."""
-    namespace = skeletons.library_of(metaclass).__prepare__(name, bases)
+    namespace = skeletons.of_a_library(metaclass, "__prepare__")(name, bases)
     for each, member in members.items():
         namespace[each] = member
     made: Any = skeletons.make_as_a_library(metaclass, name, bases, namespace)
     made.__module__, made.__qualname__ = names
-    return _cloudpickle["_lookup_class_or_track"](tracker_id, made)
+    return of_cloudpickle["_lookup_class_or_track"](tracker_id, made)
 
 
 def new_member(kind: Any, described: Any) -> Any:
@@ -93,21 +96,26 @@ def leave_as_it_is(member: object, described: object) -> None:
     """Stand for the class's own `__init__`: the member's attributes come as they were."""
 
 
-def set_state_of_enum(kind: Any, state: State) -> Any:
+def set_class_state_of_enum(
+    kind: Any, creation: dict[str, Any], attributes: dict[str, Any]
+) -> None:
     for name in _CREATION:
-        if name in state.creation:
-            setattr(kind, name, state.creation[name])
+        if name in creation:
+            setattr(kind, name, creation[name])
         elif name in vars(kind):
             delattr(kind, name)
-    _cloudpickle["_class_setstate"](kind, state.of_class)
-    for name, (attributes, slots) in state.of_members.items():
+    code_first.set_class_state(kind, None, attributes)
+
+
+def set_members(kind: Any, of_members: dict[str, Any], values: list[tuple[Any, str]]) -> None:
+    """Set the attributes of members, and further values by which members are found."""
+    for name, (attributes, slots) in of_members.items():
         member = kind.__members__[name]
         member.__dict__.update(attributes)
         for slot, part in slots.items():
             object.__setattr__(member, slot, part)
-    for value, name in state.values:
+    for value, name in values:
         kind._value2member_map_.setdefault(value, kind.__members__[name])
-    return kind
 
 
 def _maker_of_data(data_type: type) -> Any:

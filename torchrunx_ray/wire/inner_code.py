@@ -1,4 +1,4 @@
-"""Needs of the functions and classes inside a function, as far as cloudpickle does not see them."""
+"""Needs of annotations, and of functions and classes inside a function, that cloudpickle does not see."""
 
 import dis
 import inspect
@@ -6,25 +6,25 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
-
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
+from torchrunx_ray.wire import annotations
+from torchrunx_ray.wire.private import of_cloudpickle
 
 OPERATIONS = frozenset({"LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 """Look a name up in a class's body first, then among the globals."""
 
 
 def with_needs(function: Any, reduced: Any) -> Any:
-    """Add globals that only bodies of classes name, and submodules that only inner code uses."""
-    inner = list(_inner_code(function.__code__))
+    """Add globals that only annotations or bodies of classes name, and submodules that only they use."""
+    said = annotations.code_of(function)
+    inner = [*_inner_code(function.__code__), *said]
     if not inner:
         return reduced
     make, arguments, (attributes, slots), *rest = reduced
-    named = _names_in_class_bodies(function.__code__)
+    named = [*_names_in_class_bodies(function.__code__), *annotations.names_in(said)]
     there = function.__globals__
     needed = slots["__globals__"] | {name: there[name] for name in named if name in there}
     all_names = types.SimpleNamespace(co_names=[name for code in inner for name in code.co_names])
-    modules = _cloudpickle["_find_imported_submodules"](all_names, needed.values())
+    modules = of_cloudpickle["_find_imported_submodules"](all_names, needed.values())
     submodules = [*slots["_cloudpickle_submodules"], *modules]
     slots |= {"__globals__": needed, "_cloudpickle_submodules": submodules}
     return make, arguments, (attributes, slots), *rest

@@ -16,6 +16,7 @@ from torchrunx_ray.wire.culprit import find_culprit, users_part
 
 _keep_packed: ContextVar[bool] = ContextVar("_keep_packed", default=False)
 _process_only_carries = False
+_is_inserting: ContextVar[bool] = ContextVar("_is_inserting", default=False)
 _inserted: ContextVar[Sequence[Callable[[], Any]]] = ContextVar("_inserted", default=())
 
 
@@ -121,5 +122,14 @@ def _arrive(stream: Any, *buffers: Any) -> Any:
     return packed if carries or _keep_packed.get() else packed.unpack()
 
 
+def is_inserting() -> bool:
+    """Return True while a value is unpickled that travels beside the one that refers to it."""
+    return _is_inserting.get()
+
+
 def _insert(index: int) -> Any:
-    return _inserted.get()[index]()
+    token = _is_inserting.set(True)
+    try:
+        return _inserted.get()[index]()
+    finally:
+        _is_inserting.reset(token)

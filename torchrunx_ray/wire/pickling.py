@@ -8,7 +8,7 @@ from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-from torchrunx_ray.wire import by_value, tensors
+from torchrunx_ray.wire import by_value, code_first, tensors
 
 _CloudPickler: Any = cloudpickle.Pickler
 
@@ -62,13 +62,14 @@ class _Pickler(_CloudPickler):
         _CloudPickler.__init__(self, file, protocol=5, buffer_callback=buffer_callback)
         self._owners = owners
         self._replace = replace
+        self._order = code_first.Order()
 
     def reducer_override(self, obj: object) -> Any:
         reduced: Any = NotImplemented if self._replace is None else self._replace(obj)
         if reduced is NotImplemented:
             reduced = tensors.reduce(obj, self._owners)
         if reduced is NotImplemented:
-            reduced = by_value.reduce(obj)
+            reduced = by_value.reduce(obj, self._order)
         if reduced is NotImplemented:
-            reduced = by_value.finish(obj, _CloudPickler.reducer_override(self, obj))
+            reduced = by_value.finish(obj, _CloudPickler.reducer_override(self, obj), self._order)
         return reduced

@@ -6,18 +6,27 @@ no class keeps. So hooks that came by value themselves are not called.
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Generator, Iterator
 from typing import Any, cast
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
+from torchrunx_ray.wire.private import of_cloudpickle
 
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
-
-_travelled: Any = _cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
+_travelled: Any = of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
 """Classes that came, or went, by value."""
 
 _HOOKS = "__init_subclass__", "__pydantic_init_subclass__"
+
+
+def with_bases_and_slots(kind: type, reduced: Any) -> Any:
+    """Add the slots to a class, without which its objects fit no other; give a TypedDict its base again."""
+    slots = {name: value for name, value in vars(kind).items() if name == "__slots__"}
+    make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
+    if metaclass.__name__ == "_TypedDictMeta" and "__orig_bases__" not in vars(kind):
+        # Before Python 3.12, one that inherits or was made by a call knows no base but dict.
+        bases = (sys.modules[metaclass.__module__].TypedDict,)
+    return make, (metaclass, name, bases, namespace | slots, tracker_id, extra), *rest
 
 
 @contextlib.contextmanager
@@ -56,7 +65,7 @@ def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest
     """Call cloudpickle's own function, but no metaclass that came by value."""
     if metaclass in _travelled:
         metaclass = functools.partial(make_as_a_library, metaclass)
-    make: Any = _cloudpickle["_make_skeleton_class"]
+    make: Any = of_cloudpickle["_make_skeleton_class"]
     try:
         return make(metaclass, name, bases, namespace, *rest)
     except Exception:
@@ -68,12 +77,12 @@ def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest
 
 
 def make_as_a_library(metaclass: Any, name: str, bases: Any, namespace: Any) -> type:
-    library = library_of(metaclass)
-    made = library.__new__(metaclass, name, bases, namespace)
-    library.__init__(made, name, bases, namespace)
+    made = of_a_library(metaclass, "__new__")(metaclass, name, bases, namespace)
+    of_a_library(metaclass, "__init__")(made, name, bases, namespace)
     return made
 
 
-def library_of(metaclass: Any) -> Any:
-    """Return the first class among a metaclass and its bases that did not come by value."""
-    return next(each for each in metaclass.__mro__ if each not in _travelled)
+def of_a_library(metaclass: Any, name: str) -> Any:
+    """Return a method as the first class among a metaclass and its bases defines it that did not travel."""
+    own = (each for each in metaclass.__mro__ if each not in _travelled and name in vars(each))
+    return getattr(next(own), name)

@@ -2,8 +2,6 @@
 
 import atexit
 import faulthandler
-import gc
-import io
 import multiprocessing.context
 import os
 import pickle
@@ -19,11 +17,7 @@ from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.title import set_title
 from torchrunx_ray.wire.transfer import map_file
-from torchrunx_ray.worker import group, logs, names, outcome, preload, script, stacks
-
-_FLUSH_S = 5.0
-
-_BUFFERED = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+from torchrunx_ray.worker import group, logs, names, open_files, outcome, preload, script, stacks
 
 
 def main() -> NoReturn:
@@ -60,6 +54,7 @@ def live(
     logs.take_records(records_fd, wanted.log_level)
     stacks.answer_on(stacks_fd)
     names.threads_are_ours()
+    open_files.watch()
     local_rank = wanted.place.local_rank
     worker_pid = os.getpid()
     leave: Callable[[], None] | None = None
@@ -146,7 +141,7 @@ def _end(leave_group: Callable[[], None] | None) -> NoReturn:
             pass  # a peer failed, and the launch with it; this rank's value is on its way
     preload.note_late_imports()
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what multiprocessing's children call, too
-    _flush_files()
+    open_files.finish()
     preload.flush()
     os._exit(1 if leave_group is None else 0)
 
@@ -157,31 +152,6 @@ def _join_threads() -> None:
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # no public name
     except BaseException:
         pass  # a signal handler of the function raised; the value is on its way
-
-
-def _flush_files() -> None:
-    """Write what is in the buffers of files that the function left open, as an interpreter's end does.
-
-    In a thread, and not for long: a thread of the function may hold a file's lock for ever, and nobody
-    may read a pipe.
-    """
-    flushing = threading.Thread(target=_flush_all, daemon=True)
-    try:
-        flushing.start()
-    except RuntimeError:  # a limit of the host
-        _flush_all()
-    else:
-        flushing.join(_FLUSH_S)
-
-
-def _flush_all() -> None:
-    """Text first: it lies above the bytes. The template's own are frozen, and not among them."""
-    files = [each for each in gc.get_objects() if type(each) in _BUFFERED]
-    for file in sorted(files, key=lambda each: type(each) is not io.TextIOWrapper):
-        try:
-            file.flush()
-        except Exception:  # closed, detached, not writable, or its disk is full
-            pass
 
 
 if __name__ == "__main__":

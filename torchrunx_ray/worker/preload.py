@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from torchrunx_ray.wire import family, kernel
+from torchrunx_ray.worker import open_files
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -54,6 +55,7 @@ def load(modules: Sequence[str]) -> None:
     finally:
         flush()
     _spare_workers_the_teardown()
+    open_files.note_template()
     gc.freeze()
     gc.enable()
 

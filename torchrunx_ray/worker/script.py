@@ -8,41 +8,61 @@ import types
 from collections.abc import Generator
 from typing import Any
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
+from torchrunx_ray.wire.payload import is_inserting
+from torchrunx_ray.wire.private import of_cloudpickle
 
-_cloudpickle: Any = vars(cloudpickle.cloudpickle)  # what follows has no public names
+
+class _Brought:
+    """Globals of scripts that came with functions and classes. What is pickled together shares one dict."""
+
+    def __init__(self) -> None:
+        self.of_the_call: dict[str, Any] | None = None
+        self.of_values: list[dict[str, Any]] = []
+        """A value of an earlier launch may have brought what the script was then."""
+
+    def take(self, came: dict[str, Any], of_the_script: dict[str, Any]) -> dict[str, Any]:
+        """Return the globals for what came with these: the script's, if they came with the call itself."""
+        if self.of_the_call is None and not is_inserting():
+            self.of_the_call = came
+            of_the_script.update(came)
+        if came is self.of_the_call:
+            return of_the_script
+        if all(came is not each for each in self.of_values):
+            self.of_values.append(came)
+        return came
 
 
 class _Script(types.ModuleType):
-    """Shows what functions and classes of the script brought with them.
+    """Has the globals of the function and of all that came with it.
 
-    What pickles by name finds them here (`all_gather_object`, `torch.save`, queues), and torch.compile
-    looks up here what compiled code reads of the script's globals.
+    What pickles by name finds them here (`all_gather_object`, `torch.save`, queues). So do torch.compile, and
+    what evaluates annotations.
     """
 
-    def __init__(self) -> None:
+    __slots__ = ("_brought",)
+
+    def __init__(self, brought: _Brought) -> None:
         super().__init__("__main__")
-        self.__dict__["_brought"] = []
+        self._brought = brought
+
+    @property
+    def __file__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # read-only
+        """The script's, if children that multiprocessing spawns can import it."""
+        path = vars(self).get("__file__")
+        if vars(self).get("__package__") or not isinstance(path, str) or not os.path.isfile(path):
+            raise AttributeError("__file__")  # a part of a package needs its name
+        return path
 
     def __getattr__(self, name: str) -> Any:
-        # What came first is the function's own; an argument of an earlier launch may have brought
-        # what the script was then.
-        for brought in self.__dict__["_brought"]:
-            if name in brought and (not name.startswith("__") or _is_the_file(name, brought)):
-                return brought[name]
-        with _cloudpickle["_DYNAMIC_CLASS_TRACKER_LOCK"]:
-            kinds = list(_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"].values())
+        for came in self._brought.of_values:
+            if name in came and not name.startswith("__"):
+                return came[name]
+        with of_cloudpickle["_DYNAMIC_CLASS_TRACKER_LOCK"]:
+            kinds = list(of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"].values())
         for kind in kinds:  # type variables, too, which have no such name
             if (kind.__module__, getattr(kind, "__qualname__", None)) == ("__main__", name):
                 return kind
         raise AttributeError(f"module '__main__' has no attribute {name!r}", name=name, obj=self)
-
-
-def _is_the_file(name: str, brought: dict[str, Any]) -> bool:
-    """Children that multiprocessing spawns import it: only where they can."""
-    if name != "__file__" or brought.get("__package__"):  # a part of a package needs its name
-        return False
-    return os.path.isfile(brought[name])
 
 
 @contextlib.contextmanager
@@ -51,22 +71,18 @@ def brought_by_the_call() -> Generator[None]:
 
     In place of the keeper's module, which children that multiprocessing spawns would import.
     """
-    script = _Script()
-    sys.modules["__main__"] = script
-    plain = _cloudpickle["_make_function"]
-    brought: list[dict[str, Any]] = script.__dict__["_brought"]
+    brought = _Brought()
+    script = sys.modules["__main__"] = _Script(brought)
+    plain = of_cloudpickle["_make_function"]
 
     @functools.wraps(plain)
-    def make_function(code: Any, base_globals: dict[str, Any], *rest: Any) -> Any:
-        is_new = all(
-            base_globals is not each for each in brought
-        )  # what is pickled together shares one
-        if is_new and base_globals.get("__name__") == "__main__":
-            brought.append(base_globals)
-        return plain(code, base_globals, *rest)
+    def make_function(code: Any, came: dict[str, Any], *rest: Any) -> Any:
+        if came.get("__name__") == "__main__":
+            came = brought.take(came, vars(script))
+        return plain(code, came, *rest)
 
-    _cloudpickle["_make_function"] = make_function
+    of_cloudpickle["_make_function"] = make_function
     try:
         yield
     finally:
-        _cloudpickle["_make_function"] = plain
+        of_cloudpickle["_make_function"] = plain

@@ -1,0 +1,187 @@
+"""Annotations that are text can be evaluated in a worker: the names that they use travel."""
+
+import pickle
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from torchrunx_ray.errors import PayloadError
+from torchrunx_ray.wire import by_value, pickling
+from torchrunx_ray.wire.payload import Inserted, pack
+
+WORKER = """import pickle, sys
+from torchrunx_ray.wire import pickling
+from torchrunx_ray.wire.payload import Packed
+from torchrunx_ray.worker import script
+call, *inserted = [Packed(stream) for stream in pickle.load(sys.stdin.buffer)]
+with script.brought_by_the_call():
+    function, arguments = call.unpack(inserted)
+sys.stdout.buffer.write(pickling.dumps(function(*arguments)))
+"""
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """An empty script, in place of pytest's."""
+    module = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    return module
+
+
+def in_a_worker(function: Any, *arguments: Any, inserted: tuple[bytes, ...] = ()) -> Any:
+    """Return what the function returns in a process whose `__main__` is made as a worker's."""
+    call = pack([("function", function), ("arguments", arguments)])
+    streams = pickle.dumps([bytes(call.stream), *inserted])
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER], input=streams, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return by_value.loads(done.stdout)
+
+
+SCRIPT = """
+from __future__ import annotations
+import dataclasses
+import inspect
+import threading
+import typing
+import wsgiref.headers
+import xml.dom.minidom
+from dataclasses import InitVar, dataclass, field
+from typing import ClassVar, Literal, NamedTuple, Optional, Union
+
+LOCK = threading.Lock()
+Name = Union[str, int]
+
+@dataclass
+class Optimizer:
+    rate: float = 1e-3
+
+class Plain:
+    optimizer: Optimizer
+    document: xml.dom.minidom.Document
+    twin: list[Plain]
+
+class Pair(NamedTuple):
+    first: Optional[Name]
+
+@dataclass
+class Config(Plain):
+    name: Optional[str] = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mode: Literal["LOCK", "b"] = "LOCK"
+
+def hints():
+    said = [typing.get_type_hints(each) for each in (Config, Plain, Pair)]
+    said.append(str(inspect.signature(train, eval_str=True)))
+    return said
+
+def train(config: Config, headers: wsgiref.headers.Headers, *names: Name, n: Optional[int] = None):
+    "LOCK"
+
+def inner():
+    @dataclass
+    class Layer:
+        a: int = 1
+        b: ClassVar[int] = 3
+        c: InitVar[int] = 4
+    return [each.name for each in dataclasses.fields(Layer)]
+
+def command_line(tyro):
+    return tyro.cli(Config, args=["--optimizer.rate", "3", "--name", "a"])
+
+look = lambda tyro: (hints(), inner(), command_line(tyro))
+"""
+
+TEXTS = """
+import typing
+from typing import Optional
+
+class Node:
+    twin: "Node"
+    others: "list[Node]"
+
+class Tree:
+    leaf: Optional["Leaf"]
+    nodes: list["Node"]
+    about: "not even Python"
+
+class Leaf:
+    pass
+
+def grow(tree: "Optional[Tree]" = None) -> "Leaf":
+    pass
+
+def look():
+    del Tree.__annotations__["about"]
+    hints = [typing.get_type_hints(each) for each in (Node, Tree, grow)]
+    return hints == EXPECTED(Node, Tree, Leaf)
+
+def EXPECTED(Node, Tree, Leaf):
+    return [
+        {"twin": Node, "others": list[Node]},
+        {"leaf": Optional[Leaf], "nodes": list[Node]},
+        {"tree": Optional[Tree], "return": Leaf},
+    ]
+"""
+
+
+def test_names_in_annotations_that_are_text_travel(main: types.ModuleType) -> None:
+    import tyro
+
+    exec(SCRIPT, vars(main))
+    (config, plain, pair, signature), fields, parsed = in_a_worker(main.look, tyro)
+
+    assert [config, plain, pair, signature] == main.hints()
+    assert fields == ["a"]
+    assert parsed == main.Config(name="a", optimizer=main.Optimizer(3))
+
+
+def test_names_in_single_annotations_travel(main: types.ModuleType) -> None:
+    exec(TEXTS, vars(main))
+
+    assert in_a_worker(main.look)
+
+
+def test_global_that_cannot_be_pickled_is_found_in_an_annotation(main: types.ModuleType) -> None:
+    exec("import threading\nlock = threading.Lock()\ndef train(a: 'lock'): pass", vars(main))
+
+    with pytest.raises(PayloadError, match=r"^global 'lock' used by train cannot be pickled"):
+        pack([("train", main.train)])
+
+
+MIXED = """
+import sys
+RATE = 0.1
+
+class Model:
+    def rate(self):
+        return RATE
+
+def make():
+    return Model()
+
+def train(model):
+    global SET
+    SET = model.rate()
+    sys.modules["__main__"].OTHER = 1
+    return RATE, model.rate(), sys.modules["__main__"].RATE, sys.modules["__main__"].SET, OTHER
+
+def with_captured(model):
+    return lambda: (RATE, model.rate(), sys.modules["__main__"].RATE)
+"""
+
+
+def test_main_of_a_worker_has_the_globals_of_the_function_and_not_those_of_values(
+    main: types.ModuleType,
+) -> None:
+    exec(MIXED, vars(main))
+    earlier = pickling.dumps(main.Model())
+    main.RATE = 0.01
+    captured = main.with_captured(Inserted(0))
+
+    assert in_a_worker(main.train, Inserted(0), inserted=(earlier,)) == (0.01, 0.1, 0.01, 0.1, 1)
+    assert in_a_worker(captured, inserted=(earlier,)) == (0.01, 0.1, 0.01)

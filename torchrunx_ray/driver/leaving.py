@@ -1,0 +1,85 @@
+"""How this process leaves Ray.
+
+While Ray takes down its part of this process, another thread that calls it, or only frees one of its references, ends
+the process without a word.
+"""
+
+import atexit
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import ray
+
+from torchrunx_ray.driver import loop
+
+_untyped_ray: Any = ray
+
+_LONGEST_S = 10.0
+"""For Ray to be taken down. Before that it pauses for half a second when the script has ended."""
+
+_CALLS_S = 3.0
+"""For calls that are under way when the script has ended; most of those that wait take a second."""
+
+_STEP_S = 0.01
+
+_has_begun = threading.Event()
+
+_under_way = 0
+_one_less = threading.Condition()
+
+
+def has_begun() -> bool:
+    """Whether the script has ended, so that Ray's own exit function comes next."""
+    return _has_begun.is_set()
+
+
+@contextlib.contextmanager
+def calling() -> Generator[None]:
+    """Around a call of Ray's in a thread: the interpreter's end waits for it, for a while."""
+    global _under_way
+    with _one_less:
+        _under_way += 1
+    try:
+        yield
+    finally:
+        with _one_less:
+            _under_way -= 1
+            _one_less.notify_all()
+
+
+def wait_until_over() -> None:
+    """Wait for a ray.shutdown() that goes on in another thread.
+
+    In the thread of all runs, so that nothing is freed there meanwhile: it ends every run of this process.
+    """
+    worker = _untyped_ray._private.worker.global_worker
+    _wait_while_ray_is_here(lambda: not worker.connected)
+
+
+def _leave() -> None:
+    """At the interpreter's end, before Ray's own exit function, which was registered earlier."""
+    _has_begun.set()
+    with _one_less:
+        _one_less.wait_for(lambda: _under_way == 0, _CALLS_S)
+    loop.hold(_wait_while_ray_is_here)
+
+
+def _wait_while_ray_is_here(and_also: Callable[[], bool] = lambda: True) -> None:
+    worker = _untyped_ray._private.worker.global_worker
+    deadline = time.monotonic() + _LONGEST_S
+    while hasattr(worker, "core_worker") and and_also() and time.monotonic() < deadline:
+        time.sleep(_STEP_S)
+
+
+def _forget() -> None:
+    """A forked child has none of the threads."""
+    global _under_way, _one_less
+    _under_way, _one_less = 0, threading.Condition()
+
+
+atexit.register(_leave)
+os.register_at_fork(after_in_child=_forget)

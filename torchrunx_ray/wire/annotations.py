@@ -1,0 +1,71 @@
+"""Annotations that are text, as `from __future__ import annotations` makes them: the names that they use."""
+
+import contextlib
+import dis
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+
+def code_of(function: types.FunctionType) -> list[types.CodeType]:
+    """Return the code of a function's own annotations, and of those of the classes inside it."""
+    texts = [*_texts_of(function.__annotations__), *_texts_in_class_bodies(function.__code__)]
+    return list(_compiled(texts))
+
+
+def names_in(codes: Iterable[types.CodeType]) -> Iterator[str]:
+    for code in codes:
+        yield from code.co_names
+        yield from names_in(each for each in code.co_consts if isinstance(each, types.CodeType))
+
+
+def carrier_of(kind: type) -> types.FunctionType | None:
+    """Return a function that travels with what a class's annotations use, or None if they use nothing."""
+    module = sys.modules.get(cast("Any", kind).__module__)
+    annotations = vars(kind).get("__annotations__")
+    if not isinstance(module, types.ModuleType) or not isinstance(annotations, dict):
+        return None
+    carrier = types.FunctionType(_carrying.__code__, vars(module))
+    carrier.__annotations__ = cast("dict[str, Any]", annotations)
+    return carrier if code_of(carrier) else None
+
+
+def _carrying() -> None:
+    """Do nothing."""
+
+
+def _texts_of(annotations: Mapping[str, Any]) -> Iterator[str]:
+    for annotation in annotations.values():
+        yield from _texts_in(annotation)
+
+
+def _texts_in(annotation: Any) -> Iterator[str]:
+    """Yield the texts in an annotation, such as that in Optional["Config"]."""
+    if isinstance(annotation, str):
+        yield annotation
+    elif isinstance(annotation, typing.ForwardRef):
+        yield annotation.__forward_arg__
+    elif typing.get_origin(annotation) not in (None, typing.Literal):
+        for each in getattr(annotation, "__args__", ()):
+            yield from _texts_in(each)
+
+
+def _texts_in_class_bodies(code: types.CodeType) -> Iterator[str]:
+    """Yield the texts that code stores in a class's `__annotations__`."""
+    if "__annotations__" in code.co_names:
+        before = None
+        for instruction in dis.get_instructions(code):
+            if instruction.argval == "__annotations__" and isinstance(before, str):
+                yield before
+            before = instruction.argval if instruction.opname == "LOAD_CONST" else None
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _texts_in_class_bodies(constant)
+
+
+def _compiled(texts: Iterable[str]) -> Iterator[types.CodeType]:
+    for text in dict.fromkeys(texts):
+        with contextlib.suppress(SyntaxError, ValueError):  # any text may be an annotation
+            yield compile(f"[{text}]", "<annotation>", "eval", dont_inherit=True)

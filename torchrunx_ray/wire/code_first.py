@@ -1,0 +1,186 @@
+"""Code before data: a class has its methods, and the code that these use, before objects of it are made.
+
+Attributes of a class, and the globals of its methods, may be objects of this very class. pickle would make them
+while the class is empty: hashed as `object` does, and without the class's `__setstate__`. So data are put off
+while the code of a class is pickled, and follow when that code is whole.
+"""
+
+import enum
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+from torchrunx_ray.wire.private import is_of_the_script, of_cloudpickle
+
+CODE, OTHER, OF_THE_SCRIPT = range(3)
+"""Kinds of values, in the order in which they come."""
+
+_LOOKED_AT = 100
+"""Parts of a container that are looked at. One that has more may have anything."""
+
+_SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes})
+_CONTAINERS = frozenset({tuple, list, dict, set, frozenset})
+
+
+class Step:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[..., object], *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+class Order:
+    """Data that one pickler has put off."""
+
+    def __init__(self) -> None:
+        self._put_off: list[tuple[int, Step]] | None = None
+
+    @property
+    def is_in_code(self) -> bool:
+        return self._put_off is not None
+
+    def begin(self) -> bool:
+        """Put data off from now on. Return False if that is so already."""
+        is_first = self._put_off is None
+        if self._put_off is None:
+            self._put_off = []
+        return is_first
+
+    def end(self) -> list[Step]:
+        """Return the steps that bring the data, last those that may have objects of the script's classes."""
+        steps = sorted(self._put_off or (), key=lambda each: each[0])
+        self._put_off = None
+        return [step for _, step in steps]
+
+    def put_off(self, rank: int, step: Step) -> None:
+        assert self._put_off is not None
+        self._put_off.append((rank, step))
+
+    def divide(
+        self, parts: dict[str, Any], later: Callable[[str, Any], Step]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Put the data among named parts off; return the code, and what stands for the script's objects.
+
+        Until these come, a `__new__` may look for them. Before them was None there, most often, or an empty
+        container.
+        """
+        code: dict[str, Any] = {}
+        stand_ins: dict[str, Any] = {}
+        for name, value in parts.items():
+            rank = rank_of(value)
+            if rank == CODE:
+                code[name] = value
+                continue
+            self.put_off(rank, later(name, value))
+            if rank == OF_THE_SCRIPT:
+                stand_ins[name] = type(value)() if type(value) in _CONTAINERS else None
+        return code, stand_ins
+
+
+def rank_of(value: object, depth: int = 3) -> int:
+    kind = cast("Any", type(value))
+    if kind in _SIMPLE or isinstance(value, type | types.ModuleType):
+        return CODE
+    if kind in _CONTAINERS:
+        parts = cast("Any", value)
+        if depth == 0 or len(parts) > _LOOKED_AT:
+            return OF_THE_SCRIPT
+        parts = [*parts, *parts.values()] if kind is dict else parts
+        return max((rank_of(each, depth - 1) for each in parts), default=CODE)
+    if is_of_the_script(kind) and not isinstance(value, enum.Enum):
+        return OF_THE_SCRIPT
+    return CODE if hasattr(kind, "__get__") or kind is types.BuiltinFunctionType else OTHER
+
+
+def of_function(function: Any, reduced: Any, order: Order) -> Any:
+    """Put off what a function has beside code, if a class's code is being pickled."""
+    if not order.is_in_code:
+        return reduced
+    make, arguments, (attributes, slots), *rest = reduced
+    attributes, _ = order.divide(attributes, lambda name, part: Step(setattr, function, name, part))
+    submodules, there = slots.pop("_cloudpickle_submodules"), slots.pop("__globals__")
+    slots, _ = order.divide(slots, lambda name, part: Step(setattr, function, name, part))
+    there, stand_ins = order.divide(
+        there, lambda name, part: Step(set_global, function, name, part)
+    )
+    submodules += [Step(set_global_if_new, function, *part) for part in stand_ins.items()]
+    slots |= {"__globals__": there, "_cloudpickle_submodules": submodules}
+    return make, arguments, (attributes, slots), *rest
+
+
+def of_class(kind: type, reduced: Any, order: Order, needs: object) -> Any:
+    """Bring the attributes of a class in steps. What the class needs beside them is unpickled with these."""
+    make, arguments, (attributes, _), *_ = reduced
+    return (
+        make,
+        arguments,
+        steps(order, kind, attributes, (set_class_state, needs)),
+        None,
+        None,
+        keep,
+    )
+
+
+def steps(
+    order: Order,
+    kind: type,
+    attributes: dict[str, Any],
+    first: tuple[Any, ...],
+    last: Step | None = None,
+) -> Any:
+    """Return a class's state: its code, by a call of `first`, then data, those of `last` included."""
+    code = _Code(order, kind, attributes, first, last)
+    return code, _Data(order, code)
+
+
+class _Code:
+    def __init__(
+        self,
+        order: Order,
+        kind: type,
+        attributes: dict[str, Any],
+        first: tuple[Any, ...],
+        last: Step | None,
+    ) -> None:
+        self._order, self._kind, self._attributes = order, kind, attributes
+        self._first, self._last = first, last
+        self.is_outermost = False
+
+    def __reduce__(self) -> Any:
+        self.is_outermost = self._order.begin()
+        code, stand_ins = self._order.divide(self._attributes, self._later)
+        if self._last is not None:
+            self._order.put_off(OF_THE_SCRIPT, self._last)
+        function, *arguments = self._first
+        return function, (self._kind, *arguments, code | stand_ins)
+
+    def _later(self, name: str, value: object) -> Step:
+        return Step(set_class_state, self._kind, None, {name: value})
+
+
+class _Data:
+    def __init__(self, order: Order, code: _Code) -> None:
+        self._order, self._code = order, code
+
+    def __reduce__(self) -> Any:
+        """Within another class's code the data wait for that class's."""
+        return list, (self._order.end() if self._code.is_outermost else [],)
+
+
+def set_class_state(kind: Any, _needs: object, attributes: dict[str, Any]) -> None:
+    of_cloudpickle["_class_setstate"](kind, (attributes, {}))
+
+
+def set_global_if_new(function: Any, name: str, stand_in: object) -> None:
+    function.__globals__.setdefault(name, stand_in)
+
+
+def set_global(function: Any, name: str, value: object) -> None:
+    function.__globals__[name] = value
+
+
+def keep(kind: type, state: object) -> None:
+    """Stand for a class's own way to take its state: the steps have done it."""
