@@ -125,6 +125,7 @@ def test_wrong_argument_of_a_collective_is_named_rather_than_what_came_of_it(
     assert type(caught.value).__name__ == kind
 
 
+@pytest.mark.slow
 def test_rank_that_fails_before_it_joins_is_not_said_to_be_late_as_well(
     cluster: None, tmp_path: Path
 ) -> None:

@@ -186,6 +186,7 @@ def test_launch_that_waits_for_a_session_of_its_own_script_names_it(
     assert "of this script" not in caplog.text + str(of_others.value)
 
 
+@pytest.mark.slow
 def test_session_of_a_cluster_that_the_script_left_is_not_said_to_hold_anything(
     run_script: RunScript,
 ) -> None:

@@ -149,6 +149,7 @@ def children(parent: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_agent_whose_rest_is_heard_before_its_claim_still_ends(
     cluster: None, tmp_path: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_agent_whose_rest_is_heard_before_its_claim_still_ends(
     assert processes.wait_until(lambda: not any(map(processes.is_alive, pids.values())))
 
 
+@pytest.mark.slow
 def test_agent_that_two_runs_claim_at_once_has_one_template_and_one_port(
     cluster: None, tmp_path: Path
 ) -> None:
