@@ -1,8 +1,7 @@
 """Values stay on the node that made them until somebody asks, and are told of when they go with it."""
 
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
 from tests.memory import MIB, megabytes, status
+from tests.scripts import run_alone
 
 
 @pytest.fixture(scope="module")
@@ -78,40 +78,25 @@ def test_value_whose_node_has_died_is_told_with_rank_and_host(two_nodes: Cluster
 
 
 @pytest.mark.slow  # Ray looks for the value for 20 s
-def test_value_that_is_lost_names_its_rank(
-    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
-) -> None:
-    """A raw Ray error came out of `rank`. Lost here with the only node that had it."""
-    done = run_script(
-        """
-ray.shutdown()
-from ray.cluster_utils import Cluster
-import torchrunx_ray as trx
-cluster = Cluster()
-cluster.add_node(num_cpus=0, include_dashboard=False)
-node = cluster.add_node(num_cpus=2)
-ray.init(address=cluster.address, log_to_driver=False)
-result = trx.launch(bytearray, (1_000_000,), hostnames=1, workers_per_host=1, linger=0)
-cluster.remove_node(node, allow_graceful=False)
-try:
-    result.rank(0)
-except trx.AgentFailedError as error:
-    print(str(error).partition(" on ")[0])
-"""
-    )
+def test_value_that_is_lost_names_its_rank(two_nodes: Cluster) -> None:
+    """A raw Ray error came out of `rank`. Its agent had ended before the node did."""
+    doomed = two_nodes.add_node(num_cpus=3)
+    ids = [n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") == 3]
+    launcher = trx.Launcher(hostnames=ids, workers_per_host=1, backend=None, preload=(), linger=0)
+    result = launcher.run(bytearray, 1_000_000)
+    two_nodes.remove_node(doomed, allow_graceful=False)
 
-    # Ray tells of the node's end on stdout, too.
-    assert "the value that rank 0 returned is lost\n" in done.stdout, done.stderr
+    with pytest.raises(trx.AgentFailedError, match="the value that rank 0 returned is lost on "):
+        result.rank(0)
 
 
 @pytest.mark.slow
 def test_value_that_neither_store_nor_disk_takes_is_told_with_both_sizes(
-    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+    tmp_path: Path,
 ) -> None:
-    done = run_script(
+    done = run_alone(
         """
-import torch, torchrunx_ray as trx
-ray.shutdown()
+import ray, torch, torchrunx_ray as trx
 full_disk = {"local_fs_capacity_threshold": 0.0}
 ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80 * 2**20,
          _system_config=full_disk)
@@ -124,7 +109,8 @@ try:
     launcher.run(len, torch.ones(25 * 2**20))
 except trx.PayloadError as error:
     print(error.rank, error)
-"""
+""",
+        tmp_path,
     )
 
     assert done.returncode == 0, done.stderr

@@ -109,8 +109,8 @@ def train():
     print("to stderr", file=sys.stderr)
     os.system("echo of a child")
 
-trx.launch(train, hostnames=1, workers_per_host=2, backend=None)
-trx.launch(train, hostnames=1, workers_per_host=1, backend=None, console_ranks=())
+trx.launch(train, hostnames=1, workers_per_host=2, backend=None, preload=())
+trx.launch(train, hostnames=1, workers_per_host=1, backend=None, preload=(), console_ranks=())
 context = ray.get_runtime_context()
 assert (context.get_job_id(), context.namespace) == (job, "mine")
 """
@@ -152,7 +152,7 @@ import torchrunx_ray as trx
 def fail():
     raise ValueError("bad")
 
-launcher = trx.Launcher(hostnames=1, workers_per_host=2, backend=None)
+launcher = trx.Launcher(hostnames=1, workers_per_host=2, backend=None, preload=())
 launcher.run(os.getpid)
 with launcher.session() as session:
     session.run(os.getpid)
@@ -209,7 +209,7 @@ def speak():
     print("to stdout")
     print("to stderr", file=sys.stderr)
 
-trx.launch(speak, hostnames=1, workers_per_host=2, backend=None, progress=True)
+trx.launch(speak, hostnames=1, workers_per_host=2, backend=None, preload=(), progress=True)
 open("done", "w").close()
 """,
         ">&-",
@@ -237,7 +237,7 @@ def speak():
 
 ray.init()
 sys.stdout.close()
-trx.launch(speak, hostnames=1, workers_per_host=2, backend=None)
+trx.launch(speak, hostnames=1, workers_per_host=2, backend=None, preload=())
 open("done", "w").close()
 os._exit(0)  # Python itself complains at its end
 """
@@ -256,7 +256,7 @@ def test_driver_without_stdout_does_not_hang(
         f"""
 import sys, torchrunx_ray as trx
 sys.stdout = None
-trx.launch(print, ("hello",), workers_per_host=1)
+trx.launch(print, ("hello",), workers_per_host=1, backend=None, preload=())
 open({str(tmp_path / "done")!r}, "w").close()
 """
     )
@@ -273,7 +273,7 @@ def test_stream_that_cannot_show_a_character_shows_the_rest(
         """
 import sys, torchrunx_ray as trx
 sys.stdout.reconfigure(encoding="ascii")
-trx.launch(print, ("caf\\u00e9",), workers_per_host=1)
+trx.launch(print, ("caf\\u00e9",), workers_per_host=1, backend=None, preload=())
 """
     )
 
@@ -295,7 +295,7 @@ def speak(times):
     for _ in range(times):
         print("hello", flush=True)
 
-launcher = trx.Launcher(hostnames=1, workers_per_host=2, backend=None)
+launcher = trx.Launcher(hostnames=1, workers_per_host=2, backend=None, preload=())
 launcher.run(speak, 3)
 """
     )
@@ -334,7 +334,7 @@ ray.init(log_to_driver=False)
 os.mkdir("gone")
 os.chdir("gone")
 os.rmdir({str(tmp_path / "gone")!r})
-trx.launch(print, ("hello",), hostnames=1, workers_per_host=2, backend=None)
+trx.launch(print, ("hello",), hostnames=1, workers_per_host=2, backend=None, preload=())
 """,
         TORCHRUNX_LOG_DIR="torchrunx_logs",
     )
@@ -354,7 +354,7 @@ def test_deleted_folder_of_the_driver_is_no_error(
 import os, torchrunx_ray as trx
 os.chdir({str(tmp_path / "gone")!r})
 os.rmdir({str(tmp_path / "gone")!r})
-print(trx.launch(lambda: "well", workers_per_host=1).rank(0))
+print(trx.launch(lambda: "well", workers_per_host=1, backend=None, preload=()).rank(0))
 """
     )
 

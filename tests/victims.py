@@ -61,10 +61,8 @@ wait_until(lambda: not (folder / "stay").exists(), 60)
 _PRELOAD = """
 import json, os, time
 from pathlib import Path
-import torch.distributed as dist
 
 folder, moment = Path(os.environ["VICTIMS_FOLDER"]), os.environ["VICTIMS_MOMENT"]
-join = dist.init_process_group
 
 def parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -87,10 +85,14 @@ def join_late(*args, **kwargs):
     announce()
     join(*args, **kwargs)
 
-if moment == "importing" and "VICTIMS_DRIVER" not in os.environ:
-    announce()
-if moment == "forming":
-    dist.init_process_group = join_late
+if "VICTIMS_DRIVER" not in os.environ:  # the driver needs no torch, which costs 1 s of CPU
+    import torch.distributed as dist
+
+    join = dist.init_process_group
+    if moment == "importing":
+        announce()
+    if moment == "forming":
+        dist.init_process_group = join_late
 """
 
 MAY_RAISE = {
