@@ -727,6 +727,19 @@ class Sized:
     def size(self):
         return safe_size("abc"), safe_size(1), safe_size.registry is size.registry
 
+class Weighed:
+    n = 7
+    def __call__(self):
+        return self in HEAVY
+    def __eq__(self, other):
+        return self.n == other.n
+    def __hash__(self):
+        return WEIGHTS[self.n] + NESTED["a"]["b"]["c"]["d"]
+
+WEIGHTS = {n: n for n in range(200)}
+NESTED = {"a": {"b": {"c": {"d": 3}}}}
+HEAVY = {Weighed()}
+
 class Single:
     single = None
     singles = {}
@@ -756,7 +769,7 @@ def look(*given):
     said = [Stage("b").is_last(), Local("b").is_last(), Cache._instance.lock is not None]
     said += [Cache.shared().other().lock is not None, Cache.names, Cache.shared() is Cache._instance]
     said += [Vector(0).is_zero(), Vector.ZERO, Point(1).plus(), Kind.A.cost(), Derived().table()]
-    return said + [Sized().size(), Single().is_single(), Derived().one_of(), Derived().given(), len(given)]
+    return said + [Sized().size(), Weighed()(), Single().is_single(), Derived().one_of(), Derived().given(), len(given)]
 """
 
 

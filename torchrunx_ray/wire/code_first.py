@@ -8,6 +8,7 @@ while the code of a class is pickled, and follow when that code is whole.
 import enum
 import types
 from collections.abc import Callable
+from itertools import chain, islice
 from typing import Any, cast
 
 from torchrunx_ray.wire.private import is_of_the_script, of_cloudpickle
@@ -16,7 +17,7 @@ CODE, OTHER, OF_THE_SCRIPT = range(3)
 """Kinds of values, in the order in which they come."""
 
 _LOOKED_AT = 100
-"""Parts of a container that are looked at. One that has more may have anything."""
+"""Parts of a container that are looked at. Further ones are taken to be alike."""
 
 _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 _CONTAINERS = frozenset({tuple, list, dict, set, frozenset})
@@ -86,10 +87,10 @@ def rank_of(value: object, depth: int = 3) -> int:
         return CODE
     if kind in _CONTAINERS:
         parts = cast("Any", value)
-        if depth == 0 or len(parts) > _LOOKED_AT:
-            return OF_THE_SCRIPT
-        parts = [*parts, *parts.values()] if kind is dict else parts
-        return max((rank_of(each, depth - 1) for each in parts), default=CODE)
+        if depth == 0:
+            return OTHER
+        parts = chain.from_iterable(parts.items()) if kind is dict else parts
+        return max((rank_of(each, depth - 1) for each in islice(parts, _LOOKED_AT)), default=CODE)
     if is_of_the_script(kind) and not isinstance(value, enum.Enum):
         return OF_THE_SCRIPT
     return CODE if hasattr(kind, "__get__") or kind is types.BuiltinFunctionType else OTHER
