@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import torchrunx_ray as trx
-from torchrunx_ray.driver import attempt
+from torchrunx_ray.driver import attempt, failures
 from torchrunx_ray.driver.failures import Failure, Failures, Report
 from torchrunx_ray.driver.stacks import Stacks
 from torchrunx_ray.wire import messages
@@ -40,13 +41,10 @@ AGENT_DIED = messages.AgentFailed(2, "the agent died", "")
 
 def first_of(reports: dict[int, Report], stopped_at_ms: int) -> Report:
     """Return the report that is raised, of those that were made at these milliseconds."""
-    failures = [
-        Failure(ms * MS, "vm", rank, each) for rank, (ms, each) in enumerate(reports.items())
-    ]
-    found = Failures(failures, [], Stacks({}), None, stopped_at_ms * MS)
-    brief = found.in_brief
-    (rank,) = (rank for rank in range(len(failures)) if brief.startswith(f"rank {rank} "))
-    return failures[rank].report
+    found = [Failure(ms * MS, "vm", rank, each) for rank, (ms, each) in enumerate(reports.items())]
+    brief = Failures(found, [], Stacks({}), None, stopped_at_ms * MS).in_brief
+    (rank,) = (rank for rank in range(len(found)) if brief.startswith(f"rank {rank} "))
+    return found[rank].report
 
 
 @pytest.mark.parametrize("consequence", [EXIT, EXITED, ABORTED])
@@ -83,25 +81,29 @@ def test_crash_of_a_rank_that_was_told_to_stop_does_not_go_before_an_exception()
 
 
 def test_kill_is_named_before_the_exit_of_a_peer_that_caught_its_error(
-    launcher: trx.Launcher,
+    launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die_or_exit() -> None:
         dist.barrier()
+        template = os.getppid()  # which reports the death
         if dist.get_rank() == 1:
-            os.kill(os.getppid(), signal.SIGSTOP)  # the template, which reports the death
+            subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -CONT {template}"])
+            os.kill(template, signal.SIGSTOP)
             os.kill(os.getpid(), signal.SIGKILL)
         code = 0
         try:
             dist.barrier()
         except Exception:
             code = 1
-        os.kill(os.getppid(), signal.SIGCONT)
         sys.exit(code)
 
-    for _ in range(4):
-        with pytest.raises(trx.WorkerFailedError) as caught:
-            launcher.run(die_or_exit)
-        assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
+    # For a machine that is busy.
+    monkeypatch.setattr(attempt, "_SETTLING_S", 2.0)
+    monkeypatch.setattr(failures, "_NOTICE_NS", 2000 * MS)
+    with pytest.raises(trx.WorkerFailedError) as caught:
+        launcher.run(die_or_exit)
+    assert (caught.value.rank, caught.value.signal) == (1, signal.SIGKILL)
+    assert any("earlier, rank 0" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize("kind", ["ValueError", "TypeError"])
@@ -140,8 +142,8 @@ def test_rank_that_fails_before_it_joins_is_not_said_to_be_late_as_well(
     )
     launcher = trx.Launcher(
         workers_per_host=2,
-        timeout=1,
-        shutdown_timeout=2,
+        timeout=3,
+        shutdown_timeout=4,
         preload=("torch", "torch.distributed", "fails_to_join"),
         runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
     )
