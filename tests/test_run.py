@@ -124,7 +124,7 @@ async def test_cancelling_whoever_awaits_a_run_stops_it(launcher: trx.Launcher) 
 
 @pytest.mark.slow
 def test_runs_in_threads_do_not_disturb_each_other(cluster: None) -> None:
-    launcher = trx.Launcher(workers_per_host=1)
+    launcher = trx.Launcher(workers_per_host=1, backend=None, preload=())
 
     def launch(number: int) -> int:
         return launcher.run(lambda: number).rank(0)
@@ -143,7 +143,7 @@ def test_first_launches_in_threads_share_one_ray(
 ray.shutdown()
 import os, concurrent.futures, torchrunx_ray as trx
 os.environ["RAY_ADDRESS"] = "local"
-launcher = trx.Launcher(workers_per_host=1, cpus_per_worker=0.1)
+launcher = trx.Launcher(workers_per_host=1, cpus_per_worker=0.1, backend=None, preload=())
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     print(sorted(pool.map(lambda i: launcher.run(lambda: i).rank(0), range(4))))
 """

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -16,6 +17,13 @@ from tests import processes
 from tests.clusters.raylets import raylets
 from torchrunx_ray.driver import pool
 from torchrunx_ray.driver.connection import untyped_ray
+
+
+def own_agent(test: str, **options: Any) -> trx.Launcher:
+    """Return a launcher whose agents no other test has warmed."""
+    of_test = {"OWN_AGENT_FOR": test}
+    without_torch: dict[str, Any] = {"backend": None, "preload": ()}
+    return trx.Launcher(workers_per_host=1, extra_env_vars=of_test, **without_torch, **options)
 
 
 def test_nothing_but_keepers_and_template_lingers_and_not_for_long(cluster: None) -> None:
@@ -32,18 +40,14 @@ def test_nothing_but_keepers_and_template_lingers_and_not_for_long(cluster: None
 @pytest.mark.slow
 def test_short_linger_is_used(cluster: None) -> None:
     """An agent that would end within 2 s was never taken."""
-    launcher = trx.Launcher(
-        workers_per_host=1, linger=1.5, extra_env_vars={"OWN_AGENT_FOR": "short linger"}
-    )
+    launcher = own_agent("short linger", linger=1.5)
 
     assert launcher.run(os.getppid).rank(0) == launcher.run(os.getppid).rank(0)
 
 
 @pytest.mark.slow
 def test_launches_at_the_end_of_linger_all_work(cluster: None) -> None:
-    launcher = trx.Launcher(
-        workers_per_host=1, linger=0.3, extra_env_vars={"OWN_AGENT_FOR": "a race"}
-    )
+    launcher = own_agent("a race", linger=0.3)
     for i in range(8):
         assert launcher.run(lambda: "well").rank(0) == "well"
         time.sleep(0.26 + 0.01 * i)
@@ -59,9 +63,7 @@ def test_agent_that_is_let_rest_when_it_serves_the_next_run_already_stays(
         assert processes.wait_until((tmp_path / "go").exists, 60)
         return "well"
 
-    launcher = trx.Launcher(
-        workers_per_host=1, backend=None, extra_env_vars={"OWN_AGENT_FOR": "a late rest"}
-    )
+    launcher = own_agent("a late rest")
     launcher.run(os.getpid)
     agent = pool._resting._agents[-1]
     run = launcher.submit(wait_for_go)
@@ -78,7 +80,7 @@ def test_agent_that_is_let_rest_when_it_serves_the_next_run_already_stays(
 @pytest.mark.parametrize("victim", ["agent", "outer keeper", "keeper", "template"])
 def test_launch_after_a_resting_agent_was_killed(cluster: None, victim: str) -> None:
     """It failed with "the agent could not be started"; a replaced template stayed alive."""
-    launcher = trx.Launcher(workers_per_host=1, extra_env_vars={"OWN_AGENT_FOR": victim})
+    launcher = own_agent(victim)
     pids = launcher.run(lambda: processes.above(os.getpid())).rank(0)
     os.kill(pids[victim], signal.SIGKILL)
     assert processes.wait_until(lambda: not all(map(processes.is_alive, pids.values())))
@@ -112,12 +114,7 @@ def test_no_more_than_eight_agents_rest_on_a_node(cluster: None) -> None:
         return {actor["name"] for actor in found if actor["name"].startswith("agent-")}
 
     for i in range(10):
-        trx.Launcher(
-            workers_per_host=1,
-            backend=None,
-            preload=(),
-            extra_env_vars={"N": str(i)},
-        ).run(int)
+        own_agent(str(i)).run(int)
     assert processes.wait_until(lambda: len(names()) == 8, 15), names()
 
 
@@ -126,7 +123,7 @@ def test_other_hosts_may_be_done_before_the_first_one_has_begun() -> None:
     """The first host serves the store until the others have ended; it waited for ever."""
     with raylets({"num_cpus": 1}, {"num_cpus": 1}):
         first, second = (node["NodeID"] for node in ray.nodes())
-        launcher = trx.Launcher(workers_per_host=1, backend=None)
+        launcher = trx.Launcher(workers_per_host=1, backend=None, preload=())
         dataclasses.replace(launcher, hostnames=[second]).run(os.getpid)
 
         run = dataclasses.replace(launcher, hostnames=[first, second]).submit(os.getpid)
