@@ -130,7 +130,7 @@ def test_other_hosts_may_be_done_before_the_first_one_has_begun() -> None:
         assert len(run.result(timeout=30)) == 2
 
 
-def own_agent(env_file: Path) -> tuple[pool.Agent, dict[str, int]]:
+def taken_agent(env_file: Path) -> tuple[pool.Agent, dict[str, int]]:
     """Return an agent that no other launch takes, and its processes."""
     launcher = trx.Launcher(workers_per_host=1, backend=None, env_file=str(env_file))
     pids = launcher.run(lambda: processes.above(os.getpid())).rank(0)
@@ -152,7 +152,7 @@ def test_agent_whose_rest_is_heard_before_its_claim_still_ends(
 ) -> None:
     """Ray delivered the two in another order, or the claim was cancelled: the agent stayed for ever."""
     (tmp_path / "env.sh").touch()
-    agent, pids = own_agent(tmp_path / "env.sh")
+    agent, pids = taken_agent(tmp_path / "env.sh")
     untyped_ray.get(agent.calls.rest.remote(agent.claims + 1, 0.5))
     met = untyped_ray.get(agent.calls.meet.remote(agent.claims + 1, True))
 
@@ -166,7 +166,7 @@ def test_agent_that_two_runs_claim_at_once_has_one_template_and_one_port(
 ) -> None:
     """The first was cancelled while its template was started; another idle template stayed."""
     (tmp_path / "env.sh").write_text("sleep 1")
-    agent, pids = own_agent(tmp_path / "env.sh")
+    agent, pids = taken_agent(tmp_path / "env.sh")
     os.kill(pids["template"], signal.SIGKILL)
     assert processes.wait_until(lambda: children(pids["agent"]) == [])
     claims = agent.claims + 1, agent.claims + 2
