@@ -126,7 +126,8 @@ class Attempt:
         """Hosts, by index, whose agents have not confirmed the last stop that they were told."""
         self._tasks: set[asyncio.Task[None]] = set()
         """They end with the attempt."""
-        self._stopped: list[str] = []
+        self._stopped: dict[int, str] = {}
+        """Ranks that the run itself has stopped, with their hosts."""
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
         self._sizes: dict[tuple[int, int], int] = {}
@@ -209,9 +210,8 @@ class Attempt:
         failures = [self._on_our_clock(*failure) for failure in self._failed[:count]]
         if not failures:
             return None
-        return Failures(
-            failures, self._stopped, self._stacks, self.log_directory, self._stopped_at_ns
-        )
+        stopped = [f"rank {rank} on {label}" for rank, label in sorted(self._stopped.items())]
+        return Failures(failures, stopped, self._stacks, self.log_directory, self._stopped_at_ns)
 
     def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
         """Only now: the clocks may not have been compared yet when it was heard of."""
@@ -390,7 +390,7 @@ class Attempt:
         assert exited.local_rank is not None
         if self._has_sent(exited.signal, self._clocks.on_ours(host_index, exited.time_ns)):
             rank = self._layout[host_index][exited.local_rank].rank
-            self._stopped.append(f"rank {rank} on {self._crew.hosts[host_index].label}")
+            self._stopped[rank] = self._crew.hosts[host_index].label
         else:
             self._fail(host_index, exited.local_rank, exited.time_ns, died)
 
