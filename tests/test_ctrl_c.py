@@ -13,6 +13,7 @@ import pytest
 
 import torchrunx_ray as trx
 from tests.processes import is_alive, wait_until
+from torchrunx_ray.driver import loop
 
 HINT = "A second Ctrl-C kills them"
 
@@ -127,3 +128,27 @@ def test_one_ctrl_c_of_asyncio_run_lets_workers_save_what_a_cancelled_task_await
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())
     assert (tmp_path / "saved").exists()
+
+
+def test_ctrl_c_at_any_moment_of_a_wait_is_raised_and_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that hit the methods of a future left its lock held; the thread of all runs waited for that."""
+    monkeypatch.setattr(loop, "_STEP_S", 0.00002)
+
+    async def end_when(gate: asyncio.Event) -> None:
+        await gate.wait()
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for i in range(1500):
+            gate = asyncio.Event()
+            future = loop.start(end_when(gate))
+            signal.setitimer(signal.ITIMER_REAL, 0.0003 + i % 100 * 0.000005)
+            with pytest.raises(KeyboardInterrupt):
+                loop.wait(future)
+            loop.running().call_soon_threadsafe(gate.set)
+            assert wait_until(future.done, 10)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -383,6 +383,12 @@ def test_files_that_write_their_end_at_close_are_whole(
         local = [bz2.open(tmp_path / "bz2", "wt"), gzip.open(inner, "wt")]  # noqa: SIM115
         for file in frozen + local:
             file.write("last step")
+
+        class Unhashable(type):
+            def __eq__(cls, other: object) -> bool:
+                return NotImplemented
+
+        globals()["odd"] = Unhashable("Odd", (), {})()
         error = ValueError("late")  # a cycle, which keeps what is local
         raise error
 

@@ -9,17 +9,15 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import ray
 
-from torchrunx_ray.driver import loop
-
 _untyped_ray: Any = ray
 
 _LONGEST_S = 10.0
-"""For Ray to be taken down. Before that it pauses for half a second when the script has ended."""
+"""For Ray to be taken down."""
 
 _CALLS_S = 3.0
 """For calls that are under way when the script has ended; most of those that wait take a second."""
@@ -52,12 +50,14 @@ def calling() -> Generator[None]:
 
 
 def wait_until_over() -> None:
-    """Wait for a ray.shutdown() that goes on in another thread.
+    """Wait while Ray is taken down in another thread: by ray.shutdown(), or when the script has ended.
 
     In the thread of all runs, so that nothing is freed there meanwhile: it ends every run of this process.
     """
     worker = _untyped_ray._private.worker.global_worker
-    _wait_while_ray_is_here(lambda: not worker.connected)
+    deadline = time.monotonic() + _LONGEST_S
+    while hasattr(worker, "core_worker") and not worker.connected and time.monotonic() < deadline:
+        time.sleep(_STEP_S)
 
 
 def _leave() -> None:
@@ -65,14 +65,6 @@ def _leave() -> None:
     _has_begun.set()
     with _one_less:
         _one_less.wait_for(lambda: _under_way == 0, _CALLS_S)
-    loop.hold(_wait_while_ray_is_here)
-
-
-def _wait_while_ray_is_here(and_also: Callable[[], bool] = lambda: True) -> None:
-    worker = _untyped_ray._private.worker.global_worker
-    deadline = time.monotonic() + _LONGEST_S
-    while hasattr(worker, "core_worker") and and_also() and time.monotonic() < deadline:
-        time.sleep(_STEP_S)
 
 
 def _forget() -> None:

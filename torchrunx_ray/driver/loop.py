@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,6 +31,32 @@ def start(coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
     return asyncio.run_coroutine_threadsafe(coroutine, running())
 
 
+class End:
+    """A future's end, for threads in which Ctrl-C may be raised at any moment.
+
+    One that hits the future's own methods may leave its lock held for ever, and the loop would wait for that.
+    """
+
+    def __init__(self, future: "concurrent.futures.Future[Any]") -> None:
+        self.has_come = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        running().call_soon_threadsafe(future.add_done_callback, self)
+
+    def wait(self, timeout: float) -> None:
+        if self._lock.acquire(timeout=timeout):
+            self._lock.release()
+
+    def __call__(self, _: object) -> None:
+        self.has_come = True
+        self._lock.release()
+
+
+_ends: "weakref.WeakKeyDictionary[concurrent.futures.Future[Any], End]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def wait(future: "concurrent.futures.Future[Any]", timeout: float | None = None) -> bool:
     """Wait in the user's thread; whether it is done.
 
@@ -37,12 +64,16 @@ def wait(future: "concurrent.futures.Future[Any]", timeout: float | None = None)
     acts on it only when its main thread wakes.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    while not future.done():
+    if (end := _ends.get(future)) is None:
+        if future.done():
+            return True
+        end = _ends.setdefault(future, End(future))
+    while not end.has_come:
         left_s = _STEP_S if deadline is None else min(_STEP_S, deadline - time.monotonic())
         if left_s <= 0:
-            break
-        concurrent.futures.wait([future], left_s)
-    return future.done()
+            return False
+        end.wait(left_s)
+    return True
 
 
 async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -125,12 +156,6 @@ async def to_the_end(work: Awaitable[T]) -> T:
     return task.result()
 
 
-def hold(wait: Callable[[], None]) -> None:
-    """Have nothing happen in the loop, if there is one, while this waits."""
-    if _loop is not None:
-        _loop.call_soon_threadsafe(wait)
-
-
 def running() -> asyncio.AbstractEventLoop:
     """The loop, in its thread; both start with the first launch."""
     global _loop
@@ -160,6 +185,7 @@ def _forget() -> None:
     """A forked child has the loop but not its thread."""
     global _loop, _lock
     _loop, _lock = None, threading.Lock()
+    _ends.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

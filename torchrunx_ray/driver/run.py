@@ -246,8 +246,12 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
             self.set_result(outcome)
 
     def _invoke_callbacks(self) -> None:
-        """Call the user's functions in a thread of its own: they may block, or launch something."""
+        """Wake who waits; call the user's functions in a thread of its own: they may block, or launch something."""
         this: Any = self  # the stubs have no private names
+        callbacks: list[Callable[[Any], object]] = this._done_callbacks
+        for end in [each for each in callbacks if isinstance(each, loop.End)]:
+            callbacks.remove(end)
+            end(self)
         if not this._done_callbacks:  # such as in a forked child, which should start no thread
             return
         future: Any = super()

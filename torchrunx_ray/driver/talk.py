@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from torchrunx_ray.driver import memory_monitor
 from torchrunx_ray.driver.call import Call
@@ -67,7 +73,7 @@ class Talk:
             return _failed("Ray's memory monitor killed the agent", evidence)
         except RayError as error:
             self._agent.is_gone = isinstance(error, RayActorError)
-            return _failed("the agent died", str(error))
+            return _failed("the agent died", _evidence(error))
         finally:
             starting.cancel()
             hearing.cancel()
@@ -117,6 +123,16 @@ class Talk:
 
 def _ask_for_values(calls: Any, wanted: messages.RunWanted) -> "list[ray.ObjectRef[Any]]":
     return [calls.value.remote(wanted.run_id, place.local_rank) for place in wanted.places]
+
+
+def _evidence(error: RayError) -> str:
+    if not isinstance(error, ActorUnavailableError):
+        return str(error)
+    # The raylet tells within milliseconds of an agent that died alone.
+    return (
+        f"{error}\nRay does not say why. The raylet, Ray's process for the node, or the machine may have ended, or "
+        "the network may be cut."
+    )
 
 
 def _failed(what: str, evidence: str) -> messages.AgentFailed:
