@@ -5,7 +5,7 @@ import io
 import sys
 import threading
 import weakref
-from typing import Any
+from typing import Any, cast
 
 _FINISH_S = 5.0
 
@@ -76,8 +76,7 @@ def _tracked() -> list[Any]:
     # By their ids: a metaclass of the function's may forbid to hash or compare its classes.
     kinds: tuple[type, ...] = (_Sentinel, *_BUFFERED, *_kinds_that_end_at_close())
     ids = {id(kind) for kind in kinds}
-    objects: list[Any] = gc.get_objects()
-    return [each for each in objects if id(type(each)) in ids]
+    return [each for each in gc.get_objects() if id(cast("Any", type(each))) in ids]
 
 
 def _kinds_that_end_at_close() -> tuple[type, ...]:
