@@ -1,6 +1,7 @@
 """Annotations that are text can be evaluated in a worker: the names that they use travel."""
 
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -55,6 +56,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import ClassVar, Literal, NamedTuple, Optional, Union
 
 LOCK = threading.Lock()
+minidom = "not what the annotation names"
 Inside, InsideMethod, Unpack = list[int], set[int], dict[int, str]
 Name = Union[str, int]
 
@@ -100,7 +102,7 @@ def inner():
 def command_line(tyro):
     return tyro.cli(Config, args=["--optimizer.rate", "3", "--name", "a"])
 
-look = lambda tyro: (hints(), inner(), command_line(tyro))
+look = lambda tyro: (hints(), inner(), command_line(tyro), "minidom" in globals())
 """
 
 TEXTS = """
@@ -140,12 +142,13 @@ def test_names_in_annotations_that_are_text_travel(main: types.ModuleType) -> No
     import tyro
 
     exec(SCRIPT, vars(main))
-    (config, plain, pair, signature), fields, parsed = in_a_worker(main.look, tyro)
+    hints, fields, parsed, has_other = in_a_worker(main.look, tyro)
 
-    assert [config, plain, pair, signature] == main.hints()
+    assert hints == main.hints()
     assert fields == main.inner()
     assert fields[0] == ["a"]
     assert parsed == main.Config(name="a", optimizer=main.Optimizer(3))
+    assert not has_other
 
 
 def test_names_in_single_annotations_travel(main: types.ModuleType) -> None:
@@ -154,12 +157,54 @@ def test_names_in_single_annotations_travel(main: types.ModuleType) -> None:
     assert in_a_worker(main.look)
 
 
-def test_global_that_cannot_be_pickled_is_found_in_an_annotation(main: types.ModuleType) -> None:
-    exec("import threading\nlock = threading.Lock()\ndef train(a: 'lock'): pass", vars(main))
-    exec("class Config:\n  a: 'lock'", vars(main))
+NOT_NEEDED = """
+import threading
+import driver_only
+import driver_only.part
+from driver_only import Client, connect
 
-    for name in "train", "Config":
-        with pytest.raises(PayloadError, match=rf"^global 'lock' used by {name} cannot be pickled"):
+LOCK = threading.Lock()
+
+class Locked:
+    lock = LOCK
+
+class Twin:
+    twin: "Twin | Locked"
+    config: "Config"
+
+class Config:
+    twin: "Twin"
+    locked: "Locked"
+    client: "driver_only.part.Client"
+
+def train(a: "driver_only.part.Client", b: "Client", c: "Locked", d: "LOCK", e: "Config", f: "connect"):
+    return sorted({"driver_only", "Client", "connect", "Locked", "LOCK", "Config", "Twin"} & {*globals()})
+"""
+
+
+def test_call_does_not_fail_for_what_only_annotations_need(
+    main: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "driver_only", "driver_only.part":
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec("class Client: pass\ndef connect(): pass", vars(module))
+    sys.modules["driver_only"].__package__ = "driver_only"
+    vars(sys.modules["driver_only"])["part"] = sys.modules["driver_only.part"]
+    exec(NOT_NEEDED, vars(main))
+
+    assert in_a_worker(main.train, *[None] * 6) == ["Config", "Twin"]
+
+
+def test_search_for_what_cannot_be_pickled_does_not_blame_annotations(
+    main: types.ModuleType,
+) -> None:
+    exec("import threading\nlock = other = threading.Lock()", vars(main))
+    exec("def train(a: 'lock' = other): pass", vars(main))
+    exec("class Base:\n  b = other\nclass Config(Base):\n  a: 'lock'", vars(main))
+
+    for name, blamed in ("train", "default 0 of train"), ("Config", "Config.__bases__[0].b"):
+        with pytest.raises(PayloadError, match=rf"^{re.escape(blamed)} cannot be pickled"):
             pack([(name, vars(main)[name])])
 
 

@@ -624,9 +624,12 @@ def test_members_of_an_enum_whose_values_equal_no_other_come_back_as_themselves(
 
 
 OWN_OBJECTS = """
+import collections
 import enum
 import functools
 import logging
+import operator
+import re
 import threading
 import typing
 from dataclasses import dataclass
@@ -765,10 +768,64 @@ class Kind(enum.Enum):
 
 COSTS = {Kind.A: 3, Kind.B: 4}
 
+class Positive:
+    def __get__(self, owner, kind=None):
+        return owner.__dict__["_size"]
+    def __set__(self, owner, value):
+        owner.__dict__["_size"] = value
+
+class Key:
+    size = Positive()
+    def __init__(self, size):
+        self.size = size
+    def __eq__(self, other):
+        return self.size == other.size
+    def __hash__(self):
+        return hash(self.size)
+
+class Trainer:
+    def run(self):
+        return SIZES[Key(5)], OR_0[Key(5)]
+
+SIZES = {Key(5): "five"}
+OR_0 = collections.defaultdict(int, SIZES)
+
+class Named:
+    by = operator.attrgetter("name")
+    def __init__(self, name):
+        self.name = name
+    def __eq__(self, other):
+        return self.name == other.name
+    def __hash__(self):
+        return hash(self.by(self))
+
+class Finder:
+    def run(self):
+        return NUMBERS[Named("a")]
+
+NUMBERS = collections.OrderedDict({Named("a"): 1})
+
+class Query:
+    pattern = re.compile("a+")
+    def __init__(self, text):
+        self.text = text
+    def __setstate__(self, state):
+        self.text = self.pattern.match(state["text"]).group()
+
+def of_a_queue():
+    queue = collections.deque([Query("aa")])
+    class Searcher:
+        def run(self):
+            return [each.text for each in queue if isinstance(each, Query)]
+    return Searcher
+
+Searcher = of_a_queue()
+
 def look(*given):
     said = [Stage("b").is_last(), Local("b").is_last(), Cache._instance.lock is not None]
     said += [Cache.shared().other().lock is not None, Cache.names, Cache.shared() is Cache._instance]
     said += [Vector(0).is_zero(), Vector.ZERO, Point(1).plus(), Kind.A.cost(), Derived().table()]
+    said += [each().run() for each in (Trainer, Finder, Searcher)]
     return said + [Sized().size(), Weighed()(), Single().is_single(), Derived().one_of(), Derived().given(), len(given)]
 """
 

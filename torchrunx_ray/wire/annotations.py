@@ -17,8 +17,11 @@ def code_of(function: types.FunctionType) -> list[types.CodeType]:
 
 
 def names_in(codes: Iterable[types.CodeType]) -> Iterator[str]:
+    """Yield the names that are looked up, without those after dots."""
     for code in codes:
-        yield from code.co_names
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
+                yield instruction.argval
         yield from names_in(each for each in code.co_consts if isinstance(each, types.CodeType))
 
 

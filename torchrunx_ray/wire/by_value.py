@@ -112,7 +112,9 @@ def _state_of_dispatcher(function: Any) -> Any:
     return tuple(function.registry.items()), named | others
 
 
-def finish(obj: Any, reduced: Any, order: code_first.Order) -> Any:
+def finish(
+    obj: Any, reduced: Any, order: code_first.Order, can_be_pickled: Callable[[object], bool]
+) -> Any:
     """Return what cloudpickle makes of an object, with what cloudpickle loses of it."""
     if reduced is NotImplemented:
         return reduced
@@ -122,7 +124,8 @@ def finish(obj: Any, reduced: Any, order: code_first.Order) -> Any:
     if reduced[0] is of_cloudpickle["_make_skeleton_enum"]:
         return enums.reduce_enum(obj, reduced, order)
     if reduced[0] is of_cloudpickle["_make_function"]:
-        reduced = inner_code.with_needs(obj, closures.with_own_cells(obj, reduced))
+        reduced = closures.with_own_cells(obj, reduced)
+        reduced = inner_code.with_needs(obj, reduced, can_be_pickled)
         return code_first.of_function(obj, _without_parts_of_dispatcher(obj, reduced), order)
     return reduced
 

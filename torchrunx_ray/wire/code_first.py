@@ -7,6 +7,7 @@ while the code of a class is pickled, and follow when that code is whole.
 
 import enum
 import types
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from itertools import chain, islice
 from typing import Any, cast
@@ -16,11 +17,19 @@ from torchrunx_ray.wire.private import is_of_the_script, of_cloudpickle
 CODE, OTHER, OF_THE_SCRIPT = range(3)
 """Kinds of values, in the order in which they come."""
 
+DESCRIPTOR, ATTRIBUTE, OUTSIDE = range(3)
+"""Places of values of one kind, in the order in which they come.
+
+What is outside a class may have objects of it, which are hashed as the attributes say.
+"""
+
 _LOOKED_AT = 100
 """Parts of a container that are looked at. Further ones are taken to be alike."""
 
 _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 _CONTAINERS = frozenset({tuple, list, dict, set, frozenset})
+_CONTAINERS_OF_LIBRARIES = tuple, list, dict, set, frozenset, deque
+_WITH_AN_EMPTY_ONE = _CONTAINERS | {OrderedDict, defaultdict, deque, Counter}
 
 
 class Step:
@@ -37,7 +46,7 @@ class Order:
     """Data that one pickler has put off."""
 
     def __init__(self) -> None:
-        self._put_off: list[tuple[int, Step]] | None = None
+        self._put_off: list[tuple[int, int, Step]] | None = None
 
     @property
     def is_in_code(self) -> bool:
@@ -52,21 +61,21 @@ class Order:
 
     def end(self) -> list[Step]:
         """Return the steps that bring the data, last those that may have objects of the script's classes."""
-        steps = sorted(self._put_off or (), key=lambda each: each[0])
+        steps = sorted(self._put_off or (), key=lambda each: each[:2])
         self._put_off = None
-        return [step for _, step in steps]
+        return [step for *_, step in steps]
 
-    def put_off(self, rank: int, step: Step) -> None:
+    def put_off(self, rank: int, step: Step, place: int = OUTSIDE) -> None:
         assert self._put_off is not None
-        self._put_off.append((rank, step))
+        self._put_off.append((rank, place, step))
 
     def divide(
-        self, parts: dict[str, Any], later: Callable[[str, Any], Step]
+        self, parts: dict[str, Any], later: Callable[[str, Any], Step], place: int = OUTSIDE
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Put the data among named parts off; return the code, and what stands for the script's objects.
 
         Until these come, a `__new__` may look for them. Before them was None there, most often, or an empty
-        container.
+        container. Nothing stands for a descriptor: it was there before all objects.
         """
         code: dict[str, Any] = {}
         stand_ins: dict[str, Any] = {}
@@ -75,9 +84,10 @@ class Order:
             if rank == CODE:
                 code[name] = value
                 continue
-            self.put_off(rank, later(name, value))
-            if rank == OF_THE_SCRIPT:
-                stand_ins[name] = type(value)() if type(value) in _CONTAINERS else None
+            is_descriptor = place == ATTRIBUTE and hasattr(cast("Any", type(value)), "__get__")
+            self.put_off(rank, later(name, value), DESCRIPTOR if is_descriptor else place)
+            if rank == OF_THE_SCRIPT and not is_descriptor:
+                stand_ins[name] = type(value)() if type(value) in _WITH_AN_EMPTY_ONE else None
         return code, stand_ins
 
 
@@ -86,14 +96,20 @@ def rank_of(value: object, depth: int = 3) -> int:
     if kind in _SIMPLE or isinstance(value, type | types.ModuleType):
         return CODE
     if kind in _CONTAINERS:
-        parts = cast("Any", value)
-        if depth == 0:
-            return OTHER
-        parts = chain.from_iterable(parts.items()) if kind is dict else parts
-        return max((rank_of(each, depth - 1) for each in islice(parts, _LOOKED_AT)), default=CODE)
+        return _rank_of_container(value, depth)
     if is_of_the_script(kind) and not isinstance(value, enum.Enum):
         return OF_THE_SCRIPT
+    if isinstance(value, _CONTAINERS_OF_LIBRARIES):
+        return max(OTHER, _rank_of_container(value, depth))
     return CODE if hasattr(kind, "__get__") or kind is types.BuiltinFunctionType else OTHER
+
+
+def _rank_of_container(value: Any, depth: int) -> int:
+    if depth == 0:
+        return OTHER
+    is_mapping = isinstance(value, dict)
+    parts: Any = chain.from_iterable(cast("Any", value).items()) if is_mapping else value
+    return max((rank_of(each, depth - 1) for each in islice(parts, _LOOKED_AT)), default=CODE)
 
 
 def of_function(function: Any, reduced: Any, order: Order) -> Any:
@@ -152,9 +168,9 @@ class _Code:
 
     def __reduce__(self) -> Any:
         self.is_outermost = self._order.begin()
-        code, stand_ins = self._order.divide(self._attributes, self._later)
+        code, stand_ins = self._order.divide(self._attributes, self._later, ATTRIBUTE)
         if self._last is not None:
-            self._order.put_off(OF_THE_SCRIPT, self._last)
+            self._order.put_off(OF_THE_SCRIPT, self._last, ATTRIBUTE)
         function, *arguments = self._first
         return function, (self._kind, *arguments, code | stand_ins)
 

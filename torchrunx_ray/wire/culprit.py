@@ -161,10 +161,13 @@ def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple
             yield f"variable {name!r} captured by {path}", cell.cell_contents
         except ValueError:  # the cell is empty
             continue
-    in_annotations = annotations.names_in(annotations.code_of(function))
-    for name in dict.fromkeys([*_globals_named_in(function.__code__), *in_annotations]):
-        if name in function.__globals__:
-            yield f"global {name!r} used by {path}", function.__globals__[name]
+    there = function.__globals__
+    named = [name for name in dict.fromkeys(_globals_named_in(function.__code__)) if name in there]
+    yield from ((f"global {name!r} used by {path}", there[name]) for name in named)
+    for name in dict.fromkeys(annotations.names_in(annotations.code_of(function))):
+        is_other = name in there and name not in named
+        if is_other and _why_not_pickled(there[name], None) is None:  # it is left out otherwise
+            yield f"global {name!r} used by {path}", there[name]
     for i, default in enumerate(function.__defaults__ or ()):
         yield f"default {i} of {path}", default
     for name, default in (function.__kwdefaults__ or {}).items():

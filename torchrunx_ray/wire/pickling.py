@@ -58,18 +58,40 @@ class _Pickler(_CloudPickler):
         buffer_callback: Callable[[pickle.PickleBuffer], bool] | None,
         owners: list[object],
         replace: Replace | None,
+        *,
+        is_trial: bool = False,
     ) -> None:
         _CloudPickler.__init__(self, file, protocol=5, buffer_callback=buffer_callback)
         self._owners = owners
         self._replace = replace
+        self._is_trial = is_trial
         self._order = code_first.Order()
+        self._classes: dict[int, object] = {}
 
     def reducer_override(self, obj: object) -> Any:
+        if issubclass(type(obj), type):
+            self._classes[id(obj)] = obj
         reduced: Any = NotImplemented if self._replace is None else self._replace(obj)
         if reduced is NotImplemented:
             reduced = tensors.reduce(obj, self._owners)
         if reduced is NotImplemented:
             reduced = by_value.reduce(obj, self._order)
         if reduced is NotImplemented:
-            reduced = by_value.finish(obj, _CloudPickler.reducer_override(self, obj), self._order)
+            reduced = _CloudPickler.reducer_override(self, obj)
+            reduced = by_value.finish(obj, reduced, self._order, self._can_be_pickled)
         return reduced
+
+    def _can_be_pickled(self, value: object) -> bool:
+        """Try it, except for a class that has come, or was part of a trial.
+
+        A trial is of the value's own code and data. What its annotations name has trials of its own.
+        """
+        if self._is_trial or id(value) in self._classes:
+            return id(value) in self._classes
+        trial = _Pickler(io.BytesIO(), lambda _: False, [], self._replace, is_trial=True)
+        try:
+            trial.dump(value)
+        except Exception:
+            return False
+        self._classes |= trial._classes
+        return True
