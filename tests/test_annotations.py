@@ -196,6 +196,24 @@ def test_call_does_not_fail_for_what_only_annotations_need(
     assert in_a_worker(main.train, *[None] * 6) == ["Config", "Twin"]
 
 
+DEEP = "from dataclasses import dataclass\n" + "".join(
+    f"""
+@dataclass
+class C{i}:
+    a: "C{i + 1}"
+    b: "C{i * 7 % 150}"
+    def look(self, a: "C{i + 3}"): pass
+"""
+    for i in range(150)
+)
+
+
+def test_call_does_not_fail_for_annotations_that_are_too_deep(main: types.ModuleType) -> None:
+    exec(DEEP + "def train(a: 'C0'): return 3", vars(main))
+
+    assert in_a_worker(main.train, None) == 3
+
+
 def test_search_for_what_cannot_be_pickled_does_not_blame_annotations(
     main: types.ModuleType,
 ) -> None:

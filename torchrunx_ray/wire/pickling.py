@@ -36,7 +36,22 @@ def dumps(value: object, replace: Replace | None = None) -> bytes:
 
 
 def dumps_with_buffers(value: object, replace: Replace | None = None) -> Pickled:
-    """Large buffers beside the stream, uncopied."""
+    """Large buffers beside the stream, uncopied.
+
+    Annotations may refer from class to class, deeper than Python can recurse. What is too deep is pickled
+    without the needs of annotations.
+    """
+    try:
+        return _with_buffers(value, replace)
+    except pickle.PicklingError as error:
+        if not isinstance(error.__cause__, RecursionError):
+            raise
+    return _with_buffers(value, replace, with_annotations=False)
+
+
+def _with_buffers(
+    value: object, replace: Replace | None, *, with_annotations: bool = True
+) -> Pickled:
     file = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
     owners: list[object] = []
@@ -47,7 +62,7 @@ def dumps_with_buffers(value: object, replace: Replace | None = None) -> Pickled
         buffers.append(buffer)
         return False
 
-    _Pickler(file, keep_small, owners, replace).dump(value)
+    _Pickler(file, keep_small, owners, replace, with_annotations=with_annotations).dump(value)
     return Pickled(file.getvalue(), tuple(buffers), owners)
 
 
@@ -59,12 +74,12 @@ class _Pickler(_CloudPickler):
         owners: list[object],
         replace: Replace | None,
         *,
-        is_trial: bool = False,
+        with_annotations: bool = True,
     ) -> None:
         _CloudPickler.__init__(self, file, protocol=5, buffer_callback=buffer_callback)
         self._owners = owners
         self._replace = replace
-        self._is_trial = is_trial
+        self._with_annotations = with_annotations
         self._order = code_first.Order()
         self._classes: dict[int, object] = {}
 
@@ -86,9 +101,9 @@ class _Pickler(_CloudPickler):
 
         A trial is of the value's own code and data. What its annotations name has trials of its own.
         """
-        if self._is_trial or id(value) in self._classes:
+        if id(value) in self._classes or not self._with_annotations:
             return id(value) in self._classes
-        trial = _Pickler(io.BytesIO(), lambda _: False, [], self._replace, is_trial=True)
+        trial = _Pickler(io.BytesIO(), lambda _: False, [], self._replace, with_annotations=False)
         try:
             trial.dump(value)
         except Exception:
