@@ -135,20 +135,32 @@ def test_ctrl_c_at_any_moment_of_a_wait_is_raised_and_holds_nobody_up(
 ) -> None:
     """One that hit the methods of a future left its lock held; the thread of all runs waited for that."""
     monkeypatch.setattr(loop, "_STEP_S", 0.00002)
+    waits = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal waits
+        if waits:
+            waits = False
+            raise KeyboardInterrupt
 
     async def end_when(gate: asyncio.Event) -> None:
         await gate.wait()
 
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for i in range(1500):
             gate = asyncio.Event()
             future = loop.start(end_when(gate))
-            signal.setitimer(signal.ITIMER_REAL, 0.0003 + i % 100 * 0.000005)
-            with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.0003 + i % 100 * 0.000005, 0.001)
+            try:
+                waits = True
                 loop.wait(future)
+                pytest.fail("the interruption was lost")
+            except KeyboardInterrupt:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             loop.running().call_soon_threadsafe(gate.set)
             assert wait_until(future.done, 10)
     finally:
+        waits = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
