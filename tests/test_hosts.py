@@ -1,5 +1,6 @@
 """Launches on three raylets: a head with CPUs only, and two nodes of 4 CPUs and 4 (logical) GPUs."""
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import logging
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ from tests import processes
 from tests.clusters.raylets import raylets
 from tests.soon import SOON_S, soon
 from torchrunx_ray.driver import cluster, gpu_question, returning
+from torchrunx_ray.driver.cluster import Node
+from torchrunx_ray.driver.connection import Connection
 from torchrunx_ray.driver.shape import resolve
 
 
@@ -417,6 +421,32 @@ def test_launch_inside_a_ray_task_and_an_actor(three_raylets: Cluster) -> None:
     actor: Any = ray.remote(num_cpus=0)(Trainer)
     trainer = actor.remote()
     assert ray.get([task.remote(), trainer.train.remote()]) == [[0, 1], [0, 1]]
+
+
+@pytest.mark.slow
+def test_node_that_comes_back_while_it_is_asked_which_ones_left_is_taken(
+    three_raylets: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passing: dict[str, Any] = {"num_cpus": 1, "node_ip_address": "127.0.0.3"}
+    three_raylets.remove_node(three_raylets.add_node(**passing), allow_graceful=True)
+    ask = returning.nodes_that_left
+    asked, is_back = threading.Event(), threading.Event()
+
+    async def ask_late(connection: Connection) -> list[Node]:
+        asked.set()
+        await asyncio.to_thread(is_back.wait, 30)
+        return await ask(connection)
+
+    monkeypatch.setattr(returning, "nodes_that_left", ask_late)
+    launcher = trx.Launcher(hostnames=["127.0.0.3"], workers_per_host=1, backend=None, linger=0)
+    run = launcher.submit(os.getpid)
+    assert asked.wait(30)
+    node = three_raylets.add_node(**passing)
+    is_back.set()
+    try:
+        assert run.result(timeout=60).hostnames == ("127.0.0.3",)
+    finally:
+        three_raylets.remove_node(node, allow_graceful=True)
 
 
 @pytest.mark.slow

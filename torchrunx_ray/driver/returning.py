@@ -61,6 +61,9 @@ async def resolve_when_back(
             return await _resolve(options, nodes, here), nodes
         except (PlacementError, ValueError) as error:
             left = await nodes_that_left(connection)
+            now, _ = await connection.call(_nodes_and_ours)
+            if {node.node_id for node in now} != {node.node_id for node in nodes}:
+                continue  # such as one that came back between the questions
             is_over = time.monotonic() - begun >= limit_s
             if is_over or not left or not await _would_do(options, [*nodes, *left], here):
                 if awaited:
