@@ -102,6 +102,7 @@ def test_group_at_a_port_of_the_functions_own(cluster: None) -> None:
     def join() -> int:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
         dist.init_process_group("gloo")
+        dist.barrier()  # the store is in rank 0's process, which may end before its peer has joined
         return dist.get_world_size()
 
     assert list(trx.Launcher(workers_per_host=2, backend=None).run(join)) == [2, 2]
