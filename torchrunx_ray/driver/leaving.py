@@ -17,10 +17,10 @@ import ray
 _untyped_ray: Any = ray
 
 _LONGEST_S = 10.0
-"""For Ray to be taken down."""
+"""Time for Ray to be taken down."""
 
 _CALLS_S = 3.0
-"""For calls that are under way when the script has ended; most of those that wait take a second."""
+"""Time for calls that are under way when the script has ended; most take a second at most."""
 
 _STEP_S = 0.01
 
@@ -31,13 +31,13 @@ _one_less = threading.Condition()
 
 
 def has_begun() -> bool:
-    """Whether the script has ended, so that Ray's own exit function comes next."""
+    """Return True once the script has ended: Ray's own exit function comes next."""
     return _has_begun.is_set()
 
 
 @contextlib.contextmanager
 def calling() -> Generator[None]:
-    """Around a call of Ray's in a thread: the interpreter's end waits for it, for a while."""
+    """Have the interpreter's end wait for a call of Ray's that is made within, for some seconds."""
     global _under_way
     with _one_less:
         _under_way += 1
@@ -52,7 +52,7 @@ def calling() -> Generator[None]:
 def wait_until_over() -> None:
     """Wait while Ray is taken down in another thread: by ray.shutdown(), or when the script has ended.
 
-    In the thread of all runs, so that nothing is freed there meanwhile: it ends every run of this process.
+    This blocks the thread of all runs, so that nothing is freed there meanwhile. Every run ends with Ray anyway.
     """
     worker = _untyped_ray._private.worker.global_worker
     deadline = time.monotonic() + _LONGEST_S
@@ -61,7 +61,7 @@ def wait_until_over() -> None:
 
 
 def _leave() -> None:
-    """At the interpreter's end, before Ray's own exit function, which was registered earlier."""
+    """Wait for calls under way, before Ray's own exit function, which was registered earlier."""
     _has_begun.set()
     with _one_less:
         _one_less.wait_for(lambda: _under_way == 0, _CALLS_S)

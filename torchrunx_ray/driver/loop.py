@@ -34,7 +34,8 @@ def start(coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
 class End:
     """A future's end, for threads in which Ctrl-C may be raised at any moment.
 
-    One that hits the future's own methods may leave its lock held for ever, and the loop would wait for that.
+    A KeyboardInterrupt inside the future's own methods may leave the future's lock held for ever, and the loop
+    would wait for that lock.
     """
 
     def __init__(self, future: "concurrent.futures.Future[Any]") -> None:
@@ -58,7 +59,7 @@ _ends: "weakref.WeakKeyDictionary[concurrent.futures.Future[Any], End]" = (
 
 
 def wait(future: "concurrent.futures.Future[Any]", timeout: float | None = None) -> bool:
-    """Wait in the user's thread; whether it is done.
+    """Wait in the user's thread; return whether the future is done.
 
     In steps, for Ctrl-C: the kernel may hand the signal to any thread of the process, and Python
     acts on it only when its main thread wakes.

@@ -68,7 +68,7 @@ class Placement:
 
     @property
     def held(self) -> list[Held]:
-        """What it holds on each host: nothing once the driver has left the cluster, which took it back."""
+        """Resources held on each host: none once the driver has left the cluster, which took them back."""
         return self._held if self._cluster.is_ours() else []
 
     async def gpu_ids(self) -> list[tuple[str, ...]]:

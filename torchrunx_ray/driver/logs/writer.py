@@ -35,7 +35,7 @@ def _no_cutters() -> defaultdict[tuple[Speaker, Stream], LineCutter]:
 
 @dataclass
 class Source:
-    """What the writers of one run share."""
+    """Queue and cutters that the writers of one run share."""
 
     said: queue.SimpleQueue[Said | None] = field(default_factory=queue.SimpleQueue[Said | None])
     """None is the end."""
