@@ -309,6 +309,7 @@ trx.launch(
     assert jobs.held() == "placement groups: 0, CPUs: 0.0, named actors: 0\n"
 
 
+@pytest.mark.exhaustive
 def test_jobs_that_want_the_same_hosts_take_turns(jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
         """

@@ -57,7 +57,7 @@ def test_agents_stay_for_their_time_and_hold_nothing(
     assert launch_again() == 4
 
 
-@pytest.mark.parametrize("victim", ["worker", "driver"])
+@pytest.mark.parametrize("victim", [pytest.param("worker", marks=pytest.mark.exhaustive), "driver"])
 def test_agents_go_at_once_with_their_driver(
     environment: dict[str, str], victim: str, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def drive(head: ClientServer) -> Iterator[Drive]:
         yield drive
 
 
+@pytest.mark.exhaustive
 def test_core_works_through_ray_client(head: ClientServer) -> None:
     tests = ["-m", "pytest", "-v", "--timeout=150", "tests/test_core.py"]
     done = subprocess.run(

@@ -54,7 +54,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "start_method", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)]
+)
 def test_a_scripts_own_classes_and_globals_are_found_by_name(
     tmp_path: Path, start_method: str
 ) -> None:

@@ -254,7 +254,13 @@ sys.exit(7)
 @pytest.mark.slow
 @pytest.mark.timeout(240)  # Ray's own waits come in steps of 5 s
 @needs_hosts
-@pytest.mark.parametrize("script", sbatch_scripts(), ids=["symmetric-run", "ray start"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(sbatch_scripts()[0], id="symmetric-run"),
+        pytest.param(sbatch_scripts()[1], id="ray start", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_scripts_of_the_docs_launch_on_both_nodes_and_pass_the_exit_status_on(
     script: str, tmp_path: Path
 ) -> None:

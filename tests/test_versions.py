@@ -103,7 +103,13 @@ def host_without(package: str, folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["torchrunx_ray", "cloudpickle", "torch"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "torchrunx_ray",
+        *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("cloudpickle", "torch")),
+    ],
+)
 def test_host_that_lacks_a_package_is_named(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
