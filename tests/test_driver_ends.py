@@ -1,13 +1,18 @@
 """A driver that is killed, interrupted or done leaves nothing of its launch."""
 
+import asyncio
+import contextlib
+import gc
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -16,7 +21,7 @@ import torchrunx_ray as trx
 from tests import processes
 from tests.processes import wait_until
 from tests.soon import soon
-from torchrunx_ray.driver.loop import in_thread
+from torchrunx_ray.driver.loop import in_thread, in_thread_only
 
 
 def test_driver_that_is_killed_leaves_nothing(
@@ -216,6 +221,33 @@ async def test_calls_that_block_are_made_where_no_thread_starts_any_more(
     assert await in_thread(abs, -3) == 3
     with pytest.raises(ZeroDivisionError):
         await in_thread(divmod, 1, 0)
+    called: list[str] = []
+    await in_thread_only(called.append, "may hold the loop for ever")
+    assert called == []
+
+
+@pytest.mark.parametrize("start", [in_thread, in_thread_only])
+async def test_call_that_fails_in_a_thread_leaves_nothing_for_pythons_gc(start: Any) -> None:
+    """Ray's references in it may be freed in a bad moment then."""
+
+    class Held:
+        pass
+
+    def fail() -> None:
+        held = Held()
+        kept.append(weakref.ref(held))
+        raise ValueError
+
+    kept: list[weakref.ref[Held]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            await start(fail)
+        await asyncio.sleep(0.01)  # what has woken this task has the failure, too
+        assert wait_until(lambda: kept[0]() is None)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What workers say reaches its places, whatever becomes of the thread that brings it there."""
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import logging
@@ -18,6 +19,7 @@ from torchrunx_ray.driver import attempt
 from torchrunx_ray.driver.connection import ClusterLeft
 from torchrunx_ray.driver.logs.run_logs import RunLogs
 from torchrunx_ray.driver.logs.speaker import Speaker
+from torchrunx_ray.driver.logs.to_files import ToFiles
 
 
 async def test_record_that_cannot_be_read_ends_neither_the_output_nor_the_run(kept: Kept) -> None:
@@ -49,6 +51,48 @@ def names_of_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
 
 
+async def test_output_that_no_thread_can_write_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the terminal is stopped, and no second thread can be started for the files."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    stopped = Stopped()
+    logging.getLogger().addHandler(stopped)
+    try:
+        who = Speaker("vm", 0, 0, is_first_host=True)
+        files = ToFiles(tmp_path, "run")
+        logs = RunLogs("run", trx.Launcher(console_ranks="all"), "auto", files, [who])
+        logs.put(who, "stdout", b"a line\n", time.time())
+        await asyncio.to_thread(stopped.has_one.wait, 20)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            logs.hurry(0.1)
+            await asyncio.wait_for(logs.drain(), 20)
+    finally:
+        stopped.goes_on.set()
+        logging.getLogger().removeHandler(stopped)
+
+
+class Stopped(logging.Handler):
+    """As a terminal that takes nothing more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_one, self.goes_on = threading.Event(), threading.Event()
+
+    def createLock(self) -> None:  # noqa: N802
+        """It would stop this thread, which logs here, too."""
+        self.lock = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("torchrunx_ray."):
+            self.has_one.set()
+            self.goes_on.wait()
+
+
 @pytest.mark.slow
 def test_stopped_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
     one: trx.Launcher,
@@ -57,11 +101,6 @@ def test_stopped_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The only thread that wrote hung in the terminal, and what was queued was dropped."""
-
-    class Stopped(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.name.startswith("torchrunx_ray."):
-                goes_on.wait()
 
     def speak_until_stopped() -> None:
         def say_last_words(*_: object) -> None:
@@ -77,7 +116,7 @@ def test_stopped_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
 
     monkeypatch.setattr(attempt, "_LAST_LINES_S", 1.0)
     monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
-    goes_on, stopped = threading.Event(), Stopped()
+    stopped = Stopped()
     logging.getLogger().addHandler(stopped)
     try:
         run = dataclasses.replace(one, log_handlers="auto").submit(speak_until_stopped)
@@ -86,7 +125,7 @@ def test_stopped_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
         with pytest.raises(concurrent.futures.CancelledError):
             run.result(timeout=60)
     finally:
-        goes_on.set()
+        stopped.goes_on.set()
         logging.getLogger().removeHandler(stopped)
     (path,) = tmp_path.glob("2*/*[[]0].log")
     written = path.read_text()

@@ -8,7 +8,9 @@ import dataclasses
 import os
 import pickle
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torchrunx_ray as trx
 from tests.interrupts import result_with_one_ctrl_c
 from tests.processes import above, is_alive, note, wait_until
 from torchrunx_ray.driver import attempt
+from torchrunx_ray.driver.run import Run, _living
 
 
 @pytest.fixture
@@ -185,6 +188,34 @@ def test_exception_of_the_wait_itself_stops_nothing(
             run.result()
     (tmp_path / "gate").touch()
     assert list(run.result(timeout=60)) == [None, None]
+
+
+@pytest.mark.parametrize("at", ["call_soon_threadsafe", "_write_to_self"])
+def test_ctrl_c_inside_submit_leaves_no_run_that_nobody_holds(
+    patient: trx.Launcher, at: str, tmp_path: Path
+) -> None:
+    """Before the run was handed to the loop, or just after: the script's end waited for it for ever."""
+
+    def interrupt(frame: types.FrameType, event: str, _: object) -> None:
+        caller = (
+            frame.f_back if at == "call_soon_threadsafe" else frame.f_back and frame.f_back.f_back
+        )
+        if frame.f_code.co_name == at and caller and caller.f_code is Run.__init__.__code__:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    def work() -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(1000)
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            patient.submit(work)
+    finally:
+        sys.settrace(before)
+    assert wait_until(lambda: _living == {})
 
 
 def test_run_can_be_neither_copied_nor_pickled(

@@ -95,9 +95,17 @@ class Connection:
             raise ClusterLeft(through_client=self._through_client)
 
     def is_ours(self) -> bool:
-        if leaving.has_begun() or not untyped_ray.is_initialized():
+        try:
+            if leaving.has_begun() or not untyped_ray.is_initialized():
+                return False
+            membership = _membership()
+        except (
+            RayError,
+            RuntimeError,
+            AttributeError,
+        ):  # Ray is taken down in another thread just now
             return False
-        return self._membership == _membership() and self._membership not in _lost | _inherited
+        return self._membership == membership and membership not in _lost | _inherited
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What a function of Ray's returns that blocks: called in a thread."""
@@ -106,7 +114,10 @@ class Connection:
         def work() -> T:
             with leaving.calling():
                 self.check()
-                return function(*args, **kwargs)
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    leaving.wait_until_over()  # before what the function had is freed
 
         with self._telling_its_loss():
             return await self._answer(in_thread(work))

@@ -49,7 +49,7 @@ class HeldHosts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """None while there are none: before they are there, between two placements, at the end."""
+        """Empty while there are none: before they are there, between two placements, at the end."""
         placement = self._placement
         return () if placement is None else tuple(host.label for host in placement.hosts)
 

@@ -17,7 +17,9 @@ import ray
 _untyped_ray: Any = ray
 
 _LONGEST_S = 10.0
-"""Time for Ray to be taken down."""
+"""Time for Ray to be taken down. Ctrl-C in ray.shutdown() may leave it half done for ever."""
+
+_taken_down_since: float | None = None
 
 _CALLS_S = 3.0
 """Time for calls that are under way when the script has ended; most take a second at most."""
@@ -54,10 +56,16 @@ def wait_until_over() -> None:
 
     This blocks the thread of all runs, so that nothing is freed there meanwhile. Every run ends with Ray anyway.
     """
+    global _taken_down_since
     worker = _untyped_ray._private.worker.global_worker
-    deadline = time.monotonic() + _LONGEST_S
-    while hasattr(worker, "core_worker") and not worker.connected and time.monotonic() < deadline:
+    while hasattr(worker, "core_worker") and not worker.connected:
+        now = time.monotonic()
+        if _taken_down_since is None:
+            _taken_down_since = now
+        if now - _taken_down_since > _LONGEST_S:
+            return
         time.sleep(_STEP_S)
+    _taken_down_since = None
 
 
 def _leave() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 import sys
@@ -83,19 +84,51 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     In a daemon thread, unlike asyncio.to_thread, so that one that never returns does not hold
     the interpreter when the driver ends. When the await is cancelled the call itself goes on.
     """
-    future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-
+    answer: asyncio.Future[T] = _unheard()
+    work = functools.partial(_settle, answer, functools.partial(call, *args, **kwargs))
     if not start_thread(work):
         work()
-    answer = asyncio.wrap_future(future)
-    answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # if nobody waits
-    return await asyncio.shield(answer)
+    try:
+        return await asyncio.shield(answer)
+    finally:
+        del answer, work  # a failure refers to this frame, and must not wait for Python's gc
+
+
+async def in_thread_only(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Await a call that may block for ever, such as one that writes to a stopped terminal.
+
+    It is left out where no thread can be started: here it would hold the loop.
+    """
+    answer: asyncio.Future[object] = _unheard()
+    work = functools.partial(_settle, answer, functools.partial(call, *args, **kwargs))
+    if not start_thread(work):
+        return
+    try:
+        await asyncio.shield(answer)
+    finally:
+        del answer, work
+
+
+def _unheard() -> "asyncio.Future[Any]":
+    """Return a future whose failure may stay unheard: nobody may wait for it any more.
+
+    asyncio.wrap_future would keep what a call returned or raised until Python's gc runs.
+    """
+    future = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
+
+
+def _settle(answer: "asyncio.Future[T]", call: Callable[[], T]) -> None:
+    """Call it in a thread, and have the loop hear of what came of it."""
+    settle = answer.get_loop().call_soon_threadsafe
+    try:
+        settle(answer.set_result, call())
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):  # that loop was closed meanwhile
+            settle(answer.set_exception, error)
+    finally:
+        del answer  # a failure refers to this frame
 
 
 def start_thread(work: Callable[[], None]) -> bool:
@@ -105,7 +138,7 @@ def start_thread(work: Callable[[], None]) -> bool:
         threading.Thread(
             target=context.run, args=(work,), name="torchrunx_ray call", daemon=True
         ).start()
-    except RuntimeError:  # from Python 3.12 on none starts any more when the script has ended
+    except RuntimeError:  # a limit of the host; Python 3.12 starts none when the script has ended
         return False
     return True
 

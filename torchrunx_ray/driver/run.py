@@ -31,7 +31,7 @@ _living: dict["Run[Any]", Callable[[], None]] = {}
 """Runs go on when nobody holds them, and an event loop keeps no task alive; with what a fork asks of them."""
 
 _called_at_exit: list[Callable[[], None]] | None = None
-"""When the script has ended, calls for which Python 3.12 and later start no thread."""
+"""When the script has ended, calls for which Python 3.12 starts no thread."""
 
 
 class Run(concurrent.futures.Future[LaunchResult[R]]):
@@ -56,9 +56,14 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         self._failures: Failures | None = None
         self._raised_at: types.TracebackType | None = None
         self._loop = loop.running()
+        self._task: asyncio.Task[LaunchResult[Any] | Failures] | None = None
         self._was_asked = False
-        _living[self] = self._leave_to_parent
-        self._loop.call_soon_threadsafe(self._begin, life)
+        try:
+            _living[self] = self._leave_to_parent
+            self._loop.call_soon_threadsafe(self._begin, life)
+        except BaseException:  # Ctrl-C, before the call was queued or after
+            self._loop.call_soon_threadsafe(self._abandon, life)
+            raise
 
     @property
     def name(self) -> str:
@@ -171,8 +176,8 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
     def _stop_and_wait(self, first: BaseException) -> None:
         told_of: BaseException | None = first
         for stop in (self.cancel, self.kill):
-            stop()
             try:
+                stop()
                 interruption.wait_after(told_of, self, self.name, self._shutdown_timeout)
                 return
             except BaseException:
@@ -203,7 +208,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
     def _stop(self) -> None:
         if self._asked_to == "go on":
             self._asked_to = "stop"
-            self._task.cancel()
+            self._cancel_task()
 
     def _die(self) -> None:
         if self._asked_to == "die":
@@ -211,7 +216,20 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         self._asked_to = "die"
         if self._progress.attempt is not None:
             self._progress.attempt.kill()
-        self._task.cancel()
+        self._cancel_task()
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _abandon(self, life: Life) -> None:
+        """Stop a run that nobody will hold, whether it has begun or not."""
+        self._was_asked = True
+        if self._task is not None:
+            self._stop()
+        else:
+            life.close()
+            _living.pop(self, None)
 
     def _begin(self, life: Life) -> None:
         self._task = asyncio.ensure_future(life)

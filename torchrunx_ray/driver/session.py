@@ -66,7 +66,8 @@ class Session:
             life = told(lambda: self._run(call, progress), progress, self._options)
             run: Run[R] = Run(life, progress, self._options.shutdown_timeout)
             self._running.add(run)
-            run.add_done_callback(self._running.discard)
+            # In the loop: Ctrl-C inside of it would leave the run locked.
+            loop.running().call_soon_threadsafe(run.add_done_callback, self._running.discard)
             return run
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from torchrunx_ray.driver.logs.to_loggers import driver_has_configured_logging
-from torchrunx_ray.driver.loop import in_thread, to_the_end
+from torchrunx_ray.driver.loop import in_thread_only, to_the_end
 from torchrunx_ray.driver.options import Options
 from torchrunx_ray.driver.progress import Progress
 from torchrunx_ray.driver.screen import can_be_live, has_rich, screen
@@ -60,13 +60,13 @@ async def _live(progress: Progress) -> AsyncGenerator[None, None]:
             is_shown = True
             screen.add_status(progress, lambda: progress.status)
 
-    showing = asyncio.ensure_future(in_thread(show))
+    showing = asyncio.ensure_future(in_thread_only(show))
 
     async def hide() -> None:
         with contextlib.suppress(Exception):  # the terminal is gone; the run has an outcome
             await showing
         with contextlib.suppress(Exception):
-            await in_thread(screen.remove_status, progress)
+            await in_thread_only(screen.remove_status, progress)
         if is_shown:
             await _say_last(progress)
 
@@ -97,7 +97,7 @@ async def _at_most_for_a_while(work: Coroutine[Any, Any, None]) -> None:
 async def _say_last(progress: Progress) -> None:
     if progress.ended:  # a session that was opened has no end yet
         with contextlib.suppress(Exception):  # the terminal is gone
-            await in_thread(screen.write, "stderr", f"{progress.last_line}\n")
+            await in_thread_only(screen.write, "stderr", f"{progress.last_line}\n")
 
 
 def _summary_is_seen() -> bool:
@@ -116,7 +116,7 @@ async def _say_phases(progress: Progress, has_said: asyncio.Event) -> None:
             said, said_at = phase, now()
             has_said.set()
             with contextlib.suppress(Exception):  # the terminal is gone
-                await in_thread(screen.write, "stderr", f"{progress.status}\n")
+                await in_thread_only(screen.write, "stderr", f"{progress.status}\n")
         await asyncio.sleep(_LOOK_S)
 
 

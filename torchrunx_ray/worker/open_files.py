@@ -5,7 +5,8 @@ import io
 import sys
 import threading
 import weakref
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 _FINISH_S = 5.0
 
@@ -19,6 +20,8 @@ _END_AT_CLOSE = (
     ("lzma", "LZMAFile"),
 )
 """Files that write their end when they are closed. An archive's member is closed before the archive."""
+
+_kind_of: Callable[[object], Any] = type
 
 _of_template: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
@@ -76,7 +79,7 @@ def _tracked() -> list[Any]:
     # By their ids: a metaclass of the function's may forbid to hash or compare its classes.
     kinds: tuple[type, ...] = (_Sentinel, *_BUFFERED, *_kinds_that_end_at_close())
     ids = {id(kind) for kind in kinds}
-    return [each for each in gc.get_objects() if id(cast("Any", type(each))) in ids]
+    return [each for each in gc.get_objects() if id(_kind_of(each)) in ids]
 
 
 def _kinds_that_end_at_close() -> tuple[type, ...]:

@@ -127,8 +127,11 @@ class RunLogs:
         in_hand = None if self._files is None else self._writer.give_way(self._files)
         if in_hand is None:
             return False
+        try:
+            self._writer = self._new_writer()
+        except RuntimeError:  # no thread can be started
+            return False
         self._was_written(in_hand.size)
-        self._writer = self._new_writer()
         return True
 
     def _give_up(self) -> None:
