@@ -94,6 +94,7 @@ def test_functions_make_groups_of_their_own(launcher: trx.Launcher) -> None:
         every_second = dist.new_group(list(range(0, dist.get_world_size(), 2)))
         if dist.get_rank() % 2 == 0:
             dist.all_reduce(ours, group=every_second)
+        dist.barrier()  # a rank that leaves ends the group of one that still connects
         dist.destroy_process_group()
         for _ in range(3):
             dist.init_process_group("gloo")
