@@ -844,6 +844,7 @@ def test_objects_that_their_own_class_reaches_are_made_when_it_has_its_methods(f
 
 ORDER = """
 import collections
+import enum
 import logging
 import torch
 from dataclasses import dataclass
@@ -933,7 +934,43 @@ class Client:
     def __call__(self):
         return CONNECTIONS["a"].url, Connection.__name__
 
+@dataclass(frozen=True)
+class Spec:
+    width: int
+    depth: int
+
+class Size(Spec, enum.Enum):
+    SMALL = 1, 2
+    LARGE = 3, 4
+    def __call__(self):
+        return BATCHES[self]
+
+BATCHES = {Size.SMALL: 64, Size.LARGE: 8}
+
+class Color(enum.Enum):
+    RED = 1, "r"
+    def __init__(self, code, letter):
+        self.code = code
+    def __hash__(self):
+        return self.code
+    def __call__(self):
+        return COSTS[self, 1]
+
+COSTS = {(Color.RED, 1): 3}
+
+class Painted:
+    def __call__(self):
+        return self in PAINTED
+    def __eq__(self, other):
+        return True
+    def __hash__(self):
+        return hash(DEFAULT)
+
+DEFAULT = Color.RED
+PAINTED = {Painted()}
+
 CALLED = [each() for each in (Converter, WithItsUnit, Model, Trainer, OfItself, Client)]
+CALLED += [Size.LARGE, Color.RED, Painted()]
 
 def load_and_call(streams):
     return [by_value.loads(stream)() for stream in streams]

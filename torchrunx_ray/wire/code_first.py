@@ -126,9 +126,22 @@ def rank_of(value: object, depth: int = 3) -> int:
 def _rank_of_container(value: Any, depth: int) -> int:
     if depth == 0:
         return OTHER
+    if _hashes(value) and any(_has_members(each) for each in islice(value, _LOOKED_AT)):
+        return OF_THE_SCRIPT
     is_mapping = isinstance(value, dict)
     parts: Any = chain.from_iterable(cast("Any", value).items()) if is_mapping else value
     return max((rank_of(each, depth - 1) for each in islice(parts, _LOOKED_AT)), default=CODE)
+
+
+def _hashes(container: object) -> bool:
+    return isinstance(container, dict | set | frozenset)
+
+
+def _has_members(part: object) -> bool:
+    """Return True for members of the script's enums. By itself one is found by name; a hash may need all of it."""
+    if type(part) is tuple:
+        return any(map(_has_members, cast("tuple[object, ...]", part)))
+    return isinstance(part, enum.Enum) and is_of_the_script(type(part))
 
 
 def _attributes_of(value: Any) -> dict[str, Any]:
