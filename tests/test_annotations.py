@@ -164,9 +164,10 @@ import driver_only.part
 from driver_only import Client, connect
 
 LOCK = threading.Lock()
+LOCKS = [LOCK]
 
 class Locked:
-    lock = LOCK
+    locks = LOCKS
 
 class Twin:
     twin: "Twin | Locked"
@@ -177,8 +178,8 @@ class Config:
     locked: "Locked"
     client: "driver_only.part.Client"
 
-def train(a: "driver_only.part.Client", b: "Client", c: "Locked", d: "LOCK", e: "Config", f: "connect"):
-    return sorted({"driver_only", "Client", "connect", "Locked", "LOCK", "Config", "Twin"} & {*globals()})
+def train(a: "driver_only.part.Client", b: "Client", c: "Locked", d: "LOCKS", e: "Config", f: "connect"):
+    return sorted({"driver_only", "Client", "connect", "Locked", "LOCKS", "Config", "Twin"} & {*globals()})
 """
 
 
@@ -212,6 +213,36 @@ def test_call_does_not_fail_for_annotations_that_are_too_deep(main: types.Module
     exec(DEEP + "def train(a: 'C0'): return 3", vars(main))
 
     assert in_a_worker(main.train, None) == 3
+
+
+MANY = """
+from __future__ import annotations
+
+class Data:
+    pickled = 0
+    def __reduce__(self):
+        Data.pickled += 1
+        return Data, ()
+
+DATA = Data()
+
+class Reader:
+    def read(self):
+        return DATA
+"""
+
+
+def test_data_are_pickled_twice_at_most_however_many_classes_annotations_name(
+    main: types.ModuleType,
+) -> None:
+    """Once to see whether they can be pickled, and once to send them."""
+    classes = (
+        f"class C{i}:\n  def grow(self, other: C{i + 1}):\n    return Reader()\n" for i in range(9)
+    )
+    exec(MANY + "".join(classes) + "C9 = C0\ndef train():\n  return C0", vars(main))
+    pack([("train", main.train)])
+
+    assert main.Data.pickled <= 2
 
 
 def test_search_for_what_cannot_be_pickled_does_not_blame_annotations(
