@@ -1,5 +1,6 @@
 """Annotations that are text can be evaluated in a worker: the names that they use travel."""
 
+import pathlib
 import pickle
 import re
 import subprocess
@@ -161,6 +162,7 @@ NOT_NEEDED = """
 import threading
 import driver_only
 import driver_only.part
+import exiting.part
 from driver_only import Client, connect
 
 LOCK = threading.Lock()
@@ -178,23 +180,27 @@ class Config:
     locked: "Locked"
     client: "driver_only.part.Client"
 
-def train(a: "driver_only.part.Client", b: "Client", c: "Locked", d: "LOCKS", e: "Config", f: "connect"):
+def train(a: "driver_only.part.Client", b: "Client", c: "Locked", d: "LOCKS", e: "Config", f: "connect",
+          g: "exiting.part.Client"):
     return sorted({"driver_only", "Client", "connect", "Locked", "LOCKS", "Config", "Twin"} & {*globals()})
 """
 
 
 def test_call_does_not_fail_for_what_only_annotations_need(
-    main: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+    main: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    for name in "driver_only", "driver_only.part":
-        module = types.ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        exec("class Client: pass\ndef connect(): pass", vars(module))
-    sys.modules["driver_only"].__package__ = "driver_only"
-    vars(sys.modules["driver_only"])["part"] = sys.modules["driver_only.part"]
+    """For modules that another process does not have, or that end it, as scripts do that are called wrongly."""
+    (tmp_path / "exiting.py").write_text("raise SystemExit('usage')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in "driver_only", "exiting":
+        module, part = types.ModuleType(name), types.ModuleType(f"{name}.part")
+        module.__package__, vars(module)["part"] = name, part
+        for each in module, part:
+            monkeypatch.setitem(sys.modules, each.__name__, each)
+            exec("class Client: pass\ndef connect(): pass", vars(each))
     exec(NOT_NEEDED, vars(main))
 
-    assert in_a_worker(main.train, *[None] * 6) == ["Config", "Twin"]
+    assert in_a_worker(main.train, *[None] * 7) == ["Config", "Twin"]
 
 
 DEEP = "from dataclasses import dataclass\n" + "".join(
