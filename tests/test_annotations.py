@@ -295,3 +295,42 @@ def test_main_of_a_worker_has_the_globals_of_the_function_and_not_those_of_value
 
     assert in_a_worker(main.train, Inserted(0), inserted=(earlier,)) == (0.01, 0.1, 0.01, 0.1, 1)
     assert in_a_worker(captured, inserted=(earlier,)) == (0.01, 0.1, 0.01)
+
+
+NESTED = """
+import pickle
+
+class Outer:
+    class Config: pass
+    class Middle:
+        class Config: pass
+
+class Absent:
+    class Middle:
+        class Config: pass
+
+class Config: pass
+
+def make():
+    class Local: pass
+    return Local
+
+Local = make()
+
+def look(of_absent):
+    kinds = Outer.Config, Config, Outer.Middle.Config, type(of_absent)
+    streams = [pickle.dumps(kinds, protocol) for protocol in (2, 5)]
+    return [pickle.loads(each) == kinds for each in streams], pickle.loads(pickle.dumps(Local)) is Local, streams
+"""
+
+
+def test_pickle_finds_classes_of_the_script_by_their_names_also_those_inside_others(
+    main: types.ModuleType,
+) -> None:
+    exec(NESTED, vars(main))
+    are_found, is_local_found, streams = in_a_worker(main.look, main.Absent.Middle.Config())
+
+    assert (are_found, is_local_found) == ([True, True], True)
+    of_absent = main.Absent.Middle.Config
+    kinds = main.Outer.Config, main.Config, main.Outer.Middle.Config, of_absent
+    assert [pickle.loads(each) for each in streams] == [kinds, kinds]
