@@ -1,5 +1,6 @@
 """Annotations that are text can be evaluated in a worker: the names that they use travel."""
 
+import pathlib
 import pickle
 import re
 import subprocess
@@ -161,12 +162,14 @@ NOT_NEEDED = """
 import threading
 import driver_only
 import driver_only.part
+import exiting.part
 from driver_only import Client, connect
 
 LOCK = threading.Lock()
+LOCKS = [LOCK]
 
 class Locked:
-    lock = LOCK
+    locks = LOCKS
 
 class Twin:
     twin: "Twin | Locked"
@@ -177,23 +180,27 @@ class Config:
     locked: "Locked"
     client: "driver_only.part.Client"
 
-def train(a: "driver_only.part.Client", b: "Client", c: "Locked", d: "LOCK", e: "Config", f: "connect"):
-    return sorted({"driver_only", "Client", "connect", "Locked", "LOCK", "Config", "Twin"} & {*globals()})
+def train(a: "driver_only.part.Client", b: "Client", c: "Locked", d: "LOCKS", e: "Config", f: "connect",
+          g: "exiting.part.Client"):
+    return sorted({"driver_only", "Client", "connect", "Locked", "LOCKS", "Config", "Twin"} & {*globals()})
 """
 
 
 def test_call_does_not_fail_for_what_only_annotations_need(
-    main: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+    main: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    for name in "driver_only", "driver_only.part":
-        module = types.ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        exec("class Client: pass\ndef connect(): pass", vars(module))
-    sys.modules["driver_only"].__package__ = "driver_only"
-    vars(sys.modules["driver_only"])["part"] = sys.modules["driver_only.part"]
+    """For modules that another process does not have, or that end it, as scripts do that are called wrongly."""
+    (tmp_path / "exiting.py").write_text("raise SystemExit('usage')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in "driver_only", "exiting":
+        module, part = types.ModuleType(name), types.ModuleType(f"{name}.part")
+        module.__package__, vars(module)["part"] = name, part
+        for each in module, part:
+            monkeypatch.setitem(sys.modules, each.__name__, each)
+            exec("class Client: pass\ndef connect(): pass", vars(each))
     exec(NOT_NEEDED, vars(main))
 
-    assert in_a_worker(main.train, *[None] * 6) == ["Config", "Twin"]
+    assert in_a_worker(main.train, *[None] * 7) == ["Config", "Twin"]
 
 
 DEEP = "from dataclasses import dataclass\n" + "".join(
@@ -212,6 +219,36 @@ def test_call_does_not_fail_for_annotations_that_are_too_deep(main: types.Module
     exec(DEEP + "def train(a: 'C0'): return 3", vars(main))
 
     assert in_a_worker(main.train, None) == 3
+
+
+MANY = """
+from __future__ import annotations
+
+class Data:
+    pickled = 0
+    def __reduce__(self):
+        Data.pickled += 1
+        return Data, ()
+
+DATA = Data()
+
+class Reader:
+    def read(self):
+        return DATA
+"""
+
+
+def test_data_are_pickled_twice_at_most_however_many_classes_annotations_name(
+    main: types.ModuleType,
+) -> None:
+    """Once to see whether they can be pickled, and once to send them."""
+    classes = (
+        f"class C{i}:\n  def grow(self, other: C{i + 1}):\n    return Reader()\n" for i in range(9)
+    )
+    exec(MANY + "".join(classes) + "C9 = C0\ndef train():\n  return C0", vars(main))
+    pack([("train", main.train)])
+
+    assert main.Data.pickled <= 2
 
 
 def test_search_for_what_cannot_be_pickled_does_not_blame_annotations(
@@ -258,3 +295,42 @@ def test_main_of_a_worker_has_the_globals_of_the_function_and_not_those_of_value
 
     assert in_a_worker(main.train, Inserted(0), inserted=(earlier,)) == (0.01, 0.1, 0.01, 0.1, 1)
     assert in_a_worker(captured, inserted=(earlier,)) == (0.01, 0.1, 0.01)
+
+
+NESTED = """
+import pickle
+
+class Outer:
+    class Config: pass
+    class Middle:
+        class Config: pass
+
+class Absent:
+    class Middle:
+        class Config: pass
+
+class Config: pass
+
+def make():
+    class Local: pass
+    return Local
+
+Local = make()
+
+def look(of_absent):
+    kinds = Outer.Config, Config, Outer.Middle.Config, type(of_absent)
+    streams = [pickle.dumps(kinds, protocol) for protocol in (2, 5)]
+    return [pickle.loads(each) == kinds for each in streams], pickle.loads(pickle.dumps(Local)) is Local, streams
+"""
+
+
+def test_pickle_finds_classes_of_the_script_by_their_names_also_those_inside_others(
+    main: types.ModuleType,
+) -> None:
+    exec(NESTED, vars(main))
+    are_found, is_local_found, streams = in_a_worker(main.look, main.Absent.Middle.Config())
+
+    assert (are_found, is_local_found) == ([True, True], True)
+    of_absent = main.Absent.Middle.Config
+    kinds = main.Outer.Config, main.Config, main.Outer.Middle.Config, of_absent
+    assert [pickle.loads(each) for each in streams] == [kinds, kinds]

@@ -840,3 +840,146 @@ def test_objects_that_their_own_class_reaches_are_made_when_it_has_its_methods(f
     call = functools.partial(lambda given, look: look(*given), given, script.look)
 
     assert elsewhere(call) == script.look(*given)
+
+
+ORDER = """
+import collections
+import enum
+import logging
+import torch
+from dataclasses import dataclass
+from torchrunx_ray.wire import by_value
+
+class Units:
+    def __init__(self):
+        self.meters = {"km": 1000, "m": 1}
+
+UNITS = Units()
+
+@dataclass
+class Length:
+    size: float
+    unit: str
+    def meters(self):
+        return self.size * UNITS.meters[self.unit]
+    def __eq__(self, other):
+        return self.meters() == other.meters()
+    def __hash__(self):
+        return hash(self.meters())
+
+KNOWN = {Length(1, "km"): "one"}
+
+class Converter:
+    def __call__(self):
+        return KNOWN.get(Length(1000, "m"))
+
+class WithItsUnit:
+    UNIT = Length  # comes before `__call__`
+    def __call__(self):
+        return KNOWN.get(self.UNIT(1000, "m"))
+
+class Vocabulary:
+    def __getitem__(self, word):
+        return 0
+
+class Token:
+    vocabulary = Vocabulary()
+    def __init__(self, word):
+        self.word = word
+    def __hash__(self):
+        return self.vocabulary[self.word]
+    def __eq__(self, other):
+        return self.word == other.word
+
+class Model:
+    weights = {Token("x"): 1.0}
+    def __call__(self):
+        return self.weights[Token("x")]
+
+LOGGER = logging.getLogger("mine")
+
+class Block(torch.nn.Module):
+    scale = Vocabulary()
+    def __setstate__(self, state):
+        LOGGER.debug("restored")
+        super().__setstate__(state)
+        self.size = self.scale["x"]
+
+BLOCKS = torch.nn.Sequential(Block())
+
+class Trainer:
+    def __call__(self):
+        return [type(each) is Block for each in BLOCKS]
+
+class OfItself(torch.nn.Module):
+    scale = Vocabulary()
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.size = self.scale["x"]
+    def __call__(self):
+        return [type(each) is OfItself for each in SELF]
+
+SELF = torch.nn.Sequential(OfItself())
+
+class Connection:
+    def __init__(self, url):
+        self.url = url
+        LOGGER.info("connect")
+    def __reduce__(self):
+        return Connection, (self.url,)
+
+CONNECTIONS = collections.UserDict(a=Connection("db"))
+
+class Client:
+    def __call__(self):
+        return CONNECTIONS["a"].url, Connection.__name__
+
+@dataclass(frozen=True)
+class Spec:
+    width: int
+    depth: int
+
+class Size(Spec, enum.Enum):
+    SMALL = 1, 2
+    LARGE = 3, 4
+    def __call__(self):
+        return BATCHES[self]
+
+BATCHES = {Size.SMALL: 64, Size.LARGE: 8}
+
+class Color(enum.Enum):
+    RED = 1, "r"
+    def __init__(self, code, letter):
+        self.code = code
+    def __hash__(self):
+        return self.code
+    def __call__(self):
+        return COSTS[self, 1]
+
+COSTS = {(Color.RED, 1): 3}
+
+class Painted:
+    def __call__(self):
+        return self in PAINTED
+    def __eq__(self, other):
+        return True
+    def __hash__(self):
+        return hash(DEFAULT)
+
+DEFAULT = Color.RED
+PAINTED = {Painted()}
+
+CALLED = [each() for each in (Converter, WithItsUnit, Model, Trainer, OfItself, Client)]
+CALLED += [Size.LARGE, Color.RED, Painted()]
+
+def load_and_call(streams):
+    return [by_value.loads(stream)() for stream in streams]
+"""
+
+
+def test_objects_are_made_after_all_that_their_class_needs_whichever_class_comes_first() -> None:
+    script = of_a_script(ORDER)
+    streams = [bytes(pack([("called", called)]).stream) for called in script.CALLED]
+    said = elsewhere(functools.partial(script.load_and_call, streams))
+
+    assert said == [called() for called in script.CALLED]

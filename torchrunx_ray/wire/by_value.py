@@ -119,7 +119,7 @@ def finish(
     if reduced is NotImplemented:
         return reduced
     if reduced[0] is of_cloudpickle["_make_skeleton_class"]:
-        reduced = skeletons.with_bases_and_slots(obj, reduced)
+        reduced = skeletons.with_name_and_slots(obj, reduced)
         return code_first.of_class(obj, reduced, order, annotations.carrier_of(obj))
     if reduced[0] is of_cloudpickle["_make_skeleton_enum"]:
         return enums.reduce_enum(obj, reduced, order)

@@ -10,7 +10,7 @@ import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from itertools import chain, islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torchrunx_ray.wire.private import is_of_the_script, of_cloudpickle
 
@@ -31,6 +31,8 @@ _CONTAINERS = frozenset({tuple, list, dict, set, frozenset})
 _CONTAINERS_OF_LIBRARIES = tuple, list, dict, set, frozenset, deque
 _WITH_AN_EMPTY_ONE = _CONTAINERS | {OrderedDict, defaultdict, deque, Counter}
 
+_WAYS_OF_OBJECT = object.__reduce__, object.__reduce_ex__
+
 
 class Step:
     """Calls a function when it is unpickled."""
@@ -42,32 +44,47 @@ class Step:
         return self._call
 
 
+class PutOff(NamedTuple):
+    """Data that come when the code is whole."""
+
+    rank: int
+    place: int
+    step: Step
+
+
 class Order:
-    """Data that one pickler has put off."""
+    """Data that one pickler has put off, while it pickles the code of classes.
+
+    The code of one class reaches other classes, whose code is whole first. So their data come first, too: the
+    data of the class around them may be made by what the inner class puts off.
+    """
 
     def __init__(self) -> None:
-        self._put_off: list[tuple[int, int, Step]] | None = None
+        self._of_classes_in_code: list[list[PutOff]] = []
+        """Of each class whose code is being pickled, the innermost last."""
+        self._of_whole_classes: list[PutOff] = []
 
     @property
     def is_in_code(self) -> bool:
-        return self._put_off is not None
+        return bool(self._of_classes_in_code)
 
-    def begin(self) -> bool:
-        """Put data off from now on. Return False if that is so already."""
-        is_first = self._put_off is None
-        if self._put_off is None:
-            self._put_off = []
-        return is_first
+    def begin(self) -> None:
+        """Put data off, for a class whose code comes now."""
+        self._of_classes_in_code.append([])
 
     def end(self) -> list[Step]:
-        """Return the steps that bring the data, last those that may have objects of the script's classes."""
-        steps = sorted(self._put_off or (), key=lambda each: each[:2])
-        self._put_off = None
-        return [step for *_, step in steps]
+        """Declare the innermost class's code whole. Return the steps that bring the data, if it was the last.
+
+        Last come those that may have objects of the script's classes.
+        """
+        self._of_whole_classes += self._of_classes_in_code.pop()
+        if self.is_in_code:
+            return []
+        put_off, self._of_whole_classes = self._of_whole_classes, []
+        return [each.step for each in sorted(put_off, key=lambda each: (each.rank, each.place))]
 
     def put_off(self, rank: int, step: Step, place: int = OUTSIDE) -> None:
-        assert self._put_off is not None
-        self._put_off.append((rank, place, step))
+        self._of_classes_in_code[-1].append(PutOff(rank, place, step))
 
     def divide(
         self, parts: dict[str, Any], later: Callable[[str, Any], Step], place: int = OUTSIDE
@@ -101,15 +118,40 @@ def rank_of(value: object, depth: int = 3) -> int:
         return OF_THE_SCRIPT
     if isinstance(value, _CONTAINERS_OF_LIBRARIES):
         return max(OTHER, _rank_of_container(value, depth))
-    return CODE if hasattr(kind, "__get__") or kind is types.BuiltinFunctionType else OTHER
+    if hasattr(kind, "__get__") or kind is types.BuiltinFunctionType:
+        return CODE
+    return max(OTHER, _rank_of_container(_attributes_of(value), depth))
 
 
 def _rank_of_container(value: Any, depth: int) -> int:
     if depth == 0:
         return OTHER
+    if _hashes(value) and any(_has_members(each) for each in islice(value, _LOOKED_AT)):
+        return OF_THE_SCRIPT
     is_mapping = isinstance(value, dict)
     parts: Any = chain.from_iterable(cast("Any", value).items()) if is_mapping else value
     return max((rank_of(each, depth - 1) for each in islice(parts, _LOOKED_AT)), default=CODE)
+
+
+def _hashes(container: object) -> bool:
+    return isinstance(container, dict | set | frozenset)
+
+
+def _has_members(part: object) -> bool:
+    """Return True for members of the script's enums. By itself one is found by name; a hash may need all of it."""
+    if type(part) is tuple:
+        return any(map(_has_members, cast("tuple[object, ...]", part)))
+    return isinstance(part, enum.Enum) and is_of_the_script(type(part))
+
+
+def _attributes_of(value: Any) -> dict[str, Any]:
+    """Return what is pickled with an object of a library, unless the library does it in a way of its own."""
+    kind = cast("Any", type(value))
+    ways = kind.__reduce__, kind.__reduce_ex__
+    if kind is not types.SimpleNamespace and ways != _WAYS_OF_OBJECT:
+        return {}
+    attributes = getattr(value, "__dict__", None)
+    return cast("dict[str, Any]", attributes) if isinstance(attributes, dict) else {}
 
 
 def of_function(function: Any, reduced: Any, order: Order) -> Any:
@@ -149,8 +191,7 @@ def steps(
     last: Step | None = None,
 ) -> Any:
     """Return a class's state: its code, by a call of `first`, then data, those of `last` included."""
-    code = _Code(order, kind, attributes, first, last)
-    return code, _Data(order, code)
+    return _Code(order, kind, attributes, first, last), _Data(order)
 
 
 class _Code:
@@ -164,10 +205,9 @@ class _Code:
     ) -> None:
         self._order, self._kind, self._attributes = order, kind, attributes
         self._first, self._last = first, last
-        self.is_outermost = False
 
     def __reduce__(self) -> Any:
-        self.is_outermost = self._order.begin()
+        self._order.begin()
         code, stand_ins = self._order.divide(self._attributes, self._later, ATTRIBUTE)
         if self._last is not None:
             self._order.put_off(OF_THE_SCRIPT, self._last, ATTRIBUTE)
@@ -179,12 +219,13 @@ class _Code:
 
 
 class _Data:
-    def __init__(self, order: Order, code: _Code) -> None:
-        self._order, self._code = order, code
+    """The data of a class. Within another class's code they wait for that class's."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
 
     def __reduce__(self) -> Any:
-        """Within another class's code the data wait for that class's."""
-        return list, (self._order.end() if self._code.is_outermost else [],)
+        return list, (self._order.end(),)
 
 
 def set_class_state(kind: Any, _needs: object, attributes: dict[str, Any]) -> None:

@@ -17,6 +17,9 @@ from torchrunx_ray.wire.private import of_cloudpickle
 OPERATIONS = frozenset({"LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 """Look a name up in a class's body first, then among the globals."""
 
+_WHAT_MODULES_RAISE = Exception, SystemExit
+"""Anything; a script exits that is imported where it misses its arguments."""
+
 
 def with_needs(function: Any, reduced: Any, can_be_pickled: Callable[[object], bool]) -> Any:
     """Add globals that only annotations or bodies of classes name, and submodules that only they use."""
@@ -74,13 +77,13 @@ def _place_of(value: Any) -> tuple[str, str] | None:
 
 
 def _import_global(function: Any, name: str, module_name: str, name_there: str) -> None:
-    with contextlib.suppress(Exception):  # a module may raise anything
+    with contextlib.suppress(*_WHAT_MODULES_RAISE):
         found: Any = importlib.import_module(module_name)
         function.__globals__[name] = operator.attrgetter(name_there)(found) if name_there else found
 
 
 def _import(module_name: str) -> None:
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(*_WHAT_MODULES_RAISE):
         importlib.import_module(module_name)
 
 

@@ -66,6 +66,13 @@ def _with_buffers(
     return Pickled(file.getvalue(), tuple(buffers), owners)
 
 
+class _Nowhere(io.BytesIO):
+    """Takes a stream that nobody reads."""
+
+    def write(self, data: Any, /) -> int:
+        return len(data)
+
+
 class _Pickler(_CloudPickler):
     def __init__(
         self,
@@ -82,6 +89,7 @@ class _Pickler(_CloudPickler):
         self._with_annotations = with_annotations
         self._order = code_first.Order()
         self._classes: dict[int, object] = {}
+        self._trial: _Pickler | None = None
 
     def reducer_override(self, obj: object) -> Any:
         if issubclass(type(obj), type):
@@ -99,14 +107,20 @@ class _Pickler(_CloudPickler):
     def _can_be_pickled(self, value: object) -> bool:
         """Try it, except for a class that has come, or was part of a trial.
 
-        A trial is of the value's own code and data. What its annotations name has trials of its own.
+        A trial is of the value's own code and data. What its annotations name has trials of its own. One pickler
+        does them all, as it does not pickle again what it knows.
         """
         if id(value) in self._classes or not self._with_annotations:
             return id(value) in self._classes
-        trial = _Pickler(io.BytesIO(), lambda _: False, [], self._replace, with_annotations=False)
+        trial = self._trial or self._new_trial()
+        self._trial = None
         try:
             trial.dump(value)
-        except Exception:
+        except Exception:  # it may now know parts that it did not come to pickle
             return False
+        self._trial = trial
         self._classes |= trial._classes
         return True
+
+    def _new_trial(self) -> "_Pickler":
+        return _Pickler(_Nowhere(), lambda _: False, [], self._replace, with_annotations=False)

@@ -19,14 +19,19 @@ _travelled: Any = of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
 _HOOKS = "__init_subclass__", "__pydantic_init_subclass__"
 
 
-def with_bases_and_slots(kind: type, reduced: Any) -> Any:
-    """Add the slots to a class, without which its objects fit no other; give a TypedDict its base again."""
-    slots = {name: value for name, value in vars(kind).items() if name == "__slots__"}
+def with_name_and_slots(kind: type, reduced: Any) -> Any:
+    """Add the slots to a class, without which its objects fit no other, and its name within the script.
+
+    A class inside a function has only its short name, by which pickle finds it. A TypedDict has its base again.
+    """
+    own = {name: value for name, value in vars(kind).items() if name == "__slots__"}
+    if "<locals>" not in kind.__qualname__:
+        own["__qualname__"] = kind.__qualname__
     make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
     if metaclass.__name__ == "_TypedDictMeta" and "__orig_bases__" not in vars(kind):
         # Before Python 3.12, one that inherits or was made by a call knows no base but dict.
         bases = (sys.modules[metaclass.__module__].TypedDict,)
-    return make, (metaclass, name, bases, namespace | slots, tracker_id, extra), *rest
+    return make, (metaclass, name, bases, namespace | own, tracker_id, extra), *rest
 
 
 @contextlib.contextmanager

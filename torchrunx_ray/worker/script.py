@@ -32,6 +32,43 @@ class _Brought:
         return came
 
 
+class _Outer(type):
+    """Kind of classes that stand for those that did not travel, where a class inside them did."""
+
+    def __getattr__(cls, name: str) -> Any:
+        found = _class_named(f"{cls.__qualname__}.{name}")
+        if found is None:
+            raise AttributeError(f"class {cls.__qualname__!r} has no attribute {name!r}")
+        return found
+
+
+@functools.cache
+def _outer_class(name: str) -> _Outer:
+    """Return the same one each time: pickle compares."""
+    short = name.rpartition(".")[2]
+    return _Outer(short, (), {"__module__": "__main__", "__qualname__": name})
+
+
+def _class_named(name: str) -> type | None:
+    """Return a class of the script that travelled, or what stands for it if only a class inside it did."""
+    kinds = _classes()
+    if name in kinds:
+        return kinds[name]
+    are_inside = (each.startswith(f"{name}.") and "<locals>" not in each for each in kinds)
+    return _outer_class(name) if any(are_inside) else None
+
+
+def _classes() -> dict[str, type]:
+    """Return the script's classes that travelled, the first of each name."""
+    with of_cloudpickle["_DYNAMIC_CLASS_TRACKER_LOCK"]:
+        kinds = list(of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"].values())
+    named: dict[str, type] = {}
+    for kind in kinds:  # type variables, too, which have no such name
+        if kind.__module__ == "__main__" and hasattr(kind, "__qualname__"):
+            named.setdefault(kind.__qualname__, kind)
+    return named
+
+
 class _Script(types.ModuleType):
     """Has the globals of the function and of all that came with it.
 
@@ -57,11 +94,9 @@ class _Script(types.ModuleType):
         for came in self._brought.of_values:
             if name in came and not name.startswith("__"):
                 return came[name]
-        with of_cloudpickle["_DYNAMIC_CLASS_TRACKER_LOCK"]:
-            kinds = list(of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"].values())
-        for kind in kinds:  # type variables, too, which have no such name
-            if (kind.__module__, getattr(kind, "__qualname__", None)) == ("__main__", name):
-                return kind
+        found = _class_named(name)
+        if found is not None:
+            return found
         raise AttributeError(f"module '__main__' has no attribute {name!r}", name=name, obj=self)
 
 
