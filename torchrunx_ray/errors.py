@@ -1,4 +1,4 @@
-"""What a launch can raise, beside the user's own exceptions.
+"""Exceptions that a launch can raise, beside the user's own.
 
 * LaunchError (RuntimeError)
     * PlacementError: the cluster has no room for the launch, now or ever
@@ -168,15 +168,15 @@ def _travel_advice(step: str, reason: str, is_value: bool, missing_module: str |
 
 @dataclass(frozen=True)
 class OomKills:
-    """How many processes of a memory cgroup the kernel had killed for want of memory."""
+    """Number of processes of a memory cgroup that the kernel has killed for want of memory."""
 
     cgroup: str
     limit: int | None
     """Bytes that the cgroup may use."""
     before: int
-    """When the run began."""
+    """The count at the run's beginning."""
     after: int
-    """When the worker had died."""
+    """The count after the worker's death."""
 
     def in_words(self) -> str:
         limit = (

@@ -54,7 +54,7 @@ _ELSEWHERE = {
     "args": "func_args",
     "kwargs": "func_kwargs",
 }
-"""What torchrun, torchrunx, Ray Train and others call it."""
+"""Names that torchrun, torchrunx, Ray Train and others give to an option."""
 
 
 def check_options(given: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How far the clocks of the hosts are apart, for putting what happens on them in order."""
+"""Offsets between the clocks of the hosts, which put events of different hosts in order."""
 
 import asyncio
 import time

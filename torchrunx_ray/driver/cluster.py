@@ -41,7 +41,7 @@ class Node:
 
     @property
     def store_size(self) -> float:
-        """Of its object store, in bytes."""
+        """Size of its object store, in bytes."""
         return self.resources.get("object_store_memory", 0)
 
     @property
@@ -50,12 +50,12 @@ class Node:
 
 
 def is_here(node_id: str) -> bool:
-    """Whether this process runs on that node."""
+    """Return True if this process runs on that node."""
     return not is_remote_client() and context().get_node_id() == node_id
 
 
 def was_started_here() -> bool:
-    """Whether ray.init() started this cluster, which is this machine then."""
+    """Return True if ray.init() started this cluster, which is this machine then."""
     if is_remote_client():
         return False
     node = untyped_ray._private.worker.global_worker.node
@@ -140,12 +140,12 @@ def total_resources() -> dict[str, float]:
 
 
 def free_resources() -> dict[str, float]:
-    """What the whole cluster has free, as Ray's head knows it."""
+    """Return the free resources of the whole cluster, as Ray's head knows them."""
     return untyped_ray.available_resources()
 
 
 def free_by_node() -> dict[str, dict[str, float]]:
-    """What each node has free, by node id."""
+    """Return the free resources of each node, by node id."""
     return Connection().inside(_free_by_node)
 
 

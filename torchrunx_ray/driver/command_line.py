@@ -1,4 +1,4 @@
-"""How options are written on a command line.
+"""Options as a command line has them.
 
 The annotations of options refer to `written_as`, for tyro; they are text until somebody asks for
 them, so that no launch waits for the import of tyro.

@@ -24,7 +24,7 @@ untyped_ray: Any = ray
 """Most of Ray's functions have no types, or such that name none."""
 
 _LOOK_AROUND_S = 1.0
-"""How often a driver that waits for an answer looks whether it still belongs to the cluster."""
+"""Pause between two checks that a driver, while it waits for an answer, still belongs to the cluster."""
 
 _lost: set[object] = set()
 """Connections through ray:// that Ray has given up."""
@@ -35,7 +35,7 @@ _inherited: set[object] = set()
 _connecting = threading.Lock()
 
 _came_through_client = False
-"""Whether the last launch of this process reached its cluster through ray://."""
+"""True if the last launch of this process reached its cluster through ray://."""
 
 _joined_by_launch: object = None
 """The last connection that a launch began itself, by ray.init()."""
@@ -66,7 +66,7 @@ class Connection:
         self._membership = _membership()
 
     async def ask(self, method: Any, *args: Any) -> Any:
-        """What an actor's method, or a remote function, returns.
+        """Call an actor's method, or a remote function, and return its result.
 
         Ray answers nothing more once the driver has called ray.shutdown().
         """
@@ -86,7 +86,7 @@ class Connection:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether it is the parent's, from which this process was forked."""
+        """True in a process that was forked from the one that connected."""
         return self._membership in _inherited
 
     def check(self) -> None:
@@ -108,7 +108,7 @@ class Connection:
         return self._membership == membership and membership not in _lost | _inherited
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What a function of Ray's returns that blocks: called in a thread."""
+        """Call a function of Ray's that blocks in a thread, and return its result."""
         self.check()
 
         def work() -> T:
@@ -123,7 +123,7 @@ class Connection:
             return await self._answer(in_thread(work))
 
     async def begin(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What a function returns that asks actors for something and does not wait for it."""
+        """Call a function that asks actors for something and does not wait for the answers; return its result."""
         if self._through_client:  # where each call waits for the head to take it
             return await self.call(function, *args, **kwargs)
         self.check()
@@ -208,7 +208,7 @@ def connect() -> None:
 
 
 def forked() -> LaunchError:
-    """What a launch in a forked child is told."""
+    """Return the error of a launch in a forked child."""
     return LaunchError(
         f"this process (pid {os.getpid()}) was forked from one that was connected to Ray already, and "
         "Ray's connection does not survive a fork. Launch in the process that called ray.init(), or start "
@@ -240,17 +240,17 @@ def _init() -> None:
 
 
 def is_remote_client() -> bool:
-    """Whether this driver is connected through ray://, where Ray tells less."""
+    """Return True if this driver is connected through ray://, where Ray tells less."""
     return untyped_ray.util.client.ray.is_connected()
 
 
 def was_begun_by_launch() -> bool:
-    """Whether a launch called ray.init() for this connection, and not the script."""
+    """Return True if a launch called ray.init() for this connection, and not the script."""
     return untyped_ray.is_initialized() and _membership() == _joined_by_launch
 
 
 def is_in_rays_worker() -> bool:
-    """Whether this process runs a task or an actor of Ray's."""
+    """Return True if this process runs a task or an actor of Ray's."""
     return untyped_ray._private.worker.global_worker.mode == untyped_ray.WORKER_MODE
 
 

@@ -65,7 +65,7 @@ Report = (
 _FRAME = re.compile(r'^[ |]*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
 _NOTICE_NS = 100_000_000
-"""How much sooner than its parent a dying worker's peers may hear of its death."""
+"""Lead that a dying worker's peers may have over its parent in hearing of its death."""
 
 _NOTICE_OF_SIGNAL_NS = 5_000_000_000
 """The same for a death by a signal, which its peers' errors do not cause: the machine may be busy."""
@@ -92,11 +92,11 @@ class Failures:
     failures: Sequence[Failure]
     stopped: Sequence[str]
     stacks: Stacks
-    """What the workers were doing when the first failure was heard of."""
+    """Stacks of the workers when the driver heard of the first failure."""
     log_directory: Path | None
     """With the default files, where something was written to them."""
     stopped_at_ns: int | None = None
-    """When the launch began to stop the workers."""
+    """Time at which the launch began to stop the workers."""
 
     @property
     def in_brief(self) -> str:
@@ -315,7 +315,7 @@ def _is_of_no_peer(report: Report) -> bool:
 
 
 def _is_exit(report: Report) -> bool:
-    """Whether the function called `sys.exit`, as argparse does after a usage error."""
+    """Return True if the function called `sys.exit`, as argparse does after a usage error."""
     return isinstance(report, messages.Failed) and report.unraisable.startswith("called sys.exit(")
 
 

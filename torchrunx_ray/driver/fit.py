@@ -1,4 +1,4 @@
-"""Whether nodes can hold what a launch needs."""
+"""Checks that nodes can hold what a launch needs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,13 +7,13 @@ from torchrunx_ray.driver.options import Options
 from torchrunx_ray.errors import amounts_in_words, counted
 
 _ACCELERATOR = "accelerator_type:"
-"""What Ray puts before a type of accelerator, to make a resource of it."""
+"""Prefix by which Ray makes a resource of a type of accelerator."""
 
 _VALUES_SHOWN = 20
 
 
 def could_be_host(node: Node, options: Options) -> bool:
-    """Whether a node could hold a host's workers, as far as options alone say."""
+    """Return True if a node could hold a host's workers, as far as options alone say."""
     has_enough = all(
         node.resources.get(name, 0) >= amount for name, amount in least_needs(options).items()
     )

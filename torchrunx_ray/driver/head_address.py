@@ -8,7 +8,7 @@ import time
 from torchrunx_ray.errors import LaunchError
 
 _PATIENCE_S = 5.0
-"""How long a head may take that is being started."""
+"""Time that a head may take to start."""
 
 _PAUSE_S = 0.2
 

@@ -1,4 +1,4 @@
-"""When what happened in a run, on the driver's clock."""
+"""Times of a run's phases, on the driver's clock."""
 
 import json
 import os
@@ -55,7 +55,7 @@ class History:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long each phase took, one after the other, and "total".
+        """Return the seconds that each phase took, in order, and "total".
 
         A phase ends when all hosts and ranks are through it; one that was not needed, such as an
         import by a template that was there, took none. A launch that failed did so in the last one

@@ -18,7 +18,7 @@ _TELL_AFTER_S = 0.5
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Whether an exception that was raised while we waited came from outside.
+    """Return True if an exception that was raised while we waited came from outside.
 
     Ctrl-C, `sys.exit`, and what a signal handler raises do. The handler's frame is in the traceback.
     """
@@ -26,7 +26,7 @@ def is_interruption(error: BaseException) -> bool:
 
 
 def is_second_ctrl_c_of_asyncio() -> bool:
-    """Whether asyncio.run is ending because Ctrl-C was pressed twice.
+    """Return True if asyncio.run is ending because Ctrl-C was pressed twice.
 
     It cancels its main task at the first, and cancels it again at its end. A second one is a
     KeyboardInterrupt in its event loop; after only one, the KeyboardInterrupt is made from the main

@@ -1,4 +1,4 @@
-"""How this process leaves Ray.
+"""A driver's way out of Ray.
 
 While Ray takes down its part of this process, another thread that calls it, or only frees one of its references, ends
 the process without a word.

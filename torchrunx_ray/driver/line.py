@@ -58,7 +58,7 @@ class Place:
             offered.cancel()
 
     def take(self) -> bool:
-        """Whether there is an offer; it lasts until the launch has passed it on."""
+        """True if there is an offer; it lasts until the launch has passed it on."""
         was_offered = self._offered.is_set()
         self._offered.clear()
         return was_offered
@@ -124,7 +124,7 @@ class _Line:
                 return
 
     def _is_due(self, place: Place, free: Amounts) -> bool:
-        """Whether this driver could let it in, and has not for long."""
+        """Return True if this driver could let it in, and has not for long."""
         if time.monotonic() - place.since < _PATIENCE_S:
             return False
         ours = Counter[str]()
@@ -178,12 +178,12 @@ async def until_head_knows(connection: Connection) -> None:
 
 
 def release_is_recent() -> bool:
-    """Whether Ray's head may not yet know of it."""
+    """Return True if Ray's head may not yet know of it."""
     return recent_for_s() > 0
 
 
 def recent_for_s() -> float:
-    """How long the last release stays recent."""
+    """Return the time for which the last release stays recent."""
     return max(0.0, _line.last_release + _RELEASE_S - time.monotonic())
 
 

@@ -21,7 +21,7 @@ _ROUND_TRIP_S = 0.1
 """For the question and the answer between driver and agent."""
 
 _RETURNED_S = 60.0
-"""How long after the last rank that returned those are named that have not."""
+"""Time after the last rank that returned, until the others are named."""
 
 
 class Lookout:

@@ -1,4 +1,4 @@
-"""What Ray's memory monitor tells when it has killed an agent to protect its node."""
+"""Words of Ray's memory monitor when it has killed an agent to protect its node."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Whether the driver's OMP_NUM_THREADS is its user's, or what Ray sets in tasks, actors and jobs."""
+"""The driver's OMP_NUM_THREADS: its user's own, or the one that Ray sets in tasks, actors and jobs."""
 
 import math
 import os

@@ -24,7 +24,7 @@ _sweeping: set[asyncio.Task[None]] = set()
 
 
 def group_name(name: str) -> str:
-    """What a placement group is called: inside a Ray task or actor also after its process."""
+    """Return the name of a placement group: inside a Ray task or actor also after its process."""
     if not is_in_rays_worker():
         return name
     context = cluster.context()

@@ -11,7 +11,7 @@ from torchrunx_ray.errors import amounts_in_words
 
 @dataclass(frozen=True)
 class Held:
-    """What a session holds on one node."""
+    """Resources that a session holds on one node."""
 
     node_id: str
     hostname: str

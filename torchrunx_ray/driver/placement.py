@@ -28,10 +28,10 @@ from torchrunx_ray.errors import PlacementError, counted
 logger = logging.getLogger("torchrunx_ray")
 
 _said: set[str] = set()
-"""What this driver has warned of."""
+"""Warnings that this driver has given."""
 
 _HEAD_S = 5.0
-"""How much longer than `placement_timeout` a launch waits for an answer of Ray's head."""
+"""Time beyond `placement_timeout` that a launch waits for an answer of Ray's head."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Placement:
         return await self._gpu_question.answer()
 
     async def is_whole(self) -> bool:
-        """Whether all its nodes live, as far as Ray knows."""
+        """Return True if all its nodes live, as far as Ray knows."""
         live = {node.node_id for node in await self._cluster.call(cluster.live_nodes)}
         return all(host.node.node_id in live for host in self.hosts)
 

@@ -56,7 +56,7 @@ _NEVER_READY = (
 _NO_ANSWER = "does not answer: the machine is too busy to run it, or is swapping, or the agent is frozen or cut off."
 
 _RUNTIME_ENV_S = 600.0
-"""How long Ray makes a runtime_env, unless its config says otherwise."""
+"""Time that Ray takes at most for a runtime_env, unless its config says otherwise."""
 
 _START_S = 300.0
 """For Ray to start an agent's process once its runtime_env is made."""
@@ -74,14 +74,14 @@ class Agent:
     starts_within_s: float | None
     is_new: bool = True
     claims: int = 0
-    """For how many runs it was claimed."""
+    """Number of runs for which it was claimed."""
     is_gone: bool = False
     """Dead, frozen or cut off: it would be asked in vain for seconds."""
     fault: str = ""
     """Why it was given up when it was wanted for another run, as the rest of a sentence about it."""
     rests_until: float = 0
     ahead_ns: int = 0
-    """How far its host's clock is before the driver's, once `Clocks` has compared them."""
+    """Lead of its host's clock over the driver's, once `Clocks` has compared them."""
     compared_at: float = -math.inf
     """By the driver's monotonic clock."""
 
@@ -128,7 +128,7 @@ class Agent:
                 raise TimeoutError
 
     async def _answers(self) -> bool:
-        """Whether it is there at all; it answers this question at once, whatever it does."""
+        """Return True if it is there at all; it answers this question at once, whatever it does."""
         try:
             async with asyncio.timeout(_ANSWER_S):
                 await self.connection.ask(self.calls.clock)

@@ -1,4 +1,4 @@
-"""How far a run is."""
+"""Progress of a run."""
 
 import os
 import time
@@ -36,9 +36,9 @@ class Progress:
         """While it waits for room: for what."""
         self._log_directory: Path | None = None
         self.ended = ""
-        """How the run has ended, in words."""
+        """Words for the run's end."""
         self.stacks_at_stop = Stacks({})
-        """What the workers were doing when the run was cancelled."""
+        """Stacks of the workers when the run was cancelled."""
         self.failures_before_stop: Failures | None = None
         """Failures from before the cancellation; all failures if the run was not cancelled."""
 
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def phase(self) -> str:
-        """What is going on, in words that change only when that does."""
+        """Words for the present phase, which change only when the phase does."""
         history = self.history
         if self.ended:
             return self.ended

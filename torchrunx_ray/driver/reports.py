@@ -10,7 +10,7 @@ _NAMES_SHOWN = 4
 
 
 class For(Enum):
-    """What a launch waits for."""
+    """Reasons for which a launch waits."""
 
     ROOM = auto()
     RETURN = auto()
@@ -21,7 +21,7 @@ _waiting: dict[str, For] = {}
 """The launches that wait, by name."""
 
 _last: dict[For, float] = {}
-"""When the last warning of each kind was made."""
+"""Time of the last warning of each kind."""
 
 
 def is_due(name: str, what: For) -> bool:

@@ -1,4 +1,4 @@
-"""What a launch returned, fetched when it is asked for."""
+"""Values of a launch, fetched when they are asked for."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ from torchrunx_ray.wire.payload import kept_packed
 R = TypeVar("R")
 
 _STORE_IS_FULL = ("OutOfDiskError", "ObjectStoreFullError")
-"""What Ray says when neither the store nor the disk behind it takes a value."""
+"""Words of Ray's when neither the store nor the disk behind it takes a value."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What one rank returned: where Ray has it, its size, and its node at that time."""
+    """A rank's value: Ray's reference to it, its size, and its node at that time."""
 
     ref: "ray.ObjectRef[Any]"
     size: int

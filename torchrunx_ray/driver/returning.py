@@ -19,7 +19,7 @@ from torchrunx_ray.errors import PlacementError
 logger = logging.getLogger("torchrunx_ray")
 
 WAIT_S = 60.0
-"""How long a node is waited for after it left; Kubernetes restarts a pod in 20 s."""
+"""Time for which a node is waited for after it left; Kubernetes restarts a pod in 20 s."""
 
 _LOOK_S = 1.0
 

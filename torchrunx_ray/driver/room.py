@@ -1,4 +1,4 @@
-"""Whether the cluster has room for a placement group, now or ever."""
+"""Room in the cluster for a placement group, now or ever."""
 
 import logging
 from collections import Counter
@@ -34,7 +34,7 @@ class HostLeft(Exception):
 
 @dataclass(frozen=True)
 class Room:
-    """What a waiting group wants, what there is, and what may come."""
+    """A waiting group's wants, the cluster's resources, and those that may come."""
 
     options: Options
     shape: Shape
@@ -66,12 +66,12 @@ class Room:
 
     @property
     def is_placed(self) -> bool:
-        """Whether the group has its room, which then no longer counts as free."""
+        """True if the group has its room, which then no longer counts as free."""
         return self.scheduling_state == "FINISHED"
 
     @property
     def is_being_reserved(self) -> bool:
-        """Whether Ray may have found room, and asks the nodes for it."""
+        """True if Ray may have found room, and asks the nodes for it."""
         return self.scheduling_state in placement_group.UNDECIDED
 
     def check(self, waited_s: float, limit_s: float) -> None:

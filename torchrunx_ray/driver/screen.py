@@ -136,7 +136,7 @@ class Screen:
 
 
 class _Above:
-    """In place of one of the driver's streams: whole lines go above the status lines.
+    """Stands in for one of the driver's streams: whole lines go above the status lines.
 
     Somebody may keep it longer than they are there; then it only passes on.
     """
@@ -188,7 +188,7 @@ def _from_last_redraw(rest: str) -> str:
 
 
 def can_be_live() -> bool:
-    """Whether stderr is a terminal on which a line can be drawn anew."""
+    """Return True if stderr is a terminal on which a line can be drawn again."""
     return _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
 
@@ -218,6 +218,6 @@ def _writable(text: str, target: TextIO) -> str:
 
 
 screen = Screen()
-"""Of this process."""
+"""The one of this process."""
 
 os.register_at_fork(after_in_child=screen.forget)

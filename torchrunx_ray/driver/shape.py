@@ -1,4 +1,4 @@
-"""From options and the live nodes to the shape of a launch: hosts, workers, what each must hold."""
+"""Shape of a launch, made from its options and the live nodes: hosts, workers, what each must hold."""
 
 import socket
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class HostWanted:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a launch needs of the cluster."""
+    """A launch's needs of the cluster."""
 
     hosts: list[HostWanted]
     gpus_per_worker: float
@@ -146,7 +146,7 @@ def _names(node: Node) -> list[str]:
 
 
 def _addresses(name: str) -> set[str]:
-    """What the name resolves to on the driver's machine; nothing where it does not."""
+    """Return the addresses that the name has on the driver's machine; none if it has none."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

@@ -94,6 +94,6 @@ def _counts(variable: str, text: str) -> list[int]:
 
 
 def _ids_in(part: str) -> int:
-    """How many GPUs "3", "0-3" or a name stand for."""
+    """Return the number of GPUs that "3", "0-3" or a name stand for."""
     match = re.fullmatch(r"(\d+)-(\d+)", part)
     return 1 if match is None else int(match[2]) - int(match[1]) + 1

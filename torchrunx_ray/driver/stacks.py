@@ -1,4 +1,4 @@
-"""What the workers are doing, in words."""
+"""Stacks of the workers, in words."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ _AFTER_THE_FUNCTION = {
     "_join_threads": "is past the function, and waits for threads that it started",
     "_end": "is past the function, and is ending",
 }
-"""What a worker is doing in these functions of ours, which no other process runs."""
+"""Words for these functions of ours, which only workers run."""
 
 _NOT_THE_USERS = re.compile(
     r"/site-packages/|/dist-packages/|/lib/python3[^/]*/|^<frozen "

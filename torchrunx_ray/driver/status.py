@@ -26,10 +26,10 @@ _LINE_AFTER_S = 2.0
 _LOOK_S = 0.5
 
 _WAITING_S = 30.0
-"""How often a launch that waits for room says so again."""
+"""Interval at which a launch that waits for room says so again."""
 
 _PATIENCE_S = 2.0
-"""How long a run waits at its end for the terminal to take its last status."""
+"""Time that a run waits at its end for the terminal to take its last status."""
 
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a job."""

@@ -13,7 +13,7 @@ from torchrunx_ray.driver.connection import Connection, untyped_ray
 logger = logging.getLogger("torchrunx_ray")
 
 _SILENT_S = 15.0
-"""How long Ray may copy values before that is told: 10 GiB take a few seconds."""
+"""Time that Ray may copy values before that is told: 10 GiB take a few seconds."""
 
 
 async def until_stored(

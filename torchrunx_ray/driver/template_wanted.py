@@ -1,4 +1,4 @@
-"""What the driver asks of a host's template."""
+"""The template that the driver asks of a host."""
 
 import functools
 import logging

@@ -61,7 +61,7 @@ def shorten(error: BaseException) -> None:
 
 
 def has_users_frame(error: BaseException) -> bool:
-    """Whether a line of neither this package nor its plumbing was being run."""
+    """Return True if a line of neither this package nor its plumbing was being run."""
     return any(not _is_ours_or_plumbing(frame) for frame in _frames(_traceback(error)))
 
 

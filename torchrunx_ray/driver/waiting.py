@@ -21,10 +21,10 @@ _VERDICT_S = 0.05
 """After this Ray has decided whether the group is possible at all."""
 
 _LOOK_S = 1.0
-"""How often a launch that waits looks whether it still may; an autoscaler decides by the second."""
+"""Interval at which a launch that waits checks that it still may; an autoscaler decides by the second."""
 
 _QUESTION_S = 10
-"""How long one question to Ray waits, in whole seconds."""
+"""Time that one question to Ray waits, in whole seconds."""
 
 
 class Waiting:

@@ -1,1 +1,1 @@
-"""What other libraries and command lines need to work with a launch; each module is imported on its own."""
+"""Help for other libraries and command lines; each module is imported on its own."""

@@ -1,4 +1,4 @@
-"""What workers say, under the names and at the levels that it has in torchrunx."""
+"""Output of workers, under the names and at the levels that it has in torchrunx."""
 
 import logging
 from typing import Any

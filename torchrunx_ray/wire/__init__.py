@@ -1,1 +1,1 @@
-"""What crosses between driver, agent and worker; imports neither ray nor torch."""
+"""Everything that crosses between driver, agent and worker; imports neither ray nor torch."""

@@ -61,7 +61,7 @@ class Order:
 
     def __init__(self) -> None:
         self._of_classes_in_code: list[list[PutOff]] = []
-        """Of each class whose code is being pickled, the innermost last."""
+        """Lists of the classes whose code is being pickled, the innermost last."""
         self._of_whole_classes: list[PutOff] = []
 
     @property

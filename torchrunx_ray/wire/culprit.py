@@ -91,7 +91,7 @@ def module_of(kind: type) -> str:
 
 
 def users_part(error: BaseException) -> BaseException | None:
-    """What code of the user's raised while a value was pickled or unpickled, from that code on.
+    """Return the traceback of what the user's code raised in pickling or unpickling, from that code on.
 
     None where nothing but pickling itself raised.
     """
@@ -155,7 +155,7 @@ def _shown(key: Any) -> str:
 
 
 def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple[str, object]]:
-    """What cloudpickle takes along with a function: closure, globals it names, defaults."""
+    """Return the parts that cloudpickle takes along with a function: closure, globals it names, defaults."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield f"variable {name!r} captured by {path}", cell.cell_contents

@@ -1,4 +1,4 @@
-"""Which environment variables travel, and how a template's environment is put together."""
+"""Environment variables that travel, and the environment of a template."""
 
 import fnmatch
 import os
@@ -47,7 +47,7 @@ OMP_NUM_THREADS would be the agent's number of CPUs, which is none: one thread f
 
 
 def forbidden(name: str) -> bool:
-    """Whether the launch sets this variable itself, so that nobody may ask for it."""
+    """Return True if the launch sets this variable itself, so that nobody may ask for it."""
     return _matches(name, _NEVER_COPIED)
 
 

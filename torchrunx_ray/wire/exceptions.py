@@ -80,7 +80,7 @@ def _by_parts_whatever_its_class_says(value: object) -> Any:
 
 
 def _defines(kind: type, *names: str) -> bool:
-    """Whether a class that is not built in has one of these methods."""
+    """Return True if a class that is not built in has one of these methods."""
     own = (base for base in kind.__mro__ if base.__module__ != "builtins")
     return any(name in vars(base) for base in own for name in names)
 

@@ -23,7 +23,7 @@ _WAITED_FOR = 8
 """Children at a time: each takes a descriptor."""
 
 _DEATH_S = 10.0
-"""How long a killed process may take to give back its memory, or a GPU's."""
+"""Time that a killed process may take to give back its memory, or a GPU's."""
 
 
 def become_subreaper() -> None:
@@ -144,7 +144,7 @@ def _every_process() -> Iterator[tuple[int, list[str]]]:
 
 
 def ends_by_itself(pid: int) -> bool:
-    """Whether it is torch's, which removes what its processes left in /dev/shm two seconds after them."""
+    """Return True if it is torch's, which removes what its processes left in /dev/shm two seconds after them."""
     try:
         return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "torch_shm_manager"
     except OSError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _HUGE = 4 * 2**20
-"""From here on fresh memory is given huge pages."""
+"""Size from which on fresh memory is given huge pages."""
 
 _BATCH = 16 * 2**20
 """Bytes moved at a time by a thread."""

@@ -87,7 +87,7 @@ class Met:
 
 @dataclass(frozen=True)
 class Printed:
-    """What a worker wrote to one of its streams (None: its template to its own).
+    """Output of a worker to one of its streams (None: its template to its own).
 
     Whole lines; only a line that is drawn anew after a carriage return comes as it is written.
     """
@@ -353,4 +353,4 @@ Event = (
     Printed | TemplateLoaded | CanFork | Joined | Started | Finished | Failed | Exited | Died
     | TemplateRefused | AgentFailed | HostEnded | OutputEnded
 )  # fmt: skip
-"""What a poll of an agent brings to the driver."""
+"""A poll's answer, from an agent to the driver."""

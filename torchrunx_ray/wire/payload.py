@@ -53,7 +53,7 @@ class Packed:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return sum(part.nbytes for part in self.parts)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Who is who in a launch: ranks, and the environment variables that tell a worker its own."""
+"""Ranks of a launch, and the environment variables that tell a worker its own."""
 
 import math
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def first_gpu(gpus_per_worker: float, local_rank: int) -> int:
 
 
 def gpus_held(gpus_per_worker: float, workers: int) -> float:
-    """What a host's workers need together: whole GPUs, or a part of a single one."""
+    """Return the GPUs that a host's workers need together: whole ones, or a part of a single one."""
     if gpus_per_worker * workers <= 1:
         return gpus_per_worker * workers
     return first_gpu(gpus_per_worker, workers - 1) + max(1, int(gpus_per_worker))

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 @dataclass(frozen=True)
 class WorkerRecord:
-    """What the driver needs of a record that a worker made."""
+    """The parts of a worker's record that the driver needs."""
 
     level: int
     level_name: str

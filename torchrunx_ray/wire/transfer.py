@@ -17,7 +17,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the parts of a value lie in some process's memory; there may be very many."""
+    """Addresses of a value's parts in some process's memory; there may be very many."""
 
     addresses: "array.array[int]"
     sizes: "array.array[int]"
@@ -25,7 +25,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class Layout:
-    """How values lie in one piece of memory: of each value, the sizes of its parts."""
+    """Layout of values in one piece of memory: of each value, the sizes of its parts."""
 
     sizes: tuple[tuple[int, ...], ...]
 
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def offsets(self) -> list[int]:
-        """Of all parts of all values, in their order."""
+        """Sizes of all parts of all values, in their order."""
         return self._ends()[:-1]
 
     def values_in(self, held: mmap.mmap) -> list[Packed]:
@@ -60,7 +60,7 @@ class Layout:
 
 
 def offer(packed: Packed) -> Spans:
-    """Where a value of this process lies, for `take`; valid for as long as the Packed is kept."""
+    """Return the place of a value of this process, for `take`; valid for as long as the Packed is kept."""
     parts = packed.parts
     addresses = array.array("Q", map(memory.address_of, parts))
     return Spans(addresses, array.array("Q", (part.nbytes for part in parts)))

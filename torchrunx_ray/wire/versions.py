@@ -1,4 +1,4 @@
-"""Whether two processes of a launch can understand each other."""
+"""Checks that two processes of a launch can understand each other."""
 
 import functools
 import platform

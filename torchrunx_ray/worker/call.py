@@ -19,7 +19,7 @@ class HeldCall:
         self.layout = layout
         self._memory = None if start_method == "spawn" else memory.allocate(layout.size)
         self.fd = self._open()
-        """What the agent writes to: the file, or this process's memory from `address` on."""
+        """The place that the agent writes to: the file, or this process's memory from `address` on."""
 
     @property
     def address(self) -> int | None:

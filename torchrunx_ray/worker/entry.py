@@ -21,7 +21,7 @@ from torchrunx_ray.worker import group, logs, names, open_files, outcome, preloa
 
 
 def main() -> NoReturn:
-    """Where a worker of start_method "spawn" begins, with the descriptors named on its command line."""
+    """Beginning of a worker with start_method "spawn"; its command line names its descriptors."""
     task_fd, channel_fd, records_fd, stacks_fd, call_fd = map(int, sys.argv[1:6])
     with open(task_fd, "rb") as file:
         wanted, layout, sys_path, python_path = pickle.load(file)

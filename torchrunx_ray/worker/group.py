@@ -106,7 +106,7 @@ def _check_backend(backend: str, hostname: str) -> None:
 
 @dataclass(frozen=True)
 class _LaunchStore:
-    """Where the launch's TCPStore is served, as seen from this worker."""
+    """Address of the launch's TCPStore, as seen from this worker."""
 
     master_addr: str
     master_port: int

@@ -1,4 +1,4 @@
-"""What the function says through `logging` goes to the agent as records, not as text."""
+"""Sends the function's `logging` to the agent as records, not as text."""
 
 import logging
 import os

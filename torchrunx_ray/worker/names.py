@@ -32,7 +32,7 @@ def threads_are_ours() -> None:
 
 
 def never_ask_dns() -> None:
-    """From now on, look-ups of names in any thread of this process use /etc/hosts only."""
+    """Have look-ups of names in any thread of this process use /etc/hosts only from now on."""
     configure = _glibc_function("__nss_configure_lookup")
     if configure is not None:
         configure(b"hosts", b"files")

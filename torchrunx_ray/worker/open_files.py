@@ -34,12 +34,12 @@ _sentinel: _Sentinel | None = None
 
 
 def note_template() -> None:
-    """In the template, before it freezes its objects: note which files no worker may finish."""
+    """Note which files no worker may finish. Called in the template, before it freezes its objects."""
     _of_template.update(_tracked())
 
 
 def watch() -> None:
-    """In a worker, before the function runs: make the sentinel."""
+    """Make the sentinel. Called in a worker, before the function runs."""
     global _sentinel
     _sentinel = _Sentinel()
 

@@ -1,4 +1,4 @@
-"""What became of the function, as one message to the agent."""
+"""Outcome of the function, as one message to the agent."""
 
 import bdb
 import contextlib

@@ -1,4 +1,4 @@
-"""What a template imports before it forks, and whether it can still be forked from."""
+"""Imports of a template before it forks, and the check that it can still be forked from."""
 
 import ctypes
 import gc
@@ -24,7 +24,7 @@ _late_is_wanted = mmap.mmap(-1, 1)
 """Shared with the workers that are forked from here."""
 
 _NOT_SETTINGS = ("TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
-"""What the launch sets for each worker, and what the import of torch._dynamo sets."""
+"""Variables that the launch sets for each worker, and that the import of torch._dynamo sets."""
 
 _settings_of_template: dict[str, str] = {}
 
@@ -71,7 +71,7 @@ def flush() -> None:
 
 
 def note_late_imports() -> None:
-    """In a worker at its end: tell the template what it would better have had.
+    """Tell the template what it should have imported. Called in a worker, at its end.
 
     Not where the function has set what that reads at its import: it would do so in vain next time.
     """
@@ -158,7 +158,7 @@ def _cuda_was_touched() -> bool:
 
 
 def _fork_can_compute() -> bool:
-    """Whether a forked child gets through one parallel operation of torch."""
+    """Return True if a forked child gets through one parallel operation of torch."""
     pid = os.fork()
     if pid == 0:
         _compute_and_exit()

@@ -1,4 +1,4 @@
-"""From a fresh fork to a process of its own that runs as a worker."""
+"""Steps that make a worker of a fresh fork."""
 
 import faulthandler
 import os

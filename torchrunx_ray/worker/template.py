@@ -159,7 +159,7 @@ class _Template:
         return pid
 
     def _let_go(self) -> None:
-        """In a new child: give up what belongs to the template."""
+        """Give up what belongs to the template. Called in a new child."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._channel.close()

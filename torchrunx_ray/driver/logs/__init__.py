@@ -1,1 +1,1 @@
-"""What becomes of the output of workers and templates, in the driver."""
+"""Output of workers and templates, on its way through the driver."""

@@ -1,4 +1,4 @@
-"""How the driver tells that what the workers say cannot be shown or kept."""
+"""Warning that what the workers say cannot be shown or kept."""
 
 import contextlib
 import logging

@@ -78,7 +78,7 @@ class Only(logging.Filter):
         super().__init__()
         self._hostname, self._local_rank, self._rank = hostname, local_rank, rank
         self.is_for_hosts = hostname is not None and local_rank is None
-        """Whether its handler wants to know what happens on a host."""
+        """True if its handler wants to know what happens on a host."""
 
     def takes(self, who: Speaker) -> bool:
         return self._passes(who.hostname, who.local_rank, who.rank)

@@ -1,4 +1,4 @@
-"""What happens on a host of a run, as lines for the host's log file."""
+"""Events on a host of a run, as lines for the host's log file."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime

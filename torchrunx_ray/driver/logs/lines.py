@@ -1,4 +1,4 @@
-"""What a stream says, as text in whole lines."""
+"""Text of a stream, cut into whole lines."""
 
 import codecs
 import time
@@ -7,11 +7,11 @@ _LONGEST = 16 * 2**20
 """What has no newline for longer is passed on in pieces: the driver's memory is bounded."""
 
 _REDRAWN_S = 5.0
-"""How often a line that is drawn anew and anew, such as a progress bar, is taken as a line."""
+"""Interval at which a line that is drawn again and again, such as a progress bar, is taken as a line."""
 
 
 class LineCutter:
-    """Of one stream of one worker. A line that was drawn anew counts as it was drawn last."""
+    """Cuts one stream of one worker into lines. A line that was drawn again counts as it was drawn last."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
@@ -26,7 +26,7 @@ class LineCutter:
         return _drawn_last(self._rest) if "\r" in self._rest else ""
 
     def decode(self, data: bytes) -> str:
-        """What is not UTF-8 is escaped; a character may come in two pieces."""
+        """Return a piece as text. Bytes that are not UTF-8 are escaped; a character may come in two pieces."""
         return self._decoder.decode(data)
 
     def cut(self, text: str) -> str:

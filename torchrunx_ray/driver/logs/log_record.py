@@ -1,4 +1,4 @@
-"""What workers say, as records of the driver's `logging`."""
+"""Output of workers, as records of the driver's `logging`."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from torchrunx_ray.wire.records import WorkerRecord
 def new_record(
     run_name: str, who: Speaker, level: int, level_name: str, created: float, text: str
 ) -> logging.LogRecord:
-    """Of the logger that is named after the worker."""
+    """Make a record of the logger that is named after the worker."""
     record = logging.LogRecord(who.logger_name, level, who.label, 0, text, None, None)
     record.created = created
     record.msecs = float(int(created % 1 * 1000))

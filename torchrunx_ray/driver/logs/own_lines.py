@@ -16,7 +16,7 @@ _MOST_WAITING = 10_000
 """Lines that wait for a stopped terminal; later ones are dropped, since the driver's memory is bounded."""
 
 _PATIENCE_S = 1.0
-"""How long a run waits at its end for handlers to take its lines."""
+"""Time that a run waits at its end for handlers to take its lines."""
 
 
 class OwnLines(logging.Filter):
@@ -39,7 +39,7 @@ class OwnLines(logging.Filter):
         )
 
     def divert_this_thread(self) -> None:
-        """From now on, handlers run elsewhere than in this thread."""
+        """Have handlers run in another thread than this one from now on."""
         writing = threading.Thread(
             target=self._write_all, name="torchrunx_ray log lines", daemon=True
         )
@@ -101,7 +101,7 @@ class OwnLines(logging.Filter):
 
 
 own_lines = OwnLines()
-"""Of this process."""
+"""The one of this process."""
 
 os.register_at_fork(after_in_child=own_lines.forget)
 atexit.register(own_lines.wait_until_written)

@@ -23,7 +23,7 @@ from torchrunx_ray.wire.messages import Stream
 logger = logging.getLogger("torchrunx_ray")
 
 Taking = Literal["everywhere", "files", "nowhere"]
-"""Where output goes."""
+"""Places to which output goes."""
 
 _MOST_BYTES = 16 * 2**20
 """May wait for a slow terminal or handler before the agents are asked for no more."""
@@ -61,12 +61,12 @@ class RunLogs:
 
     @property
     def level(self) -> int:
-        """From which on somebody takes what `logging` says in a worker."""
+        """Lowest level of a worker's `logging` that somebody takes."""
         return min(self._levels, default=logging.CRITICAL)
 
     @property
     def directory(self) -> Path | None:
-        """Of the default files, once something was written."""
+        """Directory of the default files, once something was written."""
         return None if self._files is None else self._files.directory
 
     @property
@@ -188,7 +188,7 @@ class RunLogs:
         return shown
 
     def _tell_of_deaf(self, handlers: Sequence[logging.Handler]) -> None:
-        """Of handlers for a worker that is not in this launch."""
+        """Warn of handlers for a worker that is not in this launch."""
         missing = [
             str(wanted)
             for handler in handlers

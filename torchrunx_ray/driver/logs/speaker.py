@@ -1,4 +1,4 @@
-"""Who says something, and whoever takes it."""
+"""Sources of output, and the sinks that take it."""
 
 import logging
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ class ToHandlers(Sink):
 
     @property
     def level(self) -> int:
-        """From which on some handler takes what `logging` in a worker says."""
+        """Lowest level of a worker's `logging` that some handler takes."""
         return min((handler.level or logging.INFO for handler in self._handlers), default=100)
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
