@@ -264,7 +264,7 @@ class LaunchTimeoutError(LaunchError):
 
 
 class RemoteFailure(_Travels):
-    """Where, and with what traceback, the user's function raised.
+    """Rank and traceback of an exception of the user's function.
 
     `traceback` is empty where no line of the user's raised: what was returned cannot travel.
     `failures` holds all ranks' failures: this one, then the others in order of time; `stacks` tells what the
@@ -308,7 +308,7 @@ def room_table(
     free: Mapping[str, Mapping[str, float]],
     total: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """What the hosts of a launch want, and what each node has free and in all."""
+    """Resources that the hosts of a launch want, and that each node has free and in all."""
     bundles = Counter(amounts_in_words(bundle) for bundle in wanted)
     lines = [f"  wanted: {count} x ({bundle})" for bundle, count in bundles.items()]
     names = sorted({"CPU", "GPU"}.union(*wanted))
@@ -339,7 +339,7 @@ def amounts_in_words(amounts: Mapping[str, float]) -> str:
 
 
 def _is_accelerator(name: str) -> bool:
-    """Whether it is a resource that Ray makes of a type of accelerator; its amount means nothing."""
+    """Return True for a resource that Ray makes of a type of accelerator; its amount means nothing."""
     return name.startswith("accelerator_type:")
 
 

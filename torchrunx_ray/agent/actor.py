@@ -134,7 +134,7 @@ class Agent:
 
     @_ray.method(concurrency_group=VALUES)
     async def value(self, run_id: str, local_rank: int) -> Packed | None:
-        """What one worker's function returned, as soon as it has.
+        """Return the value of one worker's function, as soon as it has returned.
 
         In a loop of its own: Ray copies what is returned in the thread that the method ran in, and
         a large value would keep the agent from all else.
@@ -278,7 +278,7 @@ class Agent:
 
 
 def _end_at_sigterm() -> None:
-    """As Ray's node asks for where the agent's owner died.
+    """End at SIGTERM, which Ray's node sends when the agent's owner has died.
 
     Ray's own handler lets calls end first, and after each poll there is the next. Python would
     have another set in the main thread only, which is Ray's.

@@ -123,7 +123,7 @@ def env_file_version(wanted: TemplateWanted, cwd: str) -> tuple[int, int] | None
 
 
 def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple[str, str | None]:
-    """Where the function runs, and a warning where that is not where the driver is."""
+    """Return the function's working directory, and a warning if it is not the driver's."""
     here = os.getcwd()
     if in_job_working_dir:
         return here, None
@@ -147,7 +147,7 @@ def _check_sizes(made: Mapping[str, str]) -> None:
 
 
 def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
-    """What bash exports after it has sourced the file, starting from `base`."""
+    """Return the variables that bash exports after it has sourced the file, starting from `base`."""
     if not os.path.exists(path):
         raise ValueError(
             f"env_file={path!r}: No such file or directory. It is read on every host of the launch, not where "
@@ -175,7 +175,7 @@ def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
 
 
 def _run_bash(path: str, base: Mapping[str, str]) -> tuple[int | None, bytes, bytes]:
-    """Its exit code, None where it took too long, and what it wrote. What the file started ends with it.
+    """Source the file; return bash's exit code (None if it took too long) and output. All that the file started ends.
 
     Into files: whatever the file leaves in the background would hold pipes open.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torchrunx_ray.wire.messages import Event, OutputEnded, Printed
 
 _FULL_AT_BYTES = 4 * 2**20
-"""Of printed output: more than one poll moves at full speed, and a bound on the agent's memory."""
+"""Limit for printed output: more than one poll moves at full speed, and a bound on the agent's memory."""
 
 
 class Mailbox:

@@ -1,4 +1,4 @@
-"""What an agent counts for Ray's metrics, which Prometheus reads from every node."""
+"""Counters of an agent for Ray's metrics, which Prometheus reads from every node."""
 
 from ray.util.metrics import Counter, Gauge
 
@@ -13,7 +13,7 @@ _FAILURES: dict[type[messages.Event], str] = {
 
 
 class Metrics:
-    """Of one agent, from the events of its runs."""
+    """Metrics of one agent, from the events of its runs."""
 
     def __init__(self) -> None:
         self._runs = Counter("torchrunx_ray_runs", "Runs that began on this host.")

@@ -12,18 +12,18 @@ from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import Printed, Stream
 
 _CHUNK = 256 * 1024
-"""As much as the pipe is asked to hold between two reads."""
+"""Size that the pipe is asked to hold between two reads."""
 _LONGEST_LINE = 16 * 2**20
-"""What has no newline for longer is passed on in pieces: the agent's memory is bounded."""
+"""A longer line is passed on in pieces: the agent's memory is bounded."""
 _PAUSE_S = 0.002
 """Between two reads: one for every line would keep a core from the workers."""
 _KEPT_LINES = 20
 _KEPT_BYTES = 8 * 1024
 _LONG_LINE = 400
-"""Of a line that is kept."""
+"""Characters of a line that is kept."""
 _CRASH = "Fatal Python error"
 _BEFORE_CRASH = 5
-"""As many lines say what led to it; its report names every thread."""
+"""Lines that say what led to it; its report names every thread."""
 
 
 class Output:

@@ -13,7 +13,7 @@ from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import END_OF_STACKS, Printed, StacksWanted
 
 _LAST_FRAME = b" in _run_module_as_main\n"
-"""Where the main thread's stack ends, which comes last; faulthandler itself marks no end."""
+"""Mark at the end of the main thread's stack, which comes last; faulthandler itself marks no end."""
 
 
 class StackReader:

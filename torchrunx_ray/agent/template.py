@@ -69,12 +69,12 @@ class Template:
 
     @property
     def is_whole(self) -> bool:
-        """Whether keepers and template are there for another run."""
+        """True if keepers and template are there for another run."""
         return not (self._closing or self._gone_at_ns) and self._keeper.poll() is None
 
     @property
     def is_ready(self) -> bool:
-        """Whether it listens; while it imports it does not."""
+        """True if it listens; it does not while it imports."""
         return self._ready.done()
 
     async def ready(self) -> messages.TemplateRefused | None:

@@ -71,7 +71,7 @@ class Worker:
             os.close(self._stacks.theirs)
 
     async def value(self) -> Packed | None:
-        """What the function returned, once; None where the worker ended without a value.
+        """Return the function's value, once; None if the worker ended without one.
 
         Afterwards it is Ray's, and the agent's copy goes.
         """
@@ -81,7 +81,7 @@ class Worker:
         return packed
 
     async def stacks(self, wanted: messages.StacksWanted) -> str:
-        """Its Python stacks; empty where it does not answer."""
+        """Return its Python stacks; empty if it does not answer."""
         return "" if self._pid is None else await self._stacks.ask(self._pid, wanted)
 
     async def until_taken(self) -> None:

@@ -85,7 +85,7 @@ _STACKS_AT_CANCEL = messages.StacksWanted(within_s=0.5, thread_s=0.1)
 
 @dataclass(frozen=True)
 class Crew:
-    """Who takes part: hosts, and by the same index their agents, what these said, their GPUs."""
+    """Hosts of an attempt, and by the same index their agents, what these said, their GPUs."""
 
     hosts: Sequence[Host]
     agents: Sequence[Agent]
@@ -140,11 +140,11 @@ class Attempt:
         """How many failures were known when the run was cancelled; None if it was not."""
         self._is_to_be_killed = False
         self.stacks_at_stop = Stacks({})
-        """What the workers were doing when the run was cancelled."""
+        """Stacks of the workers when the run was cancelled."""
         self._over: set[int] = set()
         """Hosts, by index, of whose workers none lives, or that nobody will hear of any more."""
         self.broken: set[int] = set(range(len(crew.hosts)))
-        """Those whose agent cannot be used again: it has not said all that it had to say."""
+        """Hosts whose agent cannot be used again: it has not said all that it had to say."""
 
     async def go(self, call: Call) -> list[list[Value]] | Failures:
         """Every rank's value, by host, or what failed.
@@ -225,7 +225,7 @@ class Attempt:
         self._is_to_be_killed = True
 
     async def stacks(self) -> Stacks:
-        """What the workers that live are doing."""
+        """Return the stacks of the workers that live."""
         return await self._lookout.stacks()
 
     async def _until_ended(self) -> None:

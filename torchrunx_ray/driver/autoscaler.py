@@ -1,4 +1,4 @@
-"""What the cluster's autoscaler, if there is one, makes of a launch that waits for room."""
+"""Answers of the cluster's autoscaler, if there is one, about a launch that waits for room."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _V1_REPORT = b"__autoscaling_status"
 
 @dataclass(frozen=True)
 class Outlook:
-    """Whether the cluster can grow for a placement group.
+    """Prospect that the cluster grows for a placement group.
 
     `starting` counts the nodes on their way, by node type. `refused`: the autoscaler has looked at
     the group, and would start no node for it.
@@ -46,7 +46,7 @@ def _ask(group_id: str) -> Outlook:
 
 
 def _of_v2(state: Any, group_id: str) -> Outlook:
-    """Where there is no autoscaler and it only reports, it refuses every group that waits."""
+    """Read its report. If there is no autoscaler, the report refuses every group that waits."""
     refused = any(
         request.details.startswith(group_id) for request in state.infeasible_gang_resource_requests
     )

@@ -24,7 +24,7 @@ from torchrunx_ray.wire.payload import Packed, pack
 
 @dataclass(frozen=True)
 class Call:
-    """What a run calls: a reference to the packed function, and a name for the run.
+    """A run's call: a reference to the packed function, and a name for the run.
 
     `inserted` refer to the packed values of the references in its arguments. Ray keeps them all
     for as long as this object lives. `log_handlers` is the option, with the handlers made.

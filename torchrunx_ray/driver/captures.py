@@ -43,7 +43,7 @@ def tell_of_large(name: str, func: object, replace: Replace) -> None:
 
 
 def _code_of(func: Any) -> types.CodeType | None:
-    """Of a function, also within a method or a partial."""
+    """Return the code of a function, also within a method or a partial."""
     while not isinstance(func, types.FunctionType):
         func = getattr(func, "func", getattr(func, "__func__", None))
         if func is None:
@@ -80,7 +80,7 @@ def _size(value: object, replace: Replace) -> int:
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, object]] | None:
-    """What code takes along; None of data."""
+    """Return the parts that code takes along; None for data."""
     if isinstance(value, types.FunctionType):
         return parts_of_function(value, path)
     if isinstance(value, types.MethodType):

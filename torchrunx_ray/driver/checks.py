@@ -1,4 +1,4 @@
-"""What is wrong with an option, before anything starts.
+"""Checks of options, before anything starts.
 
 Every message names the option, the value, and what is expected. Values are Any here: an
 annotation does not keep a caller from giving something else.
@@ -19,7 +19,7 @@ from torchrunx_ray.errors import counted
 from torchrunx_ray.wire.environment import forbidden, too_large
 
 _BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
-"""Those of torch, and of the accelerators that it knows by name."""
+"""Backends of torch, and of the accelerators that it knows by name."""
 
 _STRATEGIES = ("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK")
 
@@ -36,7 +36,7 @@ EXPECTED = {
     "linger": "seconds, at least 0",
     "console_ranks": '"all", or a list of ranks such as (0, 1)',
 }
-"""What options accept that can also be wrong on a command line."""
+"""Values that options accept, for errors of Python and of a command line."""
 
 _PLUGINS = "RAY_RUNTIME_ENV_PLUGINS"
 """Ray's variable for plug-ins, which have keys of their own in a runtime_env."""
@@ -91,7 +91,7 @@ def check_given_by_name(values: Sequence[Any], face: str) -> None:
 
 
 def check_handlers(handlers: Any) -> None:
-    """As they are given, or as the function returned that was given in their place."""
+    """Check the handlers that were given, or returned by the function that was given."""
     expected = (
         '"auto", None, a list of handlers of logging, or a function that returns one of these'
     )

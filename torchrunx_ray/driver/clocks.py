@@ -18,7 +18,7 @@ _GOOD_FOR_S = 60.0
 
 
 class Clocks:
-    """Those of the agents' hosts against the driver's. Unknown until `compare` has heard of them."""
+    """Offsets of the hosts' clocks against the driver's. Unknown until `compare` has heard of them."""
 
     def __init__(self, agents: Sequence[Agent]) -> None:
         self._agents = agents

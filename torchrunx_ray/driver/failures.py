@@ -327,7 +327,7 @@ def _add_note(error: BaseException, note: str) -> None:
 
 
 def _consequences(in_order: Sequence[Failure]) -> list[str]:
-    """What failed later, in one line for those that differ in numbers only."""
+    """Return later failures, in one line for those that differ in numbers only."""
     first = in_order[0]
     groups: dict[str, list[Failure]] = {}
     for failure in in_order[1:]:
@@ -341,7 +341,7 @@ def _consequences(in_order: Sequence[Failure]) -> list[str]:
 
 
 def _in_one_line(failures: Sequence[Failure]) -> str:
-    """What the first of them said, after those who said just that."""
+    """Return the words of the first, after the names of all that said just that."""
     said = _summary(failures[0].report)
     who = ", ".join(each.who for each in failures if _summary(each.report) == said)
     others = ", ".join(each.who for each in failures if _summary(each.report) != said)

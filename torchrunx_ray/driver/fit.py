@@ -21,7 +21,7 @@ def could_be_host(node: Node, options: Options) -> bool:
 
 
 def least_needs(options: Options) -> dict[str, float]:
-    """What a host must have whichever it is: counts that depend on it are taken as one worker."""
+    """Return the needs of any host: counts that depend on the host are taken as one worker."""
     workers = options.workers_per_host if isinstance(options.workers_per_host, int) else 1
     needs = dict(options.resources_per_host or {})
     needs["CPU"] = workers * (options.cpus_per_worker or 0)

@@ -23,7 +23,7 @@ logger = logging.getLogger("torchrunx_ray")
 Amounts = Mapping[str, float]
 
 _RELEASE_S = 1.0
-"""What a removed group held is known to be free by then; Ray's nodes report every 0.1 s."""
+"""Time until a removed group's resources are known to be free; Ray's nodes report every 0.1 s."""
 
 _POLL_S = 0.01
 
@@ -31,7 +31,7 @@ _OFFER_S = 1.0
 """After this those behind a launch that does not take its offer are offered what is free."""
 
 _PATIENCE_S = 10.0
-"""Those behind a launch that has waited so long are offered nothing that it could have; Ray still serves them."""
+"""Launches behind one that has waited so long are offered nothing that it could have; Ray still serves them."""
 
 
 class Place:

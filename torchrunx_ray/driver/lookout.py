@@ -38,7 +38,7 @@ class Lookout:
         self._saying: asyncio.Task[None] | None = None
 
     async def stacks(self, wanted: StacksWanted = _ASKED) -> Stacks:
-        """What the workers that live are doing, as far as they tell in that time."""
+        """Return the stacks of the workers that live, as far as they tell in that time."""
         asked = [
             asyncio.create_task(self._stacks_of(i, agent, wanted))
             for i, agent in enumerate(self._agents)

@@ -118,7 +118,7 @@ class Options:
         check_options({f.name: getattr(self, f.name) for f in fields(Options)})
 
     def explicit_variables(self) -> dict[str, str]:
-        """Those of `extra_env_vars` that have a value."""
+        """Variables of `extra_env_vars` that have a value."""
         if isinstance(self.extra_env_vars, Mapping):
             return dict(self.extra_env_vars)
         pairs = (entry.partition("=") for entry in self._extra() if "=" in entry)
@@ -129,7 +129,7 @@ class Options:
         return [*self.default_env_vars, *(entry for entry in self._extra() if "=" not in entry)]
 
     def named_variables(self) -> set[str]:
-        """What `extra_env_vars` asks of the driver by its very name."""
+        """Variables that `extra_env_vars` asks of the driver by name."""
         names = {entry for entry in self._extra() if not set("=*?[") & set(entry)}
         return names - self.explicit_variables().keys()
 

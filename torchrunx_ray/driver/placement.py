@@ -166,7 +166,7 @@ async def _place(options: Options, progress: Progress, begun: float) -> Placemen
 async def _hosts_of(
     group: PlacementGroup, shape: Shape, connection: Connection
 ) -> list[Host] | None:
-    """Where the group was placed; None where a node of it has died, and Ray places it again."""
+    """Return the group's nodes; None if one of them has died, and Ray places the group again."""
     table: dict[str, Any] = await connection.call(untyped_ray.util.placement_group_table, group)
     node_ids: list[str] = [table["bundles_to_node_id"].get(i) for i in range(len(shape.hosts))]
     nodes = {node.node_id: node for node in await connection.call(cluster.live_nodes)}

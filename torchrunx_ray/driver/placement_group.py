@@ -129,7 +129,7 @@ def _remove_if_refused(group: PlacementGroup) -> bool:
 
 
 def scheduling_state(group: PlacementGroup) -> str:
-    """What Ray makes of it; also where it knows of no such group, as a head that was started anew."""
+    """Return the group's state for Ray; also if Ray knows no such group, as after a restart of the head."""
     table: dict[str, Any] = untyped_ray.util.placement_group_table(group)
     return table["stats"]["scheduling_state"] if table else "REMOVED"
 

@@ -22,7 +22,7 @@ class GoesOn(Protocol):
 
 
 class Progress:
-    """What the user of a run may ask for, and is shown, while it goes on, or when it was stopped.
+    """State of a run that its user may ask for, and is shown, while it goes on or when it was stopped.
 
     Written in the background loop by whoever carries the run on.
     """

@@ -91,12 +91,12 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
 
 
 def _is_packed(ref: Any) -> bool:
-    """What no actor made comes from a task, or from ray.put."""
+    """Return True for a value of an agent; others come from a task, or from ray.put."""
     return ref.task_id().actor_id().binary() in _of_ours
 
 
 def _repack(ref: "ray.ObjectRef[Any]", runtime_env: Mapping[str, Any] | None) -> Any:
-    """Where Ray runs a task with this argument: on the node that has it."""
+    """Have a task pack the value; Ray runs it on the node that has its argument."""
     environment = dict(runtime_env) if runtime_env else None
     task: Any = untyped_ray.remote(num_cpus=0, runtime_env=environment)(_pack)
     return task.remote(ref)

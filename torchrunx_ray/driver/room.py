@@ -178,7 +178,7 @@ class Room:
         )
 
     def in_brief(self) -> str:
-        """As in "1/2 hosts, waiting for 8 GPU on 1 more host"."""
+        """Return words such as "1/2 hosts, waiting for 8 GPU on 1 more host"."""
         wanted = self._wanted()
         missing = unplaced(wanted, list(self.free_by_node.values()))
         text = f"{len(wanted) - len(missing)}/{len(wanted)} hosts"

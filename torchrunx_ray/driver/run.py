@@ -98,7 +98,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
             return self._error()
 
     def stacks(self) -> Stacks:
-        """What the workers are doing now; `print` it.
+        """Return the workers' stacks as of now; `print` them.
 
         Empty before they are started, and when they have ended.
         """

@@ -44,7 +44,7 @@ class Screen:
     def write_verbatim(
         self, whose: object, stream: TextStream, text: str, lines: str, drawn: str
     ) -> None:
-        """What came, the whole lines that are in it, and the line that is still drawn anew.
+        """Write a piece, the whole lines that are in it, and the line that is still drawn again.
 
         Beside status lines, that line is one of them.
         """
@@ -198,7 +198,7 @@ def has_rich() -> bool:
 
 
 def _is_terminal(stream: Any) -> bool:
-    """Of whatever the driver has put in place of its streams."""
+    """Return True for a terminal. The driver may have put anything in place of its streams."""
     try:
         return stream.isatty()
     except (AttributeError, ValueError):  # an object that can only write, or a closed file
@@ -212,7 +212,7 @@ def _file(stream: TextStream) -> TextIO | None:
 
 
 def _writable(text: str, target: TextIO) -> str:
-    """What the stream's encoding lacks is escaped, not lost."""
+    """Escape characters that the stream's encoding lacks."""
     encoding = getattr(target, "encoding", None) or "utf-8"
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 

@@ -24,7 +24,7 @@ class HostWanted:
     bundle: dict[str, float]
     node: Node | None
     label: str
-    """What the user called it; empty where they did not."""
+    """The user's name for it; empty if there is none."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def needed(self) -> dict[str, float]:
-        """Of all hosts together."""
+        """Needs of all hosts together."""
         names = {name for host in self.hosts for name in host.bundle}
         return {name: sum(host.bundle.get(name, 0) for host in self.hosts) for name in names}
 

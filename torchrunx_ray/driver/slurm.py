@@ -36,7 +36,7 @@ def hosts() -> list[str]:
 
 
 def how_to_start_ray(nodes: Sequence[str]) -> str:
-    """What to do where Ray does not run on all nodes of the allocation."""
+    """Return the advice for an allocation of which Ray does not run on all nodes."""
     count = len(nodes)
     return (
         "Start Ray on all of them, and your script on the first, by\n"

@@ -79,7 +79,7 @@ class Stacks:
 
 
 def in_words(ranks: Iterable[int]) -> str:
-    """As in "ranks 0, 2-7", or "rank 3"."""
+    """Return words such as "ranks 0, 2-7", or "rank 3"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
@@ -92,7 +92,7 @@ def in_words(ranks: Iterable[int]) -> str:
 
 
 def _main_thread(text: str) -> tuple[Frame, ...]:
-    """Its calls from the last one on, down to the user's function. It is the last in the text."""
+    """Return the main thread's calls from the last one on, down to the user's function. It is the last in the text."""
     block = text.rstrip().rpartition("\n\n")[2]
     frames: list[Frame] = []
     for match in _FRAME.finditer(block):

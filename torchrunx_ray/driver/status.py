@@ -36,7 +36,7 @@ _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def shown(progress: Progress, options: Options) -> contextlib.AbstractAsyncContextManager[None]:
-    """As a line at a terminal's foot; in a notebook, a job's log, or where asked for, as plain lines.
+    """Show it as a line at a terminal's foot; in a notebook, in a job's log, or if asked for, as plain lines.
 
     Plain lines also where handlers of `logging` may write to the terminal, of which a line at its
     foot would not know.

@@ -94,7 +94,7 @@ class Talk:
                     return
 
     async def _poll(self) -> list[messages.Event]:
-        """What the agent has to say, which it is asked for all the time; says when it does not."""
+        """Return the agent's next events, and say if the agent does not answer."""
         silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent)
         has_room = self._logs.has_room
         # What else there is to say must not wait for a terminal that takes no more output.

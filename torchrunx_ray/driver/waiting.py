@@ -118,7 +118,7 @@ class Waiting:
             ) from None
 
     async def _look(self, group: PlacementGroup) -> None:
-        """Whether it still may wait, and what for."""
+        """Check that it still may wait, and say for what."""
         self._connection.check()
         now = time.monotonic()
         room = await self._checked_room(group, now - self._begun)

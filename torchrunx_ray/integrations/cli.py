@@ -12,7 +12,7 @@ from torchrunx_ray.driver.launcher import Launcher
 from torchrunx_ray.driver.options import Options
 
 _PREFIX = "torchrunx_"
-"""Of the attributes of parsed arguments: a parser's own --name has the attribute `name`."""
+"""Prefix of the attributes of parsed arguments: a parser's own --name has the attribute `name`."""
 
 
 def add_torchrunx_argument_group(
@@ -68,7 +68,7 @@ def _shown(default: object) -> str:
 
 
 def _docstrings() -> dict[str, str]:
-    """What stands below each option in the source, where dataclasses do not keep it."""
+    """Return the docstring of each option from the source, as dataclasses do not keep it."""
     (definition,) = ast.parse(inspect.getsource(Options)).body
     assert isinstance(definition, ast.ClassDef)
     found: dict[str, str] = {}

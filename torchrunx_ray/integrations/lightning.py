@@ -9,7 +9,7 @@ from typing import Any
 from torchrunx_ray.wire.environment import MARK
 
 _FABRICS = {"lightning": "lightning.fabric", "lightning_fabric": "lightning_fabric"}
-"""Where a ClusterEnvironment is defined, by package: the two know nothing of each other."""
+"""Modules that define a ClusterEnvironment, by package: the two know nothing of each other."""
 
 
 def _base() -> Any:

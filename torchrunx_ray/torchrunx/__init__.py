@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torchrunx_ray.driver.results import LaunchResult
 
 __version__ = "0.4.0"
-"""Of the torchrunx that this stands for, since scripts compare it."""
+"""Version of the torchrunx that this stands for, since scripts compare it."""
 
 __all__ = [
     "DEFAULT_ENV_VARS_FOR_COPY",

@@ -106,7 +106,7 @@ class Launcher:
 
 
 def _is_whole_cluster_here() -> bool:
-    """Whether "auto" can only be this machine, which it calls localhost, as there."""
+    """Return True if "auto" can only be this machine, which torchrunx calls localhost."""
     from torchrunx_ray.driver import cluster, connection
 
     connection.connect()

@@ -28,7 +28,7 @@ def named_as_there(handlers: Any) -> list[logging.Handler]:
 
 
 def default_handlers_of_any_hosts() -> list[logging.Handler]:
-    """As `default_handlers`, where Ray has not chosen the hosts yet."""
+    """Return `default_handlers` for hosts that Ray has not chosen yet."""
     redirect = RedirectHandler(_least_level_of_loggers())
     redirect.addFilter(_is_of_first)
     files = default_files()
@@ -69,7 +69,7 @@ def _is_of_first(record: logging.LogRecord) -> bool:
 
 
 def _least_level_of_loggers() -> int:
-    """What no logger would take need not travel."""
+    """Return the lowest level that some logger takes: other records need not travel."""
     known = [
         name for name in list(logging.root.manager.loggerDict) if name.startswith(f"{_THEIRS}.")
     ]

@@ -38,7 +38,7 @@ _MAKERS = {
 """Makers of empty classes that a stream names, and what is called for them."""
 
 _SETTERS = code_first.set_class_state, enums.set_class_state_of_enum, enums.set_members
-"""What a stream calls to fill a class, which is the first argument."""
+"""Functions that a stream calls to fill a class, which is the first argument."""
 
 _NO_FILE = "<dynamic-code>"
 """Stands for a file's name in what cloudpickle writes, since 3.1.3."""

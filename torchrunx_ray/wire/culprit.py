@@ -25,7 +25,7 @@ _PICKLING = (
     pickle.__file__,
     copyreg.__file__,
 )
-"""Where the code lies that pickles, and unpickles."""
+"""Files of the code that pickles and unpickles."""
 
 _GLOBAL_OPERATIONS = inner_code.OPERATIONS | {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
 
@@ -91,7 +91,7 @@ def module_of(kind: type) -> str:
 
 
 def users_part(error: BaseException) -> BaseException | None:
-    """Return the traceback of what the user's code raised in pickling or unpickling, from that code on.
+    """Return the exception that the user's code raised in pickling or unpickling, from that code on.
 
     None where nothing but pickling itself raised.
     """

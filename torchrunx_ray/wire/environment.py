@@ -24,7 +24,7 @@ MARK = "TORCHRUNX_RAY_POOL"
 """Stands in the environment of everything that one agent started, for finding what is left."""
 
 _TORCHRUNS_OWN = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE")
-"""Where torchrun started the driver: its store and its file are none of the workers'."""
+"""Variables of a driver that torchrun started: its store and its file are none of the workers'."""
 
 _NEVER_COPIED = (
     "CUDA_VISIBLE_DEVICES", "RAY_*", MARK, *_TORCHRUNS_OWN, *sorted(RANK_VARIABLES)
@@ -37,10 +37,10 @@ _SAME_INTERPRETER_ONLY = ("PATH", "LD_LIBRARY*", "LIBRARY_PATH", "PYTHON*")
 """A laptop's paths break a container: these go only where the driver's interpreter is too."""
 
 _RAY_FOR_DRIVERS = ("RAY_AUTH_*", "RAY_USAGE_*")
-"""Of what Ray set for the agent, what a function's own `ray.init()` needs as well."""
+"""Ray's variables for the agent that a function's own `ray.init()` needs as well."""
 
 _RAY_FOR_ITS_WORKERS = ("RAY_*", "SPT_NOENV", "PYTHONBREAKPOINT", "OMP_NUM_THREADS")
-"""What Ray sets for its own worker processes, and children would inherit.
+"""Variables that Ray sets for its own worker processes, and children would inherit.
 
 OMP_NUM_THREADS would be the agent's number of CPUs, which is none: one thread for a whole host.
 """

@@ -86,7 +86,7 @@ def _defines(kind: type, *names: str) -> bool:
 
 
 def _fields(error: Any, kinds: Iterable[type]) -> Iterator[tuple[type, str, Any]]:
-    """What it keeps in C and in slots, less what nobody may set."""
+    """Return the values that it keeps in C and in slots, except those that nobody may set."""
     for owner in kinds:
         if owner in (BaseException, object):
             continue

@@ -12,7 +12,7 @@ from torchrunx_ray.wire.transfer import Layout, Spans
 from torchrunx_ray.wire.versions import Versions
 
 Stream = Literal["stdout", "stderr", "records"]
-"""What a worker says: as text, or through `logging`, as lines that `wire.records` reads."""
+"""Streams of a worker: text, or `logging` as lines that `wire.records` reads."""
 
 StartMethod = Literal["fork", "spawn"]
 
@@ -25,7 +25,7 @@ END_OF_STACKS = b"\0"
 
 @dataclass(frozen=True)
 class TemplateWanted:
-    """What a template is made of. Agents are kept and reused by equality of this."""
+    """Recipe of a template. Agents are kept and reused if it is equal."""
 
     driver_variables: tuple[tuple[str, str], ...]
     explicit_variables: tuple[tuple[str, str], ...]
@@ -72,7 +72,7 @@ class StacksWanted:
 
 @dataclass(frozen=True)
 class Met:
-    """Who an agent is. `master_port` where it was asked to listen for the store's clients.
+    """Identity of an agent. `master_port` if it was asked to listen for the store's clients.
 
     `problem` says why it cannot serve, None where it can. `leaving`: it has begun to end itself.
     """
@@ -197,7 +197,7 @@ class Returned:
     pid: int
     time_ns: int
     value: Spans | Layout
-    """Where it lies in the worker's memory, or in the file."""
+    """Place of the value in the worker's memory, or in the file."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class ForkWorker:
     cuda_device: int | None
     argv: tuple[str, ...]
     log_level: int
-    """Of the root logger, from where on somebody takes the records."""
+    """Level of the root logger, from which on somebody takes the records."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ _SMALL = 2048
 """Bytes of a buffer that stay in the stream; beside it, each costs Ray and us some bookkeeping."""
 
 Replace = Callable[[object], Any]
-"""What to pickle instead of an object: a reduce tuple, or NotImplemented to pickle it as it is."""
+"""Returns the reduce tuple to pickle instead of an object, or NotImplemented to pickle the object as it is."""
 
 
 @dataclass(frozen=True)

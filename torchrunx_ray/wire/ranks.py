@@ -38,7 +38,7 @@ class Place:
     hosts: int
 
     def variables(self, master_addr: str, master_port: int, run_id: str) -> dict[str, str]:
-        """What torchrunx sets, and what scripts written for torchrun read besides."""
+        """Variables that torchrunx sets, and that scripts written for torchrun read besides."""
         values = {
             "RANK": self.rank,
             "LOCAL_RANK": self.local_rank,

@@ -22,7 +22,7 @@ def bring_all_to_current_device() -> None:
 
 
 def reduce(value: Any, owners: list[object]) -> Any:
-    """What `pickle.Pickler.reducer_override` returns for tensors and storages.
+    """Return the answer of `pickle.Pickler.reducer_override` for tensors and storages.
 
     The buffers that it makes are valid for as long as `owners` keeps what it appends.
     """

@@ -12,7 +12,7 @@ from torchrunx_ray.wire.memory import Move, Remote
 from torchrunx_ray.wire.payload import Packed
 
 _ALIGNMENT = 64
-"""Of every buffer, as numpy and torch kernels like it."""
+"""Alignment of every buffer, as numpy and torch kernels like it."""
 
 
 @dataclass(frozen=True)

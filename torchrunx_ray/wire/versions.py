@@ -13,7 +13,7 @@ Versions = Mapping[str, str | None]
 
 @functools.cache
 def of_this_process() -> Versions:
-    """Of Python and of the packages that matter between hosts; None where one is missing."""
+    """Versions of Python and of the packages that matter between hosts; None if one is missing."""
     return {
         "Python": platform.python_version(),
         "torchrunx-ray": __version__,
@@ -50,7 +50,7 @@ def missing_package(evidence: str, drivers: Versions) -> str | None:
 
 
 def doubt_between(drivers: Versions, hosts: Versions) -> str | None:
-    """What may make a difference: another torch, its build (such as +cpu) aside."""
+    """Return a warning about another torch, except for its build (such as +cpu)."""
     here, there = drivers.get("torch"), hosts.get("torch")
     if here is None or there is None or here.partition("+")[0] == there.partition("+")[0]:
         return None

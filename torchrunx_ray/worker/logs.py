@@ -78,7 +78,7 @@ class _Sender(logging.Handler):
 
 
 def _descriptor(handler: Any) -> int | None:
-    """Of the stream that it writes to, as a StreamHandler does, or one of rich's."""
+    """Return the descriptor of the stream that it writes to, as a StreamHandler does, or one of rich's."""
     of_rich = getattr(getattr(handler, "console", None), "file", None)
     stream = getattr(handler, "stream", of_rich)
     if stream is not None and stream in (sys.stdout, sys.stderr):

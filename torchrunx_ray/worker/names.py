@@ -26,7 +26,7 @@ _threads_of_ours = 1
 
 
 def threads_are_ours() -> None:
-    """Those that there are now never write to stderr."""
+    """Note that the present threads are ours, which never write to stderr."""
     global _threads_of_ours
     _threads_of_ours = _threads()
 

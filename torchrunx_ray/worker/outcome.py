@@ -41,13 +41,13 @@ _NOT_REPORTED_ADVICE = (
 _PACKAGE = f"{os.path.dirname(os.path.dirname(__file__))}{os.sep}"
 
 _OF_GLOO = "gloo/transport/"
-"""What an error of gloo about a peer names: the file that raised it."""
+"""Folder of the files that an error of gloo about a peer names."""
 
 _SHORT = 4096
 """Characters of each text that are told where more cannot be sent."""
 
 _offered: list[Packed] = []
-"""What the agent may be reading right now."""
+"""Values that the agent may be reading right now."""
 
 
 def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Callable[[], Any]:
@@ -108,7 +108,7 @@ def _as_file(packed: Packed) -> tuple[Layout, int]:
 
 
 def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -> object:
-    """What the agent answers; None where it is gone, which is this process's end."""
+    """Return the agent's answer; None if the agent is gone, which is this process's end."""
     channel.send(messages.Returned(os.getpid(), time_ns, value), [fd])
     os.close(fd)
     try:
@@ -208,7 +208,7 @@ def _stdin_gives_way() -> Generator[None]:
 
 
 def _is_stdin_empty() -> bool:
-    """As it was when the worker began; the function may have closed it, and opened something else."""
+    """Return True if stdin is /dev/null, as when the worker began; the function may have opened another."""
     try:
         return os.path.samestat(os.fstat(0), os.stat(os.devnull))
     except OSError:
@@ -279,7 +279,7 @@ def _own(error: BaseException, attribute: str) -> Any:
 
 
 def _full_name(error: BaseException) -> str:
-    """Of its type, whatever a metaclass says."""
+    """Return the name of its type, whatever a metaclass says."""
     return type.__repr__(type(error)).removeprefix("<class '").removesuffix("'>")
 
 

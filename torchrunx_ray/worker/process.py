@@ -16,7 +16,7 @@ from torchrunx_ray.worker.call import HeldCall
 
 _NOT_RESETTABLE = {signal.SIGKILL, signal.SIGSTOP}
 _PYTHONS_OWN = {signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
-"""What an interpreter that was started afresh sets by itself."""
+"""Settings that a fresh interpreter makes by itself."""
 
 
 def become_worker(

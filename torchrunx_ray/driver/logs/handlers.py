@@ -89,7 +89,7 @@ class Only(logging.Filter):
         return f"{self._hostname}" + ("" if self._local_rank is None else f"[{self._local_rank}]")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """What comes from no worker has no host, and passes only where all do."""
+        """Take a record. A record of no worker has no host, and passes only if all do."""
         fields = vars(record)
         return self._passes(
             fields.get("hostname", ""), fields.get("local_rank"), fields.get("rank")

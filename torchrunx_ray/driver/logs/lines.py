@@ -4,7 +4,7 @@ import codecs
 import time
 
 _LONGEST = 16 * 2**20
-"""What has no newline for longer is passed on in pieces: the driver's memory is bounded."""
+"""A longer line is passed on in pieces: the driver's memory is bounded."""
 
 _REDRAWN_S = 5.0
 """Interval at which a line that is drawn again and again, such as a progress bar, is taken as a line."""
@@ -17,7 +17,7 @@ class LineCutter:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._rest = ""
         self._taken: str | None = None
-        """Of the line that is being drawn, as it was taken for a line last."""
+        """The line that is being drawn, as it was taken for a line last."""
         self._taken_at = time.monotonic()
 
     @property
@@ -44,7 +44,7 @@ class LineCutter:
         return lines + self._taken_now(bool(lines))
 
     def _taken_now(self, has_lines: bool) -> str:
-        """What is taken of the line that has not ended."""
+        """Return the part that is taken of the line that has not ended."""
         if len(self._rest) > _LONGEST:
             taken, self._rest = _drawn_last(self._rest), ""
             return taken + "\n"

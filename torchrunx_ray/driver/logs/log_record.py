@@ -27,7 +27,7 @@ def new_record(
 
 
 def as_log_record(run_name: str, who: Speaker, record: WorkerRecord) -> logging.LogRecord:
-    """As it was made in the worker, under the worker's logger here.
+    """Make a record as in the worker, under the worker's logger here.
 
     `worker_logger` is its own; `is_formatted` tells whether the text is in a format of the function's.
     """

@@ -32,7 +32,7 @@ class Speaker:
         return name if self.local_rank is None else f"{name}.{self.local_rank}"
 
     def logger_level(self) -> int:
-        """What is set for its logger, or for the next one above up to ours; NOTSET where nothing is.
+        """Level of its logger, or of the next one above up to ours; NOTSET if none is set.
 
         The root logger's own level is for what this process says, not for what workers print.
         """
@@ -60,7 +60,7 @@ class Sink(Protocol):
         drawn: str,  # noqa: ARG002
         time_s: float,
     ) -> None:
-        """What came, the whole lines that are in it, and the line that is still drawn anew."""
+        """Take a piece, the whole lines that are in it, and the line that is still drawn again."""
         if lines:
             self.text(who, stream, lines, time_s)
 

@@ -8,7 +8,7 @@ from torchrunx_ray.driver.screen import screen
 from torchrunx_ray.wire.records import WorkerRecord
 
 _COLOURS = (36, 33, 32, 35, 34, 31)
-"""Of ranks on a terminal, in turn, as ANSI counts them."""
+"""Colours of ranks on a terminal, in turn, as ANSI counts them."""
 
 
 class ToConsole(Sink):

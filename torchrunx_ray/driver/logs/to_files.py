@@ -81,7 +81,7 @@ class ToFiles(Sink):
 
 
 def default_files(run_name: str | None = None) -> ToFiles | None:
-    """As the environment says where; None where it says nowhere."""
+    """Return the files that the environment asks for; None if it asks for none."""
     parent = os.environ.get(_DIRECTORY, "torchrunx_logs")
     return ToFiles(parent, run_name) if parent else None
 

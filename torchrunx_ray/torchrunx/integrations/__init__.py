@@ -1,1 +1,1 @@
-"""As torchrunx names it."""
+"""The names of torchrunx.integrations."""

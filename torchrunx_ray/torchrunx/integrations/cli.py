@@ -61,7 +61,7 @@ def add_torchrunx_argument_group(parser: ArgumentParser) -> None:
 
 
 def launcher_from_args(args: Namespace) -> Launcher:
-    """What the options of `add_torchrunx_argument_group` say."""
+    """Return the launcher that the options of `add_torchrunx_argument_group` describe."""
     return Launcher(
         hostnames=_word_or(args.hostnames, _HOSTS),
         workers_per_host=_one_or_many(_word_or(args.workers_per_host, _WORKERS)),
