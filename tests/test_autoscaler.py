@@ -77,6 +77,7 @@ print(len(result), len(result.hostnames))
     assert "waiting for room in the Ray cluster, 0 s of 600 so far; the autoscaler " in out
 
 
+@pytest.mark.exhaustive
 def test_cluster_that_has_grown_to_its_end_and_is_busy_is_waited_for(address: str) -> None:
     """The newer autoscaler refuses such a group as it refuses one that can never be held."""
     out = drive(

@@ -167,7 +167,6 @@ except trx.LaunchError as error:
         yield pool.map(launch, [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}])
 
 
-@pytest.mark.usefixtures("told_behind_ray_client")  # begins beside this test
 def test_commands_of_the_page_run_with_each_way_to_give_the_token(
     jobs: Jobs, tmp_path: Path
 ) -> None:
@@ -264,6 +263,7 @@ print("returned", len(set(result.hostnames)), list(result))
     assert [written.count(f"said by {rank}\n") for rank in (0, 1)] == [1, 1]
 
 
+@pytest.mark.exhaustive
 def test_driver_behind_ray_client_without_the_token_is_told_how_to_give_it(
     told_behind_ray_client: Iterator[str], jobs: Jobs
 ) -> None:

@@ -40,7 +40,6 @@ CASES = [
 IN_CI = [
     ("worker", "running"),
     ("driver", "running"),
-    ("raylet", "running"),
 ]
 
 # Its questions and answers are lines.

@@ -224,7 +224,7 @@ def sleeping_driver(
     """A driver whose two workers sleep, and the marks of what they belong to."""
     with subprocess.Popen(
         head.command(SLEEPING + begin),
-        env=head.environment | variables,
+        env=head.environment | {"PYTHONFAULTHANDLER": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -367,7 +367,7 @@ except trx.LaunchError as error:
             "this process reached its Ray cluster through ray://, and is not connected any more"
         )
         assert f"AGAIN {not_at_home}" in said
-        assert f"AFTER SHUTDOWN {not_at_home}" in said
+        assert f"AFTER SHUTDOWN {not_at_home}" in said, (driver.returncode, said)
         assert "Callback error" not in said
         assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 30)
 
@@ -398,6 +398,7 @@ def servers_of(head: ClientServer) -> list[int]:
     return [pid for pid, line in mentioning(head.mark).items() if "--mode=specific-server" in line]
 
 
+@pytest.mark.exhaustive
 def test_cluster_without_the_package_is_told_with_what_to_install(tmp_path: Path) -> None:
     """It was a bare ModuleNotFoundError, of what the driver has."""
     with client_server(python_without("torchrunx_ray", tmp_path)) as head:

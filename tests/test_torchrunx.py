@@ -172,6 +172,7 @@ def test_one_machine_is_localhost_where_nothing_else_is_said(cluster: None) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_auto_is_the_whole_cluster() -> None:
     with raylets({"num_cpus": 2}, *2 * [{"num_cpus": 2, "num_gpus": 2}]):
         result = torchrunx.Launcher(backend="gloo").run(

@@ -28,6 +28,14 @@ def start_method(request: pytest.FixtureRequest) -> StartMethod:
     return request.param
 
 
+FORKED_IN_CI = pytest.mark.parametrize(
+    "start_method",
+    ["fork", pytest.param("spawn", marks=[pytest.mark.slow, pytest.mark.exhaustive])],
+    indirect=True,
+)
+"""Spawned workers come to this the same way as forked ones."""
+
+
 @pytest.fixture
 def launcher(cluster: None, start_method: StartMethod) -> trx.Launcher:
     """With a group where that costs little: each spawned worker imports torch for it, for 1.6 s of CPU."""
@@ -76,6 +84,7 @@ def test_worker_leads_its_process_group_below_the_template(launcher: trx.Launche
     assert first[2] == second[2]
 
 
+@FORKED_IN_CI
 def test_two_keepers_stand_between_agent_and_template(launcher: trx.Launcher) -> None:
     def look() -> dict[str, str]:
         above = processes.above(os.getpid())
@@ -88,6 +97,7 @@ def test_two_keepers_stand_between_agent_and_template(launcher: trx.Launcher) ->
     assert above["agent"].startswith("ray::")
 
 
+@FORKED_IN_CI
 def test_worker_is_not_niced(launcher: trx.Launcher) -> None:
     assert list(launcher.run(os.nice, 0)) == [0, 0]
 
@@ -137,6 +147,7 @@ def test_worker_knows_its_rank_as_torchrunx_and_torchrun_tell_it(in_group: trx.L
         assert " ".join(values) == expected.format(rank)
 
 
+@FORKED_IN_CI
 def test_master_address_is_that_of_rank_0s_host(in_group: trx.Launcher) -> None:
     import ray
 
@@ -150,6 +161,7 @@ def test_master_address_is_that_of_rank_0s_host(in_group: trx.Launcher) -> None:
     assert 0 < int(first[1]) < 65536
 
 
+@FORKED_IN_CI
 def test_function_runs_on_the_main_thread(launcher: trx.Launcher) -> None:
     def look() -> bool:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # raises on any other thread
@@ -167,10 +179,12 @@ def test_no_thread_runs_but_the_functions_own_and_one_that_tells_stacks(
     assert list(launcher.run(threading.active_count)) == [1, 1]
 
 
+@FORKED_IN_CI
 def test_folder_is_the_drivers(launcher: trx.Launcher) -> None:
     assert launcher.run(os.getcwd).rank(0) == os.getcwd()
 
 
+@FORKED_IN_CI
 def test_sys_path_is_the_agents(launcher: trx.Launcher) -> None:
     def look() -> tuple[list[str], str | None, str]:
         return sys.path, os.environ.get("PYTHONPATH"), sys.executable
@@ -198,6 +212,7 @@ def test_rays_own_variables_do_not_leak(launcher: trx.Launcher) -> None:
     assert ":" in variables["RAY_ADDRESS"]
 
 
+@FORKED_IN_CI
 def test_function_can_join_the_ray_cluster(launcher: trx.Launcher) -> None:
     import ray
 
@@ -218,6 +233,7 @@ def threads() -> tuple[str | None, int]:
     return os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
 
 
+@FORKED_IN_CI
 def test_several_workers_get_one_openmp_thread_each(
     launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +242,7 @@ def test_several_workers_get_one_openmp_thread_each(
     assert list(launcher.run(threads)) == [("1", 1), ("1", 1)]
 
 
+@FORKED_IN_CI
 def test_one_worker_gets_as_many_openmp_threads_as_without_us(
     start_method: StartMethod, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +255,7 @@ def test_one_worker_gets_as_many_openmp_threads_as_without_us(
     assert launcher.run(threads).rank(0) == (None, plain)
 
 
+@FORKED_IN_CI
 def test_users_own_openmp_threads_win(
     launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +264,7 @@ def test_users_own_openmp_threads_win(
     assert list(launcher.run(threads)) == [("2", 2), ("2", 2)]
 
 
+@FORKED_IN_CI
 def test_launch_without_gpus_sees_none(launcher: trx.Launcher) -> None:
     assert launcher.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"]).rank(0) == ""
 
@@ -257,6 +276,7 @@ def test_stdin_is_empty_and_streams_are_line_buffered(launcher: trx.Launcher) ->
     assert launcher.run(look).rank(0) == ("", True, True)
 
 
+@FORKED_IN_CI
 def test_multiprocessing_forks(launcher: trx.Launcher) -> None:
     def look() -> str | None:
         import multiprocessing
@@ -266,6 +286,7 @@ def test_multiprocessing_forks(launcher: trx.Launcher) -> None:
     assert list(launcher.run(look)) == ["fork", "fork"]
 
 
+@FORKED_IN_CI
 def test_workers_do_not_load_ray(in_group: trx.Launcher) -> None:
     def look() -> tuple[bool, str]:
         return "ray" in sys.modules, Path(f"/proc/{os.getppid()}/maps").read_text()
@@ -276,6 +297,7 @@ def test_workers_do_not_load_ray(in_group: trx.Launcher) -> None:
     assert "_raylet" not in template_maps
 
 
+@FORKED_IN_CI
 def test_agent_does_not_load_torch(in_group: trx.Launcher) -> None:
     def look() -> str:
         return Path(f"/proc/{processes.agent_pid()}/maps").read_text()
