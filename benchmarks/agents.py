@@ -20,15 +20,15 @@ from typing import Any
 import ray
 from table import print_table
 
-from torchrunx_ray.driver import loop
-from torchrunx_ray.driver.attempt import Attempt, Crew
-from torchrunx_ray.driver.call import put_call
-from torchrunx_ray.driver.cluster import Node
-from torchrunx_ray.driver.connection import Connection
-from torchrunx_ray.driver.history import History
-from torchrunx_ray.driver.options import Options
-from torchrunx_ray.driver.placement import Host
-from torchrunx_ray.driver.pool import Agent
+from torchrunx_ray.driver.agents.pool import PooledAgent
+from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.call.pack_call import put_call
+from torchrunx_ray.driver.cluster.connection import Connection
+from torchrunx_ray.driver.cluster.inventory import Node
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.placing.placement import Host
+from torchrunx_ray.driver.report.timeline import Timeline
+from torchrunx_ray.driver.running.attempt import Attempt, Crew
 from torchrunx_ray.wire import messages, versions
 from torchrunx_ray.wire.clock import now_ns
 
@@ -128,7 +128,7 @@ def run_twice(hosts: int, workers: int, actors: list[Any]) -> Mapping[str, float
     node = Node(ray.get_runtime_context().get_node_id(), "host", "127.0.0.1", {}, {})
     wanted: Any = None
     agents = [
-        Agent(f"node{i}", wanted, "", Calls(actors[i % len(actors)], i), Connection())
+        PooledAgent(f"node{i}", wanted, "", Calls(actors[i % len(actors)], i), Connection())
         for i in range(hosts)
     ]
     met = messages.Met("127.0.0.1", 29500, False, versions.of_this_process(), None, None)
@@ -146,7 +146,7 @@ def run(which: str, crew: Crew) -> Mapping[str, float]:
     call = put_call(no_op, (), {}, options)
 
     async def go() -> object:
-        return await Attempt(call.run_name, options, crew, "gloo", History()).go(call)
+        return await Attempt(call.run_name, options, crew, "gloo", Timeline()).go(call)
 
     begun, cpu = time.perf_counter(), time.process_time()
     running = loop.start(go())

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from torchrunx_ray.errors import PayloadError
-from torchrunx_ray.wire import by_value, pickling
-from torchrunx_ray.wire.payload import Inserted, pack
+from torchrunx_ray.wire.by_value import pickler_hooks
+from torchrunx_ray.wire.values import pickling
+from torchrunx_ray.wire.values.payload import Inserted, pack
 
 WORKER = """import pickle, sys
-from torchrunx_ray.wire import pickling
-from torchrunx_ray.wire.payload import Packed
-from torchrunx_ray.worker import script
+from torchrunx_ray.wire.values import pickling
+from torchrunx_ray.wire.values.payload import Packed
+from torchrunx_ray.worker.function import main_module
 call, *inserted = [Packed(stream) for stream in pickle.load(sys.stdin.buffer)]
 with script.brought_by_the_call():
     function, arguments = call.unpack(inserted)
@@ -41,7 +42,7 @@ def in_a_worker(function: Any, *arguments: Any, inserted: tuple[bytes, ...] = ()
         [sys.executable, "-c", WORKER], input=streams, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
-    return by_value.loads(done.stdout)
+    return pickler_hooks.loads(done.stdout)
 
 
 SCRIPT = """

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from torchrunx_ray.errors import PayloadError
-from torchrunx_ray.wire import by_value
-from torchrunx_ray.wire.payload import pack
+from torchrunx_ray.wire.by_value import pickler_hooks
+from torchrunx_ray.wire.values.payload import pack
 
 CALL = """import sys
-from torchrunx_ray.wire import by_value, pickling
+from torchrunx_ray.wire.by_value import pickler_hooks
+from torchrunx_ray.wire.values import pickling
 function = by_value.loads(sys.stdin.buffer.read())
 sys.stdout.buffer.write(pickling.dumps(function()))
 """
@@ -38,7 +39,7 @@ def elsewhere(function: Any) -> Any:
         [sys.executable, "-c", CALL], input=stream, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
-    return by_value.loads(done.stdout)
+    return pickler_hooks.loads(done.stdout)
 
 
 DATACLASSES = """
@@ -427,7 +428,7 @@ def test_model_with_keywords_of_its_class_travels() -> None:
 @pytest.mark.alone
 def test_search_for_classes_in_a_large_stream_costs_what_a_search_for_one_word_costs() -> None:
     stream = memoryview(bytes(2**26))
-    pattern: Any = vars(by_value)["_MAKES_A_CLASS"]
+    pattern: Any = vars(pickler_hooks)["_MAKES_A_CLASS"]
 
     def cpu_s(pattern: re.Pattern[bytes]) -> float:
         begun = time.process_time()
@@ -848,7 +849,7 @@ import enum
 import logging
 import torch
 from dataclasses import dataclass
-from torchrunx_ray.wire import by_value
+from torchrunx_ray.wire.by_value import pickler_hooks
 
 class Units:
     def __init__(self):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import torchrunx_ray as trx
-from torchrunx_ray.driver import captures
-from torchrunx_ray.driver.captures import LARGE
+from torchrunx_ray.driver.call import captures
+from torchrunx_ray.driver.call.captures import LARGE
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 import torchrunx_ray as trx
-from torchrunx_ray.driver import attempt, failures
-from torchrunx_ray.driver.failures import Failure, Failures, Report
-from torchrunx_ray.driver.stacks import Stacks
+from torchrunx_ray.driver.report import failures
+from torchrunx_ray.driver.report.failures import Failure, Failures, Report
+from torchrunx_ray.driver.report.stacks import Stacks
+from torchrunx_ray.driver.running import attempt
 from torchrunx_ray.wire import messages
 
 MS = 1_000_000

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import torchrunx_ray as trx
-from torchrunx_ray.driver.command_line import VALUES
+from torchrunx_ray.driver.options.command_line import VALUES
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

@@ -13,7 +13,7 @@ import pytest
 
 import torchrunx_ray as trx
 from tests.processes import is_alive, wait_until
-from torchrunx_ray.driver import loop
+from torchrunx_ray.driver.background import loop
 
 HINT = "A second Ctrl-C kills them"
 

@@ -21,7 +21,7 @@ import torchrunx_ray as trx
 from tests import processes
 from tests.processes import wait_until
 from tests.soon import soon
-from torchrunx_ray.driver.loop import in_thread, in_thread_only
+from torchrunx_ray.driver.background.loop import in_thread, in_thread_only
 
 
 def test_driver_that_is_killed_leaves_nothing(

@@ -21,9 +21,9 @@ import ray
 
 import torchrunx_ray as trx
 from tests import processes
-from torchrunx_ray.agent.host import search_path, template_environment
 from torchrunx_ray.agent.keeper import Keeper
-from torchrunx_ray.driver.template_wanted import template_wanted
+from torchrunx_ray.agent.template_environment import search_path, template_environment
+from torchrunx_ray.driver.call.template_wanted import template_wanted
 from torchrunx_ray.wire import environment
 
 

@@ -24,7 +24,7 @@ from tests.exceptions import (
     Unpicklable,
 )
 from tests.soon import raised_soon
-from torchrunx_ray.worker import exits
+from torchrunx_ray.worker.function import exits
 
 
 def test_users_exception_arrives_as_itself(launcher: trx.Launcher) -> None:

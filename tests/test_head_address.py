@@ -10,7 +10,7 @@ import pytest
 
 from tests.clusters.started import free_port
 from torchrunx_ray import LaunchError
-from torchrunx_ray.driver import head_address
+from torchrunx_ray.driver.cluster import head_address
 
 
 @pytest.fixture(autouse=True)

@@ -24,10 +24,11 @@ import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
 from tests.soon import SOON_S, soon
-from torchrunx_ray.driver import cluster, gpu_question, returning
-from torchrunx_ray.driver.cluster import Node
-from torchrunx_ray.driver.connection import Connection
-from torchrunx_ray.driver.shape import resolve
+from torchrunx_ray.driver.cluster import inventory
+from torchrunx_ray.driver.cluster.connection import Connection
+from torchrunx_ray.driver.cluster.inventory import Node
+from torchrunx_ray.driver.placing import gpu_question, returning
+from torchrunx_ray.driver.placing.plan import resolve
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,7 @@ def test_one_node_by_two_names_is_refused(three_raylets: Cluster) -> None:
 def test_hostnames_ignore_case_and_loopback_names_mean_the_drivers_host(
     three_raylets: Cluster, change: Callable[[str], str]
 ) -> None:
-    there = cluster.live_nodes()
+    there = inventory.live_nodes()
     mine = ray.get_runtime_context().get_node_id()
     names = ("localhost", "127.0.0.1", "127.0.1.1", "::1", socket.gethostname())
     for name in names:
@@ -492,7 +493,9 @@ def test_node_that_left_a_moment_ago_is_waited_for(
         assert run.result(timeout=60).hostnames[0] in ("127.0.0.2", socket.gethostname())
     session.close()
     assert len(runs[0].result(timeout=60)) == 1
-    assert not [node for node in cluster.left_nodes() if "passing" in node.resources]  # it is back
+    assert not [
+        node for node in inventory.left_nodes() if "passing" in node.resources
+    ]  # it is back
 
 
 @pytest.mark.parametrize(("strategy", "nodes_used"), [("SPREAD", 2), ("PACK", 1)])

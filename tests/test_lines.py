@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from torchrunx_ray.driver.logs import lines
-from torchrunx_ray.driver.logs.lines import LineCutter
+from torchrunx_ray.driver.output import lines
+from torchrunx_ray.driver.output.lines import LineCutter
 
 
 def test_lines_come_whole_whatever_the_pieces() -> None:

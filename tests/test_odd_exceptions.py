@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import torchrunx_ray as trx
-from torchrunx_ray.wire.exceptions import dump_exception, load_exception
+from torchrunx_ray.wire.values.exceptions import dump_exception, load_exception
 
 pytestmark = pytest.mark.by_reference
 

@@ -20,12 +20,13 @@ import pytest
 import torch
 
 from torchrunx_ray.errors import PayloadError
-from torchrunx_ray.wire import memory, messages, transfer
+from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
-from torchrunx_ray.wire.memory import Remote
 from torchrunx_ray.wire.messages import StartMethod
-from torchrunx_ray.wire.payload import Packed, pack
-from torchrunx_ray.worker.call import HeldCall
+from torchrunx_ray.wire.values import memory, transfer
+from torchrunx_ray.wire.values.memory import Remote
+from torchrunx_ray.wire.values.payload import Packed, pack
+from torchrunx_ray.worker.function.call import HeldCall
 
 
 def always() -> bool:

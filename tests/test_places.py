@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import torchrunx_ray as trx
-from torchrunx_ray.driver.failures import Failure, Failures
-from torchrunx_ray.driver.stacks import Stacks
+from torchrunx_ray.driver.report.failures import Failure, Failures
+from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.wire import messages
 
 

@@ -20,7 +20,7 @@ import pytest
 import torchrunx_ray as trx
 from tests.processes import wait_until
 from tests.soon import SOON_S
-from torchrunx_ray.driver.screen import Screen
+from torchrunx_ray.driver.terminal.screen import Screen
 
 pytestmark = pytest.mark.usefixtures("joined")
 

@@ -15,11 +15,11 @@ import pytest
 import torchrunx_ray as trx
 from tests.logs import Kept
 from tests.processes import note, wait_until
-from torchrunx_ray.driver import attempt
-from torchrunx_ray.driver.connection import ClusterLeft
-from torchrunx_ray.driver.logs.run_logs import RunLogs
-from torchrunx_ray.driver.logs.speaker import Speaker
-from torchrunx_ray.driver.logs.to_files import ToFiles
+from torchrunx_ray.driver.cluster.connection import ClusterLeft
+from torchrunx_ray.driver.output.run_logs import RunLogs
+from torchrunx_ray.driver.output.speaker import Speaker
+from torchrunx_ray.driver.output.to_files import ToFiles
+from torchrunx_ray.driver.running import attempt
 
 
 async def test_record_that_cannot_be_read_ends_neither_the_output_nor_the_run(kept: Kept) -> None:
@@ -41,7 +41,7 @@ def test_run_that_cannot_begin_leaves_no_thread(
     def leave(*_: object) -> None:
         raise ClusterLeft(through_client=False)
 
-    monkeypatch.setattr(attempt, "Talk", leave)
+    monkeypatch.setattr(attempt, "AgentLink", leave)
     with pytest.raises(trx.LaunchError, match="left the Ray cluster"):
         one.run(os.getpid)
     assert wait_until(lambda: "torchrunx_ray output" not in names_of_threads())

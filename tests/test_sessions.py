@@ -15,9 +15,9 @@ from ray.util.placement_group import placement_group_table
 
 import torchrunx_ray as trx
 from tests import processes
-from torchrunx_ray.driver import loop
-from torchrunx_ray.driver.held_hosts import HeldHosts
-from torchrunx_ray.driver.progress import Progress
+from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.report.progress import Progress
+from torchrunx_ray.driver.running.hosts import Hosts
 
 
 def tree() -> dict[str, int]:
@@ -139,7 +139,7 @@ def test_session_that_is_closed_while_it_opens_holds_no_room(one: trx.Launcher) 
     """That its room is free again is checked after every test, by its `cluster`."""
 
     async def close_while_it_opens() -> None:
-        hosts = HeldHosts(one)
+        hosts = Hosts(one)
         opening = asyncio.create_task(hosts.open(Progress("closed-early")))
         await asyncio.sleep(0)
         await hosts.close()

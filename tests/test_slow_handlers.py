@@ -18,8 +18,8 @@ import torchrunx_ray as trx
 from tests.interrupts import result_with_one_ctrl_c
 from tests.logs import Kept
 from tests.processes import above, note, wait_until
-from torchrunx_ray.driver import attempt
-from torchrunx_ray.driver.logs import run_logs
+from torchrunx_ray.driver.output import run_logs
+from torchrunx_ray.driver.running import attempt
 
 
 @pytest.mark.slow

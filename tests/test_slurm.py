@@ -19,7 +19,7 @@ from tests.clusters.allocation import (
 )
 from tests.clusters.two_hosts import TwoHosts, namespaces_are_possible, two_hosts
 from tests.conftest import RunScript
-from torchrunx_ray.driver import slurm
+from torchrunx_ray.driver.placing import slurm
 
 PAGE = (Path(__file__).parents[1] / "docs/slurm.md").read_text()
 

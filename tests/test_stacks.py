@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torchrunx_ray as trx
 from tests import processes
 from torchrunx_ray.agent.stacks import handles_usr2
-from torchrunx_ray.driver import lookout
-from torchrunx_ray.driver.stacks import Stacks, in_words
+from torchrunx_ray.driver.report.stacks import Stacks, in_words
+from torchrunx_ray.driver.running import stragglers
 
 
 def rank() -> int:
@@ -257,7 +257,7 @@ def test_ranks_that_do_not_join_are_named_with_what_holds_them(
 def test_ranks_that_go_on_long_after_others_are_named(
     launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lookout, "_RETURNED_S", 0.3)
+    monkeypatch.setattr(stragglers, "_RETURNED_S", 0.3)
 
     def straggle() -> None:
         if rank() == 1:
@@ -274,7 +274,7 @@ def test_ranks_that_go_on_long_after_others_are_named(
 def test_rank_that_returned_and_does_not_end_is_named(
     launcher: trx.Launcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lookout, "_RETURNED_S", 0.5)
+    monkeypatch.setattr(stragglers, "_RETURNED_S", 0.5)
 
     def leave_a_thread() -> None:
         dist.barrier()  # they return at the same time

@@ -12,8 +12,10 @@ import ray
 import torchrunx_ray as trx
 from tests import processes
 from tests.conftest import RunScript
-from torchrunx_ray.driver import attempt, loop, pool
-from torchrunx_ray.driver.call import put_call
+from torchrunx_ray.driver.agents import pool
+from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.call.pack_call import put_call
+from torchrunx_ray.driver.running import attempt
 
 SLOW_ON_ONE_HOST = """
 import os, time

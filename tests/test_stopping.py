@@ -13,7 +13,7 @@ import pytest
 import torchrunx_ray as trx
 from tests import processes
 from tests.soon import soon
-from torchrunx_ray.driver import attempt
+from torchrunx_ray.driver.running import attempt
 from torchrunx_ray.wire import messages
 
 

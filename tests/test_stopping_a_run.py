@@ -19,8 +19,8 @@ from ray.util.placement_group import placement_group_table
 import torchrunx_ray as trx
 from tests.interrupts import result_with_one_ctrl_c
 from tests.processes import above, is_alive, note, wait_until
-from torchrunx_ray.driver import attempt
 from torchrunx_ray.driver.run import Run, _living
+from torchrunx_ray.driver.running import attempt
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_exception_of_the_wait_itself_stops_nothing(
 
     run = patient.submit(wait_for_gate)
     with monkeypatch.context() as patched:
-        patched.setattr("torchrunx_ray.driver.loop._STEP_S", "no number")
+        patched.setattr("torchrunx_ray.driver.background.loop._STEP_S", "no number")
         with pytest.raises(TypeError):
             run.result()
     (tmp_path / "gate").touch()

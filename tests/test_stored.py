@@ -6,8 +6,9 @@ import pytest
 import ray
 
 from tests.processes import wait_until
-from torchrunx_ray.driver import loop, stored
-from torchrunx_ray.driver.connection import Connection, untyped_ray
+from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
+from torchrunx_ray.driver.report import stored
 
 
 def test_host_whose_values_ray_does_not_get_is_named(

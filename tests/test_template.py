@@ -26,7 +26,7 @@ CLIENTS = """
 import sys
 from datetime import timedelta
 import torch.distributed as dist
-from torchrunx_ray.worker.names import never_ask_dns
+from torchrunx_ray.worker.dns import never_ask_dns
 never_ask_dns()
 patience = timedelta(seconds=5)
 clients = [dist.TCPStore("127.0.0.1", int(sys.argv[1]), timeout=patience) for _ in range(200)]

@@ -17,7 +17,8 @@ from tests.clusters.other_python import python_without
 from tests.clusters.raylets import raylets
 from tests.clusters.started import ray_start
 from tests.processes import wait_until
-from torchrunx_ray.wire import private, versions
+from torchrunx_ray.wire import versions
+from torchrunx_ray.wire.by_value import private
 
 HERE = {"Python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "cloudpickle": "3.1.2"}
 
@@ -65,7 +66,7 @@ def test_package_that_is_missing_is_named() -> None:
 
 LACKS_A_NAME = """import cloudpickle
 del cloudpickle.cloudpickle._find_imported_submodules
-from torchrunx_ray.wire import payload
+from torchrunx_ray.wire.values import payload
 """
 
 

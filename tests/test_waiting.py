@@ -22,9 +22,9 @@ from ray.util.placement_group import (
 import torchrunx_ray as trx
 from tests.conftest import RunScript
 from tests.processes import wait_until
-from torchrunx_ray.driver import cluster as cluster_of_ray
-from torchrunx_ray.driver import line, reports
-from torchrunx_ray.driver import waiting as waiting_for_room
+from torchrunx_ray.driver.cluster import inventory as cluster_of_ray
+from torchrunx_ray.driver.placing import queue, reminders
+from torchrunx_ray.driver.placing import waiting as waiting_for_room
 
 CPUS = 8
 
@@ -91,9 +91,9 @@ def test_launch_that_has_waited_for_long_is_preceded_by_none_that_could_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     group: Any = "group"
-    ours = line._Line()
+    ours = queue._Line()
     ours.releases = 1
-    large, small = line.Place({"CPU": 8}), line.Place({"CPU": 2})
+    large, small = queue.Place({"CPU": 8}), queue.Place({"CPU": 2})
     ours.places = [large, small]
     assert list(ours._who_fits({"CPU": 2})) == [small]
     assert list(ours._who_fits({"CPU": 8})) == [large]
@@ -137,7 +137,7 @@ def test_launches_that_wait_at_once_are_told_in_one_warning(
     cluster: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fifty submits printed 45 tables within a second."""
-    monkeypatch.setattr(reports, "EVERY_S", 2)
+    monkeypatch.setattr(reminders, "EVERY_S", 2)
     with of_cpus(CPUS).session():
         begun = time.monotonic()
         runs = [of_cpus(CPUS).submit(int) for _ in range(8)]

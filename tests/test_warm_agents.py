@@ -15,8 +15,8 @@ import ray
 import torchrunx_ray as trx
 from tests import processes
 from tests.clusters.raylets import raylets
-from torchrunx_ray.driver import pool
-from torchrunx_ray.driver.connection import untyped_ray
+from torchrunx_ray.driver.agents import pool
+from torchrunx_ray.driver.cluster.connection import untyped_ray
 
 
 def own_agent(test: str, **options: Any) -> trx.Launcher:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torchrunx_ray as trx
 from tests import processes
 from torchrunx_ray.wire.messages import StartMethod
-from torchrunx_ray.worker import open_files
+from torchrunx_ray.worker.function import open_files
 
 
 @pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])

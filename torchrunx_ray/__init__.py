@@ -13,12 +13,12 @@ from torchrunx_ray.version import __version__
 
 if TYPE_CHECKING:
     from torchrunx_ray.driver.launcher import Launcher, launch
-    from torchrunx_ray.driver.logs.handlers import (
+    from torchrunx_ray.driver.output.handlers import (
         add_filter_to_handler,
         file_handler,
         stream_handler,
     )
-    from torchrunx_ray.driver.results import LaunchResult
+    from torchrunx_ray.driver.report.results import LaunchResult
     from torchrunx_ray.driver.run import Run
     from torchrunx_ray.driver.session import Session
     from torchrunx_ray.errors import (
@@ -56,10 +56,10 @@ __all__ = [
 _HOMES = {
     "Launcher": "torchrunx_ray.driver.launcher",
     "launch": "torchrunx_ray.driver.launcher",
-    "LaunchResult": "torchrunx_ray.driver.results",
-    "add_filter_to_handler": "torchrunx_ray.driver.logs.handlers",
-    "file_handler": "torchrunx_ray.driver.logs.handlers",
-    "stream_handler": "torchrunx_ray.driver.logs.handlers",
+    "LaunchResult": "torchrunx_ray.driver.report.results",
+    "add_filter_to_handler": "torchrunx_ray.driver.output.handlers",
+    "file_handler": "torchrunx_ray.driver.output.handlers",
+    "stream_handler": "torchrunx_ray.driver.output.handlers",
     "Run": "torchrunx_ray.driver.run",
     "Session": "torchrunx_ray.driver.session",
 }

@@ -9,15 +9,15 @@ from typing import Any
 
 import ray
 
-from torchrunx_ray.agent import host
+from torchrunx_ray.agent import template_environment
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Death, Template
-from torchrunx_ray.wire import kernel, messages, versions
+from torchrunx_ray.wire import linux, messages, versions
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.payload import Packed, carry_values_packed
+from torchrunx_ray.wire.values.payload import Packed, carry_values_packed
 
 _ray: Any = ray  # most of its functions have no types
 
@@ -43,7 +43,7 @@ class Agent:
         self._name = name
         self._wanted = wanted
         self._context: Any = _ray.get_runtime_context()
-        self._cwd, self._warning = host.working_directory(
+        self._cwd, self._warning = template_environment.working_directory(
             wanted, in_job_working_dir=bool(self._context.runtime_env.get("working_dir"))
         )
         self._ip: str = _ray.util.get_node_ip_address()
@@ -209,22 +209,24 @@ class Agent:
         self._context.current_actor.retire.remote()
 
     def _start_keeper(self) -> Keeper | None:
-        self._env_file_version = host.env_file_version(self._wanted, self._cwd)
+        self._env_file_version = template_environment.env_file_version(self._wanted, self._cwd)
         self._problem = None
         made = {**os.environ, **dict(self._wanted.driver_variables)}  # until there is more
         try:
-            made = host.template_environment(self._wanted, self._context.gcs_address, self._cwd)
+            made = template_environment.template_environment(
+                self._wanted, self._context.gcs_address, self._cwd
+            )
             return Keeper(made, self._cwd, self._wanted, self._context.runtime_env)
         except ValueError as error:
             self._problem = str(error)
         except OSError as error:
-            self._problem = host.why_no_process(error, made)
+            self._problem = template_environment.why_no_process(error, made)
         return None
 
     async def _have_template(self) -> None:
         """A template that can serve, in place of one that was killed or is out of date."""
         self._attach()
-        version = host.env_file_version(self._wanted, self._cwd)
+        version = template_environment.env_file_version(self._wanted, self._cwd)
         if self._template is not None:
             if self._template.is_whole and version == self._env_file_version:
                 return
@@ -244,7 +246,7 @@ class Agent:
         """Ray itself tells of a killed raylet only after 15 to 30 s."""
         if self._raylet_fd is None:
             pid = int(os.environ["RAY_RAYLET_PID"])  # no parent of an actor that `uv run` started
-            self._raylet_fd = kernel.pidfd_open(pid)
+            self._raylet_fd = linux.pidfd_open(pid)
             loop = asyncio.get_running_loop()
             loop.add_reader(self._raylet_fd, self._raylet_gone, pid, loop)
 

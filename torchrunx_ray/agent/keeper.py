@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrunx_ray.agent.host import python_path, search_path
+from torchrunx_ray.agent.template_environment import python_path, search_path
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.environment import MARK

@@ -15,8 +15,8 @@ from torchrunx_ray.agent.worker import Worker
 from torchrunx_ray.errors import OomKills, describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.ranks import Place
+from torchrunx_ray.wire.values.payload import Packed
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from torchrunx_ray.wire import family
+from torchrunx_ray.wire import process_tree
 from torchrunx_ray.wire.environment import MARK
 
 
@@ -16,7 +16,7 @@ def kill_marked(mark: str) -> None:
             continue
         try:
             is_marked = wanted in Path("/proc", entry, "environ").read_bytes().split(b"\0")
-            if is_marked and not family.ends_by_itself(int(entry)):
+            if is_marked and not process_tree.ends_by_itself(int(entry)):
                 os.kill(int(entry), signal.SIGKILL)
         except OSError:  # it ended meanwhile, or is not ours
             continue

@@ -13,11 +13,12 @@ from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
-from torchrunx_ray.wire import messages, transfer
+from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.memory import Remote
-from torchrunx_ray.wire.payload import Packed
-from torchrunx_ray.wire.transfer import Layout
+from torchrunx_ray.wire.values import transfer
+from torchrunx_ray.wire.values.memory import Remote
+from torchrunx_ray.wire.values.payload import Packed
+from torchrunx_ray.wire.values.transfer import Layout
 
 _Reply = messages.CallHeld | messages.Forked | messages.ForkFailed | messages.RunEnded
 

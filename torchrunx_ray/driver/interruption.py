@@ -7,8 +7,8 @@ import logging
 import sys
 from typing import Any
 
-from torchrunx_ray.driver import loop
-from torchrunx_ray.driver.progress import Progress
+from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.tracebacks import has_users_frame
 
 logger = logging.getLogger("torchrunx_ray")

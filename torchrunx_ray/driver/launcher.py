@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ParamSpec, TypeVar
 
-from torchrunx_ray.driver.call import put_call
-from torchrunx_ray.driver.checks import check_arguments, check_option_names
-from torchrunx_ray.driver.held_hosts import run_once
-from torchrunx_ray.driver.options import Options
-from torchrunx_ray.driver.progress import Progress
-from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.driver.call.pack_call import put_call
+from torchrunx_ray.driver.options.checks import check_arguments, check_option_names
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.report.progress import Progress
+from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.run import Run
+from torchrunx_ray.driver.running.hosts import run_once
 from torchrunx_ray.driver.session import Session
-from torchrunx_ray.driver.told import told
+from torchrunx_ray.driver.terminal.summary import follow
 from torchrunx_ray.driver.tracebacks import short_traceback
 
 P = ParamSpec("P")
@@ -37,7 +37,7 @@ class Launcher(Options):
         with short_traceback:
             call = put_call(func, args, kwargs, self)
             progress = Progress(call.run_name)
-            life = told(lambda: run_once(self, call, progress), progress, self)
+            life = follow(lambda: run_once(self, call, progress), progress, self)
             return Run(life, progress, self.shutdown_timeout)
 
     def session(self) -> Session:

@@ -13,11 +13,13 @@ from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from torchrunx_ray.driver import interruption, loop
-from torchrunx_ray.driver.failures import Failures
-from torchrunx_ray.driver.progress import Progress
-from torchrunx_ray.driver.results import LaunchResult
-from torchrunx_ray.driver.stacks import Stacks
+from torchrunx_ray.driver import interruption
+from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.call.references import stays_in_driver
+from torchrunx_ray.driver.report.failures import Failures
+from torchrunx_ray.driver.report.progress import Progress
+from torchrunx_ray.driver.report.results import LaunchResult
+from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.tracebacks import short_traceback, shorten
 from torchrunx_ray.errors import LaunchError
 
@@ -108,7 +110,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
 
     def running(self) -> bool:
         """Return True from when it has its hosts until it ends."""
-        return self._progress.history.placed_ns is not None and not self.done()
+        return self._progress.timeline.placed_ns is not None and not self.done()
 
     def cancel(self) -> bool:
         """Begin to stop the run; False if it has ended.
@@ -347,6 +349,13 @@ def _stop_living() -> None:
                 _called_at_exit.pop(0)()
     except BaseException:
         return  # told to end once more: what is left ends with the driver
+
+
+stays_in_driver(
+    Run,
+    "it is a Run, which belongs to the process that started it; pass run.result().ref(i), the "
+    "reference to one rank's value, or a value itself.",
+)
 
 
 def _leave_to_parent() -> None:

@@ -6,18 +6,21 @@ from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from torchrunx_ray.driver import connection, interruption, loop, own_sessions
-from torchrunx_ray.driver.call import Call, put_call, unique
-from torchrunx_ray.driver.connection import Connection
-from torchrunx_ray.driver.failures import Failures
-from torchrunx_ray.driver.held_hosts import HeldHosts
-from torchrunx_ray.driver.logs.own_lines import own_lines
-from torchrunx_ray.driver.options import Options
-from torchrunx_ray.driver.progress import Progress
-from torchrunx_ray.driver.results import LaunchResult
+from torchrunx_ray.driver import interruption
+from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.background.own_lines import own_lines
+from torchrunx_ray.driver.call.pack_call import Call, put_call, unique
+from torchrunx_ray.driver.cluster import connection
+from torchrunx_ray.driver.cluster.connection import Connection
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.placing import own_sessions
+from torchrunx_ray.driver.report.failures import Failures
+from torchrunx_ray.driver.report.progress import Progress
+from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.run import Run
-from torchrunx_ray.driver.status import shown
-from torchrunx_ray.driver.told import told
+from torchrunx_ray.driver.running.hosts import Hosts
+from torchrunx_ray.driver.terminal.status_line import shown
+from torchrunx_ray.driver.terminal.summary import follow
 from torchrunx_ray.driver.tracebacks import short_traceback
 from torchrunx_ray.errors import LaunchError
 
@@ -45,7 +48,7 @@ class Session:
         connection.connect()
         self._cluster = Connection()
         self._options = options
-        self._hosts = HeldHosts(options)
+        self._hosts = Hosts(options)
         self._name = unique(options.name or "session")
         self._running: set[Run[Any]] = set()
         self._opening = loop.start(self._open())
@@ -63,7 +66,7 @@ class Session:
             self._check_usable()
             call = put_call(func, args, kwargs, self._options)
             progress = Progress(call.run_name)
-            life = told(lambda: self._run(call, progress), progress, self._options)
+            life = follow(lambda: self._run(call, progress), progress, self._options)
             run: Run[R] = Run(life, progress, self._options.shutdown_timeout)
             self._running.add(run)
             # In the loop: Ctrl-C inside of it would leave the run locked.

@@ -12,7 +12,7 @@ _OURS = f"{os.path.dirname(os.path.dirname(__file__))}{os.sep}"
 
 _FACE = tuple(
     os.path.join(os.path.dirname(__file__), name)
-    for name in ("run.py", "session.py", "launcher.py", "loop.py")
+    for name in ("run.py", "session.py", "launcher.py", "background/loop.py")
 )
 """Files whose innermost frame tells nothing: they wait, and pass on what others raise."""
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import cast
 
-from torchrunx_ray.driver.command_line import VALUES
 from torchrunx_ray.driver.launcher import Launcher
-from torchrunx_ray.driver.options import Options
+from torchrunx_ray.driver.options.command_line import VALUES
+from torchrunx_ray.driver.options.options import Options
 
 _PREFIX = "torchrunx_"
 """Prefix of the attributes of parsed arguments: a parser's own --name has the attribute `name`."""

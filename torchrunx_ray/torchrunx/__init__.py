@@ -11,7 +11,7 @@ from torchrunx_ray.torchrunx.launcher import DEFAULT_ENV_VARS_FOR_COPY, Launcher
 from torchrunx_ray.torchrunx.utils.errors import AgentFailedError, WorkerFailedError
 
 if TYPE_CHECKING:
-    from torchrunx_ray.driver.results import LaunchResult
+    from torchrunx_ray.driver.report.results import LaunchResult
 
 __version__ = "0.4.0"
 """Version of the torchrunx that this stands for, since scripts compare it."""

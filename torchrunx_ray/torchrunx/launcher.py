@@ -107,10 +107,10 @@ class Launcher:
 
 def _is_whole_cluster_here() -> bool:
     """Return True if "auto" can only be this machine, which torchrunx calls localhost."""
-    from torchrunx_ray.driver import cluster, connection
+    from torchrunx_ray.driver.cluster import connection, inventory
 
     connection.connect()
-    return [cluster.is_here(node.node_id) for node in cluster.live_nodes()] == [True]
+    return [inventory.is_here(node.node_id) for node in inventory.live_nodes()] == [True]
 
 
 def _log_handlers(factory: Any) -> Callable[[], Sequence[logging.Handler]] | None:

@@ -3,9 +3,9 @@
 import logging
 from typing import Any
 
-from torchrunx_ray.driver.logs.handlers import LINE_FORMAT, Only
-from torchrunx_ray.driver.logs.speaker import ROOT, Speaker
-from torchrunx_ray.driver.logs.to_files import ToFiles, default_files
+from torchrunx_ray.driver.output.handlers import LINE_FORMAT, Only
+from torchrunx_ray.driver.output.speaker import ROOT, Speaker
+from torchrunx_ray.driver.output.to_files import ToFiles, default_files
 from torchrunx_ray.torchrunx.utils.log_handling import RedirectHandler
 
 _THEIRS = "torchrunx"

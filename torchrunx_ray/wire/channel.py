@@ -7,7 +7,7 @@ import pickle
 import socket
 from collections.abc import Sequence
 
-from torchrunx_ray.wire import kernel
+from torchrunx_ray.wire import linux
 
 _INLINE_LIMIT = 32 * 1024
 """A larger body travels in a memory file: one SEQPACKET message must fit the socket's buffer."""
@@ -55,7 +55,7 @@ class Channel:
         if len(body) <= _INLINE_LIMIT:
             socket.send_fds(self._socket, [_INLINE, body], fds)
             return
-        body_fd = kernel.memory_file("torchrunx_ray_message")
+        body_fd = linux.memory_file("torchrunx_ray_message")
         try:
             with open(body_fd, "wb", closefd=False) as file:
                 file.write(body)

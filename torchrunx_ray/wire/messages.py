@@ -8,7 +8,7 @@ from typing import Literal
 
 from torchrunx_ray.errors import OomKills
 from torchrunx_ray.wire.ranks import Place
-from torchrunx_ray.wire.transfer import Layout, Spans
+from torchrunx_ray.wire.values.transfer import Layout, Spans
 from torchrunx_ray.wire.versions import Versions
 
 Stream = Literal["stdout", "stderr", "records"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrunx_ray.wire import memory
+from torchrunx_ray.wire.values import memory
 
 PADDING = " " * 128
 """Last argument of our interpreters: room for a title."""

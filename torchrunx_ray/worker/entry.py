@@ -11,13 +11,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from torchrunx_ray.wire import messages, tensors
+from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.payload import Packed
 from torchrunx_ray.wire.title import set_title
-from torchrunx_ray.wire.transfer import map_file
-from torchrunx_ray.worker import group, logs, names, open_files, outcome, preload, script, stacks
+from torchrunx_ray.wire.values import tensors
+from torchrunx_ray.wire.values.payload import Packed
+from torchrunx_ray.wire.values.transfer import map_file
+from torchrunx_ray.worker import dns, preload
+from torchrunx_ray.worker.function import group, logs, main_module, open_files, outcome, stacks
 
 
 def main() -> NoReturn:
@@ -53,7 +55,7 @@ def live(
     _settle_in(wanted.argv)
     logs.take_records(records_fd, wanted.log_level)
     stacks.answer_on(stacks_fd)
-    names.threads_are_ours()
+    dns.threads_are_ours()
     open_files.watch()
     local_rank = wanted.place.local_rank
     worker_pid = os.getpid()
@@ -115,7 +117,7 @@ def _unpack_call(values: list[Packed], hostname: str) -> Callable[[], Any]:
     tensors.bring_all_to_current_device()
     packed, *inserted = values
     values.clear()  # only what is in use keeps the memory that they lie in
-    with script.brought_by_the_call():
+    with main_module.brought_by_the_call():
         return outcome.unpack_call(packed, inserted, hostname)
 
 

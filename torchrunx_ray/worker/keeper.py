@@ -14,7 +14,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from torchrunx_ray.wire import family, kernel
+from torchrunx_ray.wire import linux, process_tree
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.title import set_title
 
@@ -27,12 +27,12 @@ def main() -> int:
     alive_fd = int(sys.argv[2])
     del sys.argv[3:]  # room for titles
     set_title("outer keeper")
-    agent_fd = kernel.pidfd_open(os.getppid())
+    agent_fd = linux.pidfd_open(os.getppid())
     _shed_what_ray_gave()
     # Not to be ended before it can end the template.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     told, tell = os.pipe()
-    family.become_subreaper()
+    process_tree.become_subreaper()
     inner_pid = os.fork()
     if inner_pid != 0:
         channel.close()
@@ -40,7 +40,7 @@ def main() -> int:
         return _keep(inner_pid, agent_fd, signal.SIGTERM, told)
     os.close(told)
     set_title("keeper")
-    family.become_subreaper()
+    process_tree.become_subreaper()
     template_pid = os.fork()
     if template_pid == 0:
         for fd in (agent_fd, alive_fd, tell):
@@ -77,11 +77,11 @@ def _keep(
 
     signal.signal(signal.SIGTERM, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    child_fd = kernel.pidfd_open(child_pid)
-    family.any_is_ready([agent_fd, child_fd])
+    child_fd = linux.pidfd_open(child_pid)
+    process_tree.any_is_ready([agent_fd, child_fd])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     os.kill(child_pid, end_with)  # in vain where it has ended
-    if not family.any_is_ready([child_fd], _ENDING_S):
+    if not process_tree.any_is_ready([child_fd], _ENDING_S):
         os.kill(child_pid, signal.SIGKILL)
     _, status = os.waitpid(child_pid, 0)
     exit_code = os.waitstatus_to_exitcode(status)
@@ -89,7 +89,7 @@ def _keep(
         said = os.read(heir_fd, 32)
         if said and _is_child(int(said)):
             return _keep(int(said), agent_fd, signal.SIGKILL)
-    family.kill_children()
+    process_tree.kill_children()
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 

@@ -12,8 +12,8 @@ import weakref
 from collections.abc import Sequence
 from typing import NoReturn
 
-from torchrunx_ray.wire import family, kernel
-from torchrunx_ray.worker import open_files
+from torchrunx_ray.wire import linux, process_tree
+from torchrunx_ray.worker.function import open_files
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -162,8 +162,8 @@ def _fork_can_compute() -> bool:
     pid = os.fork()
     if pid == 0:
         _compute_and_exit()
-    pidfd = kernel.pidfd_open(pid)
-    ended = family.any_is_ready([pidfd], _PROBE_TIMEOUT_S)
+    pidfd = linux.pidfd_open(pid)
+    ended = process_tree.any_is_ready([pidfd], _PROBE_TIMEOUT_S)
     os.close(pidfd)
     if not ended:
         os.kill(pid, signal.SIGKILL)

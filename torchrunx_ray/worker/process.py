@@ -7,12 +7,12 @@ import signal
 import sys
 from typing import NoReturn
 
-from torchrunx_ray.wire import family, kernel, messages
+from torchrunx_ray.wire import linux, messages, process_tree
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.title import PADDING
-from torchrunx_ray.wire.transfer import Layout
+from torchrunx_ray.wire.values.transfer import Layout
 from torchrunx_ray.worker import entry
-from torchrunx_ray.worker.call import HeldCall
+from torchrunx_ray.worker.function.call import HeldCall
 
 _NOT_RESETTABLE = {signal.SIGKILL, signal.SIGSTOP}
 _PYTHONS_OWN = {signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
@@ -32,7 +32,7 @@ def become_worker(
     """
     channel_fd, stdout_fd, stderr_fd, records_fd, stacks_fd = fds
     os.setpgid(0, 0)
-    family.die_with(template_pid)
+    process_tree.die_with(template_pid)
     _reset_signals()
     _take_streams(stdout_fd, stderr_fd)
     os.environ.update(wanted.default_variables | os.environ | wanted.variables)
@@ -59,7 +59,7 @@ def _take_streams(stdout_fd: int, stderr_fd: int) -> None:
 def _exec_fresh_interpreter(
     wanted: messages.ForkWorker, layout: Layout, passed_fds: tuple[int, ...]
 ) -> NoReturn:
-    task_fd = kernel.memory_file("torchrunx_ray_spawn")
+    task_fd = linux.memory_file("torchrunx_ray_spawn")
     os.write(task_fd, pickle.dumps((wanted, layout, sys.path, os.environ.get("PYTHONPATH"))))
     os.lseek(task_fd, 0, os.SEEK_SET)
     fds = (task_fd, *passed_fds)

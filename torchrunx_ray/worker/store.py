@@ -4,7 +4,7 @@ import resource
 import signal
 from typing import NoReturn
 
-from torchrunx_ray.worker.names import never_ask_dns
+from torchrunx_ray.worker.dns import never_ask_dns
 
 
 def serve(listening_fd: int, port: int) -> NoReturn:

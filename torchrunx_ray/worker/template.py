@@ -13,19 +13,19 @@ import sys
 import traceback
 from typing import NoReturn
 
-from torchrunx_ray.wire import family, messages
+from torchrunx_ray.wire import messages, process_tree
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.title import set_title
 from torchrunx_ray.worker import preload, store
-from torchrunx_ray.worker.call import HeldCall
 from torchrunx_ray.worker.entry import restore_python_path
+from torchrunx_ray.worker.function.call import HeldCall
 from torchrunx_ray.worker.process import become_worker
 
 
 def main(channel: Channel) -> NoReturn:
     """Live as a template until the agent closes the channel or dies."""
-    family.become_subreaper()
+    process_tree.become_subreaper()
     faulthandler.enable(file=2)  # an import may crash
     try:
         setup, _ = channel.receive()
@@ -38,7 +38,7 @@ def main(channel: Channel) -> NoReturn:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the agent is gone
     finally:
-        family.kill_children()
+        process_tree.kill_children()
     sys.stdout.flush()
     os._exit(0)
 
@@ -84,7 +84,7 @@ class _Template:
             case messages.SignalWorkers():
                 for pid, local_rank in self._children.items():
                     if local_rank in message.local_ranks:
-                        family.signal_group(pid, message.signal)
+                        process_tree.signal_group(pid, message.signal)
                         if os.getpgid(pid) != pid:  # it left its group
                             os.kill(pid, message.signal)
             case messages.HoldCall():
@@ -93,7 +93,7 @@ class _Template:
                 self._drop_call()
             case messages.EndRun():
                 self._drop_call()
-                left = family.kill_children(self._reap)
+                left = process_tree.kill_children(self._reap)
                 self._channel.send(messages.RunEnded(tuple(left)))
                 self._can_fork = preload.learn()
             case _:
@@ -136,7 +136,7 @@ class _Template:
         if pid == 0:
             try:
                 self._let_go()
-                family.die_with(template_pid)
+                process_tree.die_with(template_pid)
                 set_title("store", wanted.run_id)
                 store.serve(fds[0], wanted.port)
             finally:
@@ -167,14 +167,14 @@ class _Template:
         os.close(self._wakeup)
 
     def _reap(self) -> bool:
-        return family.reap_ended(self._child_has_ended)
+        return process_tree.reap_ended(self._child_has_ended)
 
     def _child_has_ended(self, pid: int, exit_code: int, peak_memory: int) -> None:
         if pid not in self._children:
             return  # an orphan that came to us
         local_rank = self._children.pop(pid)
         if local_rank is not None:
-            family.signal_group(pid, signal.SIGKILL)
+            process_tree.signal_group(pid, signal.SIGKILL)
         code, signum = (None, -exit_code) if exit_code < 0 else (exit_code, None)
         self._channel.send(messages.Exited(local_rank, pid, now_ns(), code, signum, peak_memory))
 

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torchrunx_ray.driver.logs.handlers import Only, file_handler
-from torchrunx_ray.driver.logs.to_files import default_files, new_directory
+from torchrunx_ray.driver.output.handlers import Only, file_handler
+from torchrunx_ray.driver.output.to_files import default_files, new_directory
 
 __all__ = ["RedirectHandler", "default_handlers", "file_handlers", "get_handler_filter"]
 

@@ -1,0 +1,139 @@
+"""The driver's link to one agent during a run."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+
+from torchrunx_ray.driver.agents.pool import PooledAgent
+from torchrunx_ray.driver.call.pack_call import Call
+from torchrunx_ray.driver.cluster import memory_monitor
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
+from torchrunx_ray.driver.output.run_logs import RunLogs
+from torchrunx_ray.driver.report.failures import ArgumentLost
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.clock import now_ns
+
+logger = logging.getLogger("torchrunx_ray")
+
+_SILENT_S = 15.0
+"""An agent answers a poll after 5 s at the latest."""
+
+_NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
+"""How Ray says, in the error of a call, that not the call itself failed."""
+
+
+class AgentLink:
+    """Has the agent start its workers, hears all that it has to say, and asks for the values."""
+
+    def __init__(
+        self,
+        agent: PooledAgent,
+        hostname: str,
+        logs: RunLogs,
+        ranks_by_pid: Mapping[int, int],
+        hear: Callable[[messages.Event], None],
+    ) -> None:
+        self._agent = agent
+        self._hostname = hostname
+        self._logs = logs
+        self._ranks_by_pid = ranks_by_pid
+        self._hear = hear
+        self._cluster = Connection()
+        self.values: list[ray.ObjectRef[Any]] = []
+        """By local rank, once the workers have been started."""
+
+    async def hold(
+        self, wanted: messages.RunWanted, call: Call
+    ) -> messages.AgentFailed | ArgumentLost | None:
+        """Return when the host has ended the run; or why there is nobody to talk to."""
+        starting = asyncio.create_task(self._start(wanted, call))
+        # From the first moment, or the last words of an agent that fails while it starts are lost.
+        hearing = asyncio.create_task(self._hear_until_ended())
+        try:
+            await asyncio.gather(starting, hearing)  # the first that fails tells why
+        except ClusterLeft as left:
+            return _failed(str(left), "")
+        except RayTaskError as error:
+            if _NO_ARGUMENT in str(error):
+                return ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
+            return _failed("the agent failed (a limit of the host, or a bug)", str(error))
+        except OutOfMemoryError as error:
+            self._agent.is_gone = True
+            evidence = memory_monitor.evidence(str(error), self._ranks_by_pid)
+            return _failed("Ray's memory monitor killed the agent", evidence)
+        except RayError as error:
+            self._agent.is_gone = isinstance(error, RayActorError)
+            return _failed("the agent died", _evidence(error))
+        finally:
+            starting.cancel()
+            hearing.cancel()
+            # A failure refers to this frame, and must not wait for Python's gc.
+            del starting, hearing
+        return None
+
+    async def _start(self, wanted: messages.RunWanted, call: Call) -> None:
+        calls = self._agent.calls
+        await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
+        self.values = await self._cluster.begin(_ask_for_values, calls, wanted)
+
+    async def _hear_until_ended(self) -> None:
+        while True:
+            for event in await self._poll():
+                self._hear(event)
+                if isinstance(event, messages.OutputEnded):
+                    return
+
+    async def _poll(self) -> list[messages.Event]:
+        """Return the agent's next events, and say if the agent does not answer."""
+        silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent)
+        has_room = self._logs.has_room
+        # What else there is to say must not wait for a terminal that takes no more output.
+        nudging = None if has_room else asyncio.create_task(self._nudge())
+        try:
+            return await self._cluster.ask(self._agent.calls.poll, has_room)
+        finally:
+            silent.cancel()
+            if nudging is not None:
+                nudging.cancel()
+
+    async def _nudge(self) -> None:
+        """End a poll that did not ask for output, as soon as there is room for it."""
+        await self._logs.until_room()
+        self._cluster.tell(self._agent.calls.nudge)
+
+    def _say_silent(self) -> None:
+        logger.warning(
+            "%s has not answered for %.0f s: the machine is too busy to run its agent, or is swapping, or "
+            "the agent is frozen or cut off. The run goes on when it answers, and fails if Ray gives the "
+            "node up.",
+            self._hostname,
+            _SILENT_S,
+        )
+
+
+def _ask_for_values(calls: Any, wanted: messages.RunWanted) -> "list[ray.ObjectRef[Any]]":
+    return [calls.value.remote(wanted.run_id, place.local_rank) for place in wanted.places]
+
+
+def _evidence(error: RayError) -> str:
+    if not isinstance(error, ActorUnavailableError):
+        return str(error)
+    # The raylet tells within milliseconds of an agent that died alone.
+    return (
+        f"{error}\nRay does not say why. The raylet, Ray's process for the node, or the machine may have ended, or "
+        "the network may be cut."
+    )
+
+
+def _failed(what: str, evidence: str) -> messages.AgentFailed:
+    return messages.AgentFailed(now_ns(), what, evidence)

@@ -1,0 +1,51 @@
+"""Offsets between the clocks of the hosts, which put events of different hosts in order."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.agents.pool import PooledAgent
+from torchrunx_ray.driver.cluster.connection import ClusterLeft
+from torchrunx_ray.driver.cluster.inventory import is_here
+from torchrunx_ray.wire.clock import now_ns
+
+_READINGS = 5
+
+_GOOD_FOR_S = 60.0
+"""Clocks of computers drift apart by some 10 microseconds per second."""
+
+
+class Clocks:
+    """Offsets of the hosts' clocks against the driver's. Unknown until `compare` has heard of them."""
+
+    def __init__(self, agents: Sequence[PooledAgent]) -> None:
+        self._agents = agents
+
+    async def compare(self) -> None:
+        """Ask those on other machines, unless lately; one that just died is heard of otherwise."""
+        stale = time.monotonic() - _GOOD_FOR_S
+        asked = [a for a in self._agents if a.compared_at < stale and not is_here(a.node_id)]
+        await asyncio.gather(*map(_compare, asked))
+
+    def on_ours(self, host_index: int, time_ns: int) -> int:
+        """A time that was read on a host, on the driver's clock."""
+        return time_ns - self._agents[host_index].ahead_ns
+
+
+async def _compare(agent: PooledAgent) -> None:
+    shortest_ns: int | None = None
+    try:
+        for _ in range(_READINGS):
+            asked_ns = now_ns()
+            theirs_ns: int = await agent.connection.ask(agent.calls.clock)
+            took_ns = now_ns() - asked_ns
+            # Half the round trip is the best guess of when the agent read its clock, and the
+            # shortest one the closest.
+            if shortest_ns is None or took_ns < shortest_ns:
+                shortest_ns = took_ns
+                agent.ahead_ns = theirs_ns - asked_ns - took_ns // 2
+        agent.compared_at = time.monotonic()
+    except (RayError, ClusterLeft):
+        pass

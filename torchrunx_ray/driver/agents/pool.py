@@ -1,0 +1,269 @@
+"""The driver's hold on agents, and those that rest between runs."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from torchrunx_ray.agent.actor import VALUES
+from torchrunx_ray.agent.actor import Agent as _AgentActor
+from torchrunx_ray.driver.call import references
+from torchrunx_ray.driver.call.template_wanted import differences
+from torchrunx_ray.driver.cluster.clean_up import clean_up
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection, untyped_ray
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.wire.messages import Met, TemplateWanted
+
+logger = logging.getLogger("torchrunx_ray")
+
+NAMESPACE = "torchrunx_ray"
+
+_MOST_WORKERS = 1000
+"""On one host: so many calls may wait for values; Ray's own bound for an async actor."""
+
+_MOST_RESTING = 8
+"""On one node: each keeps the memory of its template, and other environments need other templates."""
+
+_CLOSING_S = 15.0
+"""For an agent to end its processes; one that takes longer is frozen, or cut off."""
+
+_CLOSING_UNMET_S = 1.0
+"""For one that has never answered: Ray may still make its runtime_env."""
+
+_SILENT_S = 10.0
+"""For an agent that rested to be ready for another run: it may source an env_file anew."""
+
+_READY_S = 300.0
+"""The same in all, while it answers other questions."""
+
+_ANSWER_S = 5.0
+"""For an agent that lives to answer."""
+
+_NEVER_READY = (
+    "answers, but was not ready after {:g} s: its old template does not end, or a new one cannot be started. "
+    "Does a file system hang there, such as that of the env_file?"
+)
+
+_NO_ANSWER = "does not answer: the machine is too busy to run it, or is swapping, or the agent is frozen or cut off."
+
+_RUNTIME_ENV_S = 600.0
+"""Time that Ray takes at most for a runtime_env, unless its config says otherwise."""
+
+_START_S = 300.0
+"""For Ray to start an agent's process once its runtime_env is made."""
+
+
+@dataclass(eq=False)
+class PooledAgent:
+    """A living agent actor. `calls` is its handle."""
+
+    node_id: str
+    wanted: TemplateWanted
+    runtime_env: str
+    calls: Any
+    connection: Connection
+    starts_within_s: float | None
+    is_new: bool = True
+    claims: int = 0
+    """Number of runs for which it was claimed."""
+    is_gone: bool = False
+    """Dead, frozen or cut off: it would be asked in vain for seconds."""
+    fault: str = ""
+    """Why it was given up when it was wanted for another run, as the rest of a sentence about it."""
+    rests_until: float = 0
+    ahead_ns: int = 0
+    """Lead of its host's clock over the driver's, once `Clocks` has compared them."""
+    compared_at: float = -math.inf
+    """By the driver's monotonic clock."""
+
+    async def meet(self, *, listen: bool) -> Met | None:
+        """Claim it for a run. None: it ended, or froze, while it rested.
+
+        RayError or TimeoutError: it never began.
+        """
+        self.claims += 1
+        meeting = asyncio.create_task(self.connection.ask(self.calls.meet, self.claims, listen))
+        try:
+            await (self._until_met(meeting) if self.is_new else self._until_met_or_frozen(meeting))
+            met: Met = meeting.result()
+        except (RayError, TimeoutError):
+            if self.is_new:
+                raise
+            return None
+        finally:
+            meeting.cancel()
+            del meeting  # a failure refers to this frame, and must not wait for Python's gc
+        self.is_new = False
+        return None if met.leaving else met
+
+    async def _until_met(self, meeting: "asyncio.Task[Any]") -> None:
+        await asyncio.wait({meeting}, timeout=self.starts_within_s)
+        if not meeting.done():
+            self.is_gone = True
+            raise TimeoutError(
+                f"it has not answered within {self.starts_within_s:g} s: Ray has not started its process, or the "
+                "process is frozen, or cannot be reached"
+            )
+
+    async def _until_met_or_frozen(self, meeting: "asyncio.Task[Any]") -> None:
+        gives_up_at = time.monotonic() + _READY_S
+        while not meeting.done():
+            await asyncio.wait({meeting}, timeout=_SILENT_S)
+            if meeting.done():
+                return
+            is_late = time.monotonic() >= gives_up_at
+            answers = await self._answers()
+            if not meeting.done() and (is_late or not answers):
+                self.is_gone = True
+                self.fault = _NEVER_READY.format(_READY_S) if answers else _NO_ANSWER
+                raise TimeoutError
+
+    async def _answers(self) -> bool:
+        """Return True if it is there at all; it answers this question at once, whatever it does."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await self.connection.ask(self.calls.clock)
+        except RayError:
+            pass  # the answer to what it was asked before tells why
+        except TimeoutError:
+            return False
+        return True
+
+    async def release(self, linger: float) -> None:
+        """Let it rest, for the next launch to take; end it with linger=0, or if it has never answered."""
+        if linger <= 0 or self.is_new or self.is_gone or not self.connection.is_ours():
+            await self.end()
+            return
+        self.connection.tell(self.calls.rest, self.claims, linger)
+        self.rests_until = time.monotonic() + linger
+        for surplus in _resting.put(self):
+            ending = asyncio.create_task(surplus.end())  # another's; nobody waits for it
+            _ending.add(ending)
+            ending.add_done_callback(_has_ended)
+
+    async def end(self) -> None:
+        """Return when the agent's processes are gone. The actor itself goes a moment later."""
+        if not self.connection.is_ours():
+            return  # Ray has ended it with this driver's other actors
+        # What it cannot do itself, its keeper and template do when it is killed.
+        with contextlib.suppress(RayError, TimeoutError, ClusterLeft):
+            if not self.is_gone:
+                async with asyncio.timeout(_CLOSING_UNMET_S if self.is_new else _CLOSING_S):
+                    await self.connection.ask(self.calls.close)
+        await clean_up(self._kill(), "ending an agent")
+
+    async def _kill(self) -> None:
+        await self.connection.call(untyped_ray.kill, self.calls)
+
+
+class _Resting:
+    """Agents that wait for another run of this driver."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._agents: list[PooledAgent] = []
+
+    def put(self, agent: PooledAgent) -> list[PooledAgent]:
+        """Returns those that have rested longest, where its node has too many."""
+        with self._lock:
+            self._forget_those_that_left()
+            self._agents.append(agent)
+            there = [each for each in self._agents if each.node_id == agent.node_id]
+            surplus = there[:-_MOST_RESTING]
+            self._agents = [each for each in self._agents if each not in surplus]
+            return surplus
+
+    def take(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> PooledAgent | None:
+        with self._lock:
+            self._forget_those_that_left()
+            for agent in self._agents:
+                if (agent.node_id, agent.wanted, agent.runtime_env) == (
+                    node_id,
+                    wanted,
+                    runtime_env,
+                ):
+                    self._agents.remove(agent)
+                    return agent
+            return None
+
+    def nearest(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> str | None:
+        """Say how the most similar agent of the node differs from what is wanted; None without one."""
+        with self._lock:
+            self._forget_those_that_left()
+            there = [agent for agent in self._agents if agent.node_id == node_id]
+        found = [
+            differences(wanted, agent.wanted)
+            + ([] if agent.runtime_env == runtime_env else ["runtime_env"])
+            for agent in there
+        ]
+        return "; ".join(min(found, key=len)) if found else None
+
+    def _forget_those_that_left(self) -> None:
+        now = time.monotonic()
+        self._agents = [
+            agent
+            for agent in self._agents
+            if agent.rests_until > now and agent.connection.is_ours()
+        ]
+
+
+_resting = _Resting()
+
+_ending: set[asyncio.Task[None]] = set()
+
+
+def _has_ended(task: "asyncio.Task[None]") -> None:
+    _ending.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        logger.debug("an agent that rested could not be ended: %s", task.exception())
+
+
+async def acquire(
+    node_id: str, label: str, wanted: TemplateWanted, options: Options
+) -> PooledAgent:
+    """A resting agent of that node and kind, or a new one."""
+    runtime_env = repr(options.runtime_env)
+    agent = _resting.take(node_id, wanted, runtime_env)
+    if agent is None:
+        if difference := _resting.nearest(node_id, wanted, runtime_env):
+            logger.info(
+                "a new template is started on %s, since no warm one fits. The nearest differs in: %s",
+                label,
+                difference,
+            )
+        connection = Connection()
+        calls = await connection.call(_create, node_id, label, wanted, options)
+        starts_within_s = _starts_within_s(options.runtime_env or {})
+        agent = PooledAgent(node_id, wanted, runtime_env, calls, connection, starts_within_s)
+    return agent
+
+
+def _starts_within_s(runtime_env: Mapping[str, Any]) -> float | None:
+    config: Mapping[str, Any] = runtime_env.get("config") or {}
+    runtime_env_s: float = config.get("setup_timeout_seconds", _RUNTIME_ENV_S)
+    return None if runtime_env_s < 0 else runtime_env_s + _START_S
+
+
+def _create(node_id: str, label: str, wanted: TemplateWanted, options: Options) -> Any:
+    """Name it by its host: Ray shows the name for as long as the agent lives, whichever runs it serves."""
+    groups = {VALUES: _MOST_WORKERS}
+    actor_class: Any = untyped_ray.remote(concurrency_groups=groups)(_AgentActor)
+    unique = f"agent-{label}-{uuid.uuid4().hex[:8]}"
+    calls = actor_class.options(
+        num_cpus=0,
+        name=unique,
+        namespace=NAMESPACE,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        runtime_env=dict(options.runtime_env) if options.runtime_env else None,
+    ).remote(unique, wanted)
+    references.are_packed(calls)
+    return calls

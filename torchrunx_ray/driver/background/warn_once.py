@@ -1,0 +1,35 @@
+"""Warning that what the workers say cannot be shown or kept."""
+
+import contextlib
+import logging
+import traceback
+
+logger = logging.getLogger("torchrunx_ray")
+
+
+class WarnOnce:
+    """A warning of one thing that fails, given once however often it does; it never raises.
+
+    The last %s of `words` is for the error, with where it was raised if `tells_place`.
+    """
+
+    def __init__(self, words: str, *args: object, tells_place: bool = True) -> None:
+        self._words, self._args = words, args
+        self._tells_place = tells_place
+        self._was_told = False
+
+    def tell(self, error: BaseException | None) -> None:
+        if self._was_told:
+            return
+        self._was_told = True
+        with contextlib.suppress(BaseException):  # by a handler of logging that fails on this too
+            what = _with_place(error) if self._tells_place else error
+            logger.warning(self._words, *self._args, what)
+
+
+def _with_place(error: BaseException | None) -> str:
+    said = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(None if error is None else error.__traceback__)
+    if not frames:
+        return said
+    return f"{said} ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})"

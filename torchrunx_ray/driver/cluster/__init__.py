@@ -1,0 +1,1 @@
+"""The driver's membership in a Ray cluster, and what it asks of Ray."""

@@ -1,0 +1,52 @@
+"""Clean-up that neither replaces what a run came to, nor keeps it waiting for long."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+from torchrunx_ray.driver.background.loop import to_the_end
+from torchrunx_ray.driver.cluster.connection import ClusterLeft
+
+logger = logging.getLogger("torchrunx_ray")
+
+_PATIENCE_S = 5.0
+"""Ray's head answers in milliseconds, unless its machine is frozen, overloaded or cut off."""
+
+_under_way: set[asyncio.Task[None]] = set()
+"""An event loop keeps no task alive."""
+
+
+async def clean_up(work: Coroutine[Any, Any, object], what: str) -> None:
+    """Do it, and log what goes wrong. After some seconds it goes on in the background.
+
+    A cancellation meanwhile is raised afterwards.
+    """
+    task = asyncio.create_task(_logged(work, what))
+    _under_way.add(task)
+    task.add_done_callback(_under_way.discard)
+    await to_the_end(_wait_for_a_while(task, what))
+
+
+async def _wait_for_a_while(task: "asyncio.Task[None]", what: str) -> None:
+    _, late = await asyncio.wait({task}, timeout=_PATIENCE_S)
+    if late:
+        logger.warning(
+            "%s takes more than %g s: Ray's head does not answer, or its machine is very busy. It goes on "
+            "in the background.",
+            what,
+            _PATIENCE_S,
+        )
+
+
+async def _logged(work: Coroutine[Any, Any, object], what: str) -> None:
+    try:
+        await work
+    except ClusterLeft:
+        pass  # Ray has cleaned up after this driver
+    except Exception as error:
+        logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
+
+
+os.register_at_fork(after_in_child=_under_way.clear)

@@ -1,0 +1,277 @@
+"""The driver's membership in a Ray cluster: how it begins, what is asked under it, and that it may end."""
+
+import asyncio
+import contextlib
+import functools
+import os
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, ParamSpec, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.background.loop import in_thread
+from torchrunx_ray.driver.background.main_guard import refuse_if_the_script_is_only_imported
+from torchrunx_ray.driver.cluster import head_address, leaving, token
+from torchrunx_ray.errors import LaunchError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+untyped_ray: Any = ray
+"""Most of Ray's functions have no types, or such that name none."""
+
+_LOOK_AROUND_S = 1.0
+"""Pause between two checks that a driver, while it waits for an answer, still belongs to the cluster."""
+
+_lost: set[object] = set()
+"""Connections through ray:// that Ray has given up."""
+
+_inherited: set[object] = set()
+"""Connections that a fork brought into this process, without the threads that they live by."""
+
+_connecting = threading.Lock()
+
+_came_through_client = False
+"""True if the last launch of this process reached its cluster through ray://."""
+
+_joined_by_launch: object = None
+"""The last connection that a launch began itself, by ray.init()."""
+
+
+class ClusterLeft(LaunchError):
+    """The driver called ray.shutdown() while a run went on, or its ray:// connection was lost."""
+
+    def __init__(self, *, through_client: bool) -> None:
+        super().__init__(
+            "the driver's ray:// connection to the Ray cluster ended before the run did: by ray.shutdown(), "
+            "or the head could not be reached for longer than RAY_CLIENT_RECONNECT_GRACE_PERIOD (30 s)"
+            if through_client
+            else "the driver left the Ray cluster by ray.shutdown() before the run ended"
+        )
+
+
+class Connection:
+    """The driver's membership in the cluster, as of now.
+
+    Where it has ended nothing may be asked of Ray: it would start or join another cluster.
+    """
+
+    def __init__(self) -> None:
+        if not untyped_ray.is_initialized():
+            raise ClusterLeft(through_client=False)
+        self._through_client = is_remote_client()
+        self._membership = _membership()
+
+    async def ask(self, method: Any, *args: Any) -> Any:
+        """Call an actor's method, or a remote function, and return its result.
+
+        Ray answers nothing more once the driver has called ray.shutdown().
+        """
+        self.check()
+        return await self._answer(
+            self._ask_head(method, *args) if self._through_client else method.remote(*args)
+        )
+
+    def tell(self, method: Any, *args: Any) -> None:
+        """Ask an actor for something whose answer nobody needs.
+
+        Whoever asks next hears that the cluster was left.
+        """
+        if self.is_ours():
+            with contextlib.suppress(ClusterLeft), self._telling_its_loss():
+                method.remote(*args)
+
+    @property
+    def is_inherited(self) -> bool:
+        """True in a process that was forked from the one that connected."""
+        return self._membership in _inherited
+
+    def check(self) -> None:
+        if not self.is_ours():
+            leaving.wait_until_over()
+            raise ClusterLeft(through_client=self._through_client)
+
+    def is_ours(self) -> bool:
+        try:
+            if leaving.has_begun() or not untyped_ray.is_initialized():
+                return False
+            membership = _membership()
+        except (
+            RayError,
+            RuntimeError,
+            AttributeError,
+        ):  # Ray is taken down in another thread just now
+            return False
+        return self._membership == membership and membership not in _lost | _inherited
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function of Ray's that blocks in a thread, and return its result."""
+        self.check()
+
+        def work() -> T:
+            with leaving.calling():
+                self.check()
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    leaving.wait_until_over()  # before what the function had is freed
+
+        with self._telling_its_loss():
+            return await self._answer(in_thread(work))
+
+    async def begin(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that asks actors for something and does not wait for the answers; return its result."""
+        if self._through_client:  # where each call waits for the head to take it
+            return await self.call(function, *args, **kwargs)
+        self.check()
+        return function(*args, **kwargs)
+
+    def inside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call it where it can reach all of the cluster: through ray:// that is a task on some node."""
+        self.check()
+        if not self._through_client:
+            return function(*args, **kwargs)
+        with self._telling_its_loss():
+            task = _task(function, self._membership)
+            return untyped_ray.get(task.remote(*args, **kwargs))
+
+    async def _answer(self, question: Awaitable[T]) -> T:
+        """Wait for it as long as the driver belongs to the cluster: Ray may answer nothing after that."""
+        answer = asyncio.ensure_future(question)
+        del question
+        try:
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=_LOOK_AROUND_S)
+                if not answer.done():
+                    self.check()
+            return answer.result()
+        except RayError:
+            self.check()  # shutdown ends the actors that were asked, too
+            raise
+        finally:
+            leaving.wait_until_over()  # before Ray's reference is freed
+            answer.cancel()
+            del answer  # a failure refers to this frame, and must not wait for Python's gc
+
+    async def _ask_head(self, method: Any, *args: Any) -> Any:
+        """Through ray://, in a thread: each call waits for the head to take it.
+
+        What Ray has promised is never cancelled: its thread that answers would stumble over that.
+        """
+        with self._telling_its_loss():
+            future = await in_thread(lambda: method.remote(*args).future())
+            promised = asyncio.wrap_future(future)
+            # Nobody waits for it any more if the question is cancelled, and the task with it.
+            promised.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return await asyncio.shield(promised)
+
+    @contextlib.contextmanager
+    def _telling_its_loss(self) -> Generator[None]:
+        try:
+            yield
+        except RayError:
+            raise
+        except ConnectionError:
+            if not self._through_client:
+                raise
+            _lost.add(self._membership)
+            raise ClusterLeft(through_client=True) from None
+
+
+def connect() -> None:
+    """Join the cluster that Ray finds, or start one on this machine; once per driver.
+
+    Called in the user's own thread: Ray installs signal handlers, which only the main thread may.
+    """
+    global _came_through_client, _joined_by_launch
+    refuse_if_the_script_is_only_imported()
+    with _connecting:
+        if not untyped_ray.is_initialized():
+            by_itself = os.environ.get("RAY_ADDRESS", "").startswith("ray://")
+            if _came_through_client and not by_itself:
+                raise _no_longer_connected()
+            _init()
+            _joined_by_launch = _membership()
+        elif not untyped_ray.util.client.ray.is_default():
+            raise LaunchError(
+                "ray.init(..., allow_multiple=True) connects one thread only, and launches go on in another. "
+                "Call ray.init without it."
+            )
+        elif _membership() in _inherited:
+            raise forked()
+        elif _membership() in _lost:
+            raise _no_longer_connected()
+        _came_through_client = is_remote_client()
+
+
+def forked() -> LaunchError:
+    """Return the error of a launch in a forked child."""
+    return LaunchError(
+        f"this process (pid {os.getpid()}) was forked from one that was connected to Ray already, and "
+        "Ray's connection does not survive a fork. Launch in the process that called ray.init(), or start "
+        "this one by multiprocessing's method 'spawn'."
+    )
+
+
+def _no_longer_connected() -> LaunchError:
+    """To call ray.init() for the user would start a Ray on his laptop, and launch there."""
+    return LaunchError(
+        "this process reached its Ray cluster through ray://, and is not connected any more. Connect again before "
+        'the launch: ray.init("ray://<head>:10001"), after ray.shutdown() where the connection was lost.'
+    )
+
+
+def _init() -> None:
+    if sys.platform != "linux":
+        raise OSError(
+            f"torchrunx_ray runs workers on Linux, and this is {sys.platform}. From here you can "
+            'drive a Linux cluster: call ray.init("ray://<head>:10001") before the launch.'
+        )
+    head_address.check()
+    try:
+        untyped_ray.init()
+    except Exception as error:
+        if (refused := token.refusal(error)) is not None:
+            raise refused from None
+        raise
+
+
+def is_remote_client() -> bool:
+    """Return True if this driver is connected through ray://, where Ray tells less."""
+    return untyped_ray.util.client.ray.is_connected()
+
+
+def was_begun_by_launch() -> bool:
+    """Return True if a launch called ray.init() for this connection, and not the script."""
+    return untyped_ray.is_initialized() and _membership() == _joined_by_launch
+
+
+def is_in_rays_worker() -> bool:
+    """Return True if this process runs a task or an actor of Ray's."""
+    return untyped_ray._private.worker.global_worker.mode == untyped_ray.WORKER_MODE
+
+
+def _membership() -> object:
+    """Another one after every ray.init()."""
+    if is_remote_client():
+        return untyped_ray.util.client.ray.get_context().client_worker  # its id would ask the head
+    context = untyped_ray.get_runtime_context()
+    return context.gcs_address, context.get_worker_id()  # every new cluster counts its drivers anew
+
+
+@functools.lru_cache(maxsize=16)
+def _task(call: Callable[..., Any], _membership: object) -> Any:
+    """Made once for each connection, which has it sent to the cluster."""
+    return untyped_ray.remote(num_cpus=0)(call)
+
+
+def _note_inherited() -> None:
+    # Behind ray:// is_initialized may ask the head, which nothing in a forked child can do.
+    if is_remote_client() or untyped_ray.is_initialized():
+        _inherited.add(_membership())
+
+
+os.register_at_fork(after_in_child=_note_inherited)

@@ -1,0 +1,158 @@
+"""The nodes of the Ray cluster that this driver belongs to."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray._raylet
+
+from torchrunx_ray.driver.cluster.connection import (
+    Connection,
+    is_remote_client,
+    untyped_ray,
+    was_begun_by_launch,
+)
+
+_raylet: Any = ray._raylet  # Cython, without types
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster, and what it has in all."""
+
+    node_id: str
+    hostname: str
+    ip: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+    left_s: float | None = None
+    """Seconds since it left the cluster; None while it is there."""
+
+    @property
+    def name(self) -> str:
+        """For people; several nodes of one machine share hostname and IP."""
+        return f"{self.hostname} ({self.ip}, {self.node_id[:8]})"
+
+    @property
+    def cpus(self) -> float:
+        return self.resources.get("CPU", 0)
+
+    @property
+    def store_size(self) -> float:
+        """Size of its object store, in bytes."""
+        return self.resources.get("object_store_memory", 0)
+
+    @property
+    def gpus(self) -> float:
+        return self.resources.get("GPU", 0)
+
+
+def is_here(node_id: str) -> bool:
+    """Return True if this process runs on that node."""
+    return not is_remote_client() and context().get_node_id() == node_id
+
+
+def was_started_here() -> bool:
+    """Return True if ray.init() started this cluster, which is this machine then."""
+    if is_remote_client():
+        return False
+    node = untyped_ray._private.worker.global_worker.node
+    return node is not None and node.is_head()
+
+
+def other_hosts() -> str:
+    """Return how to have more hosts, if the launch itself started this Ray; "" for any other."""
+    if not (was_started_here() and was_begun_by_launch()):
+        return ""
+    why = (
+        "as RAY_ADDRESS=local asks"
+        if os.environ.get("RAY_ADDRESS") == "local"
+        else "since it found none to join"
+    )
+    return (
+        f"This Ray was started by the launch itself, {why}: set RAY_ADDRESS=<head>:6379, or run the script on a node "
+        'of the cluster. To try several hosts on one machine: hostnames=2, placement_strategy="PACK".'
+    )
+
+
+def live_nodes() -> list[Node]:
+    nodes: list[dict[str, Any]] = untyped_ray.nodes()
+    return [
+        Node(
+            node_id=node["NodeID"],
+            hostname=node["NodeManagerHostname"],
+            ip=node["NodeManagerAddress"],
+            resources=node["Resources"],
+            labels=node.get("Labels") or {},
+        )
+        for node in nodes
+        if node["Alive"]
+    ]
+
+
+def left_nodes() -> list[Node]:
+    """Return the nodes that left the cluster and are not back, as far as Ray's head still knows them."""
+    return Connection().inside(_left_nodes)
+
+
+def _left_nodes() -> list[Node]:
+    # Ray's public table tells neither when a node left nor what it had.
+    gcs = _raylet.GcsClient(address=context().gcs_address)
+    infos = list(gcs.get_all_node_info(timeout=5).values())
+    return [
+        Node(
+            node_id=info.node_id.hex(),
+            hostname=info.node_manager_hostname,
+            ip=info.node_manager_address,
+            resources=dict(info.resources_total),
+            labels=dict(info.labels),
+            left_s=time.time() - info.end_time_ms / 1000,
+        )
+        for info in _not_back(infos)
+    ]
+
+
+def _not_back(infos: Sequence[Any]) -> list[Any]:
+    """Return those that left, except for each one whose place a later node of its host has taken."""
+    came = sorted(infos, key=lambda info: info.start_time_ms)
+    away: list[Any] = []
+    for left in sorted(filter(_when_it_left, infos), key=_when_it_left):
+        host = left.node_manager_hostname, left.node_manager_address
+        for later in came:
+            is_there = (later.node_manager_hostname, later.node_manager_address) == host
+            if is_there and later.start_time_ms >= left.end_time_ms:
+                came.remove(later)
+                break
+        else:
+            away.append(left)
+    return away
+
+
+def _when_it_left(info: Any) -> int:
+    return info.end_time_ms
+
+
+def total_resources() -> dict[str, float]:
+    """Return what the whole cluster has."""
+    return untyped_ray.cluster_resources()
+
+
+def free_resources() -> dict[str, float]:
+    """Return the free resources of the whole cluster, as Ray's head knows them."""
+    return untyped_ray.available_resources()
+
+
+def free_by_node() -> dict[str, dict[str, float]]:
+    """Return the free resources of each node, by node id."""
+    return Connection().inside(_free_by_node)
+
+
+def _free_by_node() -> dict[str, dict[str, float]]:
+    # No public function tells it without the dashboard.
+    return untyped_ray._private.state.available_resources_per_node()
+
+
+def context() -> Any:
+    return untyped_ray.get_runtime_context()

@@ -1,0 +1,47 @@
+"""The driver's OMP_NUM_THREADS: its user's own, or the one that Ray sets in tasks, actors and jobs."""
+
+import math
+import os
+from pathlib import Path
+
+from torchrunx_ray.driver.cluster.connection import is_in_rays_worker, untyped_ray
+
+_NAME = "OMP_NUM_THREADS"
+
+
+def were_set_by_ray() -> bool:
+    """Ray sets it in a worker of its own that has begun without: the number of its CPUs, at least 1.
+
+    A job's script inherits it from such a worker, the job's supervisor. For the workers of a launch, which have CPUs
+    of their own, it says nothing.
+    """
+    value, pid = os.environ.get(_NAME), os.getpid()
+    while value is not None and pid > 1:
+        try:
+            begun_with = _environment_at_start(pid)
+            parent = _parent(pid)
+        except OSError:  # another user's
+            return False
+        if _NAME not in begun_with:
+            if pid == os.getpid():
+                return is_in_rays_worker() and value == _as_ray_sets_it_here()
+            return "RAY_RAYLET_PID" in begun_with
+        if begun_with[_NAME] != value:
+            return False
+        pid = parent
+    return False
+
+
+def _as_ray_sets_it_here() -> str:
+    cpus: float = untyped_ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    return str(max(math.floor(cpus), 1))
+
+
+def _environment_at_start(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape")
+    pairs = (entry.partition("=") for entry in entries.split("\0"))
+    return {name: value for name, _, value in pairs}
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])

@@ -1,0 +1,65 @@
+"""Placement groups whose launch is gone.
+
+Ray removes those of a driver or an actor that has ended, but not those of a task that was killed:
+they would hold their CPUs and GPUs until the job ends, also against the task's own retry.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+import ray._private.state as ray_state
+from ray import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from torchrunx_ray.driver.cluster import inventory
+from torchrunx_ray.driver.cluster.connection import Connection, is_in_rays_worker, untyped_ray
+
+logger = logging.getLogger("torchrunx_ray")
+
+_SHORT = 12
+"""Characters of Ray's ids that are distinct enough."""
+
+_sweeping: set[asyncio.Task[None]] = set()
+
+
+def group_name(name: str) -> str:
+    """Return the name of a placement group: inside a Ray task or actor also after its process."""
+    if not is_in_rays_worker():
+        return name
+    context = inventory.context()
+    return f"{name}@{context.get_node_id()[:_SHORT]}.{context.get_worker_id()[:_SHORT]}"
+
+
+def sweep() -> None:
+    """Begin to remove the groups of launches whose process has died, on whatever node."""
+    connection = Connection()
+    task = asyncio.create_task(connection.call(connection.inside, _sweep))
+    _sweeping.add(task)
+    task.add_done_callback(_has_swept)
+
+
+def _has_swept(task: "asyncio.Task[None]") -> None:
+    _sweeping.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        logger.debug("no look for placement groups of dead launches: %s", task.exception())
+
+
+def _sweep() -> None:
+    groups: dict[str, Any] = untyped_ray.util.placement_group_table()
+    owned = {
+        group_id: group["name"]
+        for group_id, group in groups.items()
+        if "@" in group["name"] and group["state"] != "REMOVED"
+    }
+    if not owned:
+        return
+    state: Any = ray_state  # Ray has no public list of its workers that needs no dashboard
+    workers = {worker[:_SHORT] for worker in state.workers()}
+    nodes = {node.node_id[:_SHORT] for node in inventory.live_nodes()}
+    for group_id, name in owned.items():
+        node, _, worker = name.rpartition("@")[2].partition(".")
+        if len(node) == len(worker) == _SHORT and not (node in nodes and worker in workers):
+            # By its id: names are found in the namespace of their job only.
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
+            logger.info("removed the placement group of a launch that has died: %s", name)

@@ -1,0 +1,355 @@
+"""Checks of options, before anything starts.
+
+Every message names the option, the value, and what is expected. Values are Any here: an
+annotation does not keep a caller from giving something else.
+"""
+
+import logging
+import math
+import os
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from difflib import get_close_matches
+from typing import Any
+
+from ray.runtime_env import RuntimeEnv
+
+from torchrunx_ray.errors import counted
+from torchrunx_ray.wire.environment import forbidden, too_large
+
+_BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
+"""Backends of torch, and of the accelerators that it knows by name."""
+
+_STRATEGIES = ("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK")
+
+EXPECTED = {
+    "hostnames": '"auto", "slurm", a number of hosts of at least 1, or a list of distinct names such as ["localhost"]',
+    "workers_per_host": '"auto", "gpu", "cpu", "slurm", a number of at least 1, or a list of such numbers, one per host',
+    "gpus_per_worker": "None, or a number of at least 0",
+    "cpus_per_worker": "None, or a number of at least 0",
+    "label_selector": 'None, or a mapping from labels to values, such as {"region": "in(us, eu)"}',
+    "resources_per_host": "None, or a mapping from names of resources to numbers",
+    "timeout": "seconds, more than 0",
+    "placement_timeout": "None, or seconds, at least 0",
+    "shutdown_timeout": "seconds, at least 0",
+    "linger": "seconds, at least 0",
+    "console_ranks": '"all", or a list of ranks such as (0, 1)',
+}
+"""Values that options accept, for errors of Python and of a command line."""
+
+_PLUGINS = "RAY_RUNTIME_ENV_PLUGINS"
+"""Ray's variable for plug-ins, which have keys of their own in a runtime_env."""
+
+_ELSEWHERE = {
+    **dict.fromkeys(("nproc_per_node", "nproc", "nprocs"), "workers_per_host"),
+    **dict.fromkeys(("num_workers", "num_processes"), "workers_per_host"),
+    **dict.fromkeys(("nnodes", "num_nodes", "hosts", "nodes", "hostname"), "hostnames"),
+    **dict.fromkeys(("num_gpus", "gpus"), "gpus_per_worker"),
+    **dict.fromkeys(("num_cpus", "cpus"), "cpus_per_worker"),
+    **dict.fromkeys(("env", "env_vars"), "extra_env_vars"),
+    "copy_env_vars": "default_env_vars",
+    "worker_timeout": "timeout",
+    "handlers": "log_handlers",
+    "args": "func_args",
+    "kwargs": "func_kwargs",
+}
+"""Names that torchrun, torchrunx, Ray Train and others give to an option."""
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError for the first option that cannot be."""
+    _check_hosts(given["hostnames"])
+    _check_workers(given["workers_per_host"], given["hostnames"])
+    _check_amounts(given)
+    _check_choices(given)
+    _check_environment(given)
+    _check_names(given)
+    _check_output(given)
+
+
+def check_option_names(given: Iterable[str], known: Iterable[str], face: str) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = _ELSEWHERE.get(name) or next(iter(get_close_matches(name, known, n=1)), None)
+            meant = f"Did you mean {near}? " if near else ""
+            raise TypeError(
+                f"{face} has no option {name!r}. {meant}Arguments of the function go into "
+                "launch(func, func_args, func_kwargs) or Launcher().run(func, *args, **kwargs); the "
+                f"options are {', '.join(known)}."
+            )
+
+
+def check_given_by_name(values: Sequence[Any], face: str) -> None:
+    if values:
+        raise TypeError(
+            f"{face}() takes its options by name, as in {face}(hostnames=2, workers_per_host=4); given "
+            f"without a name: {', '.join(map(reprlib.repr, values))}. The function and its arguments go "
+            "into Launcher().run(func, *args, **kwargs)."
+        )
+
+
+def check_handlers(handlers: Any) -> None:
+    """Check the handlers that were given, or returned by the function that was given."""
+    expected = (
+        '"auto", None, a list of handlers of logging, or a function that returns one of these'
+    )
+    if isinstance(handlers, str):
+        _require(handlers == "auto", "log_handlers", handlers, expected)
+    elif handlers is not None:
+        _require(_is_sequence(handlers), "log_handlers", handlers, expected, TypeError)
+        for handler in handlers:
+            is_one = isinstance(handler, logging.Handler)
+            _require(is_one, "log_handlers", handlers, expected, TypeError)
+
+
+def check_arguments(args: Any, kwargs: Any) -> None:
+    are_many = _is_sequence(args) and not isinstance(args, str)
+    _require(are_many, "func_args", args, f"a list or tuple, such as ({args!r},)", TypeError)
+    _require_mapping("func_kwargs", kwargs, "None, or a mapping from names to values")
+
+
+def _check_hosts(hosts: Any) -> None:
+    expected = EXPECTED["hostnames"]
+    if isinstance(hosts, str):
+        _require(hosts in ("auto", "slurm"), "hostnames", hosts, expected)
+    elif _is_sequence(hosts):
+        _require_strings("hostnames", hosts, expected)
+        names: list[str] = list(hosts)
+        distinct = len(set(names)) == len(names) > 0 and all(names)
+        _require(distinct, "hostnames", names, expected)
+    else:
+        _require_int("hostnames", hosts, 1, expected)
+
+
+def _check_workers(workers: Any, hosts: Any) -> None:
+    expected = EXPECTED["workers_per_host"]
+    if isinstance(workers, str):
+        known = workers in ("auto", "gpu", "cpu", "slurm")
+        _require(known, "workers_per_host", workers, expected)
+    elif _is_sequence(workers):
+        counts: list[Any] = list(workers)
+        _require(bool(counts), "workers_per_host", counts, expected)
+        for count in counts:
+            _require_int("workers_per_host", count, 1, expected)
+        wanted = hosts if isinstance(hosts, int) else None if isinstance(hosts, str) else len(hosts)
+        if wanted not in (None, len(counts)):
+            raise ValueError(
+                f"workers_per_host={counts!r} has {counted(len(counts), 'number')}, but hostnames={hosts!r} "
+                f"stands for {counted(wanted, 'host')}; give one number per host."
+            )
+    else:
+        _require_int("workers_per_host", workers, 1, expected)
+
+
+def _check_amounts(given: Mapping[str, Any]) -> None:
+    for option in ("timeout", "shutdown_timeout", "linger"):
+        _require_number(option, given[option], EXPECTED[option])
+    _require(given["timeout"] > 0, "timeout", given["timeout"], EXPECTED["timeout"])
+    for option in ("gpus_per_worker", "cpus_per_worker", "placement_timeout"):
+        if given[option] is not None:
+            _require_number(option, given[option], EXPECTED[option])
+    gpus = given["gpus_per_worker"] or 0
+    expected = "a part of one GPU, or a whole number of them"
+    _require(gpus <= 1 or gpus == int(gpus), "gpus_per_worker", gpus, expected)
+    expected = EXPECTED["resources_per_host"]
+    _require_mapping("resources_per_host", given["resources_per_host"], expected)
+    resources: dict[Any, Any] = dict(given["resources_per_host"] or {})
+    for name, amount in resources.items():
+        _require(isinstance(name, str), "resources_per_host", name, expected, TypeError)
+        if name in ("CPU", "GPU"):
+            raise ValueError(
+                f"resources_per_host={resources!r}: {name}s are reserved by {name.lower()}s_per_worker."
+            )
+        _require_number("resources_per_host", amount, expected)
+
+
+def _check_choices(given: Mapping[str, Any]) -> None:
+    strategy = given["placement_strategy"]
+    _require(strategy in _STRATEGIES, "placement_strategy", strategy, " or ".join(_STRATEGIES))
+    method = given["start_method"]
+    _require(method in ("fork", "spawn"), "start_method", method, '"fork" or "spawn"')
+    backend = given["backend"]
+    expected = (
+        '"auto", "nccl", "gloo", "mpi", "ucc", one per device such as "cpu:gloo,cuda:nccl", or None'
+    )
+    gpus = given["gpus_per_worker"]
+    if backend == "nccl" and gpus is not None and gpus < 1:
+        raise ValueError(
+            f"backend='nccl' with gpus_per_worker={gpus!r}: nccl refuses two ranks on one GPU. Give "
+            "each worker a GPU of its own, or use backend='gloo'."
+        )
+    if backend is not None:
+        _require(isinstance(backend, str), "backend", backend, expected, TypeError)
+        names = [part.rpartition(":")[2] for part in backend.split(",")]
+        _require(all(name in _BACKENDS for name in names), "backend", backend, expected)
+
+
+def _check_environment(given: Mapping[str, Any]) -> None:
+    _require_strings("default_env_vars", given["default_env_vars"], "patterns such as WANDB_*")
+    _check_extra_variables(given["extra_env_vars"])
+    file = given["env_file"]
+    is_path = file is None or _is_path(file)
+    _require(is_path, "env_file", file, "None, or a path on the hosts", TypeError)
+
+
+def _check_extra_variables(extra: Any) -> None:
+    if extra == "all":
+        return
+    if _is_mapping(extra):
+        _require_strings_by_name(extra)
+        names, texts = list(extra), [*extra, *extra.values()]
+        for name in names:
+            _require(name and "=" not in name, "extra_env_vars", name, "a name without =")
+    else:
+        expected = 'patterns such as WANDB_*, NAME=value strings, a mapping from names to strings, or "all"'
+        _require_strings("extra_env_vars", extra, expected)
+        names, texts = [entry.partition("=")[0] for entry in extra], extra
+        for name, entry in zip(names, extra, strict=True):
+            _require(name, "extra_env_vars", entry, "NAME=value, or a pattern such as WANDB_*")
+    for text in texts:
+        _require("\0" not in text, "extra_env_vars", text, "text without NUL")
+    pairs = (
+        extra
+        if _is_mapping(extra)
+        else dict(entry.split("=", 1) for entry in extra if "=" in entry)
+    )
+    if (problem := too_large(pairs)) is not None:
+        raise ValueError(f"extra_env_vars: {problem}")
+    for name in filter(forbidden, names):
+        raise ValueError(
+            f"extra_env_vars: {name} is set by the launch itself, for every worker; leave it "
+            "out. hostnames and workers_per_host decide ranks, gpus_per_worker decides GPUs."
+        )
+
+
+def _require_strings_by_name(extra: Any) -> None:
+    for name, value in extra.items():
+        if not isinstance(name, str):
+            raise TypeError(f"extra_env_vars: the name {name!r} is no string; write {str(name)!r}.")
+        if not isinstance(value, str):
+            instead = "leave it out" if value is None else f"write {str(value)!r}"
+            raise TypeError(f"extra_env_vars: {name} is {value!r}, which is no string: {instead}.")
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    expected = 'None, or a text such as "A100"'
+    kind = given["accelerator_type"]
+    is_name = kind is None or isinstance(kind, str)
+    _require(is_name, "accelerator_type", kind, expected, TypeError)
+    selector = given["label_selector"]
+    expected = EXPECTED["label_selector"]
+    _require_mapping("label_selector", selector, expected)
+    texts: dict[Any, Any] = dict(selector or {})
+    for text in [*texts, *texts.values()]:
+        _require(isinstance(text, str), "label_selector", selector, expected, TypeError)
+    expected = 'names of modules, such as ("torch", "torch.distributed")'
+    _require_strings("preload", given["preload"], expected)
+    expected = "None, or a mapping as for Ray's runtime_env"
+    _require_mapping("runtime_env", given["runtime_env"], expected)
+    _check_runtime_env(given["runtime_env"] or {})
+    name = given["name"]
+    expected = "None, or a text that is not empty"
+    _require(name is None or isinstance(name, str), "name", name, expected, TypeError)
+    _require(name != "", "name", name, expected)
+
+
+def _check_runtime_env(given: Any) -> None:
+    """Ray ignores a key that it does not know, and uploads local folders only when a driver joins its cluster."""
+    _check_keys_of_runtime_env(given)
+    modules = given.get("py_modules") or ()
+    for option, uris in (
+        ("working_dir", [given.get("working_dir")]),
+        ("py_modules", modules if _is_sequence(modules) else [modules]),
+    ):
+        for uri in uris:
+            if uri is not None and "://" not in str(uri):
+                raise ValueError(
+                    f"runtime_env: {option} {str(uri)!r} is no URI. Ray uploads local code once, when the "
+                    f"driver joins the cluster: give it there, ray.init(runtime_env={{{option!r}: ...}}) before the "
+                    f"launch, or by `ray job submit`. Here it can be a URI, such as 's3://bucket/code.zip'."
+                )
+
+
+def _check_keys_of_runtime_env(given: Any) -> None:
+    known: set[str] = getattr(RuntimeEnv, "known_fields", set())
+    if not known or _PLUGINS in os.environ:
+        return
+    for name in given:
+        if name not in known:
+            near = next(iter(get_close_matches(str(name), known, n=1)), None)
+            meant = f" Did you mean {near!r}?" if near else ""
+            public = ", ".join(sorted(each for each in known if not each.startswith("_")))
+            raise ValueError(
+                f"runtime_env: Ray knows no key {name!r}, and would ignore it.{meant} The keys are {public}. For "
+                f"the key of a plug-in set {_PLUGINS} in the driver, too."
+            )
+
+
+def _check_output(given: Mapping[str, Any]) -> None:
+    if not callable(given["log_handlers"]):
+        check_handlers(given["log_handlers"])
+    ranks = given["console_ranks"]
+    expected = EXPECTED["console_ranks"]
+    if isinstance(ranks, str):
+        _require(ranks == "all", "console_ranks", ranks, expected)
+    else:
+        _require(_is_sequence(ranks), "console_ranks", ranks, expected, TypeError)
+        for rank in ranks:
+            _require_int("console_ranks", rank, 0, expected)
+    progress = given["progress"]
+    is_switch = progress is None or isinstance(progress, bool)
+    _require(is_switch, "progress", progress, "None, True or False", TypeError)
+
+
+def _require(
+    ok: bool, option: str, value: object, expected: str, kind: type[Exception] = ValueError
+) -> None:
+    if not ok:
+        raise kind(f"{option}={value!r}: expected {expected}.")
+
+
+def _require_int(option: str, value: Any, least: int, expected: str) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    _require(is_int, option, value, expected, TypeError)
+    _require(value >= least, option, value, expected)
+
+
+def _require_number(option: str, value: Any, expected: str) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    expected += _of_timedelta(value)
+    _require(is_number, option, value, expected, TypeError)
+    _require(0 <= value < math.inf, option, value, expected)
+
+
+def _of_timedelta(value: object) -> str:
+    if not isinstance(value, timedelta):
+        return ""
+    return f"; a timedelta has .total_seconds(), here {value.total_seconds():g}"
+
+
+def _require_strings(option: str, values: Any, expected: str) -> None:
+    are_many = _is_sequence(values) and not isinstance(values, str)
+    _require(are_many, option, values, expected, TypeError)
+    for value in values:
+        _require(isinstance(value, str), option, values, expected, TypeError)
+
+
+def _require_mapping(option: str, value: Any, expected: str) -> None:
+    _require(value is None or _is_mapping(value), option, value, expected, TypeError)
+
+
+# Predicates, since isinstance would narrow Any to containers of unknown.
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)

@@ -1,0 +1,144 @@
+"""The options of a launch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Annotated, Any, Literal, Self
+
+from torchrunx_ray.driver.options.checks import (
+    check_given_by_name,
+    check_option_names,
+    check_options,
+)
+from torchrunx_ray.driver.options.command_line import (
+    amounts,
+    hosts,
+    number,
+    number_or_none,
+    pairs,
+    ranks,
+    string_or_none,
+    strings,
+    variables,
+    workers,
+    written_as,
+    written_as_auto_or_none,
+    written_as_json,
+)
+from torchrunx_ray.wire.environment import DEFAULT_ENV_VARS
+from torchrunx_ray.wire.messages import StartMethod
+
+LogHandlers = Sequence[logging.Handler] | Literal["auto"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to launch. A wrong value is a ValueError or TypeError that names the option."""
+
+    hostnames: Annotated[
+        int | Sequence[str] | Literal["auto", "slurm"], written_as("hostnames", hosts)
+    ] = "auto"
+    """Where to launch: every node that can hold workers ("auto"), that many nodes, these nodes (name, IP, node id, "localhost" for the driver's), or those of the Slurm allocation ("slurm")."""
+    workers_per_host: Annotated[
+        int | Sequence[int] | Literal["auto", "gpu", "cpu", "slurm"],
+        written_as("workers_per_host", workers),
+    ] = "auto"
+    """Workers on each host: a number, one number per host, one per GPU, one per CPU, or as the Slurm allocation has GPUs, else CPUs ("slurm"). "auto" is "gpu" if any chosen host has GPUs, else "cpu"."""
+    gpus_per_worker: Annotated[float | None, written_as("gpus_per_worker", number_or_none)] = None
+    """GPUs that each worker pins. None: 1 if every host is there already and has as many GPUs as workers, else 0 on all of them; 0 with workers_per_host="cpu"."""
+    cpus_per_worker: Annotated[float | None, written_as("cpus_per_worker", number_or_none)] = None
+    """CPUs that each worker reserves. None: 1, or less where a host has fewer CPUs than workers."""
+    accelerator_type: Annotated[str | None, written_as("accelerator_type", string_or_none)] = None
+    """Type of the hosts' GPUs, in Ray's words, such as "A100"."""
+    label_selector: Annotated[Mapping[str, str] | None, written_as("label_selector", pairs)] = None
+    """Ray's labels that every host must have, each with its value, such as region "in(us, eu)"; in Python a mapping."""
+    resources_per_host: Annotated[
+        Mapping[str, float] | None, written_as("resources_per_host", amounts)
+    ] = None
+    """Further Ray resources to reserve on each host."""
+    placement_strategy: Literal["STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK"] = "STRICT_SPREAD"
+    """STRICT_SPREAD: every host of the launch is another node. SPREAD, PACK: preferably apart, together. STRICT_PACK: all on one node."""
+    backend: Annotated[str | None, written_as("backend", string_or_none)] = "auto"
+    """Backend of the process group: "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl". "auto": nccl where each worker has a GPU of its own, else gloo. None: no process group. With nccl collectives take CUDA tensors only; "cpu:gloo,cuda:nccl" takes both."""
+    timeout: Annotated[float, written_as("timeout", number)] = 600
+    """Timeout of the process group, in seconds: for ranks to join, from when all hosts can fork, and for every collective that waits for a slow rank. Workers that import torch themselves (start_method "spawn", or a preload without torch) do so within the time to join."""
+    placement_timeout: Annotated[float | None, written_as("placement_timeout", number_or_none)] = (
+        600
+    )
+    """How long to wait for room in the cluster, in seconds; None for ever."""
+    shutdown_timeout: Annotated[float, written_as("shutdown_timeout", number)] = 5
+    """Time from SIGTERM to SIGKILL for workers that must stop, in seconds."""
+    linger: Annotated[float, written_as("linger", number)] = 60
+    """How long agents stay warm after a run, holding no resources, in seconds."""
+    default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", strings)] = (
+        DEFAULT_ENV_VARS
+    )
+    """Patterns of the driver's environment variables that travel to workers."""
+    extra_env_vars: Annotated[
+        Sequence[str] | Mapping[str, str] | Literal["all"],
+        written_as("extra_env_vars", variables),
+    ] = ()
+    """More environment variables for workers: patterns, NAME=value strings, or a mapping. "all": every variable, as with torchrun."""
+    env_file: Annotated[str | os.PathLike[str] | None, written_as("env_file", string_or_none)] = (
+        None
+    )
+    """A file on each host that bash sources for the workers' environment."""
+    log_handlers: Annotated[LogHandlers | Callable[[], LogHandlers], written_as_auto_or_none()] = (
+        "auto"
+    )
+    """Where the workers' output goes: to files and the driver's console or loggers ("auto"), nowhere (None), or to exactly these handlers. A function that returns one of these is called for each launch."""
+    console_ranks: Annotated[Sequence[int] | Literal["all"], written_as("console_ranks", ranks)] = (
+        0,
+    )
+    """Ranks whose output reaches your console or loggers, unless log_handlers says otherwise: a list, or "all"."""
+    progress: bool | None = None
+    """Show how far a run is. None: on a terminal, in a notebook and in a job's log."""
+    preload: Annotated[Sequence[str], written_as("preload", strings)] = (
+        "torch",
+        "torch.distributed",
+    )
+    """Modules that are imported once per host, before workers are forked; not with "spawn"."""
+    start_method: StartMethod = "fork"
+    """"fork" workers from the host's template, or "spawn" fresh interpreters."""
+    runtime_env: Annotated[Mapping[str, Any] | None, written_as_json()] = None
+    """Ray's runtime environment for the agents, and so for the workers. A local working_dir belongs in ray.init."""
+    name: Annotated[str | None, written_as("name", string_or_none)] = None
+    """Name of the run in logs and errors. None: the function's name."""
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Python's own TypeErrors tell neither which options there are nor how they are given."""
+        known: Mapping[str, Field[Any]] = vars(cls).get("__dataclass_fields__", {})
+        if known and vars(cls)["__dataclass_params__"].init:  # else its __init__ is somebody's own
+            if all(field.kw_only for field in known.values()):
+                check_given_by_name(values, cls.__name__)
+            check_option_names(options, known, f"{cls.__name__}()")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked before anything starts."""
+        check_options({f.name: getattr(self, f.name) for f in fields(Options)})
+
+    def explicit_variables(self) -> dict[str, str]:
+        """Variables of `extra_env_vars` that have a value."""
+        if isinstance(self.extra_env_vars, Mapping):
+            return dict(self.extra_env_vars)
+        pairs = (entry.partition("=") for entry in self._extra() if "=" in entry)
+        return {name: value for name, _, value in pairs}
+
+    def variable_patterns(self) -> list[str]:
+        """Which of the driver's variables travel."""
+        return [*self.default_env_vars, *(entry for entry in self._extra() if "=" not in entry)]
+
+    def named_variables(self) -> set[str]:
+        """Variables that `extra_env_vars` asks of the driver by name."""
+        names = {entry for entry in self._extra() if not set("=*?[") & set(entry)}
+        return names - self.explicit_variables().keys()
+
+    def _extra(self) -> Sequence[str]:
+        """The entries of `extra_env_vars` when it is no mapping."""
+        if isinstance(self.extra_env_vars, Mapping):
+            return ()
+        return ("*",) if self.extra_env_vars == "all" else self.extra_env_vars

@@ -1,0 +1,85 @@
+"""Events on a host of a run, as lines for the host's log file."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+from torchrunx_ray.driver.report.failures import ArgumentLost, DriverFailed, NotJoined
+from torchrunx_ray.driver.report.stacks import in_words
+from torchrunx_ray.errors import describe_exit
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.clock import now_ns
+
+HostEvent = messages.Event | NotJoined | ArgumentLost | DriverFailed
+
+
+def begin(run_name: str, ranks: Sequence[int], world_size: int) -> str:
+    return f"run {run_name}, attempt 0: {in_words(ranks)} of {world_size} on this host"
+
+
+def stop(grace_s: float) -> str:
+    how = f"SIGTERM, and SIGKILL after {grace_s:g} s" if grace_s > 0 else "SIGKILL"
+    return f"the workers that live are being stopped: {how}"
+
+
+def line_of(
+    event: HostEvent, rank: int | None, on_ours: Callable[[int], int], begun_ns: int
+) -> tuple[str, int]:
+    """Return the line for an event, and its time on the driver's clock; "" for what needs no line.
+
+    A traceback follows the line of what raised.
+
+    `on_ours` puts a time of the host on the driver's clock, on which the run began at `begun_ns`.
+    """
+    match event:
+        case messages.TemplateLoaded():
+            return _loaded(event, on_ours(event.loaded_ns), begun_ns), now_ns()
+        case messages.Started():
+            return f"{_worker(event, rank)} calls the function", on_ours(event.time_ns)
+        case messages.Finished():
+            return f"rank {rank} has returned", on_ours(event.time_ns)
+        case messages.Failed():
+            what = ": ".join(filter(None, (event.kind, event.text.partition("\n")[0])))
+            text = f"{_worker(event, rank)} has failed: {what}\n{event.traceback}".rstrip()
+            return text, on_ours(event.time_ns)
+        case messages.Exited():
+            return f"{_worker(event, rank)} {_how(event)}", on_ours(event.time_ns)
+        case messages.Died():
+            exited = event.exited
+            text = f"{_worker(exited, rank)} {_how(exited)}, without an outcome"
+            return text, on_ours(exited.time_ns)
+        case messages.AgentFailed():
+            return ": ".join(filter(None, (event.what, event.evidence))), on_ours(event.time_ns)
+        case messages.HostEnded():
+            return "the run has ended here: none of its workers lives", now_ns()
+        case _:
+            return _of_the_whole_host(event), now_ns()
+
+
+def _of_the_whole_host(event: HostEvent) -> str:
+    match event:
+        case messages.TemplateRefused():
+            return f"no template: {event.problem}"
+        case NotJoined():
+            return f"after {event.timeout:g} s not in the process group: {in_words(event.missing)}"
+        case ArgumentLost():
+            return f"an argument was lost: {event.evidence}"
+        case DriverFailed():
+            return event.what
+        case _:
+            return ""
+
+
+def _loaded(loaded: messages.TemplateLoaded, until_ns: int, begun_ns: int) -> str:
+    took_s = (loaded.loaded_ns - loaded.begun_ns) / 1e9
+    if until_ns >= begun_ns:
+        return f"the template was started, and has imported in {took_s:.2f} s"
+    then = datetime.fromtimestamp(until_ns / 1e9)
+    return f"the template is a warm one: it imported in {took_s:.2f} s, at {then:%Y-%m-%d %H:%M:%S}"
+
+
+def _worker(event: messages.Started | messages.Failed | messages.Exited, rank: int | None) -> str:
+    return f"rank {rank} (local rank {event.local_rank}, pid {event.pid})"
+
+
+def _how(exited: messages.Exited) -> str:
+    return describe_exit(exited.exit_code, exited.signal)

@@ -1,0 +1,229 @@
+"""One run's output on its way from the agents to where the options want it."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from torchrunx_ray.driver.background.own_lines import driver_has_configured_logging
+from torchrunx_ray.driver.options.options import LogHandlers, Options
+from torchrunx_ray.driver.output import host_story
+from torchrunx_ray.driver.output.handlers import Only
+from torchrunx_ray.driver.output.speaker import Sink, Speaker
+from torchrunx_ray.driver.output.to_console import ToConsole
+from torchrunx_ray.driver.output.to_files import ToFiles
+from torchrunx_ray.driver.output.to_handlers import ToHandlers
+from torchrunx_ray.driver.output.to_loggers import ToLoggers
+from torchrunx_ray.driver.output.writer import Said, Source, Writer
+from torchrunx_ray.wire.messages import Stream
+
+logger = logging.getLogger("torchrunx_ray")
+
+Taking = Literal["everywhere", "files", "nowhere"]
+"""Places to which output goes."""
+
+_MOST_BYTES = 16 * 2**20
+"""May wait for a slow terminal or handler before the agents are asked for no more."""
+
+
+class RunLogs:
+    """Writes in a thread of its own: a slow terminal stops the workers, not the driver's loop."""
+
+    def __init__(
+        self,
+        run_name: str,
+        options: Options,
+        handlers: LogHandlers,
+        files: ToFiles | None,
+        speakers: Sequence[Speaker],
+    ) -> None:
+        self._run_name = run_name
+        self._speakers = speakers
+        self._sinks: list[Sink] = []
+        self._taking: Taking = "everywhere"
+        self._files = files
+        self._levels: list[int] = []
+        self._open_sinks(options, handlers)
+        self._source = Source()
+        self._waiting_bytes = 0
+        self._steps = 0
+        """They grow as long as output is written, or dropped."""
+        self._is_ending = False
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._loop = asyncio.get_running_loop()
+        self._done = asyncio.Event()
+        self._writer = self._new_writer()
+        self._begin_stories()
+
+    @property
+    def level(self) -> int:
+        """Lowest level of a worker's `logging` that somebody takes."""
+        return min(self._levels, default=logging.CRITICAL)
+
+    @property
+    def directory(self) -> Path | None:
+        """Directory of the default files, once something was written."""
+        return None if self._files is None else self._files.directory
+
+    @property
+    def has_room(self) -> bool:
+        return self._taking == "nowhere" or self._has_room.is_set()
+
+    @property
+    def is_at_work(self) -> bool:
+        """Return True while output that was put is not written yet."""
+        return self._waiting_bytes > 0 and not self._done.is_set()
+
+    async def until_room(self) -> None:
+        await self._has_room.wait()
+
+    def put(self, who: Speaker, stream: Stream, data: bytes, time_s: float) -> None:
+        """Queue what somebody said; it is bounded by whoever asks `has_room` before."""
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes > _MOST_BYTES:
+            self._has_room.clear()
+        self._source.said.put(Said(who, stream, data, time_s))
+
+    def tell(self, host: Speaker, line: str, time_s: float) -> None:
+        """Queue what happened on a host."""
+        self._source.said.put(Said(host, None, line.encode(errors="backslashreplace"), time_s))
+
+    async def drain(self) -> None:
+        """Return when all that was put is written."""
+        self._is_ending = True
+        self._steps += 1
+        self._source.said.put(None)
+        await self._done.wait()
+
+    def hurry(self, stuck_s: float) -> None:
+        """Write to the files only, which a terminal or handler keeps from it for `stuck_s` at most.
+
+        Write nowhere if there are no files, or these block as well.
+        """
+        if self._done.is_set():
+            return
+        if self._taking == "everywhere":
+            self._taking = "files"
+            if self._waiting_bytes:
+                has_files = "" if self._files is None else "; it is still written to the log files"
+                logger.warning("interrupted: what the workers said last is not shown%s", has_files)
+        self._loop.call_later(stuck_s, self._give_up_if_stuck, stuck_s, self._steps)
+
+    def _give_up_if_stuck(self, stuck_s: float, steps: int) -> None:
+        if self._done.is_set():
+            return
+        is_stuck = self._steps == steps and (self._waiting_bytes or self._is_ending)
+        if is_stuck and not self._files_go_on():
+            self._give_up()
+        else:
+            self._loop.call_later(stuck_s, self._give_up_if_stuck, stuck_s, self._steps)
+
+    def _files_go_on(self) -> bool:
+        """Have another thread write to the files if this one hangs in a terminal or a handler."""
+        in_hand = None if self._files is None else self._writer.give_way(self._files)
+        if in_hand is None:
+            return False
+        try:
+            self._writer = self._new_writer()
+        except RuntimeError:  # no thread can be started
+            return False
+        self._was_written(in_hand.size)
+        return True
+
+    def _give_up(self) -> None:
+        """Write no more; `drain` returns at once, also if a handler blocks."""
+        if self._waiting_bytes and self._files is not None:
+            logger.warning("interrupted: the log files do not have all that the workers said last")
+        self._taking = "nowhere"
+        self._done.set()
+        self._has_room.set()
+
+    def _begin_stories(self) -> None:
+        workers = [who for who in self._speakers if who.rank is not None]
+        for host in (who for who in self._speakers if who.rank is None):
+            ranks = [
+                who.rank
+                for who in workers
+                if who.hostname == host.hostname and who.rank is not None
+            ]
+            self.tell(host, host_story.begin(self._run_name, ranks, len(workers)), time.time())
+
+    def _open_sinks(self, options: Options, handlers: LogHandlers) -> None:
+        if handlers is None:
+            return
+        if not isinstance(handlers, str):
+            self._tell_of_deaf(handlers)
+            sink = ToHandlers(self._run_name, handlers, are_ours=callable(options.log_handlers))
+            self._sinks.append(sink)
+            self._levels.append(sink.level)
+            return
+        if self._files is not None:
+            self._sinks.append(self._files)
+            self._levels.append(self._files.level)
+        shown = self._shown_ranks(options)
+        taken = {*shown, *(who for who in self._speakers if who.rank is None and who.is_first_host)}
+        if driver_has_configured_logging():
+            self._sinks.append(ToLoggers(self._run_name, taken.__contains__))
+        else:
+            self._sinks.append(
+                ToConsole(self._run_name, taken.__contains__, shows_many=len(shown) > 1)
+            )
+        self._levels += [who.record_level for who in taken]
+
+    def _shown_ranks(self, options: Options) -> list[Speaker]:
+        wanted, workers = options.console_ranks, [w for w in self._speakers if w.rank is not None]
+        if isinstance(wanted, str):
+            return workers
+        shown = [who for who in workers if who.rank in wanted]
+        if wanted and not shown:
+            logger.warning(
+                "console_ranks=%r: this launch has ranks 0 to %d only, so that none is shown",
+                wanted,
+                len(workers) - 1,
+            )
+        return shown
+
+    def _tell_of_deaf(self, handlers: Sequence[logging.Handler]) -> None:
+        """Warn of handlers for a worker that is not in this launch."""
+        missing = [
+            str(wanted)
+            for handler in handlers
+            for wanted in handler.filters
+            if isinstance(wanted, Only) and not any(map(wanted.takes, self._speakers))
+        ]
+        if missing:
+            workers = [who for who in self._speakers if who.rank is not None]
+            logger.warning(
+                "log_handlers: %s is not in this launch, which has ranks 0 to %d on %s; its handler "
+                "gets nothing",
+                ", ".join(missing),
+                len(workers) - 1,
+                ", ".join(dict.fromkeys(who.hostname for who in workers)),
+            )
+
+    def _new_writer(self) -> Writer:
+        return Writer(
+            self._source,
+            self._sinks,
+            self._takes,
+            functools.partial(self._tell_loop, self._was_written),
+            functools.partial(self._tell_loop, self._done.set),
+        )
+
+    def _takes(self, sink: Sink) -> bool:
+        return self._taking == "everywhere" or (self._taking == "files" and sink is self._files)
+
+    def _was_written(self, size: int) -> None:
+        self._steps += 1
+        self._waiting_bytes -= size
+        if self._waiting_bytes <= _MOST_BYTES:
+            self._has_room.set()
+
+    def _tell_loop(self, call: Callable[..., object], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter ends
+            self._loop.call_soon_threadsafe(call, *args)

@@ -1,0 +1,61 @@
+"""A sink for the driver's own stdout and stderr."""
+
+from collections.abc import Callable
+
+from torchrunx_ray.driver.output.speaker import LEVELS, Sink, Speaker, TextStream
+from torchrunx_ray.driver.report.progress import living
+from torchrunx_ray.driver.terminal.screen import screen
+from torchrunx_ray.wire.records import WorkerRecord
+
+_COLOURS = (36, 33, 32, 35, 34, 31)
+"""Colours of ranks on a terminal, in turn, as ANSI counts them."""
+
+
+class ToConsole(Sink):
+    """Verbatim while only one rank of one run is shown; else each line after whose it is."""
+
+    def __init__(
+        self, run_name: str, takes: Callable[[Speaker], bool], *, shows_many: bool
+    ) -> None:
+        self._run_name = run_name
+        self._takes = takes
+        self._shows_many = shows_many
+        self._in_line: dict[tuple[Speaker, TextStream], bool] = {}
+        """Streams in the middle of a line, and whether that line is shown verbatim."""
+
+    def chunk(
+        self, who: Speaker, stream: TextStream, text: str, lines: str, drawn: str, time_s: float
+    ) -> None:
+        """One rank's output just as it comes, also parts of lines."""
+        is_verbatim = self._in_line.pop((who, stream), self._is_verbatim(who))
+        if text and not text.endswith("\n"):
+            self._in_line[who, stream] = is_verbatim
+        if not is_verbatim:
+            super().chunk(who, stream, text, lines, drawn, time_s)
+        elif self._takes(who) and LEVELS[stream] >= who.logger_level():
+            screen.write_verbatim(self, stream, text, lines, drawn)
+
+    def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:  # noqa: ARG002
+        if self._takes(who) and LEVELS[stream] >= who.logger_level():
+            screen.write(stream, self._headed(who, stream, lines))
+
+    def record(self, who: Speaker, record: WorkerRecord) -> None:
+        if self._takes(who) and record.least_level >= who.record_level:
+            text = record.text
+            if not record.is_configured:
+                text = f"{record.level_name}:{record.logger}:{text}"
+            screen.write("stderr", self._headed(who, "stderr", text + "\n"))
+
+    def close(self) -> None:
+        """The streams are the driver's."""
+
+    def _is_verbatim(self, who: Speaker) -> bool:
+        return not self._shows_many and who.rank is not None and len(living) <= 1
+
+    def _headed(self, who: Speaker, stream: TextStream, lines: str) -> str:
+        if self._is_verbatim(who):
+            return lines
+        head = f"[{self._run_name} {who.label}]" if len(living) > 1 else f"[{who.label}]"
+        if screen.has_colours(stream) and who.rank is not None:
+            head = f"\x1b[{_COLOURS[who.rank % len(_COLOURS)]}m{head}\x1b[0m"
+        return f"{head} " + lines[:-1].replace("\n", f"\n{head} ") + "\n"

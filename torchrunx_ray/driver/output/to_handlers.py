@@ -1,0 +1,123 @@
+"""A sink for the handlers that a launch was given."""
+
+import logging
+import sys
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torchrunx_ray.driver.background.warn_once import WarnOnce
+from torchrunx_ray.driver.output.handlers import Only
+from torchrunx_ray.driver.output.log_record import as_log_record, new_record
+from torchrunx_ray.driver.output.speaker import LEVELS, Sink, Speaker, TextStream
+from torchrunx_ray.wire.records import WorkerRecord
+
+
+class ToHandlers(Sink):
+    """Records are made only where a handler takes them. One that fails is reported once."""
+
+    def __init__(
+        self, run_name: str, handlers: Sequence[logging.Handler], *, are_ours: bool
+    ) -> None:
+        self._run_name = run_name
+        self._handlers = list(handlers)
+        self._are_ours = are_ours
+        self._reporters = [_Reporter.of(handler) for handler in handlers]
+
+    @property
+    def level(self) -> int:
+        """Lowest level of a worker's `logging` that some handler takes."""
+        return min((handler.level or logging.INFO for handler in self._handlers), default=100)
+
+    def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
+        level = LEVELS[stream]
+        takers = self._takers(who, level)
+        if takers:
+            name = logging.getLevelName(level)
+            for line in lines[:-1].split("\n"):
+                self._hand(new_record(self._run_name, who, level, name, time_s, line), takers)
+
+    def record(self, who: Speaker, record: WorkerRecord) -> None:
+        takers = self._takers(who, record.least_level)
+        if takers:
+            self._hand(as_log_record(self._run_name, who, record), takers)
+
+    def host_line(self, who: Speaker, line: str, time_s: float) -> None:
+        takers = [i for i in self._takers(who, logging.INFO) if self._wants_hosts(i)]
+        if takers:
+            self._hand(new_record(self._run_name, who, logging.INFO, "INFO", time_s, line), takers)
+
+    def close(self) -> None:
+        """Flush them; those that a function made for the launch nobody else closes."""
+        for handler, reporter in zip(self._handlers, self._reporters, strict=True):
+            try:
+                handler.flush()
+                if self._are_ours:
+                    handler.close()
+            except BaseException as error:
+                reporter.report(error)
+            reporter.release()
+
+    def _takers(self, who: Speaker, level: int) -> list[int]:
+        if level < who.logger_level():
+            return []
+        return [
+            i
+            for i, handler in enumerate(self._handlers)
+            if level >= (handler.level or logging.INFO)
+            and all(each.takes(who) for each in handler.filters if isinstance(each, Only))
+        ]
+
+    def _wants_hosts(self, i: int) -> bool:
+        filters = self._handlers[i].filters
+        return any(isinstance(each, Only) and each.is_for_hosts for each in filters)
+
+    def _hand(self, record: logging.LogRecord, takers: Sequence[int]) -> None:
+        for i in takers:
+            try:
+                self._handlers[i].handle(record)
+            except BaseException as error:  # a sys.exit, too
+                self._reporters[i].report(error)
+
+
+class _Reporter:
+    """Tells once of a handler's errors, in place of a traceback on stderr for every line.
+
+    Several runs may share a handler; with the last one it gets back what it had.
+    """
+
+    _living: ClassVar[dict[int, "_Reporter"]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, handler: logging.Handler) -> None:
+        self._handler = handler
+        self._had = vars(handler).get("handleError")
+        self._runs = 0
+        self._warn_once = WarnOnce(
+            "%r of log_handlers failed, and is not reported again; the launch goes on: %s", handler
+        )
+        vars(handler)["handleError"] = self._handle_error
+
+    @classmethod
+    def of(cls, handler: logging.Handler) -> "_Reporter":
+        with cls._lock:
+            if id(handler) not in cls._living:
+                cls._living[id(handler)] = cls(handler)
+            reporter = cls._living[id(handler)]
+            reporter._runs += 1
+            return reporter
+
+    def release(self) -> None:
+        with self._lock:
+            self._runs -= 1
+            if not self._runs:
+                del self._living[id(self._handler)]
+                vars(self._handler).pop("handleError")
+                if self._had is not None:
+                    vars(self._handler)["handleError"] = self._had
+
+    def _handle_error(self, _record: logging.LogRecord) -> None:
+        self.report(sys.exc_info()[1])
+
+    def report(self, error: BaseException | None) -> None:
+        self._warn_once.tell(error)

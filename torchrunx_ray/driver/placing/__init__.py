@@ -1,0 +1,1 @@
+"""Hosts for a launch: their plan, the queue for them, and their reservation."""

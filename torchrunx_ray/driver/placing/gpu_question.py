@@ -1,0 +1,125 @@
+"""The question to Ray which GPUs a placement has on each of its hosts."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from torchrunx_ray.driver.cluster import inventory
+from torchrunx_ray.driver.cluster.clean_up import clean_up
+from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
+from torchrunx_ray.errors import AgentFailedError
+
+_WHAT = "the task that asks Ray which GPUs the launch has there"
+
+_ANSWER_S = 120.0
+"""For these tasks, once all agents are there: the same runtime_env is made by then."""
+
+
+class GpuQuestion:
+    """Asks by a task on each host, and keeps the answers: they hold for as long as the placement lives."""
+
+    def __init__(
+        self,
+        group: PlacementGroup,
+        hosts: Sequence[tuple[str, float]],
+        runtime_env: Mapping[str, Any] | None,
+    ) -> None:
+        """`hosts` are the names and numbers of GPUs of the group's bundles, in their order."""
+        self._group = group
+        self._hosts = hosts
+        self._runtime_env = dict(runtime_env) if runtime_env else None
+        self._asked = self._ask()
+
+    async def answer(self) -> list[tuple[str, ...]]:
+        """Wait for every host's GPUs.
+
+        AgentFailedError if Ray cannot tell, or not in time; the next call asks again.
+        """
+        asked = self._asked = self._asked or self._ask()
+        # A cancelled wait leaves the tasks to the next call.
+        await asyncio.wait(asked, timeout=_ANSWER_S, return_when=asyncio.FIRST_EXCEPTION)
+        try:
+            for task in asked:
+                if task.done():
+                    task.result()
+            for (hostname, _), task in zip(self._hosts, asked, strict=True):
+                if not task.done():
+                    raise _late(hostname)
+            return [task.result() for task in asked]
+        except Exception:
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Forget the answers, and cancel the tasks that have not answered."""
+        asked, self._asked = self._asked, []
+        for task in asked:
+            task.cancel()
+
+    def _ask(self) -> "list[asyncio.Task[tuple[str, ...]]]":
+        asked = [
+            asyncio.create_task(self._ask_on(i, hostname, amount))
+            for i, (hostname, amount) in enumerate(self._hosts)
+        ]
+        for task in asked:  # nobody asks for them if the launch fails before it needs them
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return asked
+
+    async def _ask_on(self, index: int, hostname: str, amount: float) -> tuple[str, ...]:
+        if not amount:
+            return ()
+        task = _Task(
+            untyped_ray.remote(
+                num_cpus=0,
+                num_gpus=amount,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=index
+                ),
+                runtime_env=self._runtime_env,
+            )(_own_gpu_ids)
+        )
+        connection = Connection()
+        try:
+            ids: list[str] = await connection.ask(task)
+        except RayError as error:
+            raise AgentFailedError(
+                hostname=hostname, what=f"{_WHAT} failed", evidence=str(error)
+            ) from None
+        except asyncio.CancelledError:
+            # Until it ends it holds the GPUs, and another task could not ask for them.
+            await clean_up(connection.call(task.cancel), f"cancelling {_WHAT} on {hostname}")
+            raise
+        return tuple(sorted(ids, key=lambda i: (not i.isdigit(), int(i) if i.isdigit() else 0, i)))
+
+
+class _Task:
+    """A remote function whose last call can be cancelled."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._called: list[Any] = []
+
+    def remote(self) -> Any:
+        self._called.append(self._function.remote())
+        return self._called[-1]
+
+    def cancel(self) -> None:
+        for call in self._called:
+            untyped_ray.cancel(call, force=True)
+
+
+def _late(hostname: str) -> AgentFailedError:
+    return AgentFailedError(
+        hostname=hostname,
+        what=f"{_WHAT} has not answered for {_ANSWER_S:g} s",
+        evidence="it waits for its runtime_env or for a process of Ray's on that host, or is frozen or cut off. "
+        "`ray list tasks` shows its state. Launch again, or leave that host out.",
+    )
+
+
+def _own_gpu_ids() -> list[str]:
+    return inventory.context().get_accelerator_ids()["GPU"]

@@ -1,0 +1,196 @@
+"""Launches of this driver that wait for room, offered in their order what it gives back.
+
+Ray itself tries a group that found no room again when it ticks, once a second.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup
+
+from torchrunx_ray.driver.cluster import inventory
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
+from torchrunx_ray.driver.placing.feasibility import is_in
+
+logger = logging.getLogger("torchrunx_ray")
+
+Amounts = Mapping[str, float]
+
+_RELEASE_S = 1.0
+"""Time until a removed group's resources are known to be free; Ray's nodes report every 0.1 s."""
+
+_POLL_S = 0.01
+
+_OFFER_S = 1.0
+"""After this those behind a launch that does not take its offer are offered what is free."""
+
+_PATIENCE_S = 10.0
+"""Launches behind one that has waited so long are offered nothing that it could have; Ray still serves them."""
+
+
+class Waiter:
+    """A launch's place in the line."""
+
+    def __init__(self, needed: Amounts) -> None:
+        self.needed = needed
+        self.since = time.monotonic()
+        self.offered_release = -1
+        self.has_left = False
+        self._offered = asyncio.Event()
+        self._used = asyncio.Event()
+
+    async def offered(self, timeout_s: float, unless: "asyncio.Future[Any] | None" = None) -> None:
+        """Return when it is offered what is free, or has something else to do."""
+        offered = asyncio.ensure_future(self._offered.wait())
+        try:
+            await asyncio.wait(
+                {offered} | ({unless} if unless else set()),
+                timeout=timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            offered.cancel()
+
+    def take(self) -> bool:
+        """True if there is an offer; it lasts until the launch has passed it on."""
+        was_offered = self._offered.is_set()
+        self._offered.clear()
+        return was_offered
+
+    def pass_on(self) -> None:
+        """Let those behind have what this launch was offered and has no use for."""
+        self._used.set()
+
+    async def offer(self, release: int) -> None:
+        """Return when the launch has taken what it can of it, or has left."""
+        if self.has_left:
+            return
+        self.offered_release = release
+        self._used.clear()
+        self._offered.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._used.wait(), _OFFER_S)
+        self._offered.clear()
+
+
+class _Queue:
+    """Lives in the background loop."""
+
+    def __init__(self) -> None:
+        self.waiters: list[Waiter] = []
+        self.held: dict[PlacementGroup, Amounts] = {}
+        self.releases = 0
+        self.last_release = float("-inf")
+        self._serving: asyncio.Task[None] | None = None
+
+    def serve(self) -> None:
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        """There is no event to wait on: the nodes report to Ray's head every 0.1 s."""
+        try:
+            connection = Connection()
+            while release_is_recent() and self._unserved():
+                free = await connection.call(inventory.free_resources)
+                chosen = list(self._who_fits(free))
+                await asyncio.gather(*(waiter.offer(self.releases) for waiter in chosen))
+                await asyncio.sleep(0 if chosen else _POLL_S)
+        except ClusterLeft:
+            pass
+        except Exception as error:  # they wait on, as Ray has them wait
+            logger.debug("launches that wait are not told of room: %s", error)
+
+    def _unserved(self) -> list[Waiter]:
+        """Once for each release: that the sum fits does not mean that each host does."""
+        return [waiter for waiter in self.waiters if waiter.offered_release < self.releases]
+
+    def _who_fits(self, free: Amounts) -> Iterable[Waiter]:
+        left = Counter[str]()
+        left.update(free)
+        unserved = self._unserved()
+        for waiter in self.waiters:
+            if is_in(waiter.needed, left):
+                left.subtract(waiter.needed)
+                if waiter in unserved:
+                    yield waiter
+            elif self._is_due(waiter, free):
+                return
+
+    def _is_due(self, waiter: Waiter, free: Amounts) -> bool:
+        """Return True if this driver could let it in, and has not for long."""
+        if time.monotonic() - waiter.since < _PATIENCE_S:
+            return False
+        ours = Counter[str]()
+        for amounts in (free, *self.held.values()):
+            ours.update(amounts)
+        return is_in(waiter.needed, ours)
+
+
+_queue = _Queue()
+
+
+@contextlib.contextmanager
+def queued(needed: Amounts) -> Generator[Waiter]:
+    """Be in the line, as its last."""
+    waiter = Waiter(needed)
+    _queue.waiters.append(waiter)
+    if release_is_recent():
+        _queue.serve()
+    try:
+        yield waiter
+    finally:
+        _queue.waiters.remove(waiter)
+        waiter.has_left = True
+        waiter.pass_on()
+
+
+def hold(group: PlacementGroup, amounts: Amounts) -> None:
+    """Note that a launch has them, until they are released."""
+    _queue.held[group] = amounts
+
+
+def release(group: PlacementGroup) -> None:
+    """Offer what a removed group held to those who wait, as soon as Ray's head knows of it."""
+    _queue.held.pop(group, None)
+    _queue.releases += 1
+    _queue.last_release = time.monotonic()
+    if _queue.waiters:
+        _queue.serve()
+
+
+async def until_head_knows(connection: Connection) -> None:
+    """Return when Ray's head shows what was released as free, or when the release is no longer recent."""
+    total = await connection.call(inventory.total_resources)
+    while release_is_recent():
+        known = Counter[str]()
+        for amounts in (await connection.call(inventory.free_resources), *_queue.held.values()):
+            known.update(amounts)
+        if all(known[name] >= total.get(name, 0) for name in ("CPU", "GPU")):
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+def release_is_recent() -> bool:
+    """Return True if Ray's head may not yet know of it."""
+    return recent_for_s() > 0
+
+
+def recent_for_s() -> float:
+    """Return the time for which the last release stays recent."""
+    return max(0.0, _queue.last_release + _RELEASE_S - time.monotonic())
+
+
+def _forget() -> None:
+    """A forked child has none of its parent's launches."""
+    global _queue
+    _queue = _Queue()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,374 @@
+"""From what agents report to the one exception that the driver raises."""
+
+import re
+import signal
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torchrunx_ray.driver.background import main_guard
+from torchrunx_ray.driver.report.missing_there import advice
+from torchrunx_ray.driver.report.stacks import Stacks
+from torchrunx_ray.errors import (
+    AgentFailedError,
+    LaunchError,
+    LaunchTimeoutError,
+    PayloadError,
+    PreloadError,
+    RemoteFailure,
+    WorkerFailedError,
+    describe_exit,
+)
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.values.exceptions import load_exception
+
+
+@dataclass(frozen=True)
+class NotJoined:
+    """Ranks, with their hosts, that were not in the process group after its timeout."""
+
+    timeout: float
+    missing: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class ArgumentLost:
+    """A value that the arguments refer to could not be had."""
+
+    evidence: str
+
+
+@dataclass(frozen=True)
+class DriverFailed:
+    """The driver could not handle what an agent told it, which is a bug of ours."""
+
+    doing: str
+    error: BaseException
+
+    @property
+    def what(self) -> str:
+        return f"the driver failed while it {self.doing}: {type(self.error).__name__}: {self.error}"
+
+
+Report = (
+    messages.Failed
+    | messages.Died
+    | messages.AgentFailed
+    | messages.TemplateRefused
+    | NotJoined
+    | ArgumentLost
+    | DriverFailed
+)
+
+_FRAME = re.compile(r'^[ |]*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
+
+_NOTICE_NS = 100_000_000
+"""Lead that a dying worker's peers may have over its parent in hearing of its death."""
+
+_NOTICE_OF_SIGNAL_NS = 5_000_000_000
+"""The same for a death by a signal, which its peers' errors do not cause: the machine may be busy."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that went wrong, with its time on the driver's clock."""
+
+    time_ns: int
+    hostname: str
+    rank: int | None
+    report: Report
+
+    @property
+    def who(self) -> str:
+        return self.hostname if self.rank is None else f"rank {self.rank} on {self.hostname}"
+
+
+@dataclass(frozen=True)
+class Failures:
+    """All that went wrong in a run, and what the ranks were doing that the launch then stopped."""
+
+    failures: Sequence[Failure]
+    stopped: Sequence[str]
+    stacks: Stacks
+    """Stacks of the workers when the driver heard of the first failure."""
+    log_directory: Path | None
+    """With the default files, where something was written to them."""
+    stopped_at_ns: int | None = None
+    """Time at which the launch began to stop the workers."""
+
+    @property
+    def in_brief(self) -> str:
+        first = self._in_order()[0]
+        return f"{first.who}: {_summary(first.report)}{_place(first.report)}"
+
+    @property
+    def in_brief_with_logs(self) -> str:
+        where = "" if self.log_directory is None else f"; logs in {self.log_directory}"
+        return f"{self.in_brief}{where}"
+
+    @cached_property
+    def exception(self) -> BaseException:
+        """The first failure as what the launch raises.
+
+        Notes tell what failed after it, and who was then stopped by the launch.
+        """
+        in_order = self._in_order()
+        exceptions = [_exception(failure) for failure in in_order]
+        first = exceptions[0]
+        stacks = self.stacks.without(f.rank for f in self.failures if f.rank is not None)
+        if isinstance(first.__cause__, RemoteFailure):
+            first.__cause__.failures = exceptions
+            first.__cause__.stacks = str(stacks)
+        elif isinstance(first, WorkerFailedError):
+            first.stacks = str(stacks)
+        for line in _consequences(in_order):
+            _add_note(first, line)
+        if not _is_exit(in_order[0].report):  # most are usage errors: their line is all of it
+            self._tell_of_the_others(first, stacks)
+        if self.log_directory is not None:
+            _add_note(first, f"All output of this launch: {self.log_directory}")
+        return first
+
+    def _in_order(self) -> list[Failure]:
+        """Return failures by time, but a cause before what peers raised in a collective because of it.
+
+        The kernel closes a dying process's sockets before its parent can reap it. And a function that
+        destroys its process group in `finally` fails for its peers before its own exception is out.
+        """
+        in_order = sorted(self.failures, key=lambda failure: failure.time_ns)
+        cause = self._kill_in_that_moment(in_order) or self._cause_of_error_in_collective(in_order)
+        if cause is None:
+            return in_order
+        in_order.remove(cause)
+        return [cause, *in_order]
+
+    def _kill_in_that_moment(self, in_order: Sequence[Failure]) -> Failure | None:
+        """Return a death by SIGKILL that was told shortly after what peers raised, or how they ended.
+
+        No worker's error makes anybody send SIGKILL before the launch stops the workers. The error
+        need not show that it came of a peer: scripts catch it, and exit later.
+        """
+        first = in_order[0]
+        if not isinstance(first.report, messages.Failed | messages.Died):
+            return None
+        for failure in in_order:
+            is_kill = (
+                isinstance(failure.report, messages.Died)
+                and failure.report.exited.signal == signal.SIGKILL
+            )
+            if is_kill and self._was_before_stop(failure):
+                return failure if failure.time_ns - first.time_ns < _NOTICE_NS else None
+        return None
+
+    def _cause_of_error_in_collective(self, in_order: Sequence[Failure]) -> Failure | None:
+        """Return what was told before the stop, and of that a death if there is one.
+
+        An exception may be what a peer made of its own error.
+        """
+        first, *later = in_order
+        if not (isinstance(first.report, messages.Failed) and first.report.in_collective):
+            return None
+        causes = [each for each in later if self._may_have_caused(first, each)]
+        before_stop = list(filter(self._was_before_stop, causes)) or causes
+        deaths = [each for each in before_stop if _is_of_no_peer(each.report)]
+        return next(iter(deaths or before_stop), None)
+
+    def _was_before_stop(self, failure: Failure) -> bool:
+        return self.stopped_at_ns is None or failure.time_ns <= self.stopped_at_ns
+
+    def _may_have_caused(self, in_collective: Failure, failure: Failure) -> bool:
+        """Return whether an error in a collective may be of this failure, which was told later."""
+        match failure.report:
+            case messages.Failed(in_collective=also_in_collective):
+                return self._was_before_stop(failure) and not also_in_collective
+            case messages.Died(exited=exited) if exited.signal is not None:
+                return failure.time_ns - in_collective.time_ns < self._notice_ns(failure, exited)
+            case messages.Died() | messages.AgentFailed():
+                return self._was_before_stop(failure)
+            case _:
+                return False
+
+    def _notice_ns(self, failure: Failure, exited: messages.Exited) -> int:
+        """Return how much later than its peers' errors a death by a signal may be told."""
+        # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
+        # a worker that lived may crash, or be killed, by what it does to end.
+        lived = failure.rank is not None and self.stacks.by_rank.get(failure.rank)
+        was_told = not self._was_before_stop(failure)
+        is_doubtful = exited.signal == signal.SIGABRT or (lived and was_told)
+        return _NOTICE_NS if is_doubtful else _NOTICE_OF_SIGNAL_NS
+
+    def _tell_of_the_others(self, first: BaseException, stacks: Stacks) -> None:
+        if stacks:
+            told = textwrap.indent(stacks.summary, "  ")
+            _add_note(first, f"What the others were doing:\n{told}")
+        if self.stopped:
+            _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
+
+
+def _exception(failure: Failure) -> BaseException:
+    report, rank = failure.report, failure.rank
+    match report:
+        case messages.AgentFailed():
+            return AgentFailedError(
+                hostname=failure.hostname, what=report.what, evidence=report.evidence
+            )
+        case messages.TemplateRefused():
+            return PreloadError(
+                hostname=failure.hostname,
+                problem=report.problem,
+                advice=report.advice,
+                evidence=report.evidence,
+            )
+        case NotJoined():
+            return LaunchTimeoutError(timeout=report.timeout, missing=report.missing)
+        case ArgumentLost():
+            path = "an ObjectRef in the arguments"
+            return PayloadError(path=path, reason=report.evidence, step="fetch")
+        case DriverFailed():
+            error = LaunchError(
+                f"{report.what} (host {failure.hostname}). This is a bug of torchrunx_ray: please report it "
+                "with this traceback."
+            )
+            error.__cause__ = report.error
+            return error
+        case messages.Died():
+            assert rank is not None
+            assert report.exited.local_rank is not None
+            return WorkerFailedError(
+                rank=rank,
+                local_rank=report.exited.local_rank,
+                hostname=failure.hostname,
+                pid=report.exited.pid,
+                what=_how_it_died(report),
+                exit_code=report.exited.exit_code,
+                signal=report.exited.signal,
+                peak_memory=report.exited.peak_memory,
+                last_lines=report.last_lines,
+                oom_kills=report.oom_kills,
+            )
+        case messages.Failed():
+            assert rank is not None
+            error = _raised(report, rank, failure.hostname)
+            if (hint := main_guard.advice(report.last_lines)) is not None:
+                _add_note(error, hint)
+            return error
+
+
+def _how_it_died(died: messages.Died) -> str:
+    how = describe_exit(died.exited.exit_code, died.exited.signal)
+    if died.exited.signal is not None:
+        return how
+    if any(line.startswith(messages.NOT_REPORTED) for line in died.last_lines):
+        return f"{how} without a report of what its function did"
+    return f"{how} before its function returned or raised"
+
+
+def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
+    unraisable = report.unraisable
+    if report.exception is not None:
+        try:
+            error = load_exception(report.exception)
+        except (Exception, SystemExit, GeneratorExit) as reason:  # Ctrl-C is the driver's own
+            unraisable = (
+                f"raised {report.kind}: {report.text} (shown as text, since the driver cannot "
+                f"unpickle it: {type(reason).__name__}: {reason})"
+            )
+        else:
+            cause = RemoteFailure(
+                rank=rank,
+                local_rank=report.local_rank,
+                hostname=hostname,
+                pid=report.pid,
+                traceback=report.traceback,
+            )
+            # By the base class: an exception may refuse to be given attributes.
+            vars(BaseException)["__cause__"].__set__(error, cause)
+            where = f"local rank {report.local_rank} on {hostname}, pid {report.pid}"
+            _add_note(error, f"Raised by rank {rank} ({where}).")
+            if (hint := advice(error, report.traceback)) is not None:
+                _add_note(error, hint)
+            return error
+    failed = WorkerFailedError(
+        rank=rank,
+        local_rank=report.local_rank,
+        hostname=hostname,
+        pid=report.pid,
+        what=unraisable,
+        exit_code=report.exit_code,
+        traceback="" if _is_exit(report) else report.traceback,
+    )
+    failed.traceback = report.traceback
+    return failed
+
+
+def _is_of_no_peer(report: Report) -> bool:
+    """Return whether no error of a peer leads to this. SIGABRT is what NCCL's watchdog sends itself."""
+    match report:
+        case messages.Died(exited=exited):
+            return exited.signal not in (None, signal.SIGABRT)
+        case messages.AgentFailed():
+            return True
+        case _:
+            return False
+
+
+def _is_exit(report: Report) -> bool:
+    """Return True if the function called `sys.exit`, as argparse does after a usage error."""
+    return isinstance(report, messages.Failed) and report.unraisable.startswith("called sys.exit(")
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    try:
+        BaseException.add_note(error, note)
+    except Exception:
+        pass  # it refuses attributes; the note is not worth another error
+
+
+def _consequences(in_order: Sequence[Failure]) -> list[str]:
+    """Return later failures, in one line for those that differ in numbers only."""
+    first = in_order[0]
+    groups: dict[str, list[Failure]] = {}
+    for failure in in_order[1:]:
+        groups.setdefault(re.sub(r"\d+", "#", _summary(failure.report)), []).append(failure)
+    lines: list[str] = []
+    for members in groups.values():
+        after_s = (members[0].time_ns - first.time_ns) / 1e9
+        when = f"{abs(after_s):.3f} s {'later' if after_s >= 0 else 'earlier'}"
+        lines.append(f"{when}, {_in_one_line(members)}")
+    return lines
+
+
+def _in_one_line(failures: Sequence[Failure]) -> str:
+    """Return the words of the first, after the names of all that said just that."""
+    said = _summary(failures[0].report)
+    who = ", ".join(each.who for each in failures if _summary(each.report) == said)
+    others = ", ".join(each.who for each in failures if _summary(each.report) != said)
+    return f"{who}: {said} (much the same on {others})" if others else f"{who}: {said}"
+
+
+def _place(report: Report) -> str:
+    """The innermost line of its traceback; of an exception group its own, not its members'."""
+    trace = report.traceback.partition("+-+-")[0] if isinstance(report, messages.Failed) else ""
+    lines = _FRAME.findall(trace)
+    return " ({}:{}, in {})".format(*lines[-1]) if lines else ""
+
+
+def _summary(report: Report) -> str:
+    match report:
+        case messages.Failed():
+            first_line = report.text.partition("\n")[0]
+            return f"{report.kind}: {first_line}"
+        case messages.Died():
+            return describe_exit(report.exited.exit_code, report.exited.signal)
+        case messages.AgentFailed():
+            return report.what
+        case messages.TemplateRefused():
+            return report.problem
+        case NotJoined():
+            return "the process group was not complete in time"
+        case ArgumentLost():
+            return "an ObjectRef in the arguments could not be fetched"
+        case DriverFailed():
+            return report.what

@@ -1,0 +1,119 @@
+"""Progress of a run."""
+
+import os
+import time
+from pathlib import Path
+from typing import Protocol
+
+from torchrunx_ray.driver.report.failures import Failures
+from torchrunx_ray.driver.report.stacks import Stacks
+from torchrunx_ray.driver.report.timeline import Timeline
+
+
+class GoesOn(Protocol):
+    """An attempt, as far as the user of its run may ask it."""
+
+    @property
+    def log_directory(self) -> Path | None: ...
+
+    async def stacks(self) -> Stacks: ...
+
+    def kill(self) -> None: ...
+
+
+class Progress:
+    """State of a run that its user may ask for, and is shown, while it goes on or when it was stopped.
+
+    Written in the background loop by whoever carries the run on.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.timeline = Timeline()
+        self.attempt: GoesOn | None = None
+        self.waits_for_turn = False
+        self.waiting_for = ""
+        """While it waits for room: for what."""
+        self._log_directory: Path | None = None
+        self.ended = ""
+        """Words for the run's end."""
+        self.stacks_at_stop = Stacks({})
+        """Stacks of the workers when the run was cancelled."""
+        self.failures_before_stop: Failures | None = None
+        """Failures from before the cancellation; all failures if the run was not cancelled."""
+
+    async def stacks(self) -> Stacks:
+        return Stacks({}) if self.attempt is None else await self.attempt.stacks()
+
+    @property
+    def log_directory(self) -> Path | None:
+        """Directory of the run's default files, once something was written to them."""
+        attempt = self.attempt  # which the background loop may take away just now
+        return self._log_directory if attempt is None else attempt.log_directory
+
+    @log_directory.setter
+    def log_directory(self, directory: Path | None) -> None:
+        self._log_directory = directory
+
+    @property
+    def phase(self) -> str:
+        """Words for the present phase, which change only when the phase does."""
+        timeline = self.timeline
+        if self.ended:
+            return self.ended
+        if self.waits_for_turn:
+            return "waiting for the session's other runs"
+        if timeline.placed_ns is None:
+            return f"placing {self.waiting_for}".strip()
+        if timeline.met_ns is None:
+            return "starting agents"
+        ranks = len(timeline.places)
+        if timeline.is_stopping:
+            return f"stopping {ranks} {_workers(ranks)}"
+        if len(timeline.started) < ranks:
+            return f"starting {ranks} {_workers(ranks)}"
+        if len(timeline.finished) < ranks:
+            return f"running {ranks} {_workers(ranks)}"
+        return "collecting results"
+
+    @property
+    def status(self) -> str:
+        """The same with counts and times."""
+        timeline = self.timeline
+        ranks, returned = len(timeline.places), len(timeline.finished)
+        if self.ended or timeline.is_stopping:
+            text = self.phase
+        elif timeline.met_ns is not None and len(timeline.started) < ranks:
+            text = f"starting {len(timeline.started)}/{ranks} workers"
+        elif 0 < returned < ranks:
+            text = f"{self.phase}, {returned} returned"
+        else:
+            text = self.phase
+        return f"{self._begin_of_line}{text}"
+
+    @property
+    def last_line(self) -> str:
+        """The status when the run has ended."""
+        logs = f"; logs in {self.log_directory}" if self.log_directory else ""
+        return f"{self._begin_of_line}{self.ended}{logs}"
+
+    @property
+    def _begin_of_line(self) -> str:
+        return f"{_clock(time.time() - self.timeline.begun_ns / 1e9)} {self.name}: "
+
+
+def _workers(count: int) -> str:
+    return "worker" if count == 1 else "workers"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+living: set[Progress] = set()
+"""Runs of this process that have not ended."""
+
+# A forked child has none of them.
+os.register_at_fork(after_in_child=living.clear)

@@ -1,0 +1,161 @@
+"""Values of a launch, fetched when they are asked for."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.cluster.inventory import Node
+from torchrunx_ray.driver.report.timeline import Timeline
+from torchrunx_ray.errors import AgentFailedError, LaunchError, PayloadError, bytes_in_words
+from torchrunx_ray.wire.values.culprit import users_part
+from torchrunx_ray.wire.values.payload import kept_packed
+
+R = TypeVar("R")
+
+_STORE_IS_FULL = ("OutOfDiskError", "ObjectStoreFullError")
+"""Words of Ray's when neither the store nor the disk behind it takes a value."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A rank's value: Ray's reference to it, its size, and its node at that time."""
+
+    ref: "ray.ObjectRef[Any]"
+    size: int
+    node: Node
+
+
+class LaunchResult(Generic[R]):
+    """Every rank's return value, still in the cluster.
+
+    Values are fetched on each access, so keep what you use twice. They stay in the cluster for
+    as long as this object or one of its refs lives, whatever becomes of the workers.
+    """
+
+    def __init__(
+        self,
+        hostnames: Sequence[str],
+        values: Sequence[Sequence[Value]],
+        timeline: Timeline,
+        log_directory: Path | None,
+    ) -> None:
+        self._hostnames = tuple(hostnames)
+        self._values = values
+        self._timeline = timeline
+        self._log_directory = log_directory
+
+    @property
+    def hostnames(self) -> tuple[str, ...]:
+        """The hosts, in the order of their ranks."""
+        return self._hostnames
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of each phase of the launch, one after the other, and "total"."""
+        return self._timeline.seconds
+
+    @property
+    def log_directory(self) -> Path | None:
+        """Directory of the default log files; None if the launch wrote none."""
+        return self._log_directory
+
+    def timeline(self, path: str | os.PathLike[str]) -> None:
+        """Write when each rank was in which phase, as a trace for ui.perfetto.dev."""
+        self._timeline.write_trace(path)
+
+    def ref(self, rank: int) -> "ray.ObjectRef[R]":
+        """The reference to one rank's value: `ray.get` of it is the value, anywhere in the cluster."""
+        host_index, local_rank = self._find(rank)
+        return self._values[host_index][local_rank].ref
+
+    def rank(self, rank: int) -> R:
+        """One rank's value."""
+        host_index, local_rank = self._find(rank)
+        return self._fetch(rank, host_index, local_rank)
+
+    def index(self, hostname: str, local_rank: int) -> R:
+        """The value of the worker at a place."""
+        if hostname not in self._hostnames:
+            raise KeyError(f"{hostname!r} is no host of this launch; those are {self._hostnames}")
+        host_index = self._hostnames.index(hostname)
+        workers = len(self._values[host_index])
+        if not 0 <= local_rank < workers:
+            raise IndexError(f"{hostname} had local ranks 0 to {workers - 1}, not {local_rank}")
+        rank = sum(map(len, self._values[:host_index])) + local_rank
+        return self._fetch(rank, host_index, local_rank)
+
+    @property
+    def results(self) -> dict[str, list[R]]:
+        """All values, by host and local rank."""
+        return {
+            hostname: [self.index(hostname, i) for i in range(len(values))]
+            for hostname, values in zip(self._hostnames, self._values, strict=True)
+        }
+
+    def __len__(self) -> int:
+        return sum(map(len, self._values))
+
+    def __iter__(self) -> Iterator[R]:
+        return (self.rank(rank) for rank in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"<LaunchResult of {len(self)} ranks on {', '.join(self._hostnames)}>"
+
+    def _find(self, rank: int) -> tuple[int, int]:
+        if not 0 <= rank < len(self):
+            raise IndexError(f"this launch had ranks 0 to {len(self) - 1}, not {rank}")
+        local_rank = rank
+        for host_index, values in enumerate(self._values):
+            if local_rank < len(values):
+                return host_index, local_rank
+            local_rank -= len(values)
+        raise AssertionError(rank)
+
+    def _fetch(self, rank: int, host_index: int, local_rank: int) -> R:
+        hostname = self._hostnames[host_index]
+        value = self._values[host_index][local_rank]
+        if not ray.is_initialized():
+            raise _gone(rank)  # Ray would start a cluster, and look there
+        try:
+            with kept_packed():
+                packed: Any = ray.get(value.ref)
+        except ValueError as error:
+            if "owner is unknown" not in str(error):
+                raise
+            raise _gone(rank) from error  # with a cluster before this one
+        except RayError as error:
+            if any(kind in str(error) for kind in _STORE_IS_FULL):
+                store = bytes_in_words(value.node.store_size)
+                raise PayloadError(
+                    path="the return value",
+                    reason=f"it has {bytes_in_words(value.size)}; the node's object store has {store}, "
+                    "and the disk that Ray falls back to is full",
+                    step="store",
+                    rank=rank,
+                    hostname=hostname,
+                ) from error
+            what = f"the value that rank {rank} returned is lost"
+            raise AgentFailedError(hostname=hostname, what=what, evidence=str(error)) from error
+        try:
+            return packed.unpack()
+        except (Exception, SystemExit, GeneratorExit) as error:  # Ctrl-C is the driver's own
+            raise PayloadError(
+                path="the return value",
+                reason=f"{type(error).__name__}: {error}",
+                rank=rank,
+                hostname=hostname,
+                step="unpickle",
+                missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
+            ) from users_part(error)
+
+
+def _gone(rank: int) -> LaunchError:
+    return LaunchError(
+        f"the value that rank {rank} returned went with the Ray cluster, which the driver has left, by "
+        "ray.shutdown() or as its ray:// connection was lost. Fetch what you want to keep before that."
+    )

@@ -1,0 +1,116 @@
+"""Stacks of the workers, in words."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePath
+
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<function>.*)')
+_OURS = "/torchrunx_ray/worker/"
+_AFTER_THE_FUNCTION = {
+    "_hand_over": "has returned, and its value is being copied",
+    "_join_threads": "is past the function, and waits for threads that it started",
+    "_end": "is past the function, and is ending",
+}
+"""Words for these functions of ours, which only workers run."""
+
+_NOT_THE_USERS = re.compile(
+    r"/site-packages/|/dist-packages/|/lib/python3[^/]*/|^<frozen "
+    r"|/torchrunx_ray/(worker|wire|driver|agent|integrations|torchrunx)/"
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One call on a stack."""
+
+    function: str
+    file: str
+    line: str
+
+    @property
+    def position(self) -> str:
+        return f"{PurePath(self.file).name}:{self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.function} ({self.file}:{self.line})"
+
+
+class Stacks:
+    """The Python stacks of a run's workers at one moment; as text, grouped where they are equal.
+
+    `by_rank` has those of all threads of a worker, as faulthandler prints them; a text is empty
+    where the worker did not answer.
+    """
+
+    def __init__(self, by_rank: Mapping[int, str]) -> None:
+        self.by_rank = dict(sorted(by_rank.items()))
+
+    @cached_property
+    def groups(self) -> list[tuple[list[int], tuple[Frame, ...]]]:
+        """Ranks whose main threads are at the same place, and the calls there, the last one first."""
+        groups: dict[tuple[Frame, ...], list[int]] = {}
+        for rank, text in self.by_rank.items():
+            groups.setdefault(_main_thread(text), []).append(rank)
+        return [(ranks, frames) for frames, ranks in groups.items()]
+
+    @property
+    def summary(self) -> str:
+        """One line for each group: "ranks 0, 2-7: train (train.py:33), in all_reduce"."""
+        return "\n".join(f"{in_words(ranks)}: {_where(frames)}" for ranks, frames in self.groups)
+
+    def without(self, ranks: Iterable[int]) -> "Stacks":
+        left_out = set(ranks)
+        return Stacks({rank: text for rank, text in self.by_rank.items() if rank not in left_out})
+
+    def __bool__(self) -> bool:
+        return bool(self.by_rank)
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for ranks, frames in self.groups:
+            lines.append(f"{in_words(ranks)}: {_where(frames)}")
+            lines += [f"  {frame}" for frame in frames]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Stacks of {in_words(self.by_rank)}>"
+
+
+def in_words(ranks: Iterable[int]) -> str:
+    """Return words such as "ranks 0, 2-7", or "rank 3"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    words = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs]
+    is_one = len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"rank{'' if is_one else 's'} {', '.join(words)}"
+
+
+def _main_thread(text: str) -> tuple[Frame, ...]:
+    """Return the main thread's calls from the last one on, down to the user's function. It is the last in the text."""
+    block = text.rstrip().rpartition("\n\n")[2]
+    frames: list[Frame] = []
+    for match in _FRAME.finditer(block):
+        frame = Frame(match["function"], match["file"], match["line"])
+        if _OURS in frame.file and frame.function in _AFTER_THE_FUNCTION:
+            return (*frames, frame)
+        if _OURS in frame.file and frames:
+            break
+        frames.append(frame)
+    return tuple(frames)
+
+
+def _where(frames: tuple[Frame, ...]) -> str:
+    """Return the innermost function of the user's own, and what it is in: "train (train.py:7), in select"."""
+    if not frames:
+        return "no answer (it has not begun, has ended just now, or is held by the kernel)"
+    if _OURS in frames[-1].file and frames[-1].function in _AFTER_THE_FUNCTION:
+        return f"{_AFTER_THE_FUNCTION[frames[-1].function]}: {frames[0].function} ({frames[0].position})"
+    own = next((frame for frame in frames if not _NOT_THE_USERS.search(frame.file)), frames[0])
+    where = f"{own.function} ({own.position})"
+    return where if own is frames[0] else f"{where}, in {frames[0].function}"

@@ -1,0 +1,60 @@
+"""The last step of a run: Ray gets what the workers returned."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
+
+logger = logging.getLogger("torchrunx_ray")
+
+_SILENT_S = 15.0
+"""Time that Ray may copy values before that is told: 10 GiB take a few seconds."""
+
+
+async def until_stored(
+    run_name: str,
+    values: "Sequence[tuple[str, Sequence[ray.ObjectRef[Any]]]]",
+    connection: Connection,
+) -> None:
+    """Return when Ray has the values, which come with their hosts' names.
+
+    Until then a value is in its agent only, and would be lost with it.
+    """
+    refs = [ref for _, of_host in values for ref in of_host]
+    hostnames = [hostname for hostname, of_host in values for _ in of_host]
+    says_at = time.monotonic() + _SILENT_S
+    try:
+        while missing := await connection.call(connection.inside, missing_after_a_second, refs):
+            if time.monotonic() >= says_at:
+                says_at = float("inf")
+                _say_missing(run_name, list(dict.fromkeys(hostnames[i] for i in missing)))
+    except RayError as error:
+        # Of the task that waits, through ray://; the values are the agents'.
+        logger.warning(
+            "%s has ended, but whether its values have left the agents is not known: the task that "
+            "waits for them failed (%s). Fetch the values before their hosts may go.",
+            run_name,
+            error,
+        )
+
+
+def _say_missing(run_name: str, hostnames: Sequence[str]) -> None:
+    logger.warning(
+        "%s: its workers have ended, and for %.0f s Ray has not got all values from: %s. They are large, or the "
+        "machine is too busy or swapping, or the agent is frozen or cut off. The run ends when Ray has them.",
+        run_name,
+        _SILENT_S,
+        ", ".join(hostnames),
+    )
+
+
+def missing_after_a_second(refs: list[Any]) -> list[int]:
+    """Return by index which values Ray does not have."""
+    _, missing = untyped_ray.wait(refs, num_returns=len(refs), timeout=1, fetch_local=False)
+    left = set(missing)
+    return [i for i, ref in enumerate(refs) if ref in left]

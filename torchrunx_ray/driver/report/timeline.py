@@ -1,0 +1,139 @@
+"""Times of a run's phases, on the driver's clock."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.ranks import Place
+
+PHASES = ("place", "agents", "template import", "process group", "run", "results")
+
+
+def _times() -> dict[int, int]:
+    return {}
+
+
+@dataclass
+class Timeline:
+    """Written in the background loop while the run goes on; times are ns since the epoch."""
+
+    begun_ns: int = field(default_factory=now_ns)
+    placed_ns: int | None = None
+    met_ns: int | None = None
+    is_stopping: bool = False
+    ended_ns: int | None = None
+    hostnames: Sequence[str] = ()
+    places: Sequence[Place] = ()
+    loaded: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+    """By host: from when to when the template imported, which may have been for an earlier run."""
+    joined: dict[int, int] = field(default_factory=_times)
+    """By rank, as the following ones."""
+    started: dict[int, int] = field(default_factory=_times)
+    finished: dict[int, int] = field(default_factory=_times)
+    exited: dict[int, int] = field(default_factory=_times)
+
+    def hear(self, host_index: int, rank: int | None, event: messages.Event, ahead_ns: int) -> None:
+        """Note an event of a host whose clock is that much ahead."""
+        match event:
+            case messages.TemplateLoaded():
+                self.loaded[host_index] = (event.begun_ns - ahead_ns, event.loaded_ns - ahead_ns)
+            case messages.Joined() if rank is not None:
+                self.joined[rank] = event.time_ns - ahead_ns
+            case messages.Started() if rank is not None:
+                self.started[rank] = event.time_ns - ahead_ns
+            case messages.Finished() if rank is not None:
+                self.finished[rank] = event.time_ns - ahead_ns
+            case messages.Exited() if rank is not None:
+                self.exited[rank] = event.time_ns - ahead_ns
+            case _:
+                pass
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds that each phase took, in order, and "total".
+
+        A phase ends when all hosts and ranks are through it; one that was not needed, such as an
+        import by a template that was there, took none. A launch that failed did so in the last one
+        that took some.
+        """
+        ends = self._ends()
+        begins = [self.begun_ns, *ends[:-1]]
+        seconds = {
+            phase: (end - begin) / 1e9
+            for phase, begin, end in zip(PHASES, begins, ends, strict=True)
+        }
+        return {**seconds, "total": (ends[-1] - self.begun_ns) / 1e9}
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """A trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+        with open(path, "w") as file:
+            json.dump({"traceEvents": list(self._trace_events()), "displayTimeUnit": "ms"}, file)
+
+    def _ends(self) -> list[int]:
+        now = max(self.begun_ns, now_ns() if self.ended_ns is None else self.ended_ns)
+        loaded = {host_index: loaded for host_index, (_, loaded) in self.loaded.items()}
+        ends = [
+            self.placed_ns,
+            self.met_ns,
+            _last_of(loaded, len(self.hostnames)),
+            _last_of(self.started, len(self.places)),
+            _last_of(self.finished, len(self.places)),
+            now,
+        ]
+        in_order: list[int] = []
+        last = self.begun_ns
+        for end in ends:
+            # The phase that never ended has all that was left. One that was over before, such as an
+            # import for an earlier run, has ended with the last.
+            last = now if end is None else min(now, max(last, end))
+            in_order.append(last)
+        return in_order
+
+    def _trace_events(self) -> Iterator[Mapping[str, Any]]:
+        yield _name_of("process_name", 0, 0, "driver")
+        begin = self.begun_ns
+        for phase, end in zip(PHASES, self._ends(), strict=True):
+            yield _span(phase, 0, 0, begin, end)
+            begin = end
+        for host_index, hostname in enumerate(self.hostnames):
+            yield _name_of("process_name", host_index + 1, 0, hostname)
+            yield _name_of("thread_name", host_index + 1, 0, "template")
+            begun, loaded = self.loaded.get(host_index, (0, 0))
+            if loaded > self.begun_ns:
+                yield _span("import", host_index + 1, 0, max(begun, self.begun_ns), loaded)
+        for place in self.places:
+            yield from self._trace_of(place)
+
+    def _trace_of(self, place: Place) -> Iterator[Mapping[str, Any]]:
+        process, thread = place.host_index + 1, place.local_rank + 1
+        yield _name_of("thread_name", process, thread, f"rank {place.rank}")
+        _, loaded = self.loaded.get(place.host_index, (0, self.begun_ns))
+        steps = (
+            ("process group", max(loaded, self.met_ns or self.begun_ns)),
+            ("unpack", self.joined.get(place.rank)),
+            ("run", self.started.get(place.rank)),
+            ("result", self.finished.get(place.rank)),
+            ("", self.exited.get(place.rank)),
+        )
+        for (name, begin), (_, end) in pairwise(steps):
+            if begin is not None and end is not None:
+                yield _span(name, process, thread, begin, end)
+
+
+def _last_of(times: Mapping[int, int], count: int) -> int | None:
+    """None where not all have come."""
+    return max(times.values()) if len(times) == count > 0 else None
+
+
+def _span(name: str, process: int, thread: int, begin: int, end: int) -> Mapping[str, Any]:
+    micros = {"ts": begin / 1000, "dur": max(0, end - begin) / 1000}
+    return {"name": name, "ph": "X", "pid": process, "tid": thread, **micros}
+
+
+def _name_of(what: str, process: int, thread: int, name: str) -> Mapping[str, Any]:
+    return {"name": what, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}

@@ -1,0 +1,1 @@
+"""One run on its hosts, from the first worker to the last."""

@@ -1,0 +1,262 @@
+"""Hosts that are held for one run or for a session of several, with an agent on each."""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.agents import pool
+from torchrunx_ray.driver.agents.pool import PooledAgent
+from torchrunx_ray.driver.background.loop import to_the_end
+from torchrunx_ray.driver.call import references
+from torchrunx_ray.driver.call.pack_call import Call
+from torchrunx_ray.driver.cluster import inventory, token
+from torchrunx_ray.driver.cluster.connection import Connection
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.placing.own_sessions import Held
+from torchrunx_ray.driver.placing.placement import Host, Placement, reserve
+from torchrunx_ray.driver.report.failures import Failures
+from torchrunx_ray.driver.report.progress import Progress
+from torchrunx_ray.driver.report.results import LaunchResult
+from torchrunx_ray.driver.running.attempt import Attempt, Crew
+from torchrunx_ray.errors import AgentFailedError, LaunchError
+from torchrunx_ray.wire import versions
+from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.messages import Met, TemplateWanted
+
+T = TypeVar("T")
+
+logger = logging.getLogger("torchrunx_ray")
+
+_SILENT_S = 15.0
+"""An agent answers at once when it is there, and is there in a few seconds where no package is installed first."""
+
+
+_ANSWER_S = 120.0
+"""For Ray to say what it knows of a placement; a head may be restarted meanwhile."""
+
+
+class Hosts:
+    """A placement, and the agents on it. Lives in the background loop."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._placement: Placement | None = None
+        self._is_closed = False
+        self._agents: dict[int, PooledAgent] = {}
+        self._turn = asyncio.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Empty while there are none: before they are there, between two placements, at the end."""
+        placement = self._placement
+        return () if placement is None else tuple(host.label for host in placement.hosts)
+
+    @property
+    def held(self) -> list[Held]:
+        placement = self._placement
+        return [] if placement is None else placement.held
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    async def open(self, progress: Progress) -> None:
+        """Take room in the cluster. `close` waits for that, and for what a cancellation of it gives back."""
+        async with self._turn:
+            if self._is_closed:
+                raise RuntimeError("the session is closed")
+            self._placement = await reserve(self._options, progress)
+
+    async def run(
+        self, call: Call, progress: Progress, *, is_fresh: bool = False
+    ) -> "LaunchResult[object] | Failures":
+        """Run the call on every worker. Runs wait for each other.
+
+        `is_fresh`: the room was taken a moment ago, and nobody can have taken it away.
+        """
+        progress.waits_for_turn = self._turn.locked()
+        async with self._turn:
+            progress.waits_for_turn = False
+            await references.wait_for(call.inserted, Connection())
+            progress.timeline.placed_ns = now_ns()
+            crew, backend = await self._assemble(call.template, progress, is_fresh=is_fresh)
+            progress.timeline.met_ns = now_ns()
+            attempt = Attempt(call.run_name, self._options, crew, backend, progress.timeline)
+            progress.attempt = attempt
+            try:
+                outcome = await attempt.go(call)
+            finally:
+                # Read in other threads, as long as there is an attempt from it.
+                progress.log_directory = attempt.log_directory
+                progress.stacks_at_stop = attempt.stacks_at_stop
+                progress.failures_before_stop = attempt.failures_before_stop
+                progress.attempt = None
+                await to_the_end(self._drop(attempt.broken))
+            if isinstance(outcome, Failures):
+                return outcome
+            hostnames = [host.label for host in crew.hosts]
+            return LaunchResult(hostnames, outcome, progress.timeline, progress.log_directory)
+
+    async def close(self) -> None:
+        """Agents rest or end, and the room is given back. Safe to repeat."""
+        async with self._turn:
+            self._is_closed = True
+            agents, self._agents = list(self._agents.values()), {}
+            placement, self._placement = self._placement, None
+            releasing = [agent.release(self._options.linger) for agent in agents]
+            released = await asyncio.gather(*releasing, return_exceptions=True)
+            if placement is not None:
+                await placement.remove()
+            for done in released:
+                if isinstance(done, BaseException):
+                    logger.warning("an agent could not be released: %s", done)
+
+    async def _assemble(
+        self, template: TemplateWanted, progress: Progress, *, is_fresh: bool
+    ) -> tuple[Crew, str | None]:
+        """An agent on every host; where a host's node has died, on hosts that are placed anew."""
+        while True:
+            if self._is_closed:
+                raise RuntimeError("the session is closed")
+            if self._placement is None:  # the last try to place it anew found no room
+                self._placement = await reserve(self._options, progress)
+            placement, hosts = self._placement, self._placement.hosts
+            try:
+                if not is_fresh:
+                    await _answered(placement.check())
+                met = await _all_or_first_error(
+                    [self._meet(i, host, template) for i, host in enumerate(hosts)]
+                )
+                gpu_ids = await placement.gpu_ids()
+            except (AgentFailedError, RayError) as error:
+                if await _is_whole(placement):
+                    raise
+                logger.warning("a node died before the run began; it is placed again: %s", error)
+                await self._drop(set(self._agents))
+                self._placement = None
+                await placement.remove()
+                continue
+            agents = [self._agents[i] for i in range(len(hosts))]
+            return Crew(hosts, agents, met, gpu_ids), placement.backend
+
+    async def _meet(self, index: int, host: Host, template: TemplateWanted) -> Met:
+        """Have an agent on this host, in place of one that died since its last run."""
+        wanted = dataclasses.replace(template, one_worker=host.workers == 1)
+        while True:
+            agent = self._agents.get(index)
+            if agent is not None and agent.wanted != wanted:  # the driver's environment or folder
+                await to_the_end(self._agents.pop(index).release(self._options.linger))
+                agent = None
+            if agent is None:
+                agent = await pool.acquire(host.node.node_id, host.label, wanted, self._options)
+                self._agents[index] = agent
+            silent = asyncio.get_running_loop().call_later(_SILENT_S, _say_silent, host.label)
+            try:
+                met = await agent.meet(listen=index == 0)
+            except (RayError, TimeoutError) as error:
+                await self._drop({index})
+                missing = versions.missing_package(str(error), versions.of_this_process())
+                if missing is not None:
+                    raise LaunchError(f"On {host.label}: {missing}") from None
+                what = "the agent could not be started"
+                raise AgentFailedError(
+                    hostname=host.label, what=what, evidence=_why_not_started(error)
+                ) from None
+            finally:
+                silent.cancel()
+            if met is None:
+                if agent.fault:
+                    logger.warning(
+                        "%s: the agent that rested there %s A new one takes its place.",
+                        host.label,
+                        agent.fault,
+                    )
+                await self._drop({index})
+                continue
+            problem = met.problem or versions.problem_between(
+                versions.of_this_process(), met.versions
+            )
+            if problem is not None:
+                await self._drop({index})
+                raise LaunchError(f"On {host.label}: {problem}")
+            doubt = versions.doubt_between(versions.of_this_process(), met.versions)
+            for warning in filter(None, (met.warning, doubt)):
+                logger.warning("%s: %s", host.label, warning)
+            return met
+
+    async def _drop(self, indices: set[int]) -> None:
+        """End these agents, whatever happens meanwhile: nobody else knows of them."""
+        agents = [self._agents.pop(i) for i in indices if i in self._agents]
+        if ending := [asyncio.create_task(agent.end()) for agent in agents]:
+            await to_the_end(asyncio.wait(ending))
+
+
+def _why_not_started(error: Exception) -> str:
+    # A Ray that this process started has the same token.
+    doubt = "" if inventory.was_started_here() else token.doubt(str(error))
+    return f"{error}\n{doubt}".rstrip()
+
+
+def _say_silent(hostname: str) -> None:
+    logger.warning(
+        "%s: its agent has not answered for %.0f s: Ray still makes its runtime_env, or the machine is too busy "
+        "to run it, or is swapping, or the agent is frozen or cut off. The launch goes on when it answers.",
+        hostname,
+        _SILENT_S,
+    )
+
+
+async def _is_whole(placement: Placement) -> bool:
+    """Return whether all nodes live; True if Ray does not tell, for the failure itself says more."""
+    try:
+        return await _answered(placement.is_whole())
+    except (LaunchError, RayError):
+        return True
+
+
+async def _answered(question: Awaitable[T]) -> T:
+    """Await what Ray knows, but not for ever."""
+    limit = asyncio.timeout(_ANSWER_S)
+    try:
+        async with limit:
+            return await question
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise LaunchError(
+            f"Ray has not told for {_ANSWER_S:g} s what it knows of the placement of the launch. Is the head's "
+            "machine frozen, overloaded or cut off? `ray status` there would tell. Launch again."
+        ) from None
+    finally:
+        del limit  # it refers to the task whose failure refers to this frame
+
+
+async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[T]:
+    """Return all outcomes. At the first error the rest is cancelled, and has ended when it is raised."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [task for task in tasks if task.done() and task.exception() is not None]
+        return [task.result() for task in failed or tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await to_the_end(asyncio.wait(tasks))
+        del tasks, work  # a failure refers to this frame, and must not wait for Python's gc
+
+
+async def run_once(
+    options: Options, call: Call, progress: Progress
+) -> "LaunchResult[object] | Failures":
+    """Hold hosts for one run."""
+    hosts = Hosts(options)
+    try:
+        await references.wait_for(call.inserted, Connection())
+        await hosts.open(progress)
+        return await hosts.run(call, progress, is_fresh=True)
+    finally:
+        await to_the_end(hosts.close())

@@ -1,0 +1,103 @@
+"""Sees what a run's workers are doing."""
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.agents.pool import PooledAgent
+from torchrunx_ray.driver.cluster.connection import ClusterLeft
+from torchrunx_ray.driver.report.stacks import Stacks, in_words
+from torchrunx_ray.wire.messages import StacksWanted
+from torchrunx_ray.wire.ranks import Place
+
+logger = logging.getLogger("torchrunx_ray")
+
+_ASKED = StacksWanted(within_s=2.0, thread_s=1.0)
+"""While a run goes on. The thread has long: faulthandler may crash a worker that is only slow."""
+
+_ROUND_TRIP_S = 0.1
+"""For the question and the answer between driver and agent."""
+
+_RETURNED_S = 60.0
+"""Time after the last rank that returned, until the others are named."""
+
+
+class Stragglers:
+    """Asks the agents; and says by itself who runs on long after others have returned."""
+
+    def __init__(
+        self, run_id: str, agents: Sequence[PooledAgent], layout: Sequence[Sequence[Place]]
+    ) -> None:
+        self._run_id = run_id
+        self._agents = agents
+        self._layout = layout
+        self._returned: set[int] = set()
+        self._last_return: asyncio.TimerHandle | None = None
+        self._saying: asyncio.Task[None] | None = None
+
+    async def stacks(self, wanted: StacksWanted = _ASKED) -> Stacks:
+        """Return the stacks of the workers that live, as far as they tell in that time."""
+        asked = [
+            asyncio.create_task(self._stacks_of(i, agent, wanted))
+            for i, agent in enumerate(self._agents)
+            if agent.connection.is_ours() and not agent.is_gone
+        ]
+        if asked:
+            # A worker that does not answer takes its agent all of the time; the answer then comes.
+            await asyncio.wait(asked, timeout=wanted.within_s + _ROUND_TRIP_S)
+        stacks: dict[int, str] = {}
+        for of_host in asked:
+            if of_host.done():
+                stacks |= of_host.result()
+            else:
+                of_host.cancel()
+        return Stacks(stacks)
+
+    def has_returned(self, rank: int) -> None:
+        """The rest should not take very much longer."""
+        self._returned.add(rank)
+        self.close()
+        loop = asyncio.get_running_loop()
+        self._last_return = loop.call_later(_RETURNED_S, self._look_for_others)
+
+    def close(self) -> None:
+        """Say nothing more."""
+        if self._last_return is not None:
+            self._last_return.cancel()
+        if self._saying is not None:
+            self._saying.cancel()
+
+    def _look_for_others(self) -> None:
+        self._saying = asyncio.create_task(self._name_others())
+
+    async def _name_others(self) -> None:
+        stacks = await self.stacks()
+        running = stacks.without(self._returned)
+        if running:
+            _warn(self._returned, "the launch goes on with", running)
+        elif stacks:
+            _warn(self._returned, "the launch waits for their processes to end", stacks)
+
+    async def _stacks_of(
+        self, host_index: int, agent: PooledAgent, wanted: StacksWanted
+    ) -> dict[int, str]:
+        """By rank; none of a host that cannot be asked, which is reported otherwise."""
+        try:
+            texts: dict[int, str] = await agent.connection.ask(
+                agent.calls.stacks, self._run_id, wanted
+            )
+        except (RayError, ClusterLeft):
+            return {}
+        return {self._layout[host_index][k].rank: text for k, text in texts.items()}
+
+
+def _warn(returned: Iterable[int], what: str, stacks: Stacks) -> None:
+    logger.warning(
+        "%s returned at least %.0f s ago; %s:\n%s",
+        in_words(returned),
+        _RETURNED_S,
+        what,
+        stacks.summary,
+    )

@@ -1,0 +1,171 @@
+"""The processes below this one: who they are, and how none of them is left."""
+
+import contextlib
+import ctypes
+import itertools
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from torchrunx_ray.wire import linux
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+_TRACKER_GRACE_S = 0.5
+"""multiprocessing's resource tracker removes what its process left in /dev/shm, then ends."""
+
+_WAITED_FOR = 8
+"""Children at a time: each takes a descriptor."""
+
+_DEATH_S = 10.0
+"""Time that a killed process may take to give back its memory, or a GPU's."""
+
+
+def become_subreaper() -> None:
+    """Orphans of this process's descendants become its own children."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def any_is_ready(fds: Iterable[int], timeout_s: float | None = None) -> bool:
+    """Wait until one of the descriptors can be read; a pidfd can when its process has ended."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+def signal_group(group: int, signum: int) -> None:
+    """Signal a process group. On SIGKILL its resource trackers are left to end by themselves.
+
+    The group's leader may be gone, and the group with it.
+    """
+    if signum != signal.SIGKILL:
+        _ignore_missing(os.killpg, group, signum)
+        return
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return  # most often it is empty, and a look at every process of the host can be spared
+    for pid in _members(group):
+        if not _is_resource_tracker(pid):
+            _ignore_missing(os.kill, pid, signal.SIGKILL)
+
+
+def reap_ended(heard: Callable[[int, int, int], None] | None = None) -> bool:
+    """Reap every child that has ended; `heard(pid, exit_code, peak_memory)` hears of each."""
+    found = False
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        found = True
+        if heard is not None:
+            heard(pid, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
+
+
+def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
+    """SIGKILL and reap every child, and theirs as they become ours, until there is none.
+
+    Less those that end by themselves. Returns those that outlived SIGKILL for long: they are in
+    uninterruptible sleep.
+    """
+    begun = time.monotonic()
+    while _has_children():
+        children = [pid for pid in _children_of_this_process() if not ends_by_itself(pid)]
+        if not children:
+            break
+        spent_s = time.monotonic() - begun
+        spare_trackers = spent_s < _TRACKER_GRACE_S
+        for pid in children:
+            if not (spare_trackers and _is_resource_tracker(pid)):
+                _ignore_missing(os.kill, pid, signal.SIGKILL)
+        if not reap():
+            if spent_s > _DEATH_S:
+                return children
+            _wait_for_end_of_any(children, _TRACKER_GRACE_S)
+    return []
+
+
+def _has_children() -> bool:
+    """Cheaper than a look at every process of the host."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _wait_for_end_of_any(children: Iterable[int], timeout_s: float) -> None:
+    with contextlib.ExitStack() as opened:
+        fds = [linux.pidfd_open(pid) for pid in itertools.islice(children, _WAITED_FOR)]
+        for fd in fds:
+            opened.callback(os.close, fd)
+        any_is_ready(fds, timeout_s)
+
+
+def _children_of_this_process() -> Iterator[int]:
+    # Not /proc/self/task/*/children: it needs CONFIG_PROC_CHILDREN.
+    me = os.getpid()
+    for pid, fields in _every_process():
+        if int(fields[1]) == me:
+            yield pid
+
+
+def _members(group: int) -> Iterator[int]:
+    for pid, fields in _every_process():
+        if int(fields[2]) == group and fields[0] != "Z":
+            yield pid
+
+
+def _every_process() -> Iterator[tuple[int, list[str]]]:
+    """Pid and the fields of its stat line from the state on (state, parent, group, ...)."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                line = Path("/proc", entry, "stat").read_text(errors="replace")
+            except OSError:  # it ended meanwhile
+                continue
+            yield int(entry), line.rpartition(")")[2].split()
+
+
+def ends_by_itself(pid: int) -> bool:
+    """Return True if it is torch's, which removes what its processes left in /dev/shm two seconds after them."""
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "torch_shm_manager"
+    except OSError:
+        return False
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _ignore_missing(call: Callable[[int, int], None], target: int, signum: int) -> None:
+    try:
+        call(target, signum)
+    except (ProcessLookupError, PermissionError):
+        # PermissionError: a set-uid program; it ends by itself or its owner's doing.
+        pass
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

@@ -1,0 +1,1 @@
+"""Values and their buffers: pickled, moved between processes, and what cannot be."""

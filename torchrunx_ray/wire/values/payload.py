@@ -1,0 +1,136 @@
+"""Values on their way between driver and workers."""
+
+import contextlib
+import functools
+import pickle
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torchrunx_ray.errors import PayloadError
+from torchrunx_ray.wire.by_value import pickler_hooks
+from torchrunx_ray.wire.values import pickling
+from torchrunx_ray.wire.values.advice import advice_on, reason_of
+from torchrunx_ray.wire.values.culprit import find_culprit, users_part
+
+_keep_packed: ContextVar[bool] = ContextVar("_keep_packed", default=False)
+_process_only_carries = False
+_is_inserting: ContextVar[bool] = ContextVar("_is_inserting", default=False)
+_inserted: ContextVar[Sequence[Callable[[], Any]]] = ContextVar("_inserted", default=())
+
+
+class Packed:
+    """A pickled value: its pickle stream, and its large buffers beside it.
+
+    Wherever a Packed is itself unpickled it turns into the value, except in a process that only
+    carries values (an agent, a Ray Client server) and inside `kept_packed()`.
+    """
+
+    __slots__ = ("_owners", "buffers", "stream")
+
+    def __init__(
+        self,
+        stream: "bytes | memoryview",
+        buffers: "tuple[memoryview, ...]" = (),
+        owners: Sequence[object] = (),
+    ) -> None:
+        self.stream = stream
+        self.buffers = buffers
+        self._owners = owners
+
+    def unpack(self, inserted: "Sequence[Packed]" = ()) -> Any:
+        """The value, with these in the places that `Inserted` holds for them."""
+        token = _inserted.set([functools.cache(packed.unpack) for packed in inserted])
+        try:
+            return pickler_hooks.loads(self.stream, self.buffers)
+        finally:
+            _inserted.reset(token)
+
+    @property
+    def parts(self) -> "list[memoryview]":
+        return [memoryview(part).cast("B") for part in (self.stream, *self.buffers)]
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return sum(part.nbytes for part in self.parts)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if protocol < 5:  # Ray Client may ask for less than out-of-band buffers need
+            return _arrive, (bytes(self.stream), *map(bytes, self.buffers))
+        return _arrive, tuple(pickle.PickleBuffer(part) for part in (self.stream, *self.buffers))
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """The place of a value that travels beside the one that refers to it."""
+
+    index: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _insert, (self.index,)
+
+
+def pack(
+    parts: Sequence[tuple[str, object]],
+    *,
+    rank: int | None = None,
+    hostname: str | None = None,
+    replace: pickling.Replace | None = None,
+) -> Packed:
+    """Pickle one value, or a tuple of several; PayloadError names the part that cannot be."""
+    values = tuple(value for _name, value in parts)
+    try:
+        pickled = pickling.dumps_with_buffers(values[0] if len(values) == 1 else values, replace)
+    except Exception as error:
+        failed = error
+    else:
+        buffers = tuple(buffer.raw() for buffer in pickled.buffers)
+        return Packed(pickled.stream, buffers, pickled.owners)
+    culprit = find_culprit(parts, failed, replace)
+    del failed  # it refers to this frame
+    raise PayloadError(
+        path=culprit.path,
+        reason=reason_of(culprit.error),
+        rank=rank,
+        hostname=hostname,
+        advice=advice_on(culprit, is_returned=rank is not None),
+    ) from users_part(culprit.error)
+
+
+@contextlib.contextmanager
+def kept_packed() -> Generator[None]:
+    """Within, a Packed that is unpickled stays one."""
+    token = _keep_packed.set(True)
+    try:
+        yield
+    finally:
+        _keep_packed.reset(token)
+
+
+def carry_values_packed() -> None:
+    """Declare that this process only carries values, and must not import what they need."""
+    global _process_only_carries
+    _process_only_carries = True
+
+
+def _arrive(stream: Any, *buffers: Any) -> Any:
+    # Ray's buffers cannot be indexed; a memoryview of them can.
+    packed = Packed(memoryview(stream), tuple(memoryview(buffer) for buffer in buffers))
+    carries = _process_only_carries or "ray.util.client.server.server" in sys.modules
+    return packed if carries or _keep_packed.get() else packed.unpack()
+
+
+def is_inserting() -> bool:
+    """Return True while a value is unpickled that travels beside the one that refers to it."""
+    return _is_inserting.get()
+
+
+def _insert(index: int) -> Any:
+    token = _is_inserting.set(True)
+    try:
+        return _inserted.get()[index]()
+    finally:
+        _is_inserting.reset(token)

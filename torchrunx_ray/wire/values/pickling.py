@@ -1,0 +1,127 @@
+"""cloudpickle, with what large values and references to values need beside it."""
+
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
+
+from torchrunx_ray.wire.by_value import code_first, pickler_hooks
+from torchrunx_ray.wire.values import tensors
+
+_CloudPickler: Any = cloudpickle.Pickler
+
+_SMALL = 2048
+"""Bytes of a buffer that stay in the stream; beside it, each costs Ray and us some bookkeeping."""
+
+Replace = Callable[[object], Any]
+"""Returns the reduce tuple to pickle instead of an object, or NotImplemented to pickle the object as it is."""
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """A stream, the large buffers beside it, and what keeps these valid."""
+
+    stream: bytes
+    buffers: tuple[pickle.PickleBuffer, ...]
+    owners: list[object] = field(default_factory=list[object])
+
+
+def dumps(value: object, replace: Replace | None = None) -> bytes:
+    """All of it in one stream."""
+    file = io.BytesIO()
+    _Pickler(file, None, [], replace).dump(value)
+    return file.getvalue()
+
+
+def dumps_with_buffers(value: object, replace: Replace | None = None) -> Pickled:
+    """Large buffers beside the stream, uncopied.
+
+    Annotations may refer from class to class, deeper than Python can recurse. What is too deep is pickled
+    without the needs of annotations.
+    """
+    try:
+        return _with_buffers(value, replace)
+    except pickle.PicklingError as error:
+        if not isinstance(error.__cause__, RecursionError):
+            raise
+    return _with_buffers(value, replace, with_annotations=False)
+
+
+def _with_buffers(
+    value: object, replace: Replace | None, *, with_annotations: bool = True
+) -> Pickled:
+    file = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
+    owners: list[object] = []
+
+    def keep_small(buffer: pickle.PickleBuffer) -> bool:
+        if buffer.raw().nbytes <= _SMALL:
+            return True
+        buffers.append(buffer)
+        return False
+
+    _Pickler(file, keep_small, owners, replace, with_annotations=with_annotations).dump(value)
+    return Pickled(file.getvalue(), tuple(buffers), owners)
+
+
+class _Nowhere(io.BytesIO):
+    """Takes a stream that nobody reads."""
+
+    def write(self, data: Any, /) -> int:
+        return len(data)
+
+
+class _Pickler(_CloudPickler):
+    def __init__(
+        self,
+        file: io.BytesIO,
+        buffer_callback: Callable[[pickle.PickleBuffer], bool] | None,
+        owners: list[object],
+        replace: Replace | None,
+        *,
+        with_annotations: bool = True,
+    ) -> None:
+        _CloudPickler.__init__(self, file, protocol=5, buffer_callback=buffer_callback)
+        self._owners = owners
+        self._replace = replace
+        self._with_annotations = with_annotations
+        self._order = code_first.Order()
+        self._classes: dict[int, object] = {}
+        self._trial: _Pickler | None = None
+
+    def reducer_override(self, obj: object) -> Any:
+        if issubclass(type(obj), type):
+            self._classes[id(obj)] = obj
+        reduced: Any = NotImplemented if self._replace is None else self._replace(obj)
+        if reduced is NotImplemented:
+            reduced = tensors.reduce(obj, self._owners)
+        if reduced is NotImplemented:
+            reduced = pickler_hooks.reduce(obj, self._order)
+        if reduced is NotImplemented:
+            reduced = _CloudPickler.reducer_override(self, obj)
+            reduced = pickler_hooks.finish(obj, reduced, self._order, self._can_be_pickled)
+        return reduced
+
+    def _can_be_pickled(self, value: object) -> bool:
+        """Try it, except for a class that has come, or was part of a trial.
+
+        A trial is of the value's own code and data. What its annotations name has trials of its own. One pickler
+        does them all, as it does not pickle again what it knows.
+        """
+        if id(value) in self._classes or not self._with_annotations:
+            return id(value) in self._classes
+        trial = self._trial or self._new_trial()
+        self._trial = None
+        try:
+            trial.dump(value)
+        except Exception:  # it may now know parts that it did not come to pickle
+            return False
+        self._trial = trial
+        self._classes |= trial._classes
+        return True
+
+    def _new_trial(self) -> "_Pickler":
+        return _Pickler(_Nowhere(), lambda _: False, [], self._replace, with_annotations=False)

@@ -1,0 +1,187 @@
+"""The worker's process group, and the rendezvous of those that its function makes itself."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import threading
+import types
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from torchrunx_ray.wire.messages import ForkWorker
+from torchrunx_ray.worker.dns import without_dns
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+_RENDEZVOUS = "torch.distributed.rendezvous"
+_LEAVE_TIMEOUT_S = 1.0
+
+
+def join(wanted: ForkWorker) -> Callable[[], None]:
+    """Set the CUDA device, make the process group, and see to it that the function can make more.
+
+    Returns what the worker calls before it ends.
+    """
+    if wanted.cuda_device is not None:
+        import torch
+
+        if torch.cuda.is_available():  # Ray can be told of GPUs that are not there
+            torch.cuda.set_device(wanted.cuda_device)
+    store = _LaunchStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store.lend_to_later_groups()
+    if wanted.backend is None:
+        return _destroy_groups
+    from torch import distributed
+
+    _check_backend(wanted.backend, wanted.hostname)
+    timeout = timedelta(seconds=wanted.timeout)
+    place = wanted.place
+    launch_store = store.with_prefix("launch", timeout)
+    distributed.init_process_group(
+        wanted.backend,
+        store=launch_store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+    )
+    if launch_store.add("joined", 1) == place.world_size:
+        launch_store.set("all joined", "")
+
+    def leave() -> None:
+        # A rank that ended now would break the group for those that still connect to it.
+        launch_store.wait(["all joined"])
+        _destroy_groups()
+
+    return leave
+
+
+def _destroy_groups() -> None:
+    """Destroy the process groups if there are some; not for long, since a peer may be gone.
+
+    Not where they are all gloo's: destroying one takes 10 ms for each peer (its event loop wakes
+    no sooner), and the end of the process closes its sockets just as well.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    if {backend for backend, _ in distributed.distributed_c10d._world.pg_map.values()} == {"gloo"}:
+        return
+    destroying = threading.Thread(target=_destroy, args=(distributed,), daemon=True)
+    destroying.start()
+    destroying.join(_LEAVE_TIMEOUT_S)
+
+
+def _destroy(distributed: types.ModuleType) -> None:
+    try:
+        distributed.destroy_process_group()
+    except Exception:
+        # A peer that left first: the result is already on its way, and the process ends next.
+        return
+
+
+def _check_backend(backend: str, hostname: str) -> None:
+    import torch
+    from torch import distributed
+
+    names = [part.rpartition(":")[2] for part in backend.split(",")]
+    if "fake" in names:
+        importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers it
+    for name in names:
+        if not distributed.is_backend_available(name):
+            there = [
+                n for n in ("nccl", "gloo", "mpi", "ucc") if distributed.is_backend_available(n)
+            ]
+            raise ValueError(
+                f"backend={backend!r}: torch {torch.__version__} on {hostname} was built without "
+                f"{name}; it has {', '.join(there)}."
+            )
+
+
+@dataclass(frozen=True)
+class _LaunchStore:
+    """Address of the launch's TCPStore, as seen from this worker."""
+
+    master_addr: str
+    master_port: int
+
+    def with_prefix(self, prefix: str, timeout: timedelta) -> "Store":
+        from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+        with without_dns():
+            client = TCPStore(
+                self.master_addr,
+                self.master_port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timeout,
+            )
+        return PrefixStore(f"torchrunx_ray/{prefix}", client)
+
+    def lend_to_later_groups(self) -> None:
+        """Let `init_process_group()` in the function use this store, any number of times.
+
+        Left alone, torch would have rank 0 listen at MASTER_PORT, where our store listens; with
+        TORCHELASTIC_USE_AGENT_STORE it would use the same keys each time, and a second group
+        would read the first one's. Each group made at our address gets a prefix of its own; any
+        other address is torch's business.
+        """
+        module = sys.modules.get(_RENDEZVOUS)
+        if module is not None:
+            self.patch(module)
+        else:
+            sys.meta_path.insert(0, _PatchWhenImported(self))
+
+    def patch(self, module: types.ModuleType) -> None:
+        plain: Callable[..., Store] = module._create_c10d_store
+        made: Counter[int] = Counter()
+
+        def create_store(
+            hostname: str,
+            port: int,
+            rank: int,
+            world_size: int,
+            timeout: timedelta,
+            use_libuv: bool = True,
+        ) -> "Store":
+            ours = hostname in (self.master_addr, "localhost", "127.0.0.1")
+            if not ours or port != self.master_port:
+                return plain(hostname, port, rank, world_size, timeout, use_libuv)
+            made[world_size] += 1
+            return self.with_prefix(f"group{made[world_size]}/{world_size}", timeout)
+
+        vars(module)["_create_c10d_store"] = create_store
+
+
+class _PatchWhenImported(importlib.abc.MetaPathFinder):
+    """Patches the rendezvous module of a torch that the function itself imports first."""
+
+    def __init__(self, store: _LaunchStore) -> None:
+        self._store = store
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: "Sequence[str] | None",  # noqa: ARG002  # the protocol's signature
+        target: types.ModuleType | None = None,  # noqa: ARG002
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _RENDEZVOUS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_patch(module: types.ModuleType) -> None:
+            load(module)
+            self._store.patch(module)
+
+        spec.loader.exec_module = load_and_patch
+        return spec

@@ -1,0 +1,313 @@
+"""Outcome of the function, as one message to the agent."""
+
+import bdb
+import contextlib
+import dataclasses
+import errno
+import linecache
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+from torchrunx_ray import errors
+from torchrunx_ray.errors import PayloadError
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.values import memory, transfer
+from torchrunx_ray.wire.values.culprit import users_part
+from torchrunx_ray.wire.values.exceptions import dump_exception, text_of
+from torchrunx_ray.wire.values.payload import Packed, pack
+from torchrunx_ray.wire.values.transfer import Layout, Spans
+from torchrunx_ray.worker.function import exits
+
+_TWICE_NOTE = (
+    "torchrunx_ray made a process group before it called the function; launch with backend=None "
+    "to make your own, or destroy_process_group() first."
+)
+
+_NO_STDIN_NOTE = (
+    "If breakpoint() or pdb raised this: a worker has no stdin, so a debugger that reads it ends at once. Call the function by itself in one "
+    "process, or let the worker wait for a debugger that attaches: debugpy.listen(...), then "
+    "debugpy.wait_for_client(). PYTHONBREAKPOINT=0 makes breakpoint() do nothing; run.stacks() shows what "
+    "every rank is doing."
+)
+
+_NOT_REPORTED_ADVICE = (
+    "Did the function close descriptors that it had not opened, as os.closerange does?"
+)
+
+_PACKAGE = f"{os.path.dirname(errors.__file__)}{os.sep}"
+
+_OF_GLOO = "gloo/transport/"
+"""Folder of the files that an error of gloo about a peer names."""
+
+_SHORT = 4096
+"""Characters of each text that are told where more cannot be sent."""
+
+_offered: list[Packed] = []
+"""Values that the agent may be reading right now."""
+
+
+def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Callable[[], Any]:
+    """The function with its arguments; PayloadError where they cannot be unpickled here."""
+    try:
+        func, args, kwargs, cells = packed.unpack(inserted)
+    except Exception as error:
+        raise PayloadError(
+            path="the function or its arguments",
+            reason=f"{type(error).__name__}: {text_of(error)}",
+            hostname=hostname,
+            step="unpickle",
+            missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
+        ) from users_part(error)
+    for name, lines in cells.items():  # for tracebacks
+        linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
+    return lambda: func(*args, **kwargs)
+
+
+def value_of(call: Callable[[], Any]) -> Any:
+    """Call it; `sys.exit(0)` is a return of None."""
+    try:
+        return call()
+    except SystemExit as error:
+        if error.code in (None, 0):
+            return None
+        raise
+
+
+def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -> None:
+    """Return when the agent has the value, which it copies out of this process's memory.
+
+    Where it cannot (page-locked memory of a GPU's driver, a process that may not be looked at) it
+    gets a file.
+    """
+    rank, hostname = wanted.place.rank, wanted.hostname
+    time_ns = now_ns()
+    packed = pack([("the return value", value)], rank=rank, hostname=hostname)
+    # A signal handler may raise meanwhile; the agent still reads until it has heard of that.
+    _offered.append(packed)
+    with _stdin_gives_way():
+        try:
+            own_memory = memory.open_own()
+        except OSError:
+            answer = _hand_over(channel, time_ns, *_as_file(packed))
+        else:
+            answer = _hand_over(channel, time_ns, transfer.offer(packed), own_memory)
+        if isinstance(answer, messages.NotReadable):
+            _hand_over(channel, time_ns, *_as_file(packed))
+    _offered.clear()
+
+
+def _as_file(packed: Packed) -> tuple[Layout, int]:
+    layout = Layout.of([packed])
+    fd = transfer.new_file(layout)
+    transfer.place_in_file(fd, [packed])
+    return layout, fd
+
+
+def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -> object:
+    """Return the agent's answer; None if the agent is gone, which is this process's end."""
+    channel.send(messages.Returned(os.getpid(), time_ns, value), [fd])
+    os.close(fd)
+    try:
+        answer, _ = channel.receive()
+    except (EOFError, ConnectionResetError):
+        return None
+    return answer
+
+
+def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseException) -> None:
+    """Tell of what was raised as itself, or else as text; on stderr where the agent cannot be told.
+
+    Whatever the exception's own code does meanwhile is no outcome.
+    """
+    time_ns = now_ns()
+    for describe in (_as_itself, _as_text, _as_short_text):
+        try:
+            with _stdin_gives_way():
+                channel.send(describe(wanted, time_ns, error))
+            return
+        except BaseException as failure:
+            reason = failure
+    try:
+        said = f"{messages.NOT_REPORTED}: {reason!r}. {_NOT_REPORTED_ADVICE}\n"
+        os.write(2, (_remote_traceback(error) + said).encode(errors="backslashreplace"))
+    except BaseException:
+        pass  # its exit code is all that is left
+
+
+def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
+    if isinstance(error, ValueError) and "default process group twice" in str(error):
+        error.add_note(_TWICE_NOTE)
+    if isinstance(error, bdb.BdbQuit) and _is_stdin_empty():
+        error.add_note(_NO_STDIN_NOTE)
+    exception, unraisable = _dump(error)
+    code = error.code if isinstance(error, SystemExit) else None
+    return messages.Failed(
+        wanted.place.local_rank,
+        os.getpid(),
+        time_ns,
+        type(error).__qualname__,
+        text_of(error),
+        _remote_traceback(error),
+        exception,
+        unraisable,
+        int(code) if isinstance(code, int) else None,  # the agent has no IntEnum of the function's
+        _came_of_a_collective(error),
+    )
+
+
+def _as_text(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
+    kind = _full_name(error)
+    text, trace = text_of(error), _remote_traceback(error)
+    unraisable = f"raised {kind}: {text} (shown as text, since the exception itself cannot travel)"
+    return messages.Failed(
+        wanted.place.local_rank,
+        os.getpid(),
+        time_ns,
+        kind.rpartition(".")[2],
+        text,
+        trace,
+        None,
+        unraisable,
+        None,
+        _came_of_a_collective(error),
+    )
+
+
+def _as_short_text(
+    wanted: messages.ForkWorker, time_ns: int, error: BaseException
+) -> messages.Failed:
+    """Whose message needs neither a descriptor nor much memory."""
+    failed = _as_text(wanted, time_ns, error)
+    return dataclasses.replace(
+        failed,
+        text=failed.text[:_SHORT],
+        traceback=failed.traceback[-_SHORT:],
+        unraisable=failed.unraisable[:_SHORT],
+    )
+
+
+@contextlib.contextmanager
+def _stdin_gives_way() -> Generator[None]:
+    """A report takes one descriptor; where the function used up all, the one with nothing to read.
+
+    Exit functions find it again.
+    """
+    is_needed = not _is_one_free() and _is_stdin_empty()
+    if is_needed:
+        os.close(0)
+    try:
+        yield
+    finally:
+        if is_needed:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDONLY)
+
+
+def _is_stdin_empty() -> bool:
+    """Return True if stdin is /dev/null, as when the worker began; the function may have opened another."""
+    try:
+        return os.path.samestat(os.fstat(0), os.stat(os.devnull))
+    except OSError:
+        return False
+
+
+def _is_one_free() -> bool:
+    try:
+        os.close(os.dup(2))
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
+def _dump(error: BaseException) -> tuple[bytes | None, str]:
+    if isinstance(error, SystemExit):
+        return None, exits.describe(error, _frames_of_the_function(error))
+    if isinstance(error, KeyboardInterrupt):
+        return None, "was interrupted (KeyboardInterrupt)"
+    if isinstance(error, GeneratorExit):
+        return None, "raised GeneratorExit"
+    try:
+        return dump_exception(error), ""
+    except BaseException as reason:
+        kind = type(error)
+        why = f"{type(reason).__name__}: {text_of(reason)}"
+        return None, (
+            f"raised {kind.__module__}.{kind.__qualname__}: {text_of(error)} (shown as text, since the "
+            f"exception itself cannot be pickled and unpickled: {why})"
+        )
+
+
+def _came_of_a_collective(error: BaseException) -> bool:
+    """Return whether a peer's end may have raised this in torch.distributed, or an exception that led to it."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and not any(following is each for each in chain):
+        chain.append(following)
+        cause = _own(following, "__cause__")  # its class may refuse to be true or false
+        following = _own(following, "__context__") if cause is None else cause
+    return any(map(_is_of_a_collective, chain))
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    if issubclass(type(error), getattr(distributed, "DistError", ())):  # its own class may lie
+        return True
+    if type(error) is not RuntimeError:  # wrong arguments are ValueErrors and TypeErrors
+        return False
+    # In autograd and in Work.wait() gloo raises a plain error, without a frame of torch.distributed.
+    if _OF_GLOO in text_of(error):
+        return True
+    frames = _frames(error)
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    return frames is not None and f"{os.sep}torch{os.sep}distributed{os.sep}" in (
+        frames.tb_frame.f_code.co_filename
+    )
+
+
+def _frames(error: BaseException) -> types.TracebackType | None:
+    return _own(error, "__traceback__")
+
+
+def _own(error: BaseException, attribute: str) -> Any:
+    """Return an attribute by the base class: the exception's own class may refuse to be asked."""
+    return vars(BaseException)[attribute].__get__(error)
+
+
+def _full_name(error: BaseException) -> str:
+    """Return the name of its type, whatever a metaclass says."""
+    return type.__repr__(type(error)).removeprefix("<class '").removesuffix("'>")
+
+
+def _is_own(frames: types.TracebackType) -> bool:
+    return frames.tb_frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _frames_of_the_function(error: BaseException) -> Iterator[types.TracebackType]:
+    frames = _frames(error)
+    while frames is not None:
+        if not _is_own(frames):
+            yield frames
+        frames = frames.tb_next
+
+
+def _remote_traceback(error: BaseException) -> str:
+    """The traceback without the frames of this package around the function."""
+    frames = _frames(error)
+    while frames is not None and frames.tb_next is not None and _is_own(frames):
+        frames = frames.tb_next
+    if type(error) is PayloadError and frames is not None and _is_own(frames):
+        # Its text comes beside this, and it was raised on no line of the function's.
+        return "" if error.__cause__ is None else _remote_traceback(error.__cause__)
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except BaseException:  # it asks the exception for much
+        shown = "".join(traceback.format_tb(frames))
+        said = f"{_full_name(error)}: {text_of(error)}"
+        return f"Traceback (most recent call last):\n{shown}{said}\n"
