@@ -20,7 +20,7 @@ from torchrunx_ray.wire.values import pickling
 from torchrunx_ray.wire.values.payload import Packed
 from torchrunx_ray.worker.function import main_module
 call, *inserted = [Packed(stream) for stream in pickle.load(sys.stdin.buffer)]
-with script.brought_by_the_call():
+with main_module.brought_by_the_call():
     function, arguments = call.unpack(inserted)
 sys.stdout.buffer.write(pickling.dumps(function(*arguments)))
 """

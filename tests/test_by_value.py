@@ -20,7 +20,7 @@ from torchrunx_ray.wire.values.payload import pack
 CALL = """import sys
 from torchrunx_ray.wire.by_value import pickler_hooks
 from torchrunx_ray.wire.values import pickling
-function = by_value.loads(sys.stdin.buffer.read())
+function = pickler_hooks.loads(sys.stdin.buffer.read())
 sys.stdout.buffer.write(pickling.dumps(function()))
 """
 
@@ -974,7 +974,7 @@ CALLED = [each() for each in (Converter, WithItsUnit, Model, Trainer, OfItself, 
 CALLED += [Size.LARGE, Color.RED, Painted()]
 
 def load_and_call(streams):
-    return [by_value.loads(stream)() for stream in streams]
+    return [pickler_hooks.loads(stream)() for stream in streams]
 """
 
 

@@ -52,7 +52,7 @@ def test_head_that_begins_to_listen_meanwhile_is_waited_for(
 def test_launch_tells_of_it_before_it_calls_ray(tmp_path: Path) -> None:
     script = (
         "import torchrunx_ray as trx\n"
-        "from torchrunx_ray.driver import head_address\n"
+        "from torchrunx_ray.driver.cluster import head_address\n"
         "head_address._PATIENCE_S = 0.1\n"
         "trx.launch(print, hostnames=1, workers_per_host=1)"
     )

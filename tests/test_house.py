@@ -1,7 +1,9 @@
 """The public face, what it costs to import, and what its types promise."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,6 +58,27 @@ def test_version_is_the_packages() -> None:
 
 def test_package_is_typed() -> None:
     assert (Path(trx.__file__).parent / "py.typed").exists()
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Yield the line and the text of each docstring, also of those below an attribute."""
+    folder = Path(trx.__file__).parent
+    for path in folder.glob("**/*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        for part in (child for node in nodes for child in ast.iter_child_nodes(node)):
+            match part:
+                case ast.Expr(ast.Constant(str(text))):
+                    yield f"{path.relative_to(folder)}:{part.lineno}", text.strip()
+                case _:
+                    pass
+
+
+def test_docstrings_begin_with_a_verb_or_with_what_they_name() -> None:
+    vague = {"Of", "What", "Those", "As", "Who", "Whether", "Where", "Its"}
+    found = list(docstrings())
+
+    assert len(found) > 500
+    assert [where for where, text in found if text.split()[0].strip(",:") in vague] == []
 
 
 def test_other_systems_are_told_what_they_can_do() -> None:

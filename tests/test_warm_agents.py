@@ -130,7 +130,7 @@ def test_other_hosts_may_be_done_before_the_first_one_has_begun() -> None:
         assert len(run.result(timeout=30)) == 2
 
 
-def taken_agent(env_file: Path) -> tuple[pool.Agent, dict[str, int]]:
+def taken_agent(env_file: Path) -> tuple[pool.PooledAgent, dict[str, int]]:
     """Return an agent that no other launch takes, and its processes."""
     launcher = trx.Launcher(workers_per_host=1, backend=None, env_file=str(env_file))
     pids = launcher.run(lambda: processes.above(os.getpid())).rank(0)

@@ -34,13 +34,13 @@ class Launcher:
     """Launches functions on the hosts of a Ray cluster, with the options of torchrunx 0.4."""
 
     hostnames: Literal["auto", "slurm"] | list[str] = "auto"
-    """Where to launch: these nodes, all of the Ray cluster ("auto"), or those of the Slurm allocation ("slurm")."""
+    """Hosts to launch on: these nodes, all of the Ray cluster ("auto"), or those of the Slurm allocation ("slurm")."""
     workers_per_host: Literal["cpu", "gpu"] | int | list[int] = "gpu"
     """Workers on each host: a number, one number per host, or one per CPU or GPU."""
     ssh_config_file: str | Path | None = None
     """Means nothing here: Ray starts the agents."""
     backend: Literal["nccl", "gloo", "mpi", "ucc"] | None = "nccl"
-    """Of the process group; None for no process group."""
+    """Backend of the process group; None for no process group."""
     worker_timeout: int = 600
     """Timeout of the process group, in seconds."""
     agent_timeout: int = 60

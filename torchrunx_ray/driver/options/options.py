@@ -36,12 +36,12 @@ LogHandlers = Sequence[logging.Handler] | Literal["auto"] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to launch. A wrong value is a ValueError or TypeError that names the option."""
+    """Options of a launch. A wrong value is a ValueError or TypeError that names the option."""
 
     hostnames: Annotated[
         int | Sequence[str] | Literal["auto", "slurm"], written_as("hostnames", hosts)
     ] = "auto"
-    """Where to launch: every node that can hold workers ("auto"), that many nodes, these nodes (name, IP, node id, "localhost" for the driver's), or those of the Slurm allocation ("slurm")."""
+    """Hosts to launch on: every node that can hold workers ("auto"), that many nodes, these nodes (name, IP, node id, "localhost" for the driver's), or those of the Slurm allocation ("slurm")."""
     workers_per_host: Annotated[
         int | Sequence[int] | Literal["auto", "gpu", "cpu", "slurm"],
         written_as("workers_per_host", workers),
@@ -68,11 +68,11 @@ class Options:
     placement_timeout: Annotated[float | None, written_as("placement_timeout", number_or_none)] = (
         600
     )
-    """How long to wait for room in the cluster, in seconds; None for ever."""
+    """Time to wait for room in the cluster, in seconds; None: for ever."""
     shutdown_timeout: Annotated[float, written_as("shutdown_timeout", number)] = 5
     """Time from SIGTERM to SIGKILL for workers that must stop, in seconds."""
     linger: Annotated[float, written_as("linger", number)] = 60
-    """How long agents stay warm after a run, holding no resources, in seconds."""
+    """Time that agents stay warm after a run, holding no resources, in seconds."""
     default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", strings)] = (
         DEFAULT_ENV_VARS
     )
@@ -89,7 +89,7 @@ class Options:
     log_handlers: Annotated[LogHandlers | Callable[[], LogHandlers], written_as_auto_or_none()] = (
         "auto"
     )
-    """Where the workers' output goes: to files and the driver's console or loggers ("auto"), nowhere (None), or to exactly these handlers. A function that returns one of these is called for each launch."""
+    """Destination of the workers' output: files and the driver's console or loggers ("auto"), nowhere (None), or exactly these handlers. A function that returns one of these is called for each launch."""
     console_ranks: Annotated[Sequence[int] | Literal["all"], written_as("console_ranks", ranks)] = (
         0,
     )

@@ -207,7 +207,7 @@ def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _in_words(plan: Plan, hosts: Sequence[Host], nodes: Sequence[Node]) -> str:
-    """The launch's shape, for its first line of log."""
+    """The launch's plan, for its first line of log."""
     workers = sum(host.workers for host in hosts)
     gpus = sum(host.bundle.get("GPU", 0) for host in plan.hosts)
     text = (

@@ -35,7 +35,7 @@ _PATIENCE_S = 10.0
 
 
 class Waiter:
-    """A launch's place in the line."""
+    """A launch that waits in the queue."""
 
     def __init__(self, needed: Amounts) -> None:
         self.needed = needed
@@ -138,7 +138,7 @@ _queue = _Queue()
 
 @contextlib.contextmanager
 def queued(needed: Amounts) -> Generator[Waiter]:
-    """Be in the line, as its last."""
+    """Wait in the queue, as its last."""
     waiter = Waiter(needed)
     _queue.waiters.append(waiter)
     if release_is_recent():

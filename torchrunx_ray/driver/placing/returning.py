@@ -50,7 +50,7 @@ def in_words(left: Sequence[Node]) -> str:
 async def resolve_when_back(
     options: Options, progress: Progress, connection: Connection, begun: float
 ) -> tuple[Plan, list[Node]]:
-    """Return the launch's shape, and the live nodes.
+    """Return the launch's plan, and the live nodes.
 
     Waits if only nodes that left a moment ago are missing.
     """

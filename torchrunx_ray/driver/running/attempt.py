@@ -573,7 +573,7 @@ class Attempt:
 
     async def _tell_to_stop(self, host_index: int, grace_s: float, deaf: set[int]) -> None:
         stop = self._crew.agents[host_index].calls.stop
-        with contextlib.suppress(RayError, ClusterLeft):  # the talk with that agent tells why
+        with contextlib.suppress(RayError, ClusterLeft):  # the link to that agent tells why
             await self._cluster.ask(stop, self._run_id, grace_s)
             deaf.discard(host_index)
 
