@@ -108,6 +108,10 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         loop.wait(asked)
         return asked.result()
 
+    def done(self) -> bool:
+        """Return True when the run has ended and given its hosts back."""
+        return loop.is_done(self)
+
     def running(self) -> bool:
         """Return True from when it has its hosts until it ends."""
         return self._progress.timeline.placed_ns is not None and not self.done()

@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 _STEP_S = 0.2
 
+_DONE = "CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED"
+"""States of a future that has ended."""
+
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 
@@ -54,6 +57,12 @@ class End:
         self._lock.release()
 
 
+def is_done(future: "concurrent.futures.Future[Any]") -> bool:
+    """Return what `done()` does, without the future's lock: Ctrl-C might leave the lock held."""
+    untyped: Any = future  # the stubs have no private names
+    return untyped._state in _DONE
+
+
 _ends: "weakref.WeakKeyDictionary[concurrent.futures.Future[Any], End]" = (
     weakref.WeakKeyDictionary()
 )
@@ -67,7 +76,7 @@ def wait(future: "concurrent.futures.Future[Any]", timeout: float | None = None)
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     if (end := _ends.get(future)) is None:
-        if future.done():
+        if is_done(future):
             return True
         end = _ends.setdefault(future, End(future))
     while not end.has_come:
