@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import numbers
-import os
 import types
 from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from torchrunx_ray.driver import interruption
 from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.call.references import stays_in_driver
 from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.progress import Progress
@@ -369,6 +369,6 @@ def _leave_to_parent() -> None:
     _living.clear()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+in_child(_leave_to_parent)
 # Before Ray's own, which was registered earlier, ends the agents.
 atexit.register(_stop_living)

@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import functools
 import logging
-import os
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.background.own_lines import own_lines
 
 logger = logging.getLogger("torchrunx_ray")
@@ -231,4 +231,4 @@ def _forget() -> None:
     _ends.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+in_child(_forget)

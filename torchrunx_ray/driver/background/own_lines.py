@@ -5,11 +5,11 @@ import atexit
 import contextlib
 import contextvars
 import logging
-import os
 import queue
 import threading
 import time
 
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.background.warn_once import WarnOnce
 
 _MOST_WAITING = 10_000
@@ -107,5 +107,5 @@ class OwnLines(logging.Filter):
 own_lines = OwnLines()
 """The one of this process."""
 
-os.register_at_fork(after_in_child=own_lines.forget)
+in_child(own_lines.forget)
 atexit.register(own_lines.wait_until_written)

@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Coroutine
 from typing import Any
 
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
 
@@ -49,4 +49,4 @@ async def _logged(work: Coroutine[Any, Any, object], what: str) -> None:
         logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
 
 
-os.register_at_fork(after_in_child=_under_way.clear)
+in_child(_under_way.clear)

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.background.loop import in_thread
 from torchrunx_ray.driver.background.main_guard import refuse_if_the_script_is_only_imported
 from torchrunx_ray.driver.cluster import head_address, leaving, token
@@ -274,4 +275,4 @@ def _note_inherited() -> None:
         _inherited.add(_membership())
 
 
-os.register_at_fork(after_in_child=_note_inherited)
+in_child(_note_inherited)

@@ -6,13 +6,14 @@ the process without a word.
 
 import atexit
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Generator
 from typing import Any
 
 import ray
+
+from torchrunx_ray.driver.background.forks import in_child
 
 _untyped_ray: Any = ray
 
@@ -82,4 +83,4 @@ def _forget() -> None:
 
 
 atexit.register(_leave)
-os.register_at_fork(after_in_child=_forget)
+in_child(_forget)

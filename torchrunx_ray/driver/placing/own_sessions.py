@@ -1,11 +1,11 @@
 """The sessions of this script that hold room, for launches that wait for it."""
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.errors import amounts_in_words
 
 
@@ -66,4 +66,4 @@ def _in_words(
 
 
 # A forked child has none of its parent's sessions.
-os.register_at_fork(after_in_child=_open.clear)
+in_child(_open.clear)

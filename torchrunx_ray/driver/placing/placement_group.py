@@ -1,12 +1,12 @@
 """Ray's placement groups: made and removed so that none is left, nor what one of them held."""
 
 import asyncio
-import os
 import time
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.cluster.clean_up import clean_up
 from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
 from torchrunx_ray.driver.options.options import Options
@@ -142,4 +142,4 @@ def _forget() -> None:
     _last_asked, _at_ray = float("-inf"), asyncio.Lock()
 
 
-os.register_at_fork(after_in_child=_forget)
+in_child(_forget)

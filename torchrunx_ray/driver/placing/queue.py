@@ -6,7 +6,6 @@ Ray itself tries a group that found no room again when it ticks, once a second.
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.cluster import inventory
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.placing.feasibility import is_in
@@ -193,4 +193,4 @@ def _forget() -> None:
     _queue = _Queue()
 
 
-os.register_at_fork(after_in_child=_forget)
+in_child(_forget)

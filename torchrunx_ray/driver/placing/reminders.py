@@ -1,8 +1,9 @@
 """Warnings of launches that wait: every 10 s one for all of this driver's."""
 
-import os
 import time
 from enum import Enum, auto
+
+from torchrunx_ray.driver.background.forks import in_child
 
 EVERY_S = 10.0
 
@@ -51,4 +52,4 @@ def forget(name: str) -> None:
 
 
 # A forked child has none of its parent's launches.
-os.register_at_fork(after_in_child=_waiting.clear)
+in_child(_waiting.clear)

@@ -1,10 +1,10 @@
 """Progress of a run."""
 
-import os
 import time
 from pathlib import Path
 from typing import Protocol
 
+from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.timeline import Timeline
@@ -116,4 +116,4 @@ living: set[Progress] = set()
 """Runs of this process that have not ended."""
 
 # A forked child has none of them.
-os.register_at_fork(after_in_child=living.clear)
+in_child(living.clear)

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Literal, TextIO
 
+from torchrunx_ray.driver.background.forks import in_child
+
 TextStream = Literal["stdout", "stderr"]
 
 _LONGEST = 2**16
@@ -220,4 +222,4 @@ def _writable(text: str, target: TextIO) -> str:
 screen = Screen()
 """The one of this process."""
 
-os.register_at_fork(after_in_child=screen.forget)
+in_child(screen.forget)
