@@ -1,12 +1,14 @@
-"""Calls of the kernel that not every Python has.
+"""Calls of the kernel.
 
-conda's, and with it that of Ray's own images, is built on systems older than these calls, whatever
-kernel it runs on later.
+Not every Python has them: conda's, and with it that of Ray's own images, is built on systems older than these
+calls, whatever kernel it runs on later.
 """
 
 import ctypes
 import os
 import platform
+import select
+from collections.abc import Iterable
 
 _PIDFD_OPEN = 434
 _MEMFD_CREATE = {"x86_64": 319, "aarch64": 279}
@@ -18,6 +20,14 @@ def pidfd_open(pid: int) -> int:
     if hasattr(os, "pidfd_open"):
         return os.pidfd_open(pid)
     return _call(_PIDFD_OPEN, pid, 0)
+
+
+def ready(fds: Iterable[int], timeout_s: float | None = None) -> list[int]:
+    """Wait until some of the descriptors can be read; return these. A pidfd can when its process has ended."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)]
 
 
 def memory_file(name: str) -> int:

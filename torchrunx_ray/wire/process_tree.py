@@ -4,14 +4,13 @@ import contextlib
 import ctypes
 import itertools
 import os
-import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from torchrunx_ray.wire import linux
+from torchrunx_ray.wire import linux, proc
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -36,14 +35,6 @@ def die_with(parent_pid: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def any_is_ready(fds: Iterable[int], timeout_s: float | None = None) -> bool:
-    """Wait until one of the descriptors can be read; a pidfd can when its process has ended."""
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def signal_group(group: int, signum: int) -> None:
@@ -115,7 +106,7 @@ def _wait_for_end_of_any(children: Iterable[int], timeout_s: float) -> None:
         fds = [linux.pidfd_open(pid) for pid in itertools.islice(children, _WAITED_FOR)]
         for fd in fds:
             opened.callback(os.close, fd)
-        any_is_ready(fds, timeout_s)
+        linux.ready(fds, timeout_s)
 
 
 def _children_of_this_process() -> Iterator[int]:
@@ -133,14 +124,13 @@ def _members(group: int) -> Iterator[int]:
 
 
 def _every_process() -> Iterator[tuple[int, list[str]]]:
-    """Pid and the fields of its stat line from the state on (state, parent, group, ...)."""
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                line = Path("/proc", entry, "stat").read_text(errors="replace")
-            except OSError:  # it ended meanwhile
-                continue
-            yield int(entry), line.rpartition(")")[2].split()
+    """Yield each pid with the fields of its stat line."""
+    for pid in proc.pids():
+        try:
+            fields = proc.stat(pid)
+        except OSError:  # it ended meanwhile
+            continue
+        yield pid, fields
 
 
 def ends_by_itself(pid: int) -> bool:

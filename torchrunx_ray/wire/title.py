@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchrunx_ray.wire import proc
 from torchrunx_ray.wire.values import memory
 
 PADDING = " " * 128
@@ -53,7 +54,7 @@ def _arguments() -> _Arguments | None:
     Forks inherit the answer. None if the kernel does not tell, or tells what is not true.
     """
     try:
-        fields = Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = proc.stat("self")
         begin, end = int(fields[45]), int(fields[46])
         with _own_memory() as fd:
             found = os.pread(fd, end - begin, begin)

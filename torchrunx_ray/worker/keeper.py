@@ -78,10 +78,10 @@ def _keep(
     signal.signal(signal.SIGTERM, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     child_fd = linux.pidfd_open(child_pid)
-    process_tree.any_is_ready([agent_fd, child_fd])
+    linux.ready([agent_fd, child_fd])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     os.kill(child_pid, end_with)  # in vain where it has ended
-    if not process_tree.any_is_ready([child_fd], _ENDING_S):
+    if not linux.ready([child_fd], _ENDING_S):
         os.kill(child_pid, signal.SIGKILL)
     _, status = os.waitpid(child_pid, 0)
     exit_code = os.waitstatus_to_exitcode(status)

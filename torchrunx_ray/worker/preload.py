@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Sequence
 from typing import NoReturn
 
-from torchrunx_ray.wire import linux, process_tree
+from torchrunx_ray.wire import linux
 from torchrunx_ray.worker.function import open_files
 
 _PROBE_TIMEOUT_S = 5.0
@@ -163,7 +163,7 @@ def _fork_can_compute() -> bool:
     if pid == 0:
         _compute_and_exit()
     pidfd = linux.pidfd_open(pid)
-    ended = process_tree.any_is_ready([pidfd], _PROBE_TIMEOUT_S)
+    ended = linux.ready([pidfd], _PROBE_TIMEOUT_S)
     os.close(pidfd)
     if not ended:
         os.kill(pid, signal.SIGKILL)

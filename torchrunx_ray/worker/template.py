@@ -7,13 +7,12 @@ with the run. When the agent is gone it kills everything below itself and ends.
 
 import faulthandler
 import os
-import select
 import signal
 import sys
 import traceback
 from typing import NoReturn
 
-from torchrunx_ray.wire import messages, process_tree
+from torchrunx_ray.wire import linux, messages, process_tree
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.title import set_title
@@ -63,11 +62,8 @@ class _Template:
         signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
 
     def serve(self) -> None:
-        poll = select.poll()
-        poll.register(self._channel, select.POLLIN)
-        poll.register(self._child_ended, select.POLLIN)
         while self._can_fork:
-            for fd, _events in poll.poll():
+            for fd in linux.ready([self._channel.fileno(), self._child_ended]):
                 if fd == self._child_ended:
                     os.read(fd, 4096)
                     self._reap()

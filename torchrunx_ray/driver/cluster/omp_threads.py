@@ -2,9 +2,9 @@
 
 import math
 import os
-from pathlib import Path
 
 from torchrunx_ray.driver.cluster.connection import is_in_rays_worker, untyped_ray
+from torchrunx_ray.wire import proc
 
 _NAME = "OMP_NUM_THREADS"
 
@@ -19,7 +19,7 @@ def were_set_by_ray() -> bool:
     while value is not None and pid > 1:
         try:
             begun_with = _environment_at_start(pid)
-            parent = _parent(pid)
+            parent = int(proc.stat(pid)[1])
         except OSError:  # another user's
             return False
         if _NAME not in begun_with:
@@ -38,10 +38,6 @@ def _as_ray_sets_it_here() -> str:
 
 
 def _environment_at_start(pid: int) -> dict[str, str]:
-    entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape")
-    pairs = (entry.partition("=") for entry in entries.split("\0"))
+    entries = (entry.decode(errors="surrogateescape") for entry in proc.environment(pid))
+    pairs = (entry.partition("=") for entry in entries)
     return {name: value for name, _, value in pairs}
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
