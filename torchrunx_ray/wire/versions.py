@@ -2,11 +2,11 @@
 
 import functools
 import platform
-import re
 from collections.abc import Mapping
 from importlib import metadata
 
 from torchrunx_ray.version import __version__
+from torchrunx_ray.wire import foreign_errors
 
 Versions = Mapping[str, str | None]
 
@@ -38,10 +38,9 @@ def problem_between(drivers: Versions, hosts: Versions) -> str | None:
 
 def missing_package(evidence: str, drivers: Versions) -> str | None:
     """Why an agent could not even be imported on its host; None where it was not for a package."""
-    found = re.search(r"No module named '(torchrunx_ray|cloudpickle)\b", evidence)
-    if found is None:
+    name = foreign_errors.missing_package(evidence)
+    if name is None:
         return None
-    name = found[1].replace("_", "-")
     here = drivers.get(name)
     return (
         f"{name} is not installed in the Python that Ray runs there; the driver has {here}. Install "

@@ -20,16 +20,13 @@ from torchrunx_ray.driver.cluster import memory_monitor
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.report.failures import ArgumentLost
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import foreign_errors, messages
 from torchrunx_ray.wire.clock import now_ns
 
 logger = logging.getLogger("torchrunx_ray")
 
 _SILENT_S = 15.0
 """An agent answers a poll after 5 s at the latest."""
-
-_NO_ARGUMENT = "At least one of the input arguments for this task could not be computed:"
-"""How Ray says, in the error of a call, that not the call itself failed."""
 
 
 class AgentLink:
@@ -64,8 +61,8 @@ class AgentLink:
         except ClusterLeft as left:
             return _failed(str(left), "")
         except RayTaskError as error:
-            if _NO_ARGUMENT in str(error):
-                return ArgumentLost(str(error).partition(_NO_ARGUMENT)[2].strip())
+            if (lost := foreign_errors.lost_argument(str(error))) is not None:
+                return ArgumentLost(lost)
             return _failed("the agent failed (a limit of the host, or a bug)", str(error))
         except OutOfMemoryError as error:
             self._agent.is_gone = True

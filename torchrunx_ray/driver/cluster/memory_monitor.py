@@ -1,9 +1,8 @@
 """Words of Ray's memory monitor when it has killed an agent to protect its node."""
 
-import re
 from collections.abc import Mapping
 
-_PROCESS = re.compile(r"^(\d+)\t([\d.]+)\t", re.MULTILINE)
+from torchrunx_ray.wire import foreign_errors
 
 
 def evidence(report: str, ranks: Mapping[int, int]) -> str:
@@ -11,7 +10,7 @@ def evidence(report: str, ranks: Mapping[int, int]) -> str:
 
     `ranks` are those of the host, by pid.
     """
-    memory = {int(pid): float(gigabytes) for pid, gigabytes in _PROCESS.findall(report)}
+    memory = foreign_errors.largest_processes(report)
     of_workers = [
         f"rank {rank} (pid {pid}) {memory[pid]:.1f} GB"
         for pid, rank in ranks.items()

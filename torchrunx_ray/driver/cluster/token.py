@@ -1,7 +1,6 @@
 """The token that a Ray cluster asks its drivers for."""
 
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,22 +8,18 @@ from urllib.parse import urlsplit
 from ray.exceptions import AuthenticationError
 
 from torchrunx_ray.errors import LaunchError
+from torchrunx_ray.wire import foreign_errors
 
 _HOW_TO_GIVE_IT = (
     "Set RAY_AUTH_MODE=token, and give the cluster's token: in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH "
     "names, or in ~/.ray/auth_token. `ray get-auth-token` on a node of the cluster prints the token."
 )
 
-_ADDRESS = re.compile(r"Ray cluster at (\S+)")
-_REASON = re.compile(r"AuthenticationError: ([^.\n]+)")
-"""The first sentence of Ray's reason, in a traceback that Ray quotes."""
-
 
 def refusal(error: Exception) -> LaunchError | None:
     """Return what to tell about the token if ray.init() failed for want of the right one."""
     reason = next((said for each in _chain(error) if (said := _reason(each))), "")
-    found = _ADDRESS.search(str(error))
-    address = found[1] if found else os.environ.get("RAY_ADDRESS", "")
+    address = foreign_errors.address_of_cluster(str(error)) or os.environ.get("RAY_ADDRESS", "")
     if not reason and isinstance(error, ConnectionError) and address.startswith("ray://"):
         reason = _reason_of_client_server(urlsplit(address).netloc)
     if not reason:
@@ -40,7 +35,7 @@ def doubt(evidence: str) -> str:
     A cluster without a token lets a driver with one join, and then cancels its actors.
     """
     sends_one = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-    source = _source() if sends_one and "never ran" in evidence else None
+    source = _source() if sends_one and foreign_errors.has_never_run(evidence) else None
     if source is None:
         return ""
     return (
@@ -58,8 +53,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, AuthenticationError):
         return str(error.message).rstrip(".")
-    found = _REASON.search(str(error))
-    return found[1] if found else ""
+    return foreign_errors.refused_token(str(error))
 
 
 def _what_was_sent() -> str:

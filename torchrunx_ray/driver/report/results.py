@@ -12,13 +12,11 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.errors import AgentFailedError, LaunchError, PayloadError, bytes_in_words
+from torchrunx_ray.wire import foreign_errors
 from torchrunx_ray.wire.values.culprit import users_part
 from torchrunx_ray.wire.values.payload import kept_packed
 
 R = TypeVar("R")
-
-_STORE_IS_FULL = ("OutOfDiskError", "ObjectStoreFullError")
-"""Words of Ray's when neither the store nor the disk behind it takes a value."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +123,11 @@ class LaunchResult(Generic[R]):
             with kept_packed():
                 packed: Any = ray.get(value.ref)
         except ValueError as error:
-            if "owner is unknown" not in str(error):
+            if not foreign_errors.is_of_another_cluster(str(error)):
                 raise
             raise _gone(rank) from error  # with a cluster before this one
         except RayError as error:
-            if any(kind in str(error) for kind in _STORE_IS_FULL):
+            if foreign_errors.is_store_full(str(error)):
                 store = bytes_in_words(value.node.store_size)
                 raise PayloadError(
                     path="the return value",

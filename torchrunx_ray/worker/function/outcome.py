@@ -14,7 +14,7 @@ from typing import Any
 
 from torchrunx_ray import errors
 from torchrunx_ray.errors import PayloadError
-from torchrunx_ray.wire import messages
+from torchrunx_ray.wire import foreign_errors, messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.values import memory, transfer
@@ -41,9 +41,6 @@ _NOT_REPORTED_ADVICE = (
 )
 
 _PACKAGE = f"{os.path.dirname(errors.__file__)}{os.sep}"
-
-_OF_GLOO = "gloo/transport/"
-"""Folder of the files that an error of gloo about a peer names."""
 
 _SHORT = 4096
 """Characters of each text that are told where more cannot be sent."""
@@ -141,7 +138,7 @@ def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseExc
 
 
 def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
-    if isinstance(error, ValueError) and "default process group twice" in str(error):
+    if foreign_errors.is_second_group(error):
         error.add_note(_TWICE_NOTE)
     if isinstance(error, bdb.BdbQuit) and _is_stdin_empty():
         error.add_note(_NO_STDIN_NOTE)
@@ -261,7 +258,7 @@ def _is_of_a_collective(error: BaseException) -> bool:
     if type(error) is not RuntimeError:  # wrong arguments are ValueErrors and TypeErrors
         return False
     # In autograd and in Work.wait() gloo raises a plain error, without a frame of torch.distributed.
-    if _OF_GLOO in text_of(error):
+    if foreign_errors.names_gloo(text_of(error)):
         return True
     frames = _frames(error)
     while frames is not None and frames.tb_next is not None:
