@@ -231,13 +231,15 @@ def test_death_tells_what_the_others_were_doing(launcher: trx.Launcher) -> None:
 def test_ranks_that_do_not_join_are_named_with_what_holds_them(
     cluster: None, tmp_path: Path
 ) -> None:
-    """A rank that never came to the group left the others to their own, later, timeouts."""
+    """Whether the ranks that wait for them give up later, or a moment earlier."""
     (tmp_path / "slow_to_join.py").write_text(
-        "import os, time, torch.distributed as dist\n"
+        "import datetime, os, time, torch.distributed as dist\n"
         "join = dist.init_process_group\n"
-        "def hang(*args, rank, **kwargs):\n"
+        "def hang(*args, rank, timeout, **kwargs):\n"
         "    time.sleep(1000 if rank == 1 else 0)\n"
-        "    return join(*args, rank=rank, **kwargs)\n"
+        f"    is_early = os.path.exists({str(tmp_path / 'early')!r})\n"
+        "    timeout -= datetime.timedelta(seconds=0.3 if is_early else 0)\n"
+        "    return join(*args, rank=rank, timeout=timeout, **kwargs)\n"
         "dist.init_process_group = hang\n"
     )
     launcher = trx.Launcher(
@@ -246,12 +248,15 @@ def test_ranks_that_do_not_join_are_named_with_what_holds_them(
         preload=("torch", "torch.distributed", "slow_to_join"),
         runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}},
     )
-    with pytest.raises(trx.LaunchTimeoutError) as caught:
-        launcher.run(os.getpid)
+    for is_early in (False, True):
+        if is_early:
+            (tmp_path / "early").touch()
+        with pytest.raises(trx.LaunchTimeoutError) as caught:
+            launcher.run(os.getpid)
 
-    assert set(caught.value.missing) >= {1}
-    assert "after 4 s the process group is still without" in str(caught.value)
-    assert any("rank 1: hang (slow_to_join.py:4)" in note for note in caught.value.__notes__)
+        assert set(caught.value.missing) >= {1}
+        assert "after 4 s the process group is still without" in str(caught.value)
+        assert any("rank 1: hang (slow_to_join.py:4)" in note for note in caught.value.__notes__)
 
 
 def test_ranks_that_go_on_long_after_others_are_named(

@@ -185,7 +185,8 @@ class Failures:
                 return self._was_before_stop(failure) and not also_in_collective
             case messages.Died(exited=exited) if exited.signal is not None:
                 return failure.time_ns - in_collective.time_ns < self._notice_ns(failure, exited)
-            case messages.Died() | messages.AgentFailed():
+            # NotJoined: those who waited for a rank that does not come may give up a moment earlier.
+            case messages.Died() | messages.AgentFailed() | NotJoined():
                 return self._was_before_stop(failure)
             case _:
                 return False

@@ -455,8 +455,8 @@ class Attempt:
                 logger.warning("%s: %s: %s", self._crew.hosts[i].label, what, why)
 
     def _check_joined(self) -> None:
-        """Tell who is missing, before those who wait for them give up."""
-        if self._failed or self._was_cancelled:
+        """Tell who is missing, also if those who waited for them have just given up."""
+        if self._cause_is_known.is_set() or self._was_cancelled or self._stopped_at_ns is not None:
             return
         missing = {
             place.rank: self._crew.hosts[place.host_index].label
