@@ -52,7 +52,7 @@ class AgentLink:
     async def hold(
         self, wanted: messages.RunWanted, call: Call
     ) -> messages.AgentFailed | ArgumentLost | None:
-        """Wait until the host has ended the run. Returns the reason if the link broke, else None."""
+        """Wait until the host has ended the run. Returns the failure if the link broke before that."""
         starting = asyncio.create_task(self._start(wanted, call))
         # Polls begin at once: otherwise the last events of an agent that fails while it starts are lost.
         hearing = asyncio.create_task(self._hear_until_ended())

@@ -264,7 +264,8 @@ def _membership() -> object:
         # The worker's id would be a question to the head.
         return untyped_ray.util.client.ray.get_context().client_worker
     context = untyped_ray.get_runtime_context()
-    return context.gcs_address, context.get_worker_id()  # every new cluster numbers its drivers from the start
+    # Every new cluster numbers its drivers from the start.
+    return context.gcs_address, context.get_worker_id()
 
 
 @functools.lru_cache(maxsize=16)

@@ -180,7 +180,7 @@ def _object_or_none(texts: list[str]) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{expected}: {error}") from None
     if not isinstance(parsed, dict):
-        raise ValueError(expected)  # tyro would not catch a TypeError
+        raise ValueError(expected)  # tyro would not catch Launcher's TypeError
     return cast("dict[str, Any]", parsed)
 
 

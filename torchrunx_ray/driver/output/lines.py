@@ -39,7 +39,7 @@ class LineCutter:
             whole = "\n".join(map(_drawn_last, whole.split("\n")))
         lines = whole + newline
         if newline and self._taken is not None:
-            lines = lines.removeprefix(self._taken + "\n")  # already passed on, and not redrawn since
+            lines = lines.removeprefix(self._taken + "\n")  # passed on, and not redrawn since
             self._taken = None
         # Keep only the last redraw of the rest, with the carriage return before it.
         ended = rest.rstrip("\r")
