@@ -95,7 +95,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
                 del self  # an exception refers to this frame, and must not wait for Python's gc
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait like `result`. Return the exception that `result` would raise, or None if there is none."""
+        """Wait like `result`. Return the exception that `result` would raise, or None if it would return."""
         with short_traceback:
             self._wait_for_end(timeout)
             if self.cancelled():

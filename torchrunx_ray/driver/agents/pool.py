@@ -147,8 +147,8 @@ class PooledAgent:
     async def release(self, linger: float) -> None:
         """Let the agent rest for the next launch.
 
-        Ends the agent instead if `linger` is 0, or if the agent has never answered, is gone, or is no
-        longer of this driver's cluster.
+        Ends the agent instead if `linger` is 0, if the agent has never answered or is gone, or if the
+        driver has left its cluster.
         """
         if linger <= 0 or self.is_new or self.is_gone or not self.connection.is_ours():
             await self.end()
@@ -240,7 +240,7 @@ def _has_ended(task: "asyncio.Task[None]") -> None:
 async def acquire(
     node_id: str, label: str, wanted: TemplateWanted, options: Options
 ) -> PooledAgent:
-    """Return a resting agent of the node that fits, or a new agent."""
+    """Return a fitting agent that rests on the node, or a new agent."""
     runtime_env = repr(options.runtime_env)
     agent = _resting.take(node_id, wanted, runtime_env)
     if agent is None:

@@ -14,7 +14,7 @@ from torchrunx_ray.wire.values.pickling import Replace
 logger = logging.getLogger("torchrunx_ray")
 
 LARGE = 64 * 2**20
-"""Size of a value, in bytes, from which on it is worth a warning."""
+"""Least size of a value, in bytes, that is worth a warning."""
 
 _told: set[str] = set()
 

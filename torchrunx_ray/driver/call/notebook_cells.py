@@ -8,7 +8,7 @@ from typing import Any
 class Brought:
     """A collector of the cells that a call's functions come from, filled while the call is pickled.
 
-    A Brought is pickled as a mapping from file names, as Python names the cells, to lines.
+    A Brought is pickled as a mapping from the cells' file names to their lines.
     """
 
     def __init__(self) -> None:

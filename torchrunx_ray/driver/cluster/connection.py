@@ -1,4 +1,4 @@
-"""The driver's membership in a Ray cluster: its begin, calls to Ray under it, and its loss."""
+"""The driver's membership in a Ray cluster: its start, calls to Ray during it, and its loss."""
 
 import asyncio
 import contextlib

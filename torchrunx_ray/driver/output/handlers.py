@@ -97,7 +97,7 @@ class Only(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return True if the record passes.
 
-        A record that is not a worker's has no host. It passes only if the filter passes all workers.
+        A record that is not a worker's has no host, and passes only if the filter passes all workers.
         """
         fields = vars(record)
         return self._passes(

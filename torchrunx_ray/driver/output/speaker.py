@@ -17,7 +17,7 @@ LEVELS: dict[TextStream, int] = {"stdout": logging.INFO, "stderr": logging.ERROR
 class Speaker:
     """A source of output: a worker, or a host's template if `local_rank` is None.
 
-    Only imports print in a template.
+    In a template only imports print.
     """
 
     hostname: str

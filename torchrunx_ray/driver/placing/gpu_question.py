@@ -1,4 +1,4 @@
-"""Question to Ray which GPUs a placement has on each of its hosts."""
+"""The question which GPUs a placement has on each of its hosts, answered by Ray."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _ANSWER_S = 120.0
 
 
 class GpuQuestion:
-    """A task on each host that asks Ray for the GPUs. The answers stay valid while the placement lives."""
+    """Asks Ray for the GPUs by a task on each host. The answers stay valid while the placement lives."""
 
     def __init__(
         self,

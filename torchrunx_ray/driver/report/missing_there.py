@@ -22,7 +22,8 @@ _IN_ENVIRON = re.compile(r'File "[^"]*\bos(\.py|>)", line \d+, in __getitem__')
 def advice(error: BaseException, traceback: str) -> str | None:
     """Return advice about a module or variable that a worker lacked, and how to send it; None for other errors.
 
-    Never raises, although an error may have attributes of any type, and the user's import finders may fail.
+    Exceptions here are only logged: a worker's error may have attributes of any type, and the user's import
+    finders may fail.
     """
     try:
         if isinstance(error, PayloadError):

@@ -564,7 +564,10 @@ class Attempt:
         return [place for places in self._layout for place in places]
 
     def _stop(self, grace_s: float) -> None:
-        """Send SIGTERM, and SIGKILL after the grace time. Another call must have a shorter grace time, or 0."""
+        """Send SIGTERM, and SIGKILL after the grace time.
+
+        A later call does nothing, unless its grace time ends earlier or is 0.
+        """
         kills_at = asyncio.get_running_loop().time() + grace_s
         if grace_s > 0 and kills_at >= self._kills_at:
             return

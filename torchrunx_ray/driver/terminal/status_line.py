@@ -18,7 +18,7 @@ from torchrunx_ray.driver.terminal.screen import can_be_live, has_rich, screen
 logger = logging.getLogger("torchrunx_ray")
 
 _LIVE_AFTER_S = 0.5
-"""Time until the status line appears. It is useless for a launch that ends before anybody can read it."""
+"""Time until the status line appears. A status line is useless if the launch ends before anybody reads it."""
 
 _LINE_AFTER_S = 2.0
 """Time that a phase must last before it is printed as a plain line, which stays on the screen."""
