@@ -84,8 +84,8 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         """Wait for all workers. Raises the exception of the first failing worker.
 
         After `timeout` seconds TimeoutError is raised, and the run goes on. Ctrl-C cancels the run, and
-        raises KeyboardInterrupt when nothing of the run is left. A second Ctrl-C kills the run. Any other
-        exception of a signal handler has the same effect: Ray's handler turns SIGTERM into SystemExit.
+        raises KeyboardInterrupt when nothing of the run is left. A second Ctrl-C kills the run. Other
+        exceptions of signal handlers do the same, such as the SystemExit that Ray makes of SIGTERM.
         """
         with short_traceback:
             try:
