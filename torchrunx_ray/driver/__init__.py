@@ -1,1 +1,1 @@
-"""Runs where the user is: placement, runs, results."""
+"""Code that runs in the user's process: placement, runs, results."""

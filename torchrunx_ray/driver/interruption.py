@@ -14,13 +14,14 @@ from torchrunx_ray.driver.tracebacks import has_users_frame
 logger = logging.getLogger("torchrunx_ray")
 
 _TELL_AFTER_S = 0.5
-"""Most workers end sooner, and nothing is left to be killed."""
+"""Time before the warning. Most workers end sooner, so that there is nothing left to kill."""
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Return True if an exception that was raised while we waited came from outside.
+    """Return True if an exception interrupted a wait from outside.
 
-    Ctrl-C, `sys.exit`, and what a signal handler raises do. The handler's frame is in the traceback.
+    Such exceptions are KeyboardInterrupt (Ctrl-C), SystemExit (`sys.exit`), and any exception that a
+    signal handler raises. A handler's exception has the handler's frame in its traceback.
     """
     return isinstance(error, KeyboardInterrupt | SystemExit) or has_users_frame(error)
 
@@ -28,9 +29,9 @@ def is_interruption(error: BaseException) -> bool:
 def is_second_ctrl_c_of_asyncio() -> bool:
     """Return True if asyncio.run is ending because Ctrl-C was pressed twice.
 
-    It cancels its main task at the first, and cancels it again at its end. A second one is a
-    KeyboardInterrupt in its event loop; after only one, the KeyboardInterrupt is made from the main
-    task's CancelledError.
+    asyncio.run cancels its main task at the first Ctrl-C, and cancels the task again at its own end. A
+    second Ctrl-C raises KeyboardInterrupt in the event loop. After a single Ctrl-C, asyncio.run makes the
+    KeyboardInterrupt from the main task's CancelledError.
     """
     raised = sys.exception()
     return isinstance(raised, KeyboardInterrupt) and not isinstance(
@@ -44,9 +45,9 @@ def wait_after(
     name: str,
     shutdown_timeout: float,
 ) -> None:
-    """Wait for a run; after a Ctrl-C that did not stop it soon, say how to kill it."""
+    """Wait for a run. If Ctrl-C does not stop the run soon, log how to kill it."""
     if isinstance(interruption, KeyboardInterrupt) and not loop.wait(run, _TELL_AFTER_S):
-        with contextlib.suppress(Exception):  # a handler of the driver's may fail
+        with contextlib.suppress(Exception):  # one of the driver's log handlers may fail
             logger.warning(
                 "%s is being stopped: its workers have %g s (shutdown_timeout) to end. A second Ctrl-C "
                 "kills them at once.",
@@ -57,14 +58,14 @@ def wait_after(
 
 
 def tell_of_stop(interruption: BaseException, progress: Progress) -> None:
-    """Add to an interruption what the run that it stopped was doing."""
+    """Add notes to an interruption that say what the stopped run was doing."""
     if (failures := progress.failures_before_stop) is not None:
         interruption.add_note(f"Before that it had failed: {failures.in_brief}")
     if stacks := progress.stacks_at_stop:
         interruption.add_note(f"When it was interrupted:\n{stacks.summary}")
     if progress.log_directory is not None:
         interruption.add_note(f"All output of this launch: {progress.log_directory}")
-    if isinstance(interruption, SystemExit):  # which Python ends with, without a word
+    if isinstance(interruption, SystemExit):  # Python prints nothing for SystemExit
         logger.warning(
             "%s was stopped: the driver is to end (SystemExit: %s, as Ray makes of SIGTERM).\n%s",
             progress.name,

@@ -1,4 +1,4 @@
-"""The public face: `Launcher` and `launch`."""
+"""The public API: `Launcher` and `launch`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,16 +24,16 @@ class Launcher(Options):
     """Launches functions with these options. It holds nothing alive; runs and sessions do."""
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
-        """Call the function on every worker, and wait for all of them.
+        """Call the function on every worker, and wait for all workers.
 
-        Raises what the first failing worker raised, as the type that it is, or a LaunchError.
-        Either way nothing of the launch is left running.
+        Raises the exception of the first failing worker, with its original type, or a LaunchError.
+        In either case nothing of the launch is left running.
         """
         with short_traceback:
             return self.submit(func, *args, **kwargs).result()
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Start the same in the background; wait for it by the run's `result()`, or await it."""
+        """Start a run in the background. Wait with the run's `result()`, or await the run."""
         with short_traceback:
             call = put_call(func, args, kwargs, self)
             progress = Progress(call.run_name)
@@ -41,9 +41,9 @@ class Launcher(Options):
             return Run(life, progress, self.shutdown_timeout)
 
     def session(self) -> Session:
-        """Reserve the hosts for several runs. Waits until there is room.
+        """Reserve the hosts for several runs. Waits until the cluster has room.
 
-        In an event loop it does not wait; `async with` and the session's runs do.
+        Inside an event loop this call does not wait. `async with` and the session's runs wait instead.
         """
         with short_traceback:
             return Session(self)
@@ -55,9 +55,9 @@ def launch(
     func_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> LaunchResult[R]:
-    """Call `func(*func_args, **func_kwargs)` on every worker, and wait for all of them.
+    """Call `func(*func_args, **func_kwargs)` on every worker, and wait for all workers.
 
-    The options are those of `Launcher`; raises what `Launcher.run` raises.
+    Takes the options of `Launcher`, and raises the same exceptions as `Launcher.run`.
     """
     with short_traceback:
         check_option_names(options, (field.name for field in fields(Options)), "launch()")

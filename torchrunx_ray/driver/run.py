@@ -1,4 +1,4 @@
-"""A run as its user holds it."""
+"""The user's handle of a run."""
 
 import asyncio
 import atexit
@@ -30,25 +30,28 @@ Life = Coroutine[Any, Any, LaunchResult[Any] | Failures]
 logger = logging.getLogger("torchrunx_ray")
 
 _living: dict["Run[Any]", Callable[[], None]] = {}
-"""Runs go on when nobody holds them, and an event loop keeps no task alive; with what a fork asks of them."""
+"""Runs that have not ended, each with the function that a forked child calls for it.
+
+The references keep a run alive when the user holds none; an event loop keeps no task alive.
+"""
 
 _called_at_exit: list[Callable[[], None]] | None = None
-"""When the script has ended, calls for which Python 3.12 starts no thread."""
+"""Callbacks to call after the script has ended, when Python 3.12 starts no thread; None before that."""
 
 
 class Run(concurrent.futures.Future[LaunchResult[R]]):
     """A launch in the background: a `concurrent.futures.Future` of its result.
 
-    `concurrent.futures.wait` and `as_completed` take it. `done()` is True when the run has ended and
-    given its hosts back, `cancelled()` when `cancel` or `kill` ended it. `add_done_callback(fn)` calls
-    `fn(run)` at the end, in a thread of its own. Unlike other futures a run can be cancelled until it
-    ends.
+    `concurrent.futures.wait` and `as_completed` accept a run. `done()` is True when the run has ended and
+    given its hosts back. `cancelled()` is True when `cancel` or `kill` ended the run.
+    `add_done_callback(fn)` calls `fn(run)` at the end, in a separate thread. Unlike other futures, a run
+    can be cancelled until it ends.
 
-    A run can be awaited, from any event loop. Cancelling the task that awaits a run cancels the run,
+    A run can be awaited from any event loop. Cancelling the task that awaits a run cancels the run,
     as with asyncio's own tasks.
     """
 
-    _was_asked = True  # until __init__ is through
+    _was_asked = True  # until __init__ has finished
 
     def __init__(self, life: Life, progress: Progress, shutdown_timeout: float) -> None:
         super().__init__()
@@ -74,25 +77,25 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
 
     @property
     def log_directory(self) -> Path | None:
-        """Directory of the default log files; None while nothing is in them, and if there are none."""
+        """Directory of the default log files; None if there are none, or nothing is written to them yet."""
         return self._progress.log_directory
 
     def result(self, timeout: float | None = None) -> LaunchResult[R]:
-        """Wait for all workers; raise what the first failing one raised.
+        """Wait for all workers. Raises the exception of the first failing worker.
 
-        After `timeout` seconds TimeoutError is raised, and the run goes on. Ctrl-C cancels the run,
-        and raises KeyboardInterrupt when nothing of the run is left; a second Ctrl-C kills it. So does
-        whatever else a signal handler raises: Ray's makes SystemExit of SIGTERM.
+        After `timeout` seconds TimeoutError is raised, and the run goes on. Ctrl-C cancels the run, and
+        raises KeyboardInterrupt when nothing of the run is left. A second Ctrl-C kills the run. Other
+        exceptions of signal handlers do the same, such as the SystemExit that Ray makes of SIGTERM.
         """
         with short_traceback:
             try:
                 self._wait_for_end(timeout)
                 return self._outcome(concurrent.futures.CancelledError)
             finally:
-                del self  # what is raised refers to this frame, and must not wait for Python's gc
+                del self  # an exception refers to this frame, and must not wait for Python's gc
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait as `result` does; return what it would raise, None where it would return."""
+        """Wait like `result`. Return the exception that `result` would raise, or None if it would return."""
         with short_traceback:
             self._wait_for_end(timeout)
             if self.cancelled():
@@ -100,9 +103,9 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
             return self._error()
 
     def stacks(self) -> Stacks:
-        """Return the workers' stacks as of now; `print` them.
+        """Return the current stacks of the workers; `print` shows them.
 
-        Empty before they are started, and when they have ended.
+        Empty before the workers start and after they have ended.
         """
         asked = loop.start(self._progress.stacks())
         loop.wait(asked)
@@ -113,11 +116,11 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         return loop.is_done(self)
 
     def running(self) -> bool:
-        """Return True from when it has its hosts until it ends."""
+        """Return True from the time when the run has its hosts until the run ends."""
         return self._progress.timeline.placed_ns is not None and not self.done()
 
     def cancel(self) -> bool:
-        """Begin to stop the run; False if it has ended.
+        """Begin to stop the run. Returns False if the run has ended.
 
         Workers get SIGTERM, and SIGKILL after `shutdown_timeout`. Calling `cancel` again changes
         nothing. `result` raises CancelledError when the run has stopped.
@@ -125,14 +128,14 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         return self._is_asked_to(self._stop)
 
     def kill(self) -> bool:
-        """Stop the run without giving its workers time to end; False if it has ended.
+        """Stop the run at once, without `shutdown_timeout`. Returns False if the run has ended.
 
-        Workers get SIGKILL, also those that a `cancel` lets save their work.
+        Workers get SIGKILL, even if a `cancel` has given them time to save their work.
         """
         return self._is_asked_to(self._die)
 
     def wait(self) -> None:
-        """Return when the run has ended, in whatever way."""
+        """Wait until the run has ended, whatever its outcome."""
         loop.wait(self)
 
     def __await__(self) -> Generator[Any, None, LaunchResult[R]]:
@@ -145,7 +148,10 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
                 del self
 
     async def until_ended(self, *, was_cancelled: bool = False) -> None:
-        """Await the end, however the run ended. A cancellation stops the run, and is raised then."""
+        """Await the end of the run, whatever its outcome.
+
+        A cancellation stops the run, and is raised after the run has ended.
+        """
         ended = loop.waker(self)
         cancelled: asyncio.CancelledError | None = None
         while not ended.done():
@@ -198,10 +204,10 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
                 return super().result(0)
             raise BaseException.with_traceback(error, self._raised_at)
         finally:
-            del error, self  # what is raised refers to this frame
+            del error, self  # an exception refers to this frame
 
     def _error(self) -> BaseException | None:
-        # Unpickled in the caller's thread: this may import modules of the user's, or yield
+        # Unpickled in the caller's thread: this may import user modules, or yield
         # CancelledError, which asyncio treats specially.
         return super().exception(0) if self._failures is None else self._failures.exception
 
@@ -229,7 +235,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
             self._task.cancel()
 
     def _abandon(self, life: Life) -> None:
-        """Stop a run that nobody will hold, whether it has begun or not."""
+        """Stop a run that no caller will ever hold, even if the run has not begun."""
         self._was_asked = True
         if self._task is not None:
             self._stop()
@@ -244,7 +250,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
     def _end(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
         try:
             self._settle(task)
-        except BaseException as error:  # or whoever waits would wait for ever
+        except BaseException as error:  # without an outcome the waiters would block for ever
             if self.done():
                 raise
             self.set_exception(error)
@@ -265,18 +271,21 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
             self._failures = outcome
             self.set_exception(
                 LaunchError(outcome.in_brief)
-            )  # in place of the one that `_error` makes
+            )  # a placeholder: `_error` makes the real exception
         else:
             self.set_result(outcome)
 
     def _invoke_callbacks(self) -> None:
-        """Wake who waits; call the user's functions in a thread of its own: they may block, or launch something."""
+        """Wake the waiters, and call the user's callbacks in a separate thread.
+
+        The user's callbacks may block, or start a launch.
+        """
         this: Any = self  # the stubs have no private names
         callbacks: list[Callable[[Any], object]] = this._done_callbacks
         for end in [each for each in callbacks if isinstance(each, loop.End)]:
             callbacks.remove(end)
             end(self)
-        if not this._done_callbacks:  # such as in a forked child, which should start no thread
+        if not this._done_callbacks:  # a forked child, for example, should start no thread
             return
         future: Any = super()
         call = future._invoke_callbacks
@@ -311,7 +320,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         return "ended" if super().exception(0) is None else "failed"
 
     def __del__(self) -> None:
-        """Tell of a failure that nobody has asked for; it would be lost without a word."""
+        """Log a failure if nobody has asked for the run's result."""
         if self._was_asked or not self.done() or self.cancelled():
             return
         error = super().exception(0)
@@ -337,8 +346,8 @@ def _stop_living() -> None:
     for run in living:
         run.cancel()
     try:
-        for shown in living.values():  # after the cancellations, since a handler may block
-            with contextlib.suppress(Exception, SystemExit):  # of a handler of the user's
+        for shown in living.values():  # after the cancellations, since a log handler may block
+            with contextlib.suppress(Exception, SystemExit):  # raised by a log handler of the user
                 logger.warning(
                     "the script ended while %s; it is being stopped, for shutdown_timeout and some seconds at "
                     "most. `result()` waits for a run.",
@@ -346,13 +355,13 @@ def _stop_living() -> None:
                 )
         for run in living:
             run.wait()
-        if living:  # a run is done a moment before its callbacks are in the list
+        if living:  # a run is done a moment before its callbacks are in _called_at_exit
             loop.wait(loop.start(asyncio.sleep(0)))
         while _called_at_exit:
             with contextlib.suppress(SystemExit):
                 _called_at_exit.pop(0)()
     except BaseException:
-        return  # told to end once more: what is left ends with the driver
+        return  # interrupted again: remaining runs end with the driver
 
 
 stays_in_driver(
@@ -363,12 +372,12 @@ stays_in_driver(
 
 
 def _leave_to_parent() -> None:
-    """A forked child has the runs, but not the thread that they live in."""
+    """End the runs in a forked child, which has the runs but not their thread."""
     for leave in _living.values():
         leave()
     _living.clear()
 
 
 in_child(_leave_to_parent)
-# Before Ray's own, which was registered earlier, ends the agents.
+# Registered after Ray's own exit function, and so called before Ray ends the agents.
 atexit.register(_stop_living)

@@ -1,4 +1,4 @@
-"""A placement that is kept over several runs."""
+"""A placement that is kept for several runs."""
 
 import asyncio
 import types
@@ -30,18 +30,21 @@ R = TypeVar("R")
 Stop = Literal["cancel", "kill"]
 
 _CLOSING_S = 6.0
-"""For a session that was interrupted while it opened; clean-up goes on in the background sooner."""
+"""Time to wait for a session to close if it was interrupted while it opened.
+
+Slow clean-up moves to the background sooner.
+"""
 
 
 class Session:
     """Hosts that stay reserved, so that nobody takes their GPUs between runs.
 
-    Every run gets fresh worker processes. Runs wait for each other. A failed run leaves the
-    session usable: what died is replaced. It ends with `close()`, at the end of its `with` (by an
-    exception: what still runs is cancelled), or with the driver.
+    Every run gets fresh worker processes. Runs execute one after another. The session stays usable after a
+    failed run: processes that died are replaced. A session ends with `close()`, at the end of its `with`
+    block, or with the driver. If an exception leaves the `with` block, runs that still go on are cancelled.
 
-    In an event loop `async with launcher.session() as session` waits for room, and at the end for the
-    runs, without blocking the loop.
+    In an event loop use `async with launcher.session() as session`. It waits for room, and at the end for
+    the runs, without blocking the loop.
     """
 
     def __init__(self, options: Options) -> None:
@@ -56,12 +59,12 @@ class Session:
             self._wait_until_open()
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
-        """Call the function on every worker, and wait for all of them."""
+        """Call the function on every worker, and wait for all workers."""
         with short_traceback:
             return self.submit(func, *args, **kwargs).result()
 
     def submit(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Start the same in the background."""
+        """Start a run in the background."""
         with short_traceback:
             self._check_usable()
             call = put_call(func, args, kwargs, self._options)
@@ -69,22 +72,22 @@ class Session:
             life = follow(lambda: self._run(call, progress), progress, self._options)
             run: Run[R] = Run(life, progress, self._options.shutdown_timeout)
             self._running.add(run)
-            # In the loop: Ctrl-C inside of it would leave the run locked.
+            # Called in the loop: Ctrl-C inside add_done_callback would leave the run's lock held.
             loop.running().call_soon_threadsafe(run.add_done_callback, self._running.discard)
             return run
 
     def close(self) -> None:
-        """Give the hosts back, after the runs that were submitted.
+        """Wait for the submitted runs, then give the hosts back.
 
-        Ctrl-C, or what else a signal handler raises, cancels these; a second one kills them.
+        Ctrl-C, or any other exception of a signal handler, cancels these runs. A second one kills them.
         """
         with short_traceback:
             self._close(("cancel", "kill"))
 
     def _close(self, stops: Sequence[Stop], told_of: BaseException | None = None) -> None:
-        """Wait for the runs; each interruption stops them in the next of these ways."""
+        """Wait for the runs. Each interruption stops them by the next of `stops`."""
         if self._cluster.is_inherited:
-            return  # it is the parent's to close
+            return  # only the parent process may close the session
         raised: BaseException | None = None
         for stop in (*stops, None):
             try:
@@ -96,7 +99,7 @@ class Session:
                 raised, told_of = error, error if stop == "cancel" else None
                 self._stop_all(stop)
         else:
-            loop.start(self._close_hosts())  # nobody waits for it any more
+            loop.start(self._close_hosts())  # nobody waits for this
         try:
             if raised is not None:
                 raise raised
@@ -136,7 +139,7 @@ class Session:
         return await self._hosts.run(call, progress)
 
     async def _close_hosts(self) -> None:
-        self._opening.cancel()  # if it still waits for room
+        self._opening.cancel()  # it may still wait for room
         try:
             await self._hosts.close()
         finally:
@@ -147,7 +150,8 @@ class Session:
             loop.wait(self._opening)
             self._opening.result()
         except BaseException:
-            loop.wait(loop.start(self._close_hosts()), _CLOSING_S)  # it may have opened just now
+            # The session may have opened at this moment.
+            loop.wait(loop.start(self._close_hosts()), _CLOSING_S)
             raise
 
     def _check_usable(self) -> None:

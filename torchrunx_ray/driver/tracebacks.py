@@ -1,4 +1,4 @@
-"""Tracebacks that show the user's lines, and few of ours."""
+"""Tracebacks that show the user's lines, and few lines of this package."""
 
 import asyncio
 import concurrent.futures
@@ -14,7 +14,7 @@ _FACE = tuple(
     os.path.join(os.path.dirname(__file__), name)
     for name in ("run.py", "session.py", "launcher.py", "background/loop.py")
 )
-"""Files whose innermost frame tells nothing: they wait, and pass on what others raise."""
+"""Files whose innermost frame explains nothing: they only wait, and pass on exceptions from elsewhere."""
 
 _PLUMBING = (
     f"{os.path.dirname(asyncio.__file__)}{os.sep}",
@@ -25,10 +25,10 @@ _PLUMBING = (
 
 
 class _ShortTraceback:
-    """A `with` block, whose exceptions show at most two frames of this package.
+    """A context manager whose exceptions show at most two frames of this package.
 
-    The outermost is the method that the user called, the innermost the line that raised. A class,
-    since contextlib's generators put the old traceback back.
+    The outermost is the method that the user called, the innermost the line that raised. This is a
+    class, since a contextlib generator would restore the old traceback.
     """
 
     def __enter__(self) -> None:
@@ -48,7 +48,7 @@ short_traceback = _ShortTraceback()
 
 
 def shorten(error: BaseException) -> None:
-    """Leave two frames of ours in its traceback, and in those of the exceptions it came from."""
+    """Leave at most two frames of this package in the tracebacks of an exception and of its causes and contexts."""
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]
     while chain:
@@ -61,7 +61,7 @@ def shorten(error: BaseException) -> None:
 
 
 def has_users_frame(error: BaseException) -> bool:
-    """Return True if a line of neither this package nor its plumbing was being run."""
+    """Return True if the traceback has a frame that is neither of this package nor of its plumbing."""
     return any(not _is_ours_or_plumbing(frame) for frame in _frames(_traceback(error)))
 
 
@@ -92,7 +92,7 @@ def _frames(traceback: types.TracebackType | None) -> Iterator[types.TracebackTy
         traceback = traceback.tb_next
 
 
-# By the base class: an exception may refuse to be asked for attributes, or to be given some.
+# Called through the base class: an exception may refuse attribute access.
 
 
 def _traceback(error: BaseException) -> types.TracebackType | None:

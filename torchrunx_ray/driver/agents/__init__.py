@@ -1,1 +1,1 @@
-"""Agents on the hosts: kept warm between runs, and asked for events during a run."""
+"""Agents on the hosts. The driver keeps them warm between runs, and polls their events during a run."""

@@ -26,11 +26,11 @@ from torchrunx_ray.wire.clock import now_ns
 logger = logging.getLogger("torchrunx_ray")
 
 _SILENT_S = 15.0
-"""An agent answers a poll after 5 s at the latest."""
+"""Time without an answer before a warning. An agent answers every poll within 5 s."""
 
 
 class AgentLink:
-    """Has the agent start its workers, hears all that it has to say, and asks for the values."""
+    """Link to one agent: starts its workers, receives its events, and asks for the values."""
 
     def __init__(
         self,
@@ -47,17 +47,17 @@ class AgentLink:
         self._hear = hear
         self._cluster = Connection()
         self.values: list[ray.ObjectRef[Any]] = []
-        """By local rank, once the workers have been started."""
+        """References to the values by local rank, once the workers have been started."""
 
     async def hold(
         self, wanted: messages.RunWanted, call: Call
     ) -> messages.AgentFailed | ArgumentLost | None:
-        """Return when the host has ended the run; or why there is nobody to talk to."""
+        """Wait until the host has ended the run. Returns the failure if the link broke before that."""
         starting = asyncio.create_task(self._start(wanted, call))
-        # From the first moment, or the last words of an agent that fails while it starts are lost.
+        # Polls begin at once: otherwise the last events of an agent that fails while it starts are lost.
         hearing = asyncio.create_task(self._hear_until_ended())
         try:
-            await asyncio.gather(starting, hearing)  # the first that fails tells why
+            await asyncio.gather(starting, hearing)  # raises the first error
         except ClusterLeft as left:
             return _failed(str(left), "")
         except RayTaskError as error:
@@ -74,7 +74,7 @@ class AgentLink:
         finally:
             starting.cancel()
             hearing.cancel()
-            # A failure refers to this frame, and must not wait for Python's gc.
+            # An exception refers to this frame, and must not wait for Python's gc.
             del starting, hearing
         return None
 
@@ -91,10 +91,10 @@ class AgentLink:
                     return
 
     async def _poll(self) -> list[messages.Event]:
-        """Return the agent's next events, and say if the agent does not answer."""
+        """Return the agent's next events. Log a warning if the agent does not answer."""
         silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent)
         has_room = self._logs.has_room
-        # What else there is to say must not wait for a terminal that takes no more output.
+        # Other events must not wait for a terminal that takes no more output.
         nudging = None if has_room else asyncio.create_task(self._nudge())
         try:
             return await self._cluster.ask(self._agent.calls.poll, has_room)
@@ -104,7 +104,7 @@ class AgentLink:
                 nudging.cancel()
 
     async def _nudge(self) -> None:
-        """End a poll that did not ask for output, as soon as there is room for it."""
+        """End a poll that did not ask for output as soon as there is room for output."""
         await self._logs.until_room()
         self._cluster.tell(self._agent.calls.nudge)
 
@@ -125,7 +125,7 @@ def _ask_for_values(calls: Any, wanted: messages.RunWanted) -> "list[ray.ObjectR
 def _evidence(error: RayError) -> str:
     if not isinstance(error, ActorUnavailableError):
         return str(error)
-    # The raylet tells within milliseconds of an agent that died alone.
+    # If only the agent died, its raylet reports the death within milliseconds.
     return (
         f"{error}\nRay does not say why. The raylet, Ray's process for the node, or the machine may have ended, or "
         "the network may be cut."

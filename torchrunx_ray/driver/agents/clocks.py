@@ -1,4 +1,4 @@
-"""Offsets between the clocks of the hosts, which put events of different hosts in order."""
+"""Offsets between the clocks of the hosts, used to order events of different hosts."""
 
 import asyncio
 import time
@@ -14,23 +14,26 @@ from torchrunx_ray.wire.clock import now_ns
 _READINGS = 5
 
 _GOOD_FOR_S = 60.0
-"""Clocks of computers drift apart by some 10 microseconds per second."""
+"""Time until the clocks are compared again. They drift apart by some 10 microseconds per second."""
 
 
 class Clocks:
-    """Offsets of the hosts' clocks against the driver's. Unknown until `compare` has heard of them."""
+    """Offsets of the hosts' clocks against the driver's. Unknown until `compare` has asked for them."""
 
     def __init__(self, agents: Sequence[PooledAgent]) -> None:
         self._agents = agents
 
     async def compare(self) -> None:
-        """Ask those on other machines, unless lately; one that just died is heard of otherwise."""
+        """Ask the agents on other machines for their clocks, unless the last comparison is recent.
+
+        Ignores an agent that just died; its death is reported elsewhere.
+        """
         stale = time.monotonic() - _GOOD_FOR_S
         asked = [a for a in self._agents if a.compared_at < stale and not is_here(a.node_id)]
         await asyncio.gather(*map(_compare, asked))
 
     def on_ours(self, host_index: int, time_ns: int) -> int:
-        """A time that was read on a host, on the driver's clock."""
+        """Return a host's time on the driver's clock."""
         return time_ns - self._agents[host_index].ahead_ns
 
 
@@ -41,8 +44,8 @@ async def _compare(agent: PooledAgent) -> None:
             asked_ns = now_ns()
             theirs_ns: int = await agent.connection.ask(agent.calls.clock)
             took_ns = now_ns() - asked_ns
-            # Half the round trip is the best guess of when the agent read its clock, and the
-            # shortest one the closest.
+            # The best guess is that the agent read its clock after half the round trip. The shortest
+            # round trip gives the closest guess.
             if shortest_ns is None or took_ns < shortest_ns:
                 shortest_ns = took_ns
                 agent.ahead_ns = theirs_ns - asked_ns - took_ns // 2

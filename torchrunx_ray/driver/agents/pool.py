@@ -1,4 +1,4 @@
-"""The driver's hold on agents, and those that rest between runs."""
+"""The driver's handles of agents, and the pool of agents that rest between runs."""
 
 import asyncio
 import contextlib
@@ -28,25 +28,31 @@ logger = logging.getLogger("torchrunx_ray")
 NAMESPACE = "torchrunx_ray"
 
 _MOST_WORKERS = 1000
-"""On one host: so many calls may wait for values; Ray's own bound for an async actor."""
+"""Limit of workers on one host, since each worker needs a waiting call for its value.
+
+This is Ray's own limit for an async actor.
+"""
 
 _MOST_RESTING = 8
-"""On one node: each keeps the memory of its template, and other environments need other templates."""
+"""Limit of resting agents on one node. Each keeps the memory of its template.
+
+Different environments need different templates.
+"""
 
 _CLOSING_S = 15.0
-"""For an agent to end its processes; one that takes longer is frozen, or cut off."""
+"""Time for an agent to end its processes. An agent that takes longer is frozen or cut off."""
 
 _CLOSING_UNMET_S = 1.0
-"""For one that has never answered: Ray may still make its runtime_env."""
+"""The same for an agent that has never answered: Ray may still make its runtime_env."""
 
 _SILENT_S = 10.0
-"""For an agent that rested to be ready for another run: it may source an env_file anew."""
+"""Time without an answer before a resting agent is checked. It may be sourcing its env_file again."""
 
 _READY_S = 300.0
-"""The same in all, while it answers other questions."""
+"""Limit of the whole time that a resting agent takes to be ready, while it answers other calls."""
 
 _ANSWER_S = 5.0
-"""For an agent that lives to answer."""
+"""Time for a living agent to answer a simple call."""
 
 _NEVER_READY = (
     "answers, but was not ready after {:g} s: its old template does not end, or a new one cannot be started. "
@@ -56,15 +62,15 @@ _NEVER_READY = (
 _NO_ANSWER = "does not answer: the machine is too busy to run it, or is swapping, or the agent is frozen or cut off."
 
 _RUNTIME_ENV_S = 600.0
-"""Time that Ray takes at most for a runtime_env, unless its config says otherwise."""
+"""Longest time that Ray takes for a runtime_env, unless its config says otherwise."""
 
 _START_S = 300.0
-"""For Ray to start an agent's process once its runtime_env is made."""
+"""Time for Ray to start an agent's process after its runtime_env is made."""
 
 
 @dataclass(eq=False)
 class PooledAgent:
-    """A living agent actor. `calls` is its handle."""
+    """A living agent actor. `calls` is the actor's handle."""
 
     node_id: str
     wanted: TemplateWanted
@@ -74,21 +80,21 @@ class PooledAgent:
     starts_within_s: float | None
     is_new: bool = True
     claims: int = 0
-    """Number of runs for which it was claimed."""
+    """Number of runs that have claimed the agent."""
     is_gone: bool = False
-    """Dead, frozen or cut off: it would be asked in vain for seconds."""
+    """True if the agent is dead, frozen or cut off. A call to it would wait for seconds without an answer."""
     fault: str = ""
-    """Why it was given up when it was wanted for another run, as the rest of a sentence about it."""
+    """Reason why a resting agent was given up, as the rest of a sentence about the agent."""
     rests_until: float = 0
     ahead_ns: int = 0
-    """Lead of its host's clock over the driver's, once `Clocks` has compared them."""
+    """Lead of the host's clock over the driver's, once `Clocks` has compared them."""
     compared_at: float = -math.inf
-    """By the driver's monotonic clock."""
+    """Time of the last comparison, on the driver's monotonic clock."""
 
     async def meet(self, *, listen: bool) -> Met | None:
-        """Claim it for a run. None: it ended, or froze, while it rested.
+        """Claim the agent for a run. Returns None if the agent ended or froze while it rested.
 
-        RayError or TimeoutError: it never began.
+        Raises RayError or TimeoutError if a new agent did not start.
         """
         self.claims += 1
         meeting = asyncio.create_task(self.connection.ask(self.calls.meet, self.claims, listen))
@@ -101,7 +107,7 @@ class PooledAgent:
             return None
         finally:
             meeting.cancel()
-            del meeting  # a failure refers to this frame, and must not wait for Python's gc
+            del meeting  # an exception refers to this frame, and must not wait for Python's gc
         self.is_new = False
         return None if met.leaving else met
 
@@ -128,33 +134,37 @@ class PooledAgent:
                 raise TimeoutError
 
     async def _answers(self) -> bool:
-        """Return True if it is there at all; it answers this question at once, whatever it does."""
+        """Return False if the agent does not answer a call that a living agent answers at once."""
         try:
             async with asyncio.timeout(_ANSWER_S):
                 await self.connection.ask(self.calls.clock)
         except RayError:
-            pass  # the answer to what it was asked before tells why
+            pass  # the pending call to `meet` raises the reason
         except TimeoutError:
             return False
         return True
 
     async def release(self, linger: float) -> None:
-        """Let it rest, for the next launch to take; end it with linger=0, or if it has never answered."""
+        """Let the agent rest for the next launch.
+
+        Ends the agent instead if `linger` is 0, if the agent has never answered or is gone, or if the
+        driver has left its cluster.
+        """
         if linger <= 0 or self.is_new or self.is_gone or not self.connection.is_ours():
             await self.end()
             return
         self.connection.tell(self.calls.rest, self.claims, linger)
         self.rests_until = time.monotonic() + linger
         for surplus in _resting.put(self):
-            ending = asyncio.create_task(surplus.end())  # another's; nobody waits for it
+            ending = asyncio.create_task(surplus.end())  # nobody waits for this
             _ending.add(ending)
             ending.add_done_callback(_has_ended)
 
     async def end(self) -> None:
-        """Return when the agent's processes are gone. The actor itself goes a moment later."""
+        """Wait until the agent's processes are gone. The actor itself ends a moment later."""
         if not self.connection.is_ours():
             return  # Ray has ended it with this driver's other actors
-        # What it cannot do itself, its keeper and template do when it is killed.
+        # If the agent cannot end its processes, its keeper and template do so when it is killed.
         with contextlib.suppress(RayError, TimeoutError, ClusterLeft):
             if not self.is_gone:
                 async with asyncio.timeout(_CLOSING_UNMET_S if self.is_new else _CLOSING_S):
@@ -173,7 +183,7 @@ class _Resting:
         self._agents: list[PooledAgent] = []
 
     def put(self, agent: PooledAgent) -> list[PooledAgent]:
-        """Returns those that have rested longest, where its node has too many."""
+        """Add an agent. Returns the agents that have rested longest if the node has too many."""
         with self._lock:
             self._forget_those_that_left()
             self._agents.append(agent)
@@ -196,7 +206,7 @@ class _Resting:
             return None
 
     def nearest(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> str | None:
-        """Say how the most similar agent of the node differs from what is wanted; None without one."""
+        """Return how the most similar resting agent of the node differs; None if the node has none."""
         with self._lock:
             self._forget_those_that_left()
             there = [agent for agent in self._agents if agent.node_id == node_id]
@@ -230,7 +240,7 @@ def _has_ended(task: "asyncio.Task[None]") -> None:
 async def acquire(
     node_id: str, label: str, wanted: TemplateWanted, options: Options
 ) -> PooledAgent:
-    """A resting agent of that node and kind, or a new one."""
+    """Return a fitting agent that rests on the node, or a new agent."""
     runtime_env = repr(options.runtime_env)
     agent = _resting.take(node_id, wanted, runtime_env)
     if agent is None:
@@ -254,7 +264,10 @@ def _starts_within_s(runtime_env: Mapping[str, Any]) -> float | None:
 
 
 def _create(node_id: str, label: str, wanted: TemplateWanted, options: Options) -> Any:
-    """Name it by its host: Ray shows the name for as long as the agent lives, whichever runs it serves."""
+    """Create an agent actor that is named after its host.
+
+    Ray shows the name while the agent lives, and the agent may serve several runs.
+    """
     groups = {VALUES: _MOST_WORKERS}
     actor_class: Any = untyped_ray.remote(concurrency_groups=groups)(_AgentActor)
     unique = f"agent-{label}-{uuid.uuid4().hex[:8]}"

@@ -1,1 +1,1 @@
-"""The thread in which every run lives, and the lines that it logs itself."""
+"""The background thread of all runs, and the log lines of the thread itself."""

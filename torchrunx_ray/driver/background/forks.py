@@ -1,7 +1,7 @@
-"""Forked children of the driver: they have its state, but none of its threads.
+"""Hooks for forked children of the driver, which have its state but none of its threads.
 
-Each module that keeps state for the whole process says here what a child does with the state. The calls are made in
-the order in which the modules were imported, so a module can rely on those that it imports.
+Each module with process-wide state registers a function that resets the state in a child. Functions are called in the
+order of registration, which is the order of imports. A module can rely on the modules that it imports.
 """
 
 import os
@@ -11,7 +11,7 @@ _in_child: list[Callable[[], object]] = []
 
 
 def in_child(call: Callable[[], object]) -> None:
-    """Call it in every child that is forked from now on."""
+    """Register a function to call in every child that is forked from now on."""
     _in_child.append(call)
 
 

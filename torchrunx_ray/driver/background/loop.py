@@ -1,4 +1,4 @@
-"""The driver's one background thread, in whose event loop every run of this process lives."""
+"""The driver's background thread, whose event loop executes every run of this process."""
 
 import asyncio
 import concurrent.futures
@@ -31,15 +31,15 @@ _loop: asyncio.AbstractEventLoop | None = None
 
 
 def start(coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
-    """Run a coroutine in the background; cancelling the future cancels it."""
+    """Run a coroutine in the background. Cancelling the future cancels the coroutine."""
     return asyncio.run_coroutine_threadsafe(coroutine, running())
 
 
 class End:
-    """A future's end, for threads in which Ctrl-C may be raised at any moment.
+    """The end of a future, for threads in which Ctrl-C may be raised at any moment.
 
-    A KeyboardInterrupt inside the future's own methods may leave the future's lock held for ever, and the loop
-    would wait for that lock.
+    A KeyboardInterrupt inside the future's own methods may leave the future's lock held for ever. The loop would
+    then block on that lock.
     """
 
     def __init__(self, future: "concurrent.futures.Future[Any]") -> None:
@@ -58,7 +58,7 @@ class End:
 
 
 def is_done(future: "concurrent.futures.Future[Any]") -> bool:
-    """Return what `done()` does, without the future's lock: Ctrl-C might leave the lock held."""
+    """Return the same as `done()`, without taking the future's lock: Ctrl-C might leave the lock held."""
     untyped: Any = future  # the stubs have no private names
     return untyped._state in _DONE
 
@@ -69,10 +69,10 @@ _ends: "weakref.WeakKeyDictionary[concurrent.futures.Future[Any], End]" = (
 
 
 def wait(future: "concurrent.futures.Future[Any]", timeout: float | None = None) -> bool:
-    """Wait in the user's thread; return whether the future is done.
+    """Wait in the user's thread. Returns True if the future is done.
 
-    In steps, for Ctrl-C: the kernel may hand the signal to any thread of the process, and Python
-    acts on it only when its main thread wakes.
+    The wait wakes at short intervals to notice Ctrl-C: the kernel may deliver the signal to any thread, and
+    Python handles the signal only when its main thread wakes.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     if (end := _ends.get(future)) is None:
@@ -88,10 +88,10 @@ def wait(future: "concurrent.futures.Future[Any]", timeout: float | None = None)
 
 
 async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Await a call that blocks, such as one that asks Ray's head.
+    """Await a blocking call, such as a question to Ray's head.
 
-    In a daemon thread, unlike asyncio.to_thread, so that one that never returns does not hold
-    the interpreter when the driver ends. When the await is cancelled the call itself goes on.
+    Unlike asyncio.to_thread, this uses a daemon thread: a call that never returns does not block the
+    interpreter's exit. If the await is cancelled, the call itself goes on.
     """
     answer: asyncio.Future[T] = _unheard()
     work = functools.partial(_settle, answer, functools.partial(call, *args, **kwargs))
@@ -100,13 +100,13 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     try:
         return await asyncio.shield(answer)
     finally:
-        del answer, work  # a failure refers to this frame, and must not wait for Python's gc
+        del answer, work  # an exception refers to this frame, and must not wait for Python's gc
 
 
 async def in_thread_only(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Await a call that may block for ever, such as one that writes to a stopped terminal.
+    """Await a call that may block for ever, such as a write to a stopped terminal.
 
-    It is left out where no thread can be started: here it would hold the loop.
+    The call is skipped if no thread can be started, since it would block the loop.
     """
     answer: asyncio.Future[object] = _unheard()
     work = functools.partial(_settle, answer, functools.partial(call, *args, **kwargs))
@@ -119,9 +119,9 @@ async def in_thread_only(call: Callable[P, object], *args: P.args, **kwargs: P.k
 
 
 def _unheard() -> "asyncio.Future[Any]":
-    """Return a future whose failure may stay unheard: nobody may wait for it any more.
+    """Return a future whose exception is never reported as unretrieved: its waiter may be gone.
 
-    asyncio.wrap_future would keep what a call returned or raised until Python's gc runs.
+    asyncio.wrap_future would keep a call's result or exception until Python's gc runs.
     """
     future = asyncio.get_running_loop().create_future()
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -129,33 +129,33 @@ def _unheard() -> "asyncio.Future[Any]":
 
 
 def _settle(answer: "asyncio.Future[T]", call: Callable[[], T]) -> None:
-    """Call it in a thread, and have the loop hear of what came of it."""
+    """Call a function in this thread, and set its outcome on a future of the loop."""
     settle = answer.get_loop().call_soon_threadsafe
     try:
         settle(answer.set_result, call())
     except BaseException as error:
-        with contextlib.suppress(RuntimeError):  # that loop was closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             settle(answer.set_exception, error)
     finally:
-        del answer  # a failure refers to this frame
+        del answer  # an exception refers to this frame
 
 
 def start_thread(work: Callable[[], None]) -> bool:
-    """Do it in a daemon thread; False if no thread can be started."""
-    context = contextvars.copy_context()  # a notebook knows by it whose cell a line belongs to
+    """Call a function in a daemon thread. Returns False if no thread can be started."""
+    context = contextvars.copy_context()  # a notebook uses the context to find a line's cell
     try:
         threading.Thread(
             target=context.run, args=(work,), name="torchrunx_ray call", daemon=True
         ).start()
-    except RuntimeError:  # a limit of the host; Python 3.12 starts none when the script has ended
+    except RuntimeError:  # a limit of the host, or Python 3.12 after the script has ended
         return False
     return True
 
 
 def is_called_in_one() -> bool:
-    """Return whether a wait here would block an event loop of the user's.
+    """Return True if a wait here would block one of the user's event loops.
 
-    The loop of a notebook's kernel is blocked by every cell; Interrupt ends such a wait.
+    A notebook kernel's loop does not count: every cell blocks that loop, and Interrupt ends the wait.
     """
     try:
         asyncio.get_running_loop()
@@ -163,17 +163,17 @@ def is_called_in_one() -> bool:
         return False
     kernel = sys.modules.get(
         "ipykernel.kernelapp"
-    )  # scripts import it, too, through other libraries
+    )  # a script may import ipykernel, too, through other libraries
     return kernel is None or not kernel.IPKernelApp.initialized()
 
 
 def waker(future: "concurrent.futures.Future[Any]") -> "asyncio.Future[None]":
-    """A future of the running event loop, done when the other one is, whatever became of it."""
+    """Return a future of the running event loop that is done when `future` is done, whatever its outcome."""
     here = asyncio.get_running_loop()
     woken: asyncio.Future[None] = here.create_future()
 
     def wake(_: object) -> None:
-        with contextlib.suppress(RuntimeError):  # that loop was closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             here.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
 
     future.add_done_callback(wake)
@@ -181,9 +181,9 @@ def waker(future: "concurrent.futures.Future[Any]") -> "asyncio.Future[None]":
 
 
 async def to_the_end(work: Awaitable[T]) -> T:
-    """Await what must not be left half done, such as giving resources back.
+    """Await work that must be completed, such as giving resources back.
 
-    A cancellation meanwhile is raised afterwards.
+    A cancellation during the work is raised after it.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -193,14 +193,14 @@ async def to_the_end(work: Awaitable[T]) -> T:
         except asyncio.CancelledError as error:
             cancelled = error
         except Exception:
-            break  # raised again below
+            break  # task.result() below raises it
     if cancelled is not None:
         raise cancelled
     return task.result()
 
 
 def running() -> asyncio.AbstractEventLoop:
-    """The loop, in its thread; both start with the first launch."""
+    """Return the background loop. The first call starts the loop and its thread."""
     global _loop
     with _lock:
         if _loop is None:
@@ -212,20 +212,23 @@ def running() -> asyncio.AbstractEventLoop:
 
 
 def _tell(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what no task has taken as a line of ours: a handler of asyncio's logger would run in the loop."""
+    """Log an unhandled error with this package's logger: handlers of asyncio's logger would run in the loop."""
     logger.error("in the background: %s", context["message"], exc_info=context.get("exception"))
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """For ever: a signal handler's or a callback's sys.exit may fail its run, not all of them."""
+    """Run the loop for ever.
+
+    A sys.exit in a signal handler or a callback may fail its own run, but not the others.
+    """
     own_lines.divert_this_thread()
     while True:
-        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # all that asyncio lets out
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # asyncio lets only these out
             loop.run_forever()
 
 
 def _forget() -> None:
-    """A forked child has the loop but not its thread."""
+    """Drop the loop in a forked child, which does not have its thread."""
     global _loop, _lock
     _loop, _lock = None, threading.Lock()
     _ends.clear()

@@ -1,4 +1,4 @@
-"""The driver's own log lines, on their way out of the event loop."""
+"""A queue that takes the driver's own log lines out of the event loop."""
 
 import asyncio
 import atexit
@@ -13,10 +13,10 @@ from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.background.warn_once import WarnOnce
 
 _MOST_WAITING = 10_000
-"""Lines that wait for a stopped terminal; later ones are dropped, since the driver's memory is bounded."""
+"""Limit of the queue while a terminal is stopped. Later lines are dropped, to bound the driver's memory."""
 
 _PATIENCE_S = 1.0
-"""Time that a run waits at its end for handlers to take its lines."""
+"""Time that a run waits at its end for handlers to write its lines."""
 
 
 def driver_has_configured_logging() -> bool:
@@ -24,9 +24,9 @@ def driver_has_configured_logging() -> bool:
 
 
 class OwnLines(logging.Filter):
-    """Takes what is logged in the event loop's thread, and hands it to the loggers in a thread of its own.
+    """A filter that queues records of the event loop's thread, and handles them in a separate thread.
 
-    A handler of `logging` may block, as on a stopped terminal. In the event loop it would freeze
+    A `logging` handler may block, for example on a stopped terminal. In the event loop it would freeze
     every run of this process. Lines keep their order.
     """
 
@@ -43,19 +43,19 @@ class OwnLines(logging.Filter):
         )
 
     def divert_this_thread(self) -> None:
-        """Have handlers run in another thread than this one from now on."""
+        """Queue the records of the calling thread from now on."""
         writing = threading.Thread(
             target=self._write_all, name="torchrunx_ray log lines", daemon=True
         )
         try:
             writing.start()
-        except RuntimeError:  # a limit on threads: the loop has to write them itself
+        except RuntimeError:  # a limit on threads: the loop has to write its lines itself
             return
         self._diverted = threading.get_ident()
         logging.getLogger("torchrunx_ray").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Pass what comes from other threads; keep the rest for ours."""
+        """Pass records of other threads; queue records of the diverted thread."""
         if threading.get_ident() != self._diverted:
             return True
         if self._put - self._written >= _MOST_WAITING:
@@ -66,20 +66,20 @@ class OwnLines(logging.Filter):
         return False
 
     async def written(self) -> None:
-        """Wait until all lines so far are written, but not for ever for a handler that blocks."""
+        """Wait until all lines so far are written, or for _PATIENCE_S if a handler blocks."""
         put = self._put
         deadline = time.monotonic() + _PATIENCE_S
         while self._written < put and time.monotonic() < deadline:
             await asyncio.sleep(0.001)
 
     def wait_until_written(self) -> None:
-        """The same for the end of the script."""
+        """Wait like `written`, without an event loop, at the end of the script."""
         put = self._put
         with self._was_written:
             self._was_written.wait_for(lambda: self._written >= put, _PATIENCE_S)
 
     def forget(self) -> None:
-        """In a forked child, which has neither the loop nor our thread."""
+        """Reset the state in a forked child, which has neither the loop nor the writing thread."""
         logging.getLogger("torchrunx_ray").removeFilter(self)
         self.__init__()
 
@@ -88,7 +88,7 @@ class OwnLines(logging.Filter):
             context, record = self._queue.get()
             try:
                 context.run(logging.getLogger(record.name).handle, record)
-            except BaseException as error:  # a sys.exit in a handler, too
+            except BaseException as error:  # including sys.exit in a handler
                 self._warn_once.tell(error)
             self._tell_of_dropped()
             with self._was_written:
@@ -105,7 +105,7 @@ class OwnLines(logging.Filter):
 
 
 own_lines = OwnLines()
-"""The one of this process."""
+"""The filter of this process."""
 
 in_child(own_lines.forget)
 atexit.register(own_lines.wait_until_written)

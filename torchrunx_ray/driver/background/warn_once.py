@@ -1,4 +1,4 @@
-"""Warning that what the workers say cannot be shown or kept."""
+"""Warnings that are given once."""
 
 import contextlib
 import logging
@@ -8,9 +8,9 @@ logger = logging.getLogger("torchrunx_ray")
 
 
 class WarnOnce:
-    """A warning of one thing that fails, given once however often it does; it never raises.
+    """A warning that is logged once, however often its error occurs. It never raises.
 
-    The last %s of `words` is for the error, with where it was raised if `tells_place`.
+    The last %s of `words` is for the error. With `tells_place` the error is followed by its place.
     """
 
     def __init__(self, words: str, *args: object, tells_place: bool = True) -> None:
@@ -22,7 +22,7 @@ class WarnOnce:
         if self._was_told:
             return
         self._was_told = True
-        with contextlib.suppress(BaseException):  # by a handler of logging that fails on this too
+        with contextlib.suppress(BaseException):  # a logging handler may fail on this, too
             what = _with_place(error) if self._tells_place else error
             logger.warning(self._words, *self._args, what)
 

@@ -1,1 +1,1 @@
-"""The function with its arguments, and the environment that it needs, on their way into the cluster."""
+"""Packing of a function, its arguments and its environment for the cluster."""

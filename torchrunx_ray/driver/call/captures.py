@@ -1,4 +1,4 @@
-"""Large values that a function takes along because it names them: most often not meant to travel."""
+"""Warnings about large values that a function captures. Most of these are captured by mistake."""
 
 import logging
 import types
@@ -14,16 +14,19 @@ from torchrunx_ray.wire.values.pickling import Replace
 logger = logging.getLogger("torchrunx_ray")
 
 LARGE = 64 * 2**20
-"""Bytes of one value that are worth a word."""
+"""Least size of a value, in bytes, that is worth a warning."""
 
 _told: set[str] = set()
 
 _looked_at: "weakref.WeakSet[types.CodeType]" = weakref.WeakSet()
-"""It takes pickling a large function several times, and most are launched again."""
+"""Code of functions that are not examined again.
+
+An examination pickles a large function several times, and most functions are launched more than once.
+"""
 
 
 def tell_of_large(name: str, func: object, replace: Replace) -> None:
-    """Name what makes the function large, once; what comes as an argument is meant to travel."""
+    """Warn once of each large value that the function captures. Arguments are meant to be sent."""
     code = _code_of(func)
     if code in _looked_at:
         return
@@ -43,7 +46,7 @@ def tell_of_large(name: str, func: object, replace: Replace) -> None:
 
 
 def _code_of(func: Any) -> types.CodeType | None:
-    """Return the code of a function, also within a method or a partial."""
+    """Return the code of a function, even if a method or a partial wraps the function."""
     while not isinstance(func, types.FunctionType):
         func = getattr(func, "func", getattr(func, "__func__", None))
         if func is None:
@@ -54,7 +57,10 @@ def _code_of(func: Any) -> types.CodeType | None:
 def _large_parts(
     path: str, value: object, replace: Replace, seen: set[int]
 ) -> Iterator[tuple[str, int]]:
-    """The deepest that are large by themselves. Functions and classes of modules travel by name."""
+    """Yield the innermost parts that are large by themselves.
+
+    Functions and classes of modules are pickled by name, and so are small.
+    """
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -63,7 +69,7 @@ def _large_parts(
         return
     parts = _parts(value, path)
     if parts is None and _size(type(value), replace) >= LARGE:
-        # What its class takes along is not this object's own.
+        # The captures of an object's class are not the object's own.
         parts = iter([(f"{type(value).__name__} of {path}", type(value))])
     if parts is None:
         yield path, size
@@ -75,12 +81,12 @@ def _large_parts(
 def _size(value: object, replace: Replace) -> int:
     try:
         return pack([("", value)], replace=replace).size
-    except PayloadError:  # as a part of the whole it could be
+    except PayloadError:  # a part may be unpicklable by itself
         return 0
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, object]] | None:
-    """Return the parts that code takes along; None for data."""
+    """Return the captures of code; None for data."""
     if isinstance(value, types.FunctionType):
         return parts_of_function(value, path)
     if isinstance(value, types.MethodType):

@@ -1,4 +1,4 @@
-"""The cells of a notebook, which are in no file that a worker could read."""
+"""The cells of a notebook, which no worker can read from a file."""
 
 import linecache
 import types
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class Brought:
-    """Takes note, while a call is pickled, of the cells that its functions come from.
+    """A collector of the cells that a call's functions come from, filled while the call is pickled.
 
-    It is pickled itself as their lines, by the names of files that Python knows them by.
+    A Brought is pickled as a mapping from the cells' file names to their lines.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A function with its arguments, on its way into the cluster."""
+"""Packing of a function with its arguments into Ray's object store."""
 
 import sys
 import uuid
@@ -25,11 +25,11 @@ from torchrunx_ray.wire.values.payload import Packed, pack
 
 @dataclass(frozen=True)
 class Call:
-    """A run's call: a reference to the packed function, and a name for the run.
+    """The call of one run: a reference to the packed function, and a name for the run.
 
-    `inserted` refer to the packed values of the references in its arguments. Ray keeps them all
-    for as long as this object lives. `log_handlers` is the option, with the handlers made.
-    `files`, `template` and `argv` show the driver as it was when the run was submitted.
+    `inserted` refer to the packed values of the ObjectRefs in the arguments. Ray keeps all these objects
+    while this Call lives. `log_handlers` is the option's value, or what its function returned.
+    `files`, `template` and `argv` are a snapshot of the driver at the time of submission.
     """
 
     run_name: str
@@ -45,7 +45,10 @@ class Call:
 def put_call(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options
 ) -> Call:
-    """Check, pickle, then hand to Ray: what cannot travel fails before any resource is asked for."""
+    """Check and pickle a call, then put the call into Ray's object store.
+
+    A call that cannot be pickled fails before any resource is requested.
+    """
     check_function(func)
     check_call(func, args, kwargs)
     log_handlers = _made(options)
@@ -62,7 +65,7 @@ def put_call(
             (function_name, func),
             ("args", tuple(args)),
             ("kwargs", dict(kwargs)),
-            ("the cells", brought),  # the last: it knows by then
+            ("the cells", brought),  # last, since pickling the others fills it
         ],
         replace=replace,
     )
@@ -97,7 +100,7 @@ def _put(packed: Packed) -> Any:
             f"has {bytes_in_words(store)}, and the disk that Ray falls back to is full",
             step="store",
         ) from error
-    except ModuleNotFoundError as error:  # Ray's server for ray:// unpickles what it is sent
+    except ModuleNotFoundError as error:  # Ray's server for ray:// unpickles the value
         missing = versions.missing_package(str(error), versions.of_this_process())
         if missing is None:
             raise
@@ -105,7 +108,7 @@ def _put(packed: Packed) -> Any:
 
 
 def unique(name: str) -> str:
-    """A name that no other run or session of the cluster has."""
+    """Return a name that no other run or session of the cluster has."""
     return f"{name}-{uuid.uuid4().hex[:6]}"
 
 

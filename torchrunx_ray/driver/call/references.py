@@ -1,4 +1,4 @@
-"""ObjectRefs in the arguments of a launch: their values go to the hosts, not through the driver."""
+"""ObjectRefs in the arguments of a launch. Their values go to the hosts without passing through the driver."""
 
 import logging
 import math
@@ -21,18 +21,18 @@ logger = logging.getLogger("torchrunx_ray")
 _REPORT_EVERY_S = 10
 
 _of_ours: set[bytes] = set()
-"""Actors of this driver whose results are Packed, by id."""
+"""Ids of this driver's actors whose results are Packed."""
 
-# Generic to the type checker, and of unknown parameters where they are looked for.
+# Any: these classes are generic to the type checker, and isinstance would leave their parameters unknown.
 _ActorHandle: Any = ActorHandle
 _ObjectRef: Any = ray.ObjectRef
 
 _of_the_driver: dict[type, str] = {}
-"""Kinds that stay in the driver, and what to pass instead."""
+"""Types that stay in the driver, with the advice what to pass instead."""
 
 
 def stays_in_driver(kind: type, advice: str) -> None:
-    """Refuse objects of this kind in a call; `advice` says what to pass instead."""
+    """Refuse objects of this type in a call. `advice` says what to pass instead."""
     _of_the_driver[kind] = advice
 
 
@@ -44,12 +44,12 @@ stays_in_driver(
 
 
 def are_packed(actor: Any) -> None:
-    """Take note that what this actor's methods return is Packed."""
+    """Note that this actor's methods return Packed values."""
     _of_ours.add(actor._actor_id.binary())
 
 
 class Found:
-    """Takes the references out of what is being pickled, wherever they are in it."""
+    """A collector that replaces references, at any depth, while a call is pickled."""
 
     def __init__(self) -> None:
         self._refs: dict[ray.ObjectRef[Any], int] = {}
@@ -65,15 +65,15 @@ class Found:
         return NotImplemented
 
     def packed(self, runtime_env: Mapping[str, Any] | None) -> "list[ray.ObjectRef[Any]]":
-        """References to the same values, packed.
+        """Return references to the packed values of the references that were found.
 
-        An agent would otherwise unpickle a value that it is handed, and so import what it needs.
+        Ray would unpickle an unpacked value in the agent, and so import the value's modules there.
         """
         return [ref if _is_packed(ref) else _repack(ref, runtime_env) for ref in self._refs]
 
 
 async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection) -> None:
-    """Return when Ray has the values, or knows that it will not have them."""
+    """Wait until Ray has the values, or knows that it will never have them."""
     begun = time.monotonic()
     reported = -math.inf
     while refs and (
@@ -92,12 +92,12 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
 
 
 def _is_packed(ref: Any) -> bool:
-    """Return True for a value of an agent; others come from a task, or from ray.put."""
+    """Return True for a value of an agent. Other values come from a task or from ray.put."""
     return ref.task_id().actor_id().binary() in _of_ours
 
 
 def _repack(ref: "ray.ObjectRef[Any]", runtime_env: Mapping[str, Any] | None) -> Any:
-    """Have a task pack the value; Ray runs it on the node that has its argument."""
+    """Pack the value in a task. Ray runs the task on the node that has the value."""
     environment = dict(runtime_env) if runtime_env else None
     task: Any = untyped_ray.remote(num_cpus=0, runtime_env=environment)(_pack)
     return task.remote(ref)
@@ -118,7 +118,7 @@ def _refuse(value: Any) -> Any:
 
 
 def _writable(value: Any) -> Any:
-    """Ray's arrays cannot be written to, and a worker's memory is its own."""
+    """Replace Ray's read-only array by a writable copy: a worker's memory is its own."""
     numpy: Any = sys.modules.get("numpy")
     if numpy is None or type(value) is not numpy.ndarray or value.flags.writeable:
         return NotImplemented

@@ -26,7 +26,7 @@ _NOT_RUN: Sequence[tuple[Callable[[Any], bool], str, str]] = (
         "asyncio.run() with a function that loops over {name}(...)",
     ),
 )
-"""Functions that only make an object when they are called: a test, a name, and what to call instead."""
+"""Functions whose call only makes an object. Each entry has a test, a description, and a replacement."""
 
 
 def check_function(func: object) -> None:
@@ -37,14 +37,13 @@ def check_function(func: object) -> None:
 
 
 def check_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Check that the function takes the arguments, as far as its signature tells."""
+    """Raise TypeError if the function's signature does not accept the arguments."""
     try:
         name = _name(func)
         not_run = _why_not_run(func, name)
         signature = None if _says_itself(func) else inspect.signature(func, follow_wrapped=False)
-    except (
-        Exception
-    ):  # functions written in C have none; proxies, and annotations of 3.14, raise any
+    except Exception:
+        # Functions in C have no signature. Proxies, and annotations of Python 3.14, may raise any exception.
         return
     if not_run is not None:
         raise TypeError(not_run)
@@ -85,7 +84,7 @@ def _why_not_called(
 
 
 def _says_itself(func: Any) -> bool:
-    """Return True if a decorator put a signature there, which need not be what the function takes."""
+    """Return True if a decorator set `__signature__`, which may differ from the real parameters."""
     asked: Any = func.func if type(func) is functools.partial else func
     callers = (type(asked).__call__, asked.__init__, asked.__new__)
     return any(hasattr(each, "__signature__") for each in (asked, *callers))

@@ -1,4 +1,4 @@
-"""The template that the driver asks of a host."""
+"""The template that the driver requests of a host."""
 
 import functools
 import logging
@@ -14,9 +14,9 @@ logger = logging.getLogger("torchrunx_ray")
 
 
 def template_wanted(options: Options) -> TemplateWanted:
-    """Take a snapshot of this process: its environment, interpreter and folder.
+    """Take a snapshot of this process: its environment, interpreter and working directory.
 
-    Placement decides `one_worker` later, for each host.
+    `one_worker` is set later, for each host, by its placement.
     """
     travelling = environment.chosen(os.environ, options.variable_patterns())
     is_asked_for = "OMP_NUM_THREADS" in options.named_variables()
@@ -39,9 +39,9 @@ def template_wanted(options: Options) -> TemplateWanted:
 
 
 def differences(wanted: TemplateWanted, other: TemplateWanted) -> list[str]:
-    """Name what keeps a launch from a template that was made for another one.
+    """Return how the wanted template differs from another one.
 
-    Values of variables are not shown: they may be secrets.
+    Names of variables are shown, but not their values, which may be secrets.
     """
     found = [
         f"{whose} {name}"
@@ -82,5 +82,5 @@ def _warn_of_missing(name: str) -> None:
 def _folder() -> str:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # it was deleted; agents fall back to their own, with a warning
+    except FileNotFoundError:  # deleted; agents then use their own directory, with a warning
         return "(deleted)"

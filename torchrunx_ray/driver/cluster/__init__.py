@@ -1,1 +1,1 @@
-"""The driver's membership in a Ray cluster, and what it asks of Ray."""
+"""The driver's membership in a Ray cluster, and its questions to Ray."""

@@ -1,4 +1,4 @@
-"""Answers of the cluster's autoscaler, if there is one, about a launch that waits for room."""
+"""Answers of the cluster's autoscaler, if any, about a launch that waits for room."""
 
 import json
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from ray.core.generated import autoscaler_pb2
 from torchrunx_ray.driver.cluster import inventory
 from torchrunx_ray.driver.cluster.connection import Connection
 
-_raylet: Any = ray._raylet  # Cython, and made at run time: neither has types
+_raylet: Any = ray._raylet  # Cython has no types, nor do messages made at run time
 _messages: Any = autoscaler_pb2
 
 _V1_REPORT = b"__autoscaling_status"
-"""The key under which the older autoscaler, and what stands in for it without one, reports."""
+"""Key of the older autoscaler's report. A cluster without an autoscaler has a report there, too."""
 
 
 @dataclass(frozen=True)
 class Outlook:
     """Prospect that the cluster grows for a placement group.
 
-    `starting` counts the nodes on their way, by node type. `refused`: the autoscaler has looked at
-    the group, and would start no node for it.
+    `starting` counts the nodes that are being started, by node type. `refused` is True if the autoscaler has
+    looked at the group, and would start no node for it.
     """
 
     can_grow: bool = False
@@ -32,7 +32,7 @@ class Outlook:
 
 
 def outlook(group_id: str) -> Outlook:
-    """Ask Ray's head about a placement group; no public function tells any of it."""
+    """Ask Ray's head about a placement group. Ray has no public function for this."""
     return Outlook() if inventory.was_started_here() else Connection().inside(_ask, group_id)
 
 
@@ -46,7 +46,7 @@ def _ask(group_id: str) -> Outlook:
 
 
 def _of_v2(state: Any, group_id: str) -> Outlook:
-    """Read its report. If there is no autoscaler, the report refuses every group that waits."""
+    """Read a v2 report. Without an autoscaler the report refuses every waiting group."""
     refused = any(
         request.details.startswith(group_id) for request in state.infeasible_gang_resource_requests
     )
@@ -57,10 +57,10 @@ def _of_v2(state: Any, group_id: str) -> Outlook:
 
 
 def _of_v1(report: Mapping[str, Any]) -> Outlook:
-    """It does not tell whom it refuses.
+    """Read a v1 report, which does not say which groups the autoscaler refuses.
 
-    Without an autoscaler the report is there all the same, with a made-up type for each node. In a
-    cluster's first seconds it names none, and may yet turn out to be an autoscaler's.
+    Without an autoscaler the report gives every node a type of its own, named after the node. In a cluster's
+    first seconds the report names no types; an autoscaler may still appear.
     """
     nodes: Mapping[str, Any] = report.get("autoscaler_report") or {}
     type_by_node: Mapping[str, str] = nodes.get("node_type_mapping") or {}

@@ -1,4 +1,4 @@
-"""Clean-up that neither replaces what a run came to, nor keeps it waiting for long."""
+"""Clean-up that neither changes a run's outcome nor delays the run for long."""
 
 import asyncio
 import logging
@@ -12,16 +12,19 @@ from torchrunx_ray.driver.cluster.connection import ClusterLeft
 logger = logging.getLogger("torchrunx_ray")
 
 _PATIENCE_S = 5.0
-"""Ray's head answers in milliseconds, unless its machine is frozen, overloaded or cut off."""
+"""Time that a run waits for clean-up.
+
+Ray's head answers in milliseconds, unless its machine is frozen, overloaded or cut off.
+"""
 
 _under_way: set[asyncio.Task[None]] = set()
-"""An event loop keeps no task alive."""
+"""References that keep the tasks alive; an event loop keeps none."""
 
 
 async def clean_up(work: Coroutine[Any, Any, object], what: str) -> None:
-    """Do it, and log what goes wrong. After some seconds it goes on in the background.
+    """Await clean-up work, and log its errors. After some seconds the work goes on in the background.
 
-    A cancellation meanwhile is raised afterwards.
+    A cancellation during the wait is raised after it.
     """
     task = asyncio.create_task(_logged(work, what))
     _under_way.add(task)

@@ -1,4 +1,4 @@
-"""The driver's membership in a Ray cluster: how it begins, what is asked under it, and that it may end."""
+"""The driver's membership in a Ray cluster: its start, calls to Ray during it, and its loss."""
 
 import asyncio
 import contextlib
@@ -22,24 +22,24 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 untyped_ray: Any = ray
-"""Most of Ray's functions have no types, or such that name none."""
+"""Ray as Any: most of its functions have no types, or incomplete ones."""
 
 _LOOK_AROUND_S = 1.0
-"""Pause between two checks that a driver, while it waits for an answer, still belongs to the cluster."""
+"""Interval at which a waiting driver checks that it still belongs to the cluster."""
 
 _lost: set[object] = set()
 """Connections through ray:// that Ray has given up."""
 
 _inherited: set[object] = set()
-"""Connections that a fork brought into this process, without the threads that they live by."""
+"""Connections that this process inherited by a fork, without their threads."""
 
 _connecting = threading.Lock()
 
 _came_through_client = False
-"""True if the last launch of this process reached its cluster through ray://."""
+"""True if this process's last launch reached its cluster through ray://."""
 
 _joined_by_launch: object = None
-"""The last connection that a launch began itself, by ray.init()."""
+"""The last connection that a launch made by ray.init()."""
 
 
 class ClusterLeft(LaunchError):
@@ -55,9 +55,9 @@ class ClusterLeft(LaunchError):
 
 
 class Connection:
-    """The driver's membership in the cluster, as of now.
+    """The driver's membership in the cluster at the time of construction.
 
-    Where it has ended nothing may be asked of Ray: it would start or join another cluster.
+    After the membership has ended Ray must not be called: Ray would start or join another cluster.
     """
 
     def __init__(self) -> None:
@@ -67,9 +67,9 @@ class Connection:
         self._membership = _membership()
 
     async def ask(self, method: Any, *args: Any) -> Any:
-        """Call an actor's method, or a remote function, and return its result.
+        """Call an actor's method or a remote function, and return its result.
 
-        Ray answers nothing more once the driver has called ray.shutdown().
+        Ray gives no more answers once the driver has called ray.shutdown().
         """
         self.check()
         return await self._answer(
@@ -77,9 +77,9 @@ class Connection:
         )
 
     def tell(self, method: Any, *args: Any) -> None:
-        """Ask an actor for something whose answer nobody needs.
+        """Call an actor's method without waiting for an answer.
 
-        Whoever asks next hears that the cluster was left.
+        Does not report a lost cluster; the next `ask` or `call` does.
         """
         if self.is_ours():
             with contextlib.suppress(ClusterLeft), self._telling_its_loss():
@@ -104,12 +104,12 @@ class Connection:
             RayError,
             RuntimeError,
             AttributeError,
-        ):  # Ray is taken down in another thread just now
+        ):  # another thread is shutting Ray down at this moment
             return False
         return self._membership == membership and membership not in _lost | _inherited
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function of Ray's that blocks in a thread, and return its result."""
+        """Call one of Ray's blocking functions in a thread, and return its result."""
         self.check()
 
         def work() -> T:
@@ -118,20 +118,20 @@ class Connection:
                 try:
                     return function(*args, **kwargs)
                 finally:
-                    leaving.wait_until_over()  # before what the function had is freed
+                    leaving.wait_until_over()  # before the function's references are freed
 
         with self._telling_its_loss():
             return await self._answer(in_thread(work))
 
     async def begin(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function that asks actors for something and does not wait for the answers; return its result."""
-        if self._through_client:  # where each call waits for the head to take it
+        """Call a function that calls actors without waiting for their answers, and return its result."""
+        if self._through_client:  # each call through ray:// waits until the head accepts it
             return await self.call(function, *args, **kwargs)
         self.check()
         return function(*args, **kwargs)
 
     def inside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call it where it can reach all of the cluster: through ray:// that is a task on some node."""
+        """Call a function inside the cluster. Through ray:// this is a task on some node."""
         self.check()
         if not self._through_client:
             return function(*args, **kwargs)
@@ -140,7 +140,7 @@ class Connection:
             return untyped_ray.get(task.remote(*args, **kwargs))
 
     async def _answer(self, question: Awaitable[T]) -> T:
-        """Wait for it as long as the driver belongs to the cluster: Ray may answer nothing after that."""
+        """Await an answer while the driver belongs to the cluster. Ray may give no answer after that."""
         answer = asyncio.ensure_future(question)
         del question
         try:
@@ -150,22 +150,22 @@ class Connection:
                     self.check()
             return answer.result()
         except RayError:
-            self.check()  # shutdown ends the actors that were asked, too
+            self.check()  # ray.shutdown() also ends the actors that were called
             raise
         finally:
             leaving.wait_until_over()  # before Ray's reference is freed
             answer.cancel()
-            del answer  # a failure refers to this frame, and must not wait for Python's gc
+            del answer  # an exception refers to this frame, and must not wait for Python's gc
 
     async def _ask_head(self, method: Any, *args: Any) -> Any:
-        """Through ray://, in a thread: each call waits for the head to take it.
+        """Call a method through ray:// in a thread: each call waits until the head accepts it.
 
-        What Ray has promised is never cancelled: its thread that answers would stumble over that.
+        Ray's future is never cancelled: Ray's thread would fail when it sets the result.
         """
         with self._telling_its_loss():
             future = await in_thread(lambda: method.remote(*args).future())
             promised = asyncio.wrap_future(future)
-            # Nobody waits for it any more if the question is cancelled, and the task with it.
+            # Nobody retrieves the exception if the caller is cancelled.
             promised.add_done_callback(lambda done: done.cancelled() or done.exception())
             return await asyncio.shield(promised)
 
@@ -183,9 +183,9 @@ class Connection:
 
 
 def connect() -> None:
-    """Join the cluster that Ray finds, or start one on this machine; once per driver.
+    """Join the cluster that Ray finds, or start one on this machine. Does nothing if connected.
 
-    Called in the user's own thread: Ray installs signal handlers, which only the main thread may.
+    Called in the user's thread: Ray installs signal handlers, which only the main thread may do.
     """
     global _came_through_client, _joined_by_launch
     refuse_if_the_script_is_only_imported()
@@ -218,7 +218,10 @@ def forked() -> LaunchError:
 
 
 def _no_longer_connected() -> LaunchError:
-    """To call ray.init() for the user would start a Ray on his laptop, and launch there."""
+    """Return the error of a lost ray:// connection.
+
+    A launch does not call ray.init() here: that would start a Ray on the user's laptop, and launch there.
+    """
     return LaunchError(
         "this process reached its Ray cluster through ray://, and is not connected any more. Connect again before "
         'the launch: ray.init("ray://<head>:10001"), after ray.shutdown() where the connection was lost.'
@@ -241,36 +244,38 @@ def _init() -> None:
 
 
 def is_remote_client() -> bool:
-    """Return True if this driver is connected through ray://, where Ray tells less."""
+    """Return True if this driver is connected through ray://, which offers less information."""
     return untyped_ray.util.client.ray.is_connected()
 
 
 def was_begun_by_launch() -> bool:
-    """Return True if a launch called ray.init() for this connection, and not the script."""
+    """Return True if a launch, and not the script, called ray.init() for this connection."""
     return untyped_ray.is_initialized() and _membership() == _joined_by_launch
 
 
 def is_in_rays_worker() -> bool:
-    """Return True if this process runs a task or an actor of Ray's."""
+    """Return True if this process runs a Ray task or actor."""
     return untyped_ray._private.worker.global_worker.mode == untyped_ray.WORKER_MODE
 
 
 def _membership() -> object:
-    """Another one after every ray.init()."""
+    """Return an identity of the connection, which differs after every ray.init()."""
     if is_remote_client():
-        return untyped_ray.util.client.ray.get_context().client_worker  # its id would ask the head
+        # The worker's id would be a question to the head.
+        return untyped_ray.util.client.ray.get_context().client_worker
     context = untyped_ray.get_runtime_context()
-    return context.gcs_address, context.get_worker_id()  # every new cluster counts its drivers anew
+    # Every new cluster numbers its drivers from the start.
+    return context.gcs_address, context.get_worker_id()
 
 
 @functools.lru_cache(maxsize=16)
 def _task(call: Callable[..., Any], _membership: object) -> Any:
-    """Made once for each connection, which has it sent to the cluster."""
+    """Return a task for a function. One task per connection, since each task is sent to the cluster."""
     return untyped_ray.remote(num_cpus=0)(call)
 
 
 def _note_inherited() -> None:
-    # Behind ray:// is_initialized may ask the head, which nothing in a forked child can do.
+    # Through ray:// is_initialized may ask the head, which is impossible in a forked child.
     if is_remote_client() or untyped_ray.is_initialized():
         _inherited.add(_membership())
 

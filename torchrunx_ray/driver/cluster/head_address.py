@@ -1,4 +1,4 @@
-"""A look at RAY_ADDRESS before Ray tries it: Ray tries for long, and hears no Ctrl-C meanwhile."""
+"""A check of RAY_ADDRESS before Ray tries it. Ray tries for a long time, and ignores Ctrl-C meanwhile."""
 
 import os
 import re
@@ -13,11 +13,11 @@ _PATIENCE_S = 5.0
 _PAUSE_S = 0.2
 
 _HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/\[\]]+)\]?:(?P<port>\d{1,5})")
-"""Also of IPv6. Others are ray://, "auto" and "local", which lead to no head, or Ray's to judge."""
+"""An address with a port, also for IPv6. Other values, such as ray://, "auto" and "local", are left to Ray."""
 
 
 def check() -> None:
-    """Raise LaunchError if RAY_ADDRESS is a host and a port, and nobody listens there."""
+    """Raise LaunchError if RAY_ADDRESS is a host and a port where nobody listens."""
     address = os.environ.get("RAY_ADDRESS", "").strip()
     parts = _HOST_AND_PORT.fullmatch(address)
     if parts is None or int(parts["port"]) > 65535:
@@ -35,7 +35,7 @@ def check() -> None:
 
 def _problem(host: str, port: int) -> str | None:
     try:
-        # Every address of the name is tried.
+        # create_connection tries every address of the name.
         socket.create_connection((host, port), timeout=_PATIENCE_S).close()
     except (OSError, UnicodeError) as error:
         return str(error)

@@ -20,7 +20,7 @@ _raylet: Any = ray._raylet  # Cython, without types
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster, and what it has in all."""
+    """A node of the cluster, with its total resources."""
 
     node_id: str
     hostname: str
@@ -28,11 +28,11 @@ class Node:
     resources: Mapping[str, float]
     labels: Mapping[str, str]
     left_s: float | None = None
-    """Seconds since it left the cluster; None while it is there."""
+    """Seconds since the node left the cluster; None while the node is in the cluster."""
 
     @property
     def name(self) -> str:
-        """For people; several nodes of one machine share hostname and IP."""
+        """Name for messages. Several nodes of one machine share hostname and IP."""
         return f"{self.hostname} ({self.ip}, {self.node_id[:8]})"
 
     @property
@@ -41,7 +41,7 @@ class Node:
 
     @property
     def store_size(self) -> float:
-        """Size of its object store, in bytes."""
+        """Size of the node's object store, in bytes."""
         return self.resources.get("object_store_memory", 0)
 
     @property
@@ -55,7 +55,7 @@ def is_here(node_id: str) -> bool:
 
 
 def was_started_here() -> bool:
-    """Return True if ray.init() started this cluster, which is this machine then."""
+    """Return True if ray.init() in this process started the cluster, whose head is then this machine."""
     if is_remote_client():
         return False
     node = untyped_ray._private.worker.global_worker.node
@@ -63,7 +63,7 @@ def was_started_here() -> bool:
 
 
 def other_hosts() -> str:
-    """Return how to have more hosts, if the launch itself started this Ray; "" for any other."""
+    """Return advice how to get more hosts if the launch itself started this Ray, else ""."""
     if not (was_started_here() and was_begun_by_launch()):
         return ""
     why = (
@@ -93,12 +93,12 @@ def live_nodes() -> list[Node]:
 
 
 def left_nodes() -> list[Node]:
-    """Return the nodes that left the cluster and are not back, as far as Ray's head still knows them."""
+    """Return the nodes that left the cluster and are not back, if Ray's head still knows them."""
     return Connection().inside(_left_nodes)
 
 
 def _left_nodes() -> list[Node]:
-    # Ray's public table tells neither when a node left nor what it had.
+    # Ray's public table has neither the time at which a node left nor its resources.
     gcs = _raylet.GcsClient(address=context().gcs_address)
     infos = list(gcs.get_all_node_info(timeout=5).values())
     return [
@@ -115,7 +115,7 @@ def _left_nodes() -> list[Node]:
 
 
 def _not_back(infos: Sequence[Any]) -> list[Any]:
-    """Return those that left, except for each one whose place a later node of its host has taken."""
+    """Return the nodes that left, without those that a later node of the same host has replaced."""
     came = sorted(infos, key=lambda info: info.start_time_ms)
     away: list[Any] = []
     for left in sorted(filter(_when_it_left, infos), key=_when_it_left):
@@ -135,12 +135,12 @@ def _when_it_left(info: Any) -> int:
 
 
 def total_resources() -> dict[str, float]:
-    """Return what the whole cluster has."""
+    """Return the total resources of the cluster."""
     return untyped_ray.cluster_resources()
 
 
 def free_resources() -> dict[str, float]:
-    """Return the free resources of the whole cluster, as Ray's head knows them."""
+    """Return the free resources of the cluster, as Ray's head knows them."""
     return untyped_ray.available_resources()
 
 
@@ -150,7 +150,7 @@ def free_by_node() -> dict[str, dict[str, float]]:
 
 
 def _free_by_node() -> dict[str, dict[str, float]]:
-    # No public function tells it without the dashboard.
+    # Ray has no public function for this that works without the dashboard.
     return untyped_ray._private.state.available_resources_per_node()
 
 

@@ -1,7 +1,7 @@
-"""A driver's way out of Ray.
+"""Safe shutdown of Ray in the driver.
 
-While Ray takes down its part of this process, another thread that calls it, or only frees one of its references, ends
-the process without a word.
+While Ray shuts down in this process, another thread must neither call Ray nor free one of its references. Otherwise
+the process ends without a message.
 """
 
 import atexit
@@ -18,12 +18,12 @@ from torchrunx_ray.driver.background.forks import in_child
 _untyped_ray: Any = ray
 
 _LONGEST_S = 10.0
-"""Time for Ray to be taken down. Ctrl-C in ray.shutdown() may leave it half done for ever."""
+"""Limit of the wait for Ray's shutdown, since Ctrl-C in ray.shutdown() may leave it incomplete."""
 
 _taken_down_since: float | None = None
 
 _CALLS_S = 3.0
-"""Time for calls that are under way when the script has ended; most take a second at most."""
+"""Time for calls that are under way when the script has ended. Most take less than a second."""
 
 _STEP_S = 0.01
 
@@ -34,13 +34,13 @@ _one_less = threading.Condition()
 
 
 def has_begun() -> bool:
-    """Return True once the script has ended: Ray's own exit function comes next."""
+    """Return True once the script has ended. Ray's own exit function is called next."""
     return _has_begun.is_set()
 
 
 @contextlib.contextmanager
 def calling() -> Generator[None]:
-    """Have the interpreter's end wait for a call of Ray's that is made within, for some seconds."""
+    """Make the interpreter's exit wait, for some seconds, for a call to Ray inside this context."""
     global _under_way
     with _one_less:
         _under_way += 1
@@ -53,9 +53,9 @@ def calling() -> Generator[None]:
 
 
 def wait_until_over() -> None:
-    """Wait while Ray is taken down in another thread: by ray.shutdown(), or when the script has ended.
+    """Wait while another thread shuts Ray down, by ray.shutdown() or when the script has ended.
 
-    This blocks the thread of all runs, so that nothing is freed there meanwhile. Every run ends with Ray anyway.
+    This blocks the thread of all runs, so that no reference is freed there. Every run ends with Ray anyway.
     """
     global _taken_down_since
     worker = _untyped_ray._private.worker.global_worker
@@ -70,14 +70,14 @@ def wait_until_over() -> None:
 
 
 def _leave() -> None:
-    """Wait for calls under way, before Ray's own exit function, which was registered earlier."""
+    """Wait for calls under way. Ray's own exit function, which was registered earlier, is called later."""
     _has_begun.set()
     with _one_less:
         _one_less.wait_for(lambda: _under_way == 0, _CALLS_S)
 
 
 def _forget() -> None:
-    """A forked child has none of the threads."""
+    """Reset the state in a forked child, which has none of the threads."""
     global _under_way, _one_less
     _under_way, _one_less = 0, threading.Condition()
 

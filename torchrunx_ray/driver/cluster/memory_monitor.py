@@ -1,4 +1,4 @@
-"""Words of Ray's memory monitor when it has killed an agent to protect its node."""
+"""Evidence for an agent that Ray's memory monitor killed to protect its node."""
 
 from collections.abc import Mapping
 
@@ -6,9 +6,10 @@ from torchrunx_ray.wire import foreign_errors
 
 
 def evidence(report: str, ranks: Mapping[int, int]) -> str:
-    """The monitor picks a process of Ray's; what used the memory is most often a worker.
+    """Return the monitor's report with the memory of the host's workers.
 
-    `ranks` are those of the host, by pid.
+    The monitor kills one of Ray's own processes, but most often a worker used the memory. `ranks` maps the pids
+    of the host's workers to their ranks.
     """
     memory = foreign_errors.largest_processes(report)
     of_workers = [

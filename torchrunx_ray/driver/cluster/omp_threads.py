@@ -1,4 +1,4 @@
-"""The driver's OMP_NUM_THREADS: its user's own, or the one that Ray sets in tasks, actors and jobs."""
+"""The source of the driver's OMP_NUM_THREADS: the user, or Ray, which sets it in tasks, actors and jobs."""
 
 import math
 import os
@@ -10,17 +10,18 @@ _NAME = "OMP_NUM_THREADS"
 
 
 def were_set_by_ray() -> bool:
-    """Ray sets it in a worker of its own that has begun without: the number of its CPUs, at least 1.
+    """Return True if Ray, and not the user, set OMP_NUM_THREADS.
 
-    A job's script inherits it from such a worker, the job's supervisor. For the workers of a launch, which have CPUs
-    of their own, it says nothing.
+    Ray sets the variable in a Ray worker that started without it, to the worker's number of CPUs, at least 1. A
+    job's script inherits the variable from such a worker, the job's supervisor. The value does not apply to the
+    workers of a launch, which have CPUs of their own.
     """
     value, pid = os.environ.get(_NAME), os.getpid()
     while value is not None and pid > 1:
         try:
             begun_with = _environment_at_start(pid)
             parent = int(proc.stat(pid)[1])
-        except OSError:  # another user's
+        except OSError:  # a process of another user
             return False
         if _NAME not in begun_with:
             if pid == os.getpid():

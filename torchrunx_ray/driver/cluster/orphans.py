@@ -1,7 +1,7 @@
 """Placement groups whose launch is gone.
 
-Ray removes those of a driver or an actor that has ended, but not those of a task that was killed:
-they would hold their CPUs and GPUs until the job ends, also against the task's own retry.
+Ray removes the placement groups of a driver or an actor that has ended, but not those of a killed task.
+These would hold their CPUs and GPUs until the job ends, and would block the task's own retry.
 """
 
 import asyncio
@@ -18,13 +18,13 @@ from torchrunx_ray.driver.cluster.connection import Connection, is_in_rays_worke
 logger = logging.getLogger("torchrunx_ray")
 
 _SHORT = 12
-"""Characters of Ray's ids that are distinct enough."""
+"""Number of characters that identify one of Ray's ids."""
 
 _sweeping: set[asyncio.Task[None]] = set()
 
 
 def group_name(name: str) -> str:
-    """Return the name of a placement group: inside a Ray task or actor also after its process."""
+    """Return the name of a placement group. Inside a Ray task or actor the name includes the process."""
     if not is_in_rays_worker():
         return name
     context = inventory.context()
@@ -32,7 +32,7 @@ def group_name(name: str) -> str:
 
 
 def sweep() -> None:
-    """Begin to remove the groups of launches whose process has died, on whatever node."""
+    """Begin to remove the groups of launches whose process has died, on any node."""
     connection = Connection()
     task = asyncio.create_task(connection.call(connection.inside, _sweep))
     _sweeping.add(task)
@@ -54,12 +54,12 @@ def _sweep() -> None:
     }
     if not owned:
         return
-    state: Any = ray_state  # Ray has no public list of its workers that needs no dashboard
+    state: Any = ray_state  # Ray's public list of workers needs the dashboard
     workers = {worker[:_SHORT] for worker in state.workers()}
     nodes = {node.node_id[:_SHORT] for node in inventory.live_nodes()}
     for group_id, name in owned.items():
         node, _, worker = name.rpartition("@")[2].partition(".")
         if len(node) == len(worker) == _SHORT and not (node in nodes and worker in workers):
-            # By its id: names are found in the namespace of their job only.
+            # Removed by id: a lookup by name works only in the namespace of the group's job.
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
             logger.info("removed the placement group of a launch that has died: %s", name)

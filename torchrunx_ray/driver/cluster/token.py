@@ -1,4 +1,4 @@
-"""The token that a Ray cluster asks its drivers for."""
+"""Explanations of errors about the token that a Ray cluster requires of its drivers."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _HOW_TO_GIVE_IT = (
 
 
 def refusal(error: Exception) -> LaunchError | None:
-    """Return what to tell about the token if ray.init() failed for want of the right one."""
+    """Return the error to raise if ray.init() failed because of a missing or wrong token, else None."""
     reason = next((said for each in _chain(error) if (said := _reason(each))), "")
     address = foreign_errors.address_of_cluster(str(error)) or os.environ.get("RAY_ADDRESS", "")
     if not reason and isinstance(error, ConnectionError) and address.startswith("ray://"):
@@ -30,9 +30,9 @@ def refusal(error: Exception) -> LaunchError | None:
 
 
 def doubt(evidence: str) -> str:
-    """Return what to tell if an actor never ran for want of a token in the cluster; else nothing.
+    """Return an explanation if an actor never ran because only the driver has a token, else "".
 
-    A cluster without a token lets a driver with one join, and then cancels its actors.
+    A cluster without a token lets a driver with a token join, and then cancels the driver's actors.
     """
     sends_one = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
     source = _source() if sends_one and foreign_errors.has_never_run(evidence) else None
@@ -57,7 +57,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _what_was_sent() -> str:
-    """Name the source of the token as Ray looks for it, or say that there is none."""
+    """Return a clause that names the source of the token, in Ray's search order, or says that there is none."""
     mode = os.environ.get("RAY_AUTH_MODE", "")
     if mode.lower() != "token":
         said = f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is not set"
@@ -72,7 +72,7 @@ def _what_was_sent() -> str:
 
 
 def _source() -> str | None:
-    """Name where Ray finds this process's token, or return None if there is none."""
+    """Return the place where Ray finds this process's token, or None if there is none."""
     named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
     if named:
         return named[0]
@@ -80,8 +80,8 @@ def _source() -> str | None:
 
 
 def _reason_of_client_server(address: str) -> str:
-    """Ask the server behind ray:// with the same token: Ray only says that it did not connect."""
-    # The names are Ray's own and may go; then Ray's error has to do.
+    """Ask the server behind ray:// with the same token, since Ray's error only says that it did not connect."""
+    # These private names of Ray may disappear. Ray's own error is then the only explanation.
     try:
         import grpc
         import ray._private.grpc_utils

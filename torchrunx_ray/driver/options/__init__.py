@@ -1,1 +1,1 @@
-"""Options of a launch, their checks, and their form on a command line."""
+"""Options of a launch, their checks, and their syntax on a command line."""

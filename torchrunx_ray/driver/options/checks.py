@@ -1,7 +1,7 @@
 """Checks of options, before anything starts.
 
-Every message names the option, the value, and what is expected. Values are Any here: an
-annotation does not keep a caller from giving something else.
+Every message names the option, the value, and the expected values. Values are Any here, since
+annotations do not prevent a caller from passing other types.
 """
 
 import logging
@@ -19,7 +19,7 @@ from torchrunx_ray.errors import counted
 from torchrunx_ray.wire.environment import forbidden, too_large
 
 _BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
-"""Backends of torch, and of the accelerators that it knows by name."""
+"""Backends of torch, and of the accelerators that torch knows by name."""
 
 _STRATEGIES = ("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK")
 
@@ -36,10 +36,10 @@ EXPECTED = {
     "linger": "seconds, at least 0",
     "console_ranks": '"all", or a list of ranks such as (0, 1)',
 }
-"""Values that options accept, for errors of Python and of a command line."""
+"""Values that options accept, for error messages in Python and on a command line."""
 
 _PLUGINS = "RAY_RUNTIME_ENV_PLUGINS"
-"""Ray's variable for plug-ins, which have keys of their own in a runtime_env."""
+"""Ray's variable for plug-ins, which add keys to a runtime_env."""
 
 _ELSEWHERE = {
     **dict.fromkeys(("nproc_per_node", "nproc", "nprocs"), "workers_per_host"),
@@ -54,11 +54,11 @@ _ELSEWHERE = {
     "args": "func_args",
     "kwargs": "func_kwargs",
 }
-"""Names that torchrun, torchrunx, Ray Train and others give to an option."""
+"""Option names of torchrun, torchrunx, Ray Train and others, with this package's names."""
 
 
 def check_options(given: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError for the first option that cannot be."""
+    """Raise ValueError or TypeError for the first invalid option."""
     _check_hosts(given["hostnames"])
     _check_workers(given["workers_per_host"], given["hostnames"])
     _check_amounts(given)
@@ -91,7 +91,7 @@ def check_given_by_name(values: Sequence[Any], face: str) -> None:
 
 
 def check_handlers(handlers: Any) -> None:
-    """Check the handlers that were given, or returned by the function that was given."""
+    """Check log_handlers, or the value that a function given as log_handlers returned."""
     expected = (
         '"auto", None, a list of handlers of logging, or a function that returns one of these'
     )
@@ -256,7 +256,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 
 def _check_runtime_env(given: Any) -> None:
-    """Ray ignores a key that it does not know, and uploads local folders only when a driver joins its cluster."""
+    """Refuse unknown keys, which Ray ignores, and local folders, which Ray uploads only when a driver joins."""
     _check_keys_of_runtime_env(given)
     modules = given.get("py_modules") or ()
     for option, uris in (
@@ -340,7 +340,7 @@ def _require_mapping(option: str, value: Any, expected: str) -> None:
     _require(value is None or _is_mapping(value), option, value, expected, TypeError)
 
 
-# Predicates, since isinstance would narrow Any to containers of unknown.
+# Predicates, since a direct isinstance would narrow Any to containers of unknown types.
 
 
 def _is_sequence(value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Options as a command line has them.
+"""Syntax of the options on a command line.
 
-The annotations of options refer to `written_as`, for tyro; they are text until somebody asks for
-them, so that no launch waits for the import of tyro.
+The annotations of options call `written_as`, for tyro. Annotations are strings until they are
+evaluated, so that no launch waits for the import of tyro.
 """
 
 import ast
@@ -44,13 +44,16 @@ VALUES = {
         "name": "NAME",
     },
 }
-"""Every option by topic, with what its values look like; those that end in ... are lists."""
+"""Every option by topic, with the syntax of its values. Values that end in ... are lists."""
 
 _METAVARS = {name: value for options in VALUES.values() for name, value in options.items()}
 
 
 def written_as(option: str, parse: Callable[[list[str]], Any]) -> Any:
-    """Parse the option's words by this function; what it refuses is told as Python tells it."""
+    """Return an annotation that parses an option's words by `parse`.
+
+    An invalid value gives the same message as in Python.
+    """
     import tyro
     from tyro.constructors import PrimitiveConstructorSpec
 
@@ -69,7 +72,7 @@ def written_as(option: str, parse: Callable[[list[str]], Any]) -> Any:
         is_instance=lambda _: True,
         str_from_instance=_assignments if option == "extra_env_vars" else _written,
     )
-    kind: Any = Annotated[Any, spec]  # which tyro takes, though its annotations do not say so
+    kind: Any = Annotated[Any, spec]  # tyro accepts this, although its annotations do not say so
     return tyro.conf.arg(constructor=kind, help_behavior_hint=_default_hint)
 
 
@@ -81,7 +84,7 @@ def hosts(texts: list[str]) -> int | str | tuple[str, ...]:
 
 
 def workers(texts: list[str]) -> int | str | tuple[int, ...]:
-    """Return a number of workers, several, or the word that decides it."""
+    """Return a number of workers, several numbers, or the word that decides the number."""
     if len(texts) == 1:
         word = texts[0]
         return word if word in ("auto", "gpu", "cpu", "slurm") else int(word)
@@ -94,7 +97,7 @@ def ranks(texts: list[str]) -> str | tuple[int, ...]:
 
 
 def integers(texts: list[str]) -> tuple[int, ...]:
-    """Return each word as a number."""
+    """Return the words as numbers."""
     return tuple(map(int, texts))
 
 
@@ -124,20 +127,20 @@ def string_or_none(texts: list[str]) -> str | None:
 
 
 def pairs(texts: list[str]) -> dict[str, str] | None:
-    """Return a mapping of names and values that are given in turn, or None."""
+    """Return a mapping from alternating names and values, or None."""
     if texts == ["None"]:
         return None
     return dict(zip(texts[::2], texts[1::2], strict=True))
 
 
 def amounts(texts: list[str]) -> dict[str, float] | None:
-    """Return a mapping of names and numbers that are given in turn, or None."""
+    """Return a mapping from alternating names and numbers, or None."""
     named = pairs(texts)
     return None if named is None else {name: float(amount) for name, amount in named.items()}
 
 
 def written_as_json() -> Any:
-    """Parse it as a JSON object, or None."""
+    """Return an annotation that parses a word as a JSON object, or None."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     return PrimitiveConstructorSpec(
@@ -150,7 +153,7 @@ def written_as_json() -> Any:
 
 
 def written_as_auto_or_none() -> Any:
-    """Parsed as one of these words; a default may be what only Python can give."""
+    """Return an annotation that parses "auto" or "None". A default may be a value that only Python can give."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     def parse(texts: list[str]) -> str | None:
@@ -177,12 +180,12 @@ def _object_or_none(texts: list[str]) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{expected}: {error}") from None
     if not isinstance(parsed, dict):
-        raise ValueError(expected)  # tyro lets a TypeError of Launcher's own through
+        raise ValueError(expected)  # tyro would not catch Launcher's TypeError
     return cast("dict[str, Any]", parsed)
 
 
 def _assignments(value: Any) -> list[str]:
-    """Return the words that stand for patterns or for a mapping of variables."""
+    """Return patterns, or a mapping of variables, as words of a command line."""
     if isinstance(value, Mapping):
         items = cast("Mapping[object, object]", value).items()
         return [f"{name}={text}" for name, text in items]
@@ -190,7 +193,7 @@ def _assignments(value: Any) -> list[str]:
 
 
 def _default_hint(shown: str) -> str:
-    """Tyro shows the words of a default as a Python list."""
+    """Return a default as words of a command line, since tyro shows a Python list."""
     try:
         return f"(default: {' '.join(ast.literal_eval(shown)) or 'none'})"
     except (ValueError, SyntaxError):
@@ -198,7 +201,7 @@ def _default_hint(shown: str) -> str:
 
 
 def _written(value: Any) -> list[str]:
-    """Return the words that stand for a value."""
+    """Return a value as words of a command line."""
     if isinstance(value, Mapping):
         items = cast("Mapping[object, object]", value).items()
         return [str(part) for item in items for part in item]

@@ -109,9 +109,9 @@ class Options:
     """Name of the run in logs and errors. None: the function's name."""
 
     def __new__(cls, *values: Any, **options: Any) -> Self:
-        """Python's own TypeErrors tell neither which options there are nor how they are given."""
+        """Check the arguments' names, since Python's own TypeErrors do not name the options."""
         known: Mapping[str, Field[Any]] = vars(cls).get("__dataclass_fields__", {})
-        if known and vars(cls)["__dataclass_params__"].init:  # else its __init__ is somebody's own
+        if known and vars(cls)["__dataclass_params__"].init:  # else a subclass has its own __init__
             if all(field.kw_only for field in known.values()):
                 check_given_by_name(values, cls.__name__)
             check_option_names(options, known, f"{cls.__name__}()")
@@ -122,23 +122,23 @@ class Options:
         check_options({f.name: getattr(self, f.name) for f in fields(Options)})
 
     def explicit_variables(self) -> dict[str, str]:
-        """Variables of `extra_env_vars` that have a value."""
+        """Return the variables of `extra_env_vars` that have a value."""
         if isinstance(self.extra_env_vars, Mapping):
             return dict(self.extra_env_vars)
         pairs = (entry.partition("=") for entry in self._extra() if "=" in entry)
         return {name: value for name, _, value in pairs}
 
     def variable_patterns(self) -> list[str]:
-        """Which of the driver's variables travel."""
+        """Return the patterns of the driver's variables that are sent to workers."""
         return [*self.default_env_vars, *(entry for entry in self._extra() if "=" not in entry)]
 
     def named_variables(self) -> set[str]:
-        """Variables that `extra_env_vars` asks of the driver by name."""
+        """Return the driver's variables that `extra_env_vars` requests by name."""
         names = {entry for entry in self._extra() if not set("=*?[") & set(entry)}
         return names - self.explicit_variables().keys()
 
     def _extra(self) -> Sequence[str]:
-        """The entries of `extra_env_vars` when it is no mapping."""
+        """Return the entries of `extra_env_vars`; none if it is a mapping."""
         if isinstance(self.extra_env_vars, Mapping):
             return ()
         return ("*",) if self.extra_env_vars == "all" else self.extra_env_vars

@@ -1,1 +1,1 @@
-"""Output of workers and templates, on its way through the driver."""
+"""Output of workers and templates, and its path through the driver."""

@@ -1,4 +1,4 @@
-"""Handlers of `logging` for one worker's output, to be given to a launch."""
+"""`logging` handlers for one worker's output, to pass to a launch."""
 
 import logging
 import os
@@ -17,11 +17,11 @@ def add_filter_to_handler(
     rank: int | None = None,
     log_level: int | str = logging.NOTSET,
 ) -> logging.Handler:
-    """Let a handler of a launch take one worker's output only, from a level on if one is given.
+    """Restrict a launch's handler to one worker's output, and to a minimum level if given.
 
-    The worker is named by host and local rank, or by `rank`, since hostnames are unknown where Ray
-    chooses them. A hostname without local rank stands for what happens on the host and what its
-    template prints; neither of them stands for all workers. Returns the handler.
+    Name the worker by hostname and local rank. If Ray chooses the hosts, name the worker by `rank`
+    instead. A hostname without a local rank means the host's events and its template's output. Without
+    any of these the handler takes the output of all workers. Returns the handler.
     """
     if rank is not None and (hostname is not None or local_rank is not None):
         raise ValueError("give rank, or hostname and local_rank, not both")
@@ -41,7 +41,10 @@ def file_handler(
     rank: int | None = None,
     log_level: int | str = logging.NOTSET,
 ) -> logging.Handler:
-    """One worker's output into a file; who is meant is said as in `add_filter_to_handler`."""
+    """Return a handler that writes one worker's output to a file.
+
+    Name the worker as for `add_filter_to_handler`.
+    """
     if not os.fspath(file_path):
         raise ValueError("file_path: expected the file to write to")
     handler = logging.FileHandler(
@@ -59,7 +62,10 @@ def stream_handler(
     rank: int | None = None,
     log_level: int | str = logging.NOTSET,
 ) -> logging.Handler:
-    """One worker's output on the driver's stdout; who is meant is said as in `add_filter_to_handler`."""
+    """Return a handler that writes one worker's output to the driver's stdout.
+
+    Name the worker as for `add_filter_to_handler`.
+    """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         logging.Formatter(
@@ -72,13 +78,13 @@ def stream_handler(
 
 
 class Only(logging.Filter):
-    """Passes one worker's output."""
+    """A filter that passes one worker's output."""
 
     def __init__(self, hostname: str | None, local_rank: int | None, rank: int | None) -> None:
         super().__init__()
         self._hostname, self._local_rank, self._rank = hostname, local_rank, rank
         self.is_for_hosts = hostname is not None and local_rank is None
-        """True if its handler wants to know what happens on a host."""
+        """True if the handler takes the events of a host."""
 
     def takes(self, who: Speaker) -> bool:
         return self._passes(who.hostname, who.local_rank, who.rank)
@@ -89,7 +95,10 @@ class Only(logging.Filter):
         return f"{self._hostname}" + ("" if self._local_rank is None else f"[{self._local_rank}]")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Take a record. A record of no worker has no host, and passes only if all do."""
+        """Return True if the record passes.
+
+        A record that is not a worker's has no host, and passes only if the filter passes all workers.
+        """
         fields = vars(record)
         return self._passes(
             fields.get("hostname", ""), fields.get("local_rank"), fields.get("rank")

@@ -24,11 +24,11 @@ def stop(grace_s: float) -> str:
 def line_of(
     event: HostEvent, rank: int | None, on_ours: Callable[[int], int], begun_ns: int
 ) -> tuple[str, int]:
-    """Return the line for an event, and its time on the driver's clock; "" for what needs no line.
+    """Return the line for an event, and the event's time on the driver's clock.
 
-    A traceback follows the line of what raised.
+    The line is "" if the event needs none. The traceback of a failure follows its line.
 
-    `on_ours` puts a time of the host on the driver's clock, on which the run began at `begun_ns`.
+    `on_ours` converts a time of the host to the driver's clock. On that clock the run began at `begun_ns`.
     """
     match event:
         case messages.TemplateLoaded():

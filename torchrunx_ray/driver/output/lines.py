@@ -1,50 +1,53 @@
-"""Text of a stream, cut into whole lines."""
+"""Splitting of a stream's text into whole lines."""
 
 import codecs
 import time
 
 _LONGEST = 16 * 2**20
-"""A longer line is passed on in pieces: the driver's memory is bounded."""
+"""Limit of a line's length. A longer line is passed on in pieces, to bound the driver's memory."""
 
 _REDRAWN_S = 5.0
-"""Interval at which a line that is drawn again and again, such as a progress bar, is taken as a line."""
+"""Interval at which a line that is redrawn, such as a progress bar, is passed on as a line."""
 
 
 class LineCutter:
-    """Cuts one stream of one worker into lines. A line that was drawn again counts as it was drawn last."""
+    """Splits one stream of one worker into lines. A redrawn line counts as it was drawn last."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._rest = ""
         self._taken: str | None = None
-        """The line that is being drawn, as it was taken for a line last."""
+        """The text of the unfinished, redrawn line that was last passed on as a line."""
         self._taken_at = time.monotonic()
 
     @property
     def drawn(self) -> str:
-        """The line that is being drawn."""
+        """The current text of a redrawn line that has not ended, else ""."""
         return _drawn_last(self._rest) if "\r" in self._rest else ""
 
     def decode(self, data: bytes) -> str:
-        """Return a piece as text. Bytes that are not UTF-8 are escaped; a character may come in two pieces."""
+        """Return a piece as text. Bytes that are not UTF-8 are escaped. A character may span two pieces."""
         return self._decoder.decode(data)
 
     def cut(self, text: str) -> str:
-        """The lines that are whole with this text; now and then with one that is still drawn."""
+        """Add text, and return the lines that are complete now.
+
+        At intervals the result includes a redrawn line that has not ended.
+        """
         whole, newline, rest = (self._rest + text).rpartition("\n")
         if "\r" in whole:
             whole = "\n".join(map(_drawn_last, whole.split("\n")))
         lines = whole + newline
         if newline and self._taken is not None:
-            lines = lines.removeprefix(self._taken + "\n")  # nothing was drawn after it
+            lines = lines.removeprefix(self._taken + "\n")  # passed on, and not redrawn since
             self._taken = None
-        # Of the rest, what was drawn last, with the carriage return before it.
+        # Keep only the last redraw of the rest, with the carriage return before it.
         ended = rest.rstrip("\r")
         self._rest = ended[max(0, ended.rfind("\r")) :] + ("\r" if len(ended) < len(rest) else "")
         return lines + self._taken_now(bool(lines))
 
     def _taken_now(self, has_lines: bool) -> str:
-        """Return the part that is taken of the line that has not ended."""
+        """Return the unfinished line, as a line, if it is too long or due to be passed on; else ""."""
         if len(self._rest) > _LONGEST:
             taken, self._rest = _drawn_last(self._rest), ""
             return taken + "\n"

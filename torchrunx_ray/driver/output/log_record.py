@@ -1,4 +1,4 @@
-"""Output of workers, as records of the driver's `logging`."""
+"""Conversion of workers' output to records of the driver's `logging`."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from torchrunx_ray.wire.records import WorkerRecord
 def new_record(
     run_name: str, who: Speaker, level: int, level_name: str, created: float, text: str
 ) -> logging.LogRecord:
-    """Make a record of the logger that is named after the worker."""
+    """Return a record of the logger that is named after the worker."""
     record = logging.LogRecord(who.logger_name, level, who.label, 0, text, None, None)
     record.created = created
     record.msecs = float(int(created % 1 * 1000))
@@ -27,9 +27,10 @@ def new_record(
 
 
 def as_log_record(run_name: str, who: Speaker, record: WorkerRecord) -> logging.LogRecord:
-    """Make a record as in the worker, under the worker's logger here.
+    """Return a copy of a worker's record, for the driver's logger of that worker.
 
-    `worker_logger` is its own; `is_formatted` tells whether the text is in a format of the function's.
+    `worker_logger` is the name of its logger in the worker. `is_formatted` is True if the worker's function
+    has formatted the text.
     """
     made = new_record(run_name, who, record.level, record.level_name, record.created, record.text)
     made.pathname, made.lineno = record.path or "", record.line or 0

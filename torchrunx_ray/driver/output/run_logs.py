@@ -1,4 +1,4 @@
-"""One run's output on its way from the agents to where the options want it."""
+"""One run's output, from the agents to the destinations that the options name."""
 
 import asyncio
 import contextlib
@@ -24,14 +24,14 @@ from torchrunx_ray.wire.messages import Stream
 logger = logging.getLogger("torchrunx_ray")
 
 Taking = Literal["everywhere", "files", "nowhere"]
-"""Places to which output goes."""
+"""Destinations of the output."""
 
 _MOST_BYTES = 16 * 2**20
-"""May wait for a slow terminal or handler before the agents are asked for no more."""
+"""Limit of the output that waits for a slow terminal or handler. Above it agents are asked for no more."""
 
 
 class RunLogs:
-    """Writes in a thread of its own: a slow terminal stops the workers, not the driver's loop."""
+    """A run's output, written in a separate thread: a slow terminal blocks the workers, not the driver's loop."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class RunLogs:
         self._source = Source()
         self._waiting_bytes = 0
         self._steps = 0
-        """They grow as long as output is written, or dropped."""
+        """A counter that grows while output is written or dropped."""
         self._is_ending = False
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -62,7 +62,7 @@ class RunLogs:
 
     @property
     def level(self) -> int:
-        """Lowest level of a worker's `logging` that somebody takes."""
+        """Lowest level of a worker's `logging` that some sink takes."""
         return min(self._levels, default=logging.CRITICAL)
 
     @property
@@ -76,34 +76,34 @@ class RunLogs:
 
     @property
     def is_at_work(self) -> bool:
-        """Return True while output that was put is not written yet."""
+        """Return True while queued output is not written yet."""
         return self._waiting_bytes > 0 and not self._done.is_set()
 
     async def until_room(self) -> None:
         await self._has_room.wait()
 
     def put(self, who: Speaker, stream: Stream, data: bytes, time_s: float) -> None:
-        """Queue what somebody said; it is bounded by whoever asks `has_room` before."""
+        """Queue a piece of output. The queue is bounded only if callers check `has_room` first."""
         self._waiting_bytes += len(data)
         if self._waiting_bytes > _MOST_BYTES:
             self._has_room.clear()
         self._source.said.put(Said(who, stream, data, time_s))
 
     def tell(self, host: Speaker, line: str, time_s: float) -> None:
-        """Queue what happened on a host."""
+        """Queue a line about an event on a host."""
         self._source.said.put(Said(host, None, line.encode(errors="backslashreplace"), time_s))
 
     async def drain(self) -> None:
-        """Return when all that was put is written."""
+        """Wait until all queued output is written."""
         self._is_ending = True
         self._steps += 1
         self._source.said.put(None)
         await self._done.wait()
 
     def hurry(self, stuck_s: float) -> None:
-        """Write to the files only, which a terminal or handler keeps from it for `stuck_s` at most.
+        """Write only to the files from now on. A blocked terminal or handler delays this by `stuck_s` at most.
 
-        Write nowhere if there are no files, or these block as well.
+        Writes nothing more if there are no files, or if the files block as well.
         """
         if self._done.is_set():
             return
@@ -124,7 +124,7 @@ class RunLogs:
             self._loop.call_later(stuck_s, self._give_up_if_stuck, stuck_s, self._steps)
 
     def _files_go_on(self) -> bool:
-        """Have another thread write to the files if this one hangs in a terminal or a handler."""
+        """Start another thread for the files if the present one is blocked by a terminal or a handler."""
         in_hand = None if self._files is None else self._writer.give_way(self._files)
         if in_hand is None:
             return False
@@ -136,7 +136,7 @@ class RunLogs:
         return True
 
     def _give_up(self) -> None:
-        """Write no more; `drain` returns at once, also if a handler blocks."""
+        """Write nothing more. `drain` returns at once, even if a handler blocks."""
         if self._waiting_bytes and self._files is not None:
             logger.warning("interrupted: the log files do not have all that the workers said last")
         self._taking = "nowhere"
@@ -189,7 +189,7 @@ class RunLogs:
         return shown
 
     def _tell_of_deaf(self, handlers: Sequence[logging.Handler]) -> None:
-        """Warn of handlers for a worker that is not in this launch."""
+        """Warn about handlers for a worker that is not in this launch."""
         missing = [
             str(wanted)
             for handler in handlers
@@ -225,5 +225,5 @@ class RunLogs:
             self._has_room.set()
 
     def _tell_loop(self, call: Callable[..., object], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the interpreter ends
+        with contextlib.suppress(RuntimeError):  # the interpreter is exiting
             self._loop.call_soon_threadsafe(call, *args)

@@ -8,14 +8,17 @@ from torchrunx_ray.driver.terminal.screen import TextStream
 from torchrunx_ray.wire.records import WorkerRecord
 
 ROOT = "torchrunx_ray"
-"""The logger above those of hosts and workers."""
+"""Name of the parent of the hosts' and workers' loggers."""
 
 LEVELS: dict[TextStream, int] = {"stdout": logging.INFO, "stderr": logging.ERROR}
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A worker; or, with no local rank, a host's template, of which nothing but imports prints."""
+    """A source of output: a worker, or a host's template if `local_rank` is None.
+
+    In a template only imports print.
+    """
 
     hostname: str
     local_rank: int | None
@@ -32,9 +35,9 @@ class Speaker:
         return name if self.local_rank is None else f"{name}.{self.local_rank}"
 
     def logger_level(self) -> int:
-        """Level of its logger, or of the next one above up to ours; NOTSET if none is set.
+        """Return the level of the nearest logger with a level, from the worker's up to ROOT, else NOTSET.
 
-        The root logger's own level is for what this process says, not for what workers print.
+        The root logger's level applies to this process's own records, not to the output of workers.
         """
         host = logging.getLogger(f"{ROOT}.{self.hostname}")
         for logger in (logging.getLogger(self.logger_name), host, logging.getLogger(ROOT)):
@@ -44,12 +47,12 @@ class Speaker:
 
     @property
     def record_level(self) -> int:
-        """From which on a driver that says nothing else takes what `logging` in the worker says."""
+        """Lowest level of the worker's `logging` records that the driver takes; INFO by default."""
         return self.logger_level() or logging.INFO
 
 
 class Sink(Protocol):
-    """Takes what is said, in one thread per run."""
+    """A destination of output, called in one thread per run."""
 
     def chunk(
         self,
@@ -60,17 +63,17 @@ class Sink(Protocol):
         drawn: str,  # noqa: ARG002
         time_s: float,
     ) -> None:
-        """Take a piece, the whole lines that are in it, and the line that is still drawn again."""
+        """Take a piece of text, the lines that the piece completes, and the unfinished line that is redrawn."""
         if lines:
             self.text(who, stream, lines, time_s)
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
-        """Whole lines."""
+        """Take whole lines."""
         ...
 
     def record(self, who: Speaker, record: WorkerRecord) -> None: ...
 
     def host_line(self, who: Speaker, line: str, time_s: float) -> None:
-        """Take what happened on a host; only files and handlers for a host want it."""
+        """Take a line about an event on a host. Only files and handlers for a host use this."""
 
     def close(self) -> None: ...

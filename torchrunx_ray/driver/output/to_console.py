@@ -8,11 +8,14 @@ from torchrunx_ray.driver.terminal.screen import screen
 from torchrunx_ray.wire.records import WorkerRecord
 
 _COLOURS = (36, 33, 32, 35, 34, 31)
-"""Colours of ranks on a terminal, in turn, as ANSI counts them."""
+"""ANSI codes of the colours of ranks on a terminal, used in turn."""
 
 
 class ToConsole(Sink):
-    """Verbatim while only one rank of one run is shown; else each line after whose it is."""
+    """A sink that writes output verbatim while only one rank of one run is shown.
+
+    Otherwise each line has a prefix that names its source.
+    """
 
     def __init__(
         self, run_name: str, takes: Callable[[Speaker], bool], *, shows_many: bool
@@ -26,7 +29,7 @@ class ToConsole(Sink):
     def chunk(
         self, who: Speaker, stream: TextStream, text: str, lines: str, drawn: str, time_s: float
     ) -> None:
-        """One rank's output just as it comes, also parts of lines."""
+        """Write a single rank's output as it arrives, including parts of lines."""
         is_verbatim = self._in_line.pop((who, stream), self._is_verbatim(who))
         if text and not text.endswith("\n"):
             self._in_line[who, stream] = is_verbatim
@@ -47,7 +50,7 @@ class ToConsole(Sink):
             screen.write("stderr", self._headed(who, "stderr", text + "\n"))
 
     def close(self) -> None:
-        """The streams are the driver's."""
+        """Do nothing: the streams belong to the driver."""
 
     def _is_verbatim(self, who: Speaker) -> bool:
         return not self._shows_many and who.rank is not None and len(living) <= 1

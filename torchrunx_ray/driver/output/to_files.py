@@ -21,17 +21,18 @@ _NOT_IN_NAMES = re.compile(r"[^\w.+-]")
 
 
 class ToFiles(Sink):
-    """Lines with time and level, in a directory of the run's own.
+    """A sink that writes lines with time and level to files in the run's own directory.
 
-    Directory and files are made when there is something to write. No file stays open: a driver may
-    have thousands of workers. What cannot be written is reported once.
+    Directory and files are created when there is something to write. No file stays open, since a driver
+    may have thousands of workers. The first write error is reported, later ones are not.
     """
 
     def __init__(self, parent: str, run_name: str | None = None) -> None:
-        """Without the run's name the directory is named after the time only."""
+        """Without `run_name` the directory is named after the time only."""
         self.parent = Path(parent)
         self._run_name = run_name
-        with contextlib.suppress(FileNotFoundError):  # a folder that was deleted; reported below
+        # The working directory may be deleted; a later write then reports the error.
+        with contextlib.suppress(FileNotFoundError):
             self.parent = self.parent.absolute()
         self.level = _level()
         self.directory: Path | None = None
@@ -44,7 +45,7 @@ class ToFiles(Sink):
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
         if LEVELS[stream] >= self._level_for(who):
             head = _head(time_s, logging.getLevelName(LEVELS[stream]))
-            # Hundreds of thousands of lines per second come this way.
+            # One replace, since hundreds of thousands of lines per second pass here.
             self.append(who, head + lines[:-1].replace("\n", "\n" + head) + "\n")
 
     def record(self, who: Speaker, record: WorkerRecord) -> None:
@@ -56,7 +57,7 @@ class ToFiles(Sink):
         self.text(who, "stdout", f"{line}\n", time_s)
 
     def append(self, who: Speaker, text: str) -> None:
-        """Whole lines, as they shall be read."""
+        """Append formatted, whole lines to the worker's file."""
         name = who.hostname if who.local_rank is None else f"{who.hostname}[{who.local_rank}]"
         try:
             if self.directory is None:
@@ -67,7 +68,7 @@ class ToFiles(Sink):
             self._warn_once.tell(error)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     def _new_directory(self) -> Path:
         if self._run_name is None:
@@ -87,7 +88,7 @@ def default_files(run_name: str | None = None) -> ToFiles | None:
 
 
 def text_with_logger(record: WorkerRecord) -> str:
-    """The message after its logger's name, where the function has not set a format of its own."""
+    """Return the message with its logger's name, or unchanged if the function has set a format."""
     is_plain = record.is_configured or record.logger == "root"
     return record.text if is_plain else f"{record.logger}: {record.text}"
 
@@ -106,7 +107,7 @@ def _head(time_s: float, level_name: str) -> str:
 
 
 def new_directory(parent: Path, suffix: str = "") -> Path:
-    """Named after the time; another launch in the same second gets another one."""
+    """Create a directory named after the time. Launches in the same second get different directories."""
     parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now().replace(microsecond=0)
     for microsecond in range(1_000_000):
@@ -120,10 +121,10 @@ def new_directory(parent: Path, suffix: str = "") -> Path:
 
 
 def _lead_to(directory: Path) -> None:
-    """Have `latest` beside the directory lead to it, in one step; another launch may do the same."""
+    """Point the link `latest` beside the directory to it, atomically: another launch may do the same."""
     link = directory.parent / f".{_LATEST}-{uuid.uuid4().hex}"
     try:
         link.symlink_to(directory.name)
         link.replace(directory.parent / _LATEST)
-    except OSError:  # no links on this file system, or a folder of that name
+    except OSError:  # the file system has no links, or `latest` is a folder
         link.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A sink for the handlers that a launch was given."""
+"""A sink for the handlers that were passed to a launch."""
 
 import logging
 import sys
@@ -14,7 +14,10 @@ from torchrunx_ray.wire.records import WorkerRecord
 
 
 class ToHandlers(Sink):
-    """Records are made only where a handler takes them. One that fails is reported once."""
+    """A sink that passes records to handlers.
+
+    Records are made only if a handler takes them. Each handler's failure is reported once.
+    """
 
     def __init__(
         self, run_name: str, handlers: Sequence[logging.Handler], *, are_ours: bool
@@ -48,7 +51,7 @@ class ToHandlers(Sink):
             self._hand(new_record(self._run_name, who, logging.INFO, "INFO", time_s, line), takers)
 
     def close(self) -> None:
-        """Flush them; those that a function made for the launch nobody else closes."""
+        """Flush the handlers, and close them if a function made them for this launch."""
         for handler, reporter in zip(self._handlers, self._reporters, strict=True):
             try:
                 handler.flush()
@@ -76,14 +79,15 @@ class ToHandlers(Sink):
         for i in takers:
             try:
                 self._handlers[i].handle(record)
-            except BaseException as error:  # a sys.exit, too
+            except BaseException as error:  # including sys.exit
                 self._reporters[i].report(error)
 
 
 class _Reporter:
-    """Tells once of a handler's errors, in place of a traceback on stderr for every line.
+    """Reports a handler's errors once, instead of a traceback on stderr for every line.
 
-    Several runs may share a handler; with the last one it gets back what it had.
+    Replaces the handler's `handleError`. Several runs may share a handler; the last run to end restores
+    the original `handleError`.
     """
 
     _living: ClassVar[dict[int, "_Reporter"]] = {}

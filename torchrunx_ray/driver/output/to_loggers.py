@@ -1,4 +1,4 @@
-"""A sink for a driver that has configured logging: its own loggers decide."""
+"""A sink for a driver that has configured logging, whose loggers decide what is shown."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from torchrunx_ray.wire.records import WorkerRecord
 
 
 class ToLoggers(Sink):
-    """Under `torchrunx_ray.<hostname>.<local_rank>`, as if the driver had said it.
+    """A sink that logs output to `torchrunx_ray.<hostname>.<local_rank>`, as if the driver had logged it.
 
     While another run is alive, the text of each record begins with the run's name.
     """
@@ -41,7 +41,7 @@ class ToLoggers(Sink):
             self._hand(who, iter([as_log_record(self._run_name, who, record)]))
 
     def close(self) -> None:
-        """They are the driver's."""
+        """Do nothing: the loggers belong to the driver."""
 
     def _is_enabled(self, who: Speaker, level: int) -> bool:
         return level >= who.record_level and level > logging.root.manager.disable
@@ -56,5 +56,5 @@ class ToLoggers(Sink):
             try:
                 if target.filter(record):
                     target.callHandlers(record)
-            except BaseException as error:  # a sys.exit, too
+            except BaseException as error:  # including sys.exit
                 self._warn_once.tell(error)

@@ -1,4 +1,4 @@
-"""A thread that takes a run's output from a queue and writes it to its places."""
+"""A thread that writes a run's output from a queue to its sinks."""
 
 import contextvars
 import queue
@@ -16,7 +16,7 @@ from torchrunx_ray.wire.records import from_line
 
 @dataclass(frozen=True)
 class Said:
-    """A piece of output; without a stream, a line of a host's story."""
+    """A piece of output, or a line about an event on a host if `stream` is None."""
 
     who: Speaker
     stream: Stream | None
@@ -25,7 +25,7 @@ class Said:
 
     @property
     def size(self) -> int:
-        """The piece's share of the output that may wait, which a host's story is not."""
+        """Size that counts towards the limit of waiting output; 0 for a line about an event on a host."""
         return 0 if self.stream is None else len(self.data)
 
 
@@ -35,15 +35,15 @@ def _no_cutters() -> defaultdict[tuple[Speaker, Stream], LineCutter]:
 
 @dataclass
 class Source:
-    """Queue and cutters that the writers of one run share."""
+    """The queue and the line cutters that the writers of one run share."""
 
     said: queue.SimpleQueue[Said | None] = field(default_factory=queue.SimpleQueue[Said | None])
-    """None is the end."""
+    """The queue. None marks its end."""
     cutters: defaultdict[tuple[Speaker, Stream], LineCutter] = field(default_factory=_no_cutters)
 
 
 class Writer:
-    """Writes each piece to one sink after the other, until the end, or until it gives way to another writer."""
+    """Writes each piece to one sink after the other, until the end, or until another writer replaces it."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Writer:
         was_written: Callable[[int], None],
         has_ended: Callable[[], None],
     ) -> None:
-        """`takes` is asked before each sink and record; `has_ended` is not called by a writer that gave way."""
+        """`takes` is called before each sink and record. A writer that gave way does not call `has_ended`."""
         self._source = source
         self._sinks = sinks
         self._takes = takes
@@ -65,17 +65,17 @@ class Writer:
         self._lock = threading.Lock()
         self._in_hand: Said | None = None
         self._sink: Sink | None = None
-        """Takes the piece in hand just now; None before the first sink."""
+        """The sink that is taking the piece now; None before the first sink."""
         self._gave_way = False
-        context = contextvars.copy_context()  # a notebook knows by it whose cell a line belongs to
+        context = contextvars.copy_context()  # a notebook uses the context to find a line's cell
         threading.Thread(
             target=context.run, args=(self._write_all,), name="torchrunx_ray output", daemon=True
         ).start()
 
     def give_way(self, first: Sink) -> Said | None:
-        """Write nothing more, and return the piece that the first sink has and a later one does not take.
+        """Write nothing more, and return the piece that blocks in a sink after the first.
 
-        None if the writer is not in a later sink; then it goes on.
+        Returns None, and the writer goes on, if the writer is not in such a sink.
         """
         with self._lock:
             if self._in_hand is None or self._sink is None or self._sink is first:
@@ -100,7 +100,7 @@ class Writer:
                 self._has_ended()
 
     def _write(self, said: Said) -> None:
-        """Write to one sink after the other: the first one has all of it before the next one may block."""
+        """Write to one sink after the other. The first sink has the whole piece before the next may block."""
         if said.stream is None:
             for sink in self._takers():
                 self._try(sink.host_line, said.who, said.data.decode(), said.time_s)
@@ -131,8 +131,8 @@ class Writer:
                 self._try(sink.record, said.who, record)
 
     def _try(self, write: Callable[..., None], *args: object) -> None:
-        """The run goes on where the driver's stream is closed, or an object that cannot write."""
+        """Call a sink, and report an error once. The run goes on even if the driver's stream cannot be written."""
         try:
             write(*args)
-        except BaseException as error:  # a sys.exit in a handler, too
+        except BaseException as error:  # including sys.exit in a handler
             self._warn_once.tell(error)

@@ -1,1 +1,1 @@
-"""Hosts for a launch: their plan, the queue for them, and their reservation."""
+"""Planning, queueing and reservation of a launch's hosts."""

@@ -7,13 +7,13 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.errors import amounts_in_words, counted
 
 _ACCELERATOR = "accelerator_type:"
-"""Prefix by which Ray makes a resource of a type of accelerator."""
+"""Prefix of Ray's resources for accelerator types."""
 
 _VALUES_SHOWN = 20
 
 
 def could_be_host(node: Node, options: Options) -> bool:
-    """Return True if a node could hold a host's workers, as far as options alone say."""
+    """Return True if, by the options alone, a node could hold a host's workers."""
     has_enough = all(
         node.resources.get(name, 0) >= amount for name, amount in least_needs(options).items()
     )
@@ -21,7 +21,7 @@ def could_be_host(node: Node, options: Options) -> bool:
 
 
 def least_needs(options: Options) -> dict[str, float]:
-    """Return the needs of any host: counts that depend on the host are taken as one worker."""
+    """Return the least needs of a host. A worker count that depends on the host is taken as 1."""
     workers = options.workers_per_host if isinstance(options.workers_per_host, int) else 1
     needs = dict(options.resources_per_host or {})
     needs["CPU"] = workers * (options.cpus_per_worker or 0)
@@ -34,10 +34,10 @@ def least_needs(options: Options) -> dict[str, float]:
 def why_impossible(
     wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node], options: Options
 ) -> str | None:
-    """The sum that shows that these nodes can never hold the bundles; None where it does not.
+    """Return the reason why these nodes can never hold the bundles; None if there is none.
 
-    Ray says so itself, but not of a PACK group that is too large for a cluster that is busy, nor
-    in each version of labels that no node has.
+    Ray reports this itself, with two exceptions: a PACK group that is too large for a busy cluster, and, in
+    some versions, labels that no node has.
     """
     unknown = what_no_node_is(nodes, options)
     if unknown is not None:
@@ -68,7 +68,10 @@ def why_impossible(
 
 
 def what_no_node_is(nodes: Sequence[Node], options: Options) -> str | None:
-    """The labels or the accelerator that are asked for and no node has, with those that there are."""
+    """Return a clause about requested labels or an accelerator that no node has, with the existing ones.
+
+    None if some node has them.
+    """
     selector = dict(options.label_selector or {})
     matching = [node for node in nodes if _has_labels(node, options)]
     if not matching:
@@ -91,7 +94,7 @@ def what_no_node_is(nodes: Sequence[Node], options: Options) -> str | None:
 def unplaced(
     wanted: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]]
 ) -> list[Mapping[str, float]]:
-    """The bundles that find no node of their own among what is free."""
+    """Return the bundles that do not fit into the free resources, one node for each bundle."""
     left, missing = list(free), list[Mapping[str, float]]()
     for bundle in wanted:
         node = next((node for node in left if is_in(bundle, node)), None)
@@ -124,7 +127,7 @@ def is_in(bundle: Mapping[str, float], resources: Mapping[str, float]) -> bool:
 
 
 def _selects(wanted: str, label: str | None) -> bool:
-    """Ray's label selectors: "a", "!a", "in(a,b)" and "!in(a,b)"."""
+    """Return True if a label matches a selector of Ray: "a", "!a", "in(a,b)" or "!in(a,b)"."""
     negated = wanted.startswith("!")
     values = wanted.removeprefix("!")
     if values.startswith("in(") and values.endswith(")"):

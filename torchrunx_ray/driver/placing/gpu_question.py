@@ -1,4 +1,4 @@
-"""The question to Ray which GPUs a placement has on each of its hosts."""
+"""The question which GPUs a placement has on each of its hosts, answered by Ray."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from torchrunx_ray.errors import AgentFailedError
 _WHAT = "the task that asks Ray which GPUs the launch has there"
 
 _ANSWER_S = 120.0
-"""For these tasks, once all agents are there: the same runtime_env is made by then."""
+"""Time for the tasks to answer after all agents have started, when their runtime_env is already made."""
 
 
 class GpuQuestion:
-    """Asks by a task on each host, and keeps the answers: they hold for as long as the placement lives."""
+    """Asks Ray for the GPUs by a task on each host. The answers stay valid while the placement lives."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class GpuQuestion:
         hosts: Sequence[tuple[str, float]],
         runtime_env: Mapping[str, Any] | None,
     ) -> None:
-        """`hosts` are the names and numbers of GPUs of the group's bundles, in their order."""
+        """`hosts` has a hostname and a number of GPUs for each of the group's bundles, in order."""
         self._group = group
         self._hosts = hosts
         self._runtime_env = dict(runtime_env) if runtime_env else None
@@ -37,10 +37,10 @@ class GpuQuestion:
     async def answer(self) -> list[tuple[str, ...]]:
         """Wait for every host's GPUs.
 
-        AgentFailedError if Ray cannot tell, or not in time; the next call asks again.
+        Raises AgentFailedError if Ray cannot answer, or not in time. The next call then asks again.
         """
         asked = self._asked = self._asked or self._ask()
-        # A cancelled wait leaves the tasks to the next call.
+        # If this wait is cancelled, the tasks go on for the next call.
         await asyncio.wait(asked, timeout=_ANSWER_S, return_when=asyncio.FIRST_EXCEPTION)
         try:
             for task in asked:
@@ -65,7 +65,7 @@ class GpuQuestion:
             asyncio.create_task(self._ask_on(i, hostname, amount))
             for i, (hostname, amount) in enumerate(self._hosts)
         ]
-        for task in asked:  # nobody asks for them if the launch fails before it needs them
+        for task in asked:  # a launch that fails early never retrieves their exceptions
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return asked
 
@@ -90,7 +90,7 @@ class GpuQuestion:
                 hostname=hostname, what=f"{_WHAT} failed", evidence=str(error)
             ) from None
         except asyncio.CancelledError:
-            # Until it ends it holds the GPUs, and another task could not ask for them.
+            # The task holds the GPUs until it ends. Another task could not use them meanwhile.
             await clean_up(connection.call(task.cancel), f"cancelling {_WHAT} on {hostname}")
             raise
         return tuple(sorted(ids, key=lambda i: (not i.isdigit(), int(i) if i.isdigit() else 0, i)))

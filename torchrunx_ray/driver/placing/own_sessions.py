@@ -1,4 +1,4 @@
-"""The sessions of this script that hold room, for launches that wait for it."""
+"""Open sessions of this script, named in messages of launches that wait for their resources."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -19,14 +19,14 @@ class Held:
 
 
 class Holder(Protocol):
-    """A session's hosts, which it may have none of."""
+    """A session's hosts, if it has any."""
 
     @property
     def held(self) -> list[Held]: ...
 
 
 _open: dict[str, Holder] = {}
-"""The sessions that are open, by name."""
+"""Open sessions by name."""
 
 
 def note_open(name: str, holder: Holder) -> None:
@@ -38,7 +38,7 @@ def forget(name: str) -> None:
 
 
 def holding(resources: Collection[str], node_ids: Collection[str]) -> str:
-    """Name the sessions that hold any of these resources on these nodes; "" if none does."""
+    """Return lines that name the sessions that hold these resources on these nodes; "" if there are none."""
     return "\n".join(
         f"{name} of this script holds {', '.join(parts)}: call session.run(...), or leave its `with` first."
         for name, holder in list(_open.items())
@@ -47,7 +47,7 @@ def holding(resources: Collection[str], node_ids: Collection[str]) -> str:
 
 
 def held_on(node_id: str) -> Mapping[str, float]:
-    """Return what the sessions hold on this node together."""
+    """Return the resources that all sessions together hold on this node."""
     held = Counter[str]()
     for holder in list(_open.values()):
         for host in holder.held:

@@ -29,10 +29,10 @@ from torchrunx_ray.errors import PlacementError, counted
 logger = logging.getLogger("torchrunx_ray")
 
 _said: set[str] = set()
-"""Warnings that this driver has given."""
+"""Warnings that this driver has logged."""
 
 _HEAD_S = 5.0
-"""Time beyond `placement_timeout` that a launch waits for an answer of Ray's head."""
+"""Time beyond `placement_timeout` that a launch waits for an answer from Ray's head."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Host:
 
 
 class Placement:
-    """Room that is held until `remove`."""
+    """Resources that are reserved until `remove`."""
 
     def __init__(
         self, hosts: list[Host], plan: Plan, group: PlacementGroup, options: Options
@@ -61,7 +61,7 @@ class Placement:
         self._group = group
         self._cluster = Connection()
         queue.hold(group, plan.needed)
-        # Asked while agents start: the answer takes Ray a process.
+        # Asked while agents start, since Ray has to start a process for the answer.
         gpus = (float(host.bundle.get("GPU", 0)) for host in plan.hosts)
         labels = (host.label for host in hosts)
         wanted = list(zip(labels, gpus, strict=True))
@@ -69,20 +69,20 @@ class Placement:
 
     @property
     def held(self) -> list[Held]:
-        """Resources held on each host: none once the driver has left the cluster, which took them back."""
+        """Resources held on each host; none after the driver has left the cluster, which frees them."""
         return self._held if self._cluster.is_ours() else []
 
     async def gpu_ids(self) -> list[tuple[str, ...]]:
-        """GPUs of each host's bundle; AgentFailedError if Ray cannot tell."""
+        """Return the GPUs of each host's bundle. Raises AgentFailedError if Ray cannot answer."""
         return await self._gpu_question.answer()
 
     async def is_whole(self) -> bool:
-        """Return True if all its nodes live, as far as Ray knows."""
+        """Return True if, as far as Ray knows, all nodes of the placement live."""
         live = {node.node_id for node in await self._cluster.call(inventory.live_nodes)}
         return all(host.node.node_id in live for host in self.hosts)
 
     async def check(self) -> None:
-        """PlacementError where somebody else has removed it."""
+        """Raise PlacementError if somebody else has removed the placement group."""
         table: dict[str, Any] = await self._cluster.call(
             untyped_ray.util.placement_group_table, self._group
         )
@@ -94,7 +94,7 @@ class Placement:
             )
 
     async def remove(self) -> None:
-        """Give the room back. What goes wrong is logged."""
+        """Give the resources back. Errors are logged."""
         self._gpu_question.drop()
         hosts = ", ".join(host.label for host in self.hosts)
         removing = placement_group.remove(self._group, self._cluster)
@@ -104,7 +104,7 @@ class Placement:
 
 
 async def reserve(options: Options, progress: Progress) -> Placement:
-    """Reserve room for the launch; PlacementError if there is none in time."""
+    """Reserve room for the launch. Raises PlacementError if there is none in time."""
     limit_s = options.placement_timeout
     limit = asyncio.timeout(None if limit_s is None else limit_s + _HEAD_S)
     try:
@@ -123,7 +123,7 @@ async def reserve(options: Options, progress: Progress) -> Placement:
         ) from None
     finally:
         reminders.forget(progress.name)
-        del limit  # it refers to the task whose failure refers to this frame
+        del limit  # it refers to the task, whose exception refers to this frame
 
 
 async def _place_on_hosts_that_stay(options: Options, progress: Progress) -> Placement:
@@ -142,7 +142,7 @@ async def _place_on_hosts_that_stay(options: Options, progress: Progress) -> Pla
 
 
 async def _place(options: Options, progress: Progress, begun: float) -> Placement:
-    """Choose hosts and wait until they have room; HostLeft if others must be chosen."""
+    """Choose hosts, and wait until they have room. Raises HostLeft if hosts must be chosen again."""
     connection = Connection()
     plan, nodes = await resolve_when_back(options, progress, connection, begun)
     waiting = Waiting(options, plan, connection, progress, time.monotonic() - begun)
@@ -156,16 +156,14 @@ async def _place(options: Options, progress: Progress, begun: float) -> Placemen
         await clean_up(waiting.give_up(), f"removing the placement group of {progress.name}")
         raise
     placement = Placement(hosts, plan, group, options)
-    with contextlib.suppress(
-        Exception
-    ):  # a handler of the driver's may fail; the room is given back
+    with contextlib.suppress(Exception):  # a log handler may fail; the placement must be returned
         logger.info("%s: %s", progress.name, _in_words(plan, hosts, nodes))
         _say_who_shares(options, hosts)
     return placement
 
 
 async def _hosts_of(group: PlacementGroup, plan: Plan, connection: Connection) -> list[Host] | None:
-    """Return the group's nodes; None if one of them has died, and Ray places the group again."""
+    """Return the hosts of the group. None if a node has died, so that Ray places the group again."""
     table: dict[str, Any] = await connection.call(untyped_ray.util.placement_group_table, group)
     node_ids: list[str] = [table["bundles_to_node_id"].get(i) for i in range(len(plan.hosts))]
     nodes = {node.node_id: node for node in await connection.call(inventory.live_nodes)}
@@ -179,7 +177,7 @@ async def _hosts_of(group: PlacementGroup, plan: Plan, connection: Connection) -
 
 
 def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
-    """Warn if workers share CPUs that nobody has asked them to share; once of each such host."""
+    """Warn, once for each host, if workers share CPUs although cpus_per_worker is not set."""
     if options.cpus_per_worker is not None:
         return
     for host in hosts:
@@ -196,7 +194,7 @@ def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
 
 
 def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:
-    """Hostnames where these are distinct, else IPs, else IPs with an index."""
+    """Return the hostnames if they are distinct, else the IPs, with an index if several hosts share an IP."""
     names = [name for name, _ in hosts]
     ips = [ip for _, ip in hosts]
     if len(set(names)) == len(names):
@@ -207,7 +205,7 @@ def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _in_words(plan: Plan, hosts: Sequence[Host], nodes: Sequence[Node]) -> str:
-    """The launch's plan, for its first line of log."""
+    """Return the launch's plan in words, for the launch's first log line."""
     workers = sum(host.workers for host in hosts)
     gpus = sum(host.bundle.get("GPU", 0) for host in plan.hosts)
     text = (

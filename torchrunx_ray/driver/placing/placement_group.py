@@ -1,4 +1,4 @@
-"""Ray's placement groups: made and removed so that none is left, nor what one of them held."""
+"""Creation and removal of Ray's placement groups, so that neither groups nor their resources are leaked."""
 
 import asyncio
 import time
@@ -14,22 +14,22 @@ from torchrunx_ray.driver.placing import queue
 from torchrunx_ray.driver.placing.plan import Plan
 
 _SETTLED_S = 2.0
-"""Ray places a group, or finds that it cannot, in some milliseconds, unless a node is stuck."""
+"""Limit of the wait for Ray's decision on a group. Ray decides in milliseconds, unless a node is stuck."""
 
 UNDECIDED = ("QUEUED", "SCHEDULING_STARTED")
-"""The scheduling states of a group of which Ray has yet to say whether there is room."""
+"""Scheduling states of a group for which Ray has not yet decided if there is room."""
 
 _STIR_S = 0.02
-"""For so long after a group is asked for Ray may try others that wait."""
+"""Time after a request for a group during which Ray may also try other waiting groups."""
 
 _last_asked = float("-inf")
 
 _at_ray = asyncio.Lock()
-"""Held by whoever asks for a group, or removes one that waits."""
+"""Held while a group is requested, or a waiting group is removed."""
 
 
 async def create(options: Options, plan: Plan, name: str, connection: Connection) -> PlacementGroup:
-    """Ask Ray for one bundle per host; whoever has the group must remove it."""
+    """Request a placement group with one bundle per host. The caller must remove the group."""
     async with _at_ray:
         return await _create(options, plan, name, connection)
 
@@ -59,7 +59,7 @@ async def _create(
     making = asyncio.create_task(connection.call(make))
     try:
         await asyncio.shield(making)
-    except asyncio.CancelledError:  # the group is made all the same
+    except asyncio.CancelledError:  # Ray creates the group anyway
         removing = _remove_once_made(making, created, connection)
         await clean_up(removing, f"removing the placement group {name}")
         raise
@@ -77,7 +77,7 @@ async def _remove_once_made(
 
 
 async def remove(group: PlacementGroup, connection: Connection) -> None:
-    """Give back what a placed group holds."""
+    """Remove a placed group, and free its resources."""
     try:
         await connection.call(remove_placement_group, group)
     finally:
@@ -85,10 +85,10 @@ async def remove(group: PlacementGroup, connection: Connection) -> None:
 
 
 async def remove_unplaced(group: PlacementGroup, connection: Connection) -> None:
-    """Remove a group that Ray may be placing right now.
+    """Remove a group that Ray may be placing at this moment.
 
-    Ray loses what it is about to reserve for a group that is removed in that moment: those CPUs
-    and GPUs stay taken for as long as the node lives (seen with Ray 2.60: 1 of 60 removals).
+    This waits until Ray has decided on the group. If a group is removed while Ray reserves its resources, Ray
+    leaks these CPUs and GPUs for the life of the node (seen with Ray 2.60 in 1 of 60 removals).
     """
     async with _at_ray:
         await asyncio.sleep(_stirred_for_s())
@@ -100,14 +100,14 @@ async def _remove_settled(group: PlacementGroup, connection: Connection) -> None
     while time.monotonic() < deadline:
         if await connection.call(scheduling_state, group) not in UNDECIDED:
             break
-        await asyncio.sleep(0.001)  # Ray has no event for it
+        await asyncio.sleep(0.001)  # Ray has no event for this
     await remove(group, connection)
 
 
 async def withdraw(group: PlacementGroup, connection: Connection) -> bool:
-    """Remove a group that waits, to ask for it anew; False where Ray may be placing it, or has.
+    """Remove a waiting group, to request it again. Returns False if Ray may be placing the group, or has.
 
-    At a moment when nothing that this driver did has Ray try it: see `remove_unplaced`.
+    This first waits until Ray no longer tries groups because of this driver's requests; see `remove_unplaced`.
     """
     async with _at_ray:
         await asyncio.sleep(_stirred_for_s())
@@ -127,7 +127,7 @@ def _remove_if_refused(group: PlacementGroup) -> bool:
 
 
 def scheduling_state(group: PlacementGroup) -> str:
-    """Return the group's state for Ray; also if Ray knows no such group, as after a restart of the head."""
+    """Return Ray's scheduling state of the group. "REMOVED" also for an unknown group, as after a head's restart."""
     table: dict[str, Any] = untyped_ray.util.placement_group_table(group)
     return table["stats"]["scheduling_state"] if table else "REMOVED"
 
@@ -137,7 +137,7 @@ def _stirred_for_s() -> float:
 
 
 def _forget() -> None:
-    """A forked child has none of its parent's launches."""
+    """Reset the state in a forked child, which has none of its parent's launches."""
     global _last_asked, _at_ray
     _last_asked, _at_ray = float("-inf"), asyncio.Lock()
 

@@ -1,4 +1,4 @@
-"""Shape of a launch, made from its options and the live nodes: hosts, workers, what each must hold."""
+"""The plan of a launch, made from its options and the live nodes: hosts, workers and bundles."""
 
 import socket
 from collections.abc import Sequence
@@ -13,23 +13,23 @@ from torchrunx_ray.errors import PlacementError, counted
 from torchrunx_ray.wire.ranks import gpus_held
 
 _LOOPBACK = ("127.0.0.1", "127.0.1.1", "::1")
-"""Addresses that a machine calls itself by; Debian gives its hostname the second one."""
+"""Addresses by which a machine refers to itself. Debian maps its hostname to the second one."""
 
 
 @dataclass(frozen=True)
 class HostWanted:
-    """One host of a launch: its workers, its bundle, and the node where that is decided."""
+    """One host of a launch: its workers, its bundle, and its node if that is fixed."""
 
     workers: int
     bundle: dict[str, float]
     node: Node | None
     label: str
-    """The user's name for it; empty if there is none."""
+    """The user's name for the host; empty if there is none."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch's needs of the cluster."""
+    """A launch's requirements for the cluster."""
 
     hosts: list[HostWanted]
     gpus_per_worker: float
@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def needed(self) -> dict[str, float]:
-        """Needs of all hosts together."""
+        """Resources that all hosts need together."""
         names = {name for host in self.hosts for name in host.bundle}
         return {name: sum(host.bundle.get(name, 0) for host in self.hosts) for name in names}
 
@@ -49,7 +49,7 @@ class Plan:
 
 
 def resolve(options: Options, nodes: Sequence[Node], driver_node_id: str) -> Plan:
-    """Decide hosts, counts and backend over the live nodes. It may block, to ask Slurm for its own."""
+    """Decide hosts, counts and backend from the live nodes. With hostnames="slurm" this may block."""
     chosen, labels, pinned = _choose(options, nodes, driver_node_id)
     workers = _workers(options, chosen)
     gpus = _gpus_per_worker(options, chosen, workers)
@@ -63,7 +63,7 @@ def resolve(options: Options, nodes: Sequence[Node], driver_node_id: str) -> Pla
 def _choose(
     options: Options, nodes: Sequence[Node], driver_node_id: str
 ) -> tuple[list[Node | None], Sequence[str], bool]:
-    """The hosts' nodes (None: any), their labels, and whether they must be just these."""
+    """Return the hosts' nodes (None: any), their labels, and True if the hosts are pinned to these nodes."""
     hosts, workers = options.hostnames, options.workers_per_host
     if hosts == "slurm":
         names = slurm.hosts()
@@ -99,11 +99,11 @@ def _choose(
 
 
 def _of_allocation(names: Sequence[str], nodes: Sequence[Node], driver_node_id: str) -> list[Node]:
-    """The nodes that Slurm calls so, which need not be what they call themselves."""
+    """Return the nodes with these names in Slurm, which may differ from the nodes' own names."""
     by_name = {name: _node_called(name, nodes, driver_node_id) for name in names}
     unknown = [name for name, node in by_name.items() if node is None]
-    if unknown and not was_started_here():  # that Ray is of this node only
-        with ThreadPoolExecutor(len(unknown)) as pool:  # a name server may take seconds for each
+    if unknown and not was_started_here():  # a Ray started here has only this node
+        with ThreadPoolExecutor(len(unknown)) as pool:  # each name may take the server seconds
             for name, addresses in zip(unknown, pool.map(_addresses, unknown), strict=True):
                 by_name[name] = next((node for node in nodes if node.ip in addresses), None)
     missing = ", ".join(name for name, node in by_name.items() if node is None)
@@ -130,7 +130,7 @@ def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
 
 
 def _node_called(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node | None:
-    """Return the node; the driver's if it is one of several that are called so."""
+    """Return the node with this name. Prefers the driver's node if several have the name."""
     wanted = name.lower()
     called = [node for node in nodes if wanted in _names(node)]
     if wanted == "localhost" or (wanted in _LOOPBACK and not called):
@@ -141,12 +141,12 @@ def _node_called(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node 
 def _names(node: Node) -> list[str]:
     hostname = node.hostname.lower()
     names = [hostname, hostname.partition(".")[0], node.ip.lower()]
-    # A node that left comes back with another id.
+    # A node that left returns with another id.
     return [*names, node.node_id] if node.left_s is None else names
 
 
 def _addresses(name: str) -> set[str]:
-    """Return the addresses that the name has on the driver's machine; none if it has none."""
+    """Return the addresses to which the driver's machine resolves the name."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -199,7 +199,7 @@ def _workers(options: Options, chosen: Sequence[Node | None]) -> list[int]:
 
 
 def _instead_of_counting(options: Options, *, use_gpus: bool) -> str:
-    """Return what to write if a host has none of what workers are counted by."""
+    """Return advice for a host that has none of the GPUs or CPUs by which workers are counted."""
     numbers = (
         'workers_per_host="cpu", or a number of workers' if use_gpus else "a number of workers"
     )
@@ -239,7 +239,7 @@ def _bundle(options: Options, node: Node | None, workers: int, gpus: float) -> d
         bundle[name] = bundle.get(name, 0) + amount
     if options.accelerator_type is not None:
         bundle[f"accelerator_type:{options.accelerator_type}"] = 0.001
-    # A bundle that asks for nothing is refused.
+    # Ray refuses an empty bundle.
     return {name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001}
 
 

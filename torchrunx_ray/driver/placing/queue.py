@@ -1,6 +1,6 @@
-"""Launches of this driver that wait for room, offered in their order what it gives back.
+"""Queue of this driver's launches that wait for room. Released resources are offered to them in order.
 
-Ray itself tries a group that found no room again when it ticks, once a second.
+Ray itself retries a group that found no room only once a second.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ logger = logging.getLogger("torchrunx_ray")
 Amounts = Mapping[str, float]
 
 _RELEASE_S = 1.0
-"""Time until a removed group's resources are known to be free; Ray's nodes report every 0.1 s."""
+"""Time after which the head knows that a removed group's resources are free. Nodes report every 0.1 s."""
 
 _POLL_S = 0.01
 
 _OFFER_S = 1.0
-"""After this those behind a launch that does not take its offer are offered what is free."""
+"""Time that a launch has to use an offer. After that the launches behind it get offers."""
 
 _PATIENCE_S = 10.0
-"""Launches behind one that has waited so long are offered nothing that it could have; Ray still serves them."""
+"""Wait after which a launch is due. Launches behind a due launch get no offers; Ray itself still serves them."""
 
 
 class Waiter:
@@ -46,7 +46,7 @@ class Waiter:
         self._used = asyncio.Event()
 
     async def offered(self, timeout_s: float, unless: "asyncio.Future[Any] | None" = None) -> None:
-        """Return when it is offered what is free, or has something else to do."""
+        """Wait until the launch has an offer, `unless` is done, or the time is over."""
         offered = asyncio.ensure_future(self._offered.wait())
         try:
             await asyncio.wait(
@@ -58,17 +58,17 @@ class Waiter:
             offered.cancel()
 
     def take(self) -> bool:
-        """True if there is an offer; it lasts until the launch has passed it on."""
+        """Take the offer, and return True if there is one. The offer lasts until `pass_on`."""
         was_offered = self._offered.is_set()
         self._offered.clear()
         return was_offered
 
     def pass_on(self) -> None:
-        """Let those behind have what this launch was offered and has no use for."""
+        """End the offer, so that the launches behind may use what is left of it."""
         self._used.set()
 
     async def offer(self, release: int) -> None:
-        """Return when the launch has taken what it can of it, or has left."""
+        """Offer free resources. Returns when the launch has passed the offer on, or after _OFFER_S."""
         if self.has_left:
             return
         self.offered_release = release
@@ -80,7 +80,7 @@ class Waiter:
 
 
 class _Queue:
-    """Lives in the background loop."""
+    """The waiting launches and held resources. Used only in the background loop."""
 
     def __init__(self) -> None:
         self.waiters: list[Waiter] = []
@@ -94,7 +94,10 @@ class _Queue:
             self._serving = asyncio.create_task(self._serve())
 
     async def _serve(self) -> None:
-        """There is no event to wait on: the nodes report to Ray's head every 0.1 s."""
+        """Offer free resources while a release is recent.
+
+        This polls, since Ray has no event for free resources: nodes report to Ray's head every 0.1 s.
+        """
         try:
             connection = Connection()
             while release_is_recent() and self._unserved():
@@ -104,11 +107,14 @@ class _Queue:
                 await asyncio.sleep(0 if chosen else _POLL_S)
         except ClusterLeft:
             pass
-        except Exception as error:  # they wait on, as Ray has them wait
+        except Exception as error:  # the launches still wait for Ray's own retries
             logger.debug("launches that wait are not told of room: %s", error)
 
     def _unserved(self) -> list[Waiter]:
-        """Once for each release: that the sum fits does not mean that each host does."""
+        """Return the launches without an offer since the last release.
+
+        Each release is offered once: even if the sum of resources fits, single hosts may not.
+        """
         return [waiter for waiter in self.waiters if waiter.offered_release < self.releases]
 
     def _who_fits(self, free: Amounts) -> Iterable[Waiter]:
@@ -124,7 +130,7 @@ class _Queue:
                 return
 
     def _is_due(self, waiter: Waiter, free: Amounts) -> bool:
-        """Return True if this driver could let it in, and has not for long."""
+        """Return True if a launch has waited long, and would fit into the free and this driver's held resources."""
         if time.monotonic() - waiter.since < _PATIENCE_S:
             return False
         ours = Counter[str]()
@@ -138,7 +144,7 @@ _queue = _Queue()
 
 @contextlib.contextmanager
 def queued(needed: Amounts) -> Generator[Waiter]:
-    """Wait in the queue, as its last."""
+    """Add a launch to the end of the queue for the length of this context."""
     waiter = Waiter(needed)
     _queue.waiters.append(waiter)
     if release_is_recent():
@@ -152,12 +158,12 @@ def queued(needed: Amounts) -> Generator[Waiter]:
 
 
 def hold(group: PlacementGroup, amounts: Amounts) -> None:
-    """Note that a launch has them, until they are released."""
+    """Note that a launch holds these resources until `release`."""
     _queue.held[group] = amounts
 
 
 def release(group: PlacementGroup) -> None:
-    """Offer what a removed group held to those who wait, as soon as Ray's head knows of it."""
+    """Offer a removed group's resources to waiting launches as soon as Ray's head knows that they are free."""
     _queue.held.pop(group, None)
     _queue.releases += 1
     _queue.last_release = time.monotonic()
@@ -166,7 +172,7 @@ def release(group: PlacementGroup) -> None:
 
 
 async def until_head_knows(connection: Connection) -> None:
-    """Return when Ray's head shows what was released as free, or when the release is no longer recent."""
+    """Wait until Ray's head shows the released resources as free, or the release is no longer recent."""
     total = await connection.call(inventory.total_resources)
     while release_is_recent():
         known = Counter[str]()
@@ -178,7 +184,7 @@ async def until_head_knows(connection: Connection) -> None:
 
 
 def release_is_recent() -> bool:
-    """Return True if Ray's head may not yet know of it."""
+    """Return True if Ray's head may not yet know of the last release."""
     return recent_for_s() > 0
 
 
@@ -188,7 +194,7 @@ def recent_for_s() -> float:
 
 
 def _forget() -> None:
-    """A forked child has none of its parent's launches."""
+    """Reset the queue in a forked child, which has none of its parent's launches."""
     global _queue
     _queue = _Queue()
 

@@ -1,4 +1,4 @@
-"""Warnings of launches that wait: every 10 s one for all of this driver's."""
+"""Warnings about waiting launches: one every 10 s for all launches of this driver."""
 
 import time
 from enum import Enum, auto
@@ -15,18 +15,18 @@ class For(Enum):
 
     ROOM = auto()
     RETURN = auto()
-    """A node that left the cluster is back."""
+    """The launch waits for nodes that left the cluster to come back."""
 
 
 _waiting: dict[str, For] = {}
-"""The launches that wait, by name."""
+"""Waiting launches by name."""
 
 _last: dict[For, float] = {}
 """Time of the last warning of each kind."""
 
 
 def is_due(name: str, what: For) -> bool:
-    """Note that the launch waits, and return whether it is to say so, for all that do."""
+    """Note that the launch waits. Returns True if it should log the warning for all waiting launches."""
     is_first = what not in _waiting.values()
     _waiting[name] = what
     if not is_first and time.monotonic() - _last[what] < EVERY_S:
@@ -36,7 +36,7 @@ def is_due(name: str, what: For) -> bool:
 
 
 def others_than(name: str) -> str:
-    """Return which other launches wait, as the end of a sentence."""
+    """Return the names of the other waiting launches, as the end of a sentence."""
     names = [waiting for waiting in _waiting if waiting != name]
     if not names:
         return ""
@@ -47,7 +47,7 @@ def others_than(name: str) -> str:
 
 
 def forget(name: str) -> None:
-    """Note that the launch waits no more."""
+    """Note that the launch no longer waits."""
     _waiting.pop(name, None)
 
 

@@ -1,4 +1,4 @@
-"""Nodes that left the cluster a moment ago, and may be back soon, such as a pod that restarts."""
+"""Nodes that left the cluster recently and may soon return, such as a restarting pod."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from torchrunx_ray.errors import PlacementError
 logger = logging.getLogger("torchrunx_ray")
 
 WAIT_S = 60.0
-"""Time for which a node is waited for after it left; Kubernetes restarts a pod in 20 s."""
+"""Time after a node left during which its return is awaited. Kubernetes restarts a pod in 20 s."""
 
 _LOOK_S = 1.0
 
@@ -28,20 +28,20 @@ _NODES_SHOWN = 4
 
 
 async def nodes_that_left(connection: Connection) -> list[Node]:
-    """Return the nodes that may be back soon, with what they had."""
+    """Return the nodes that may soon return, with their former resources."""
     try:
         left = await connection.call(inventory.left_nodes)
     except ClusterLeft:
         raise
-    except Exception as error:  # a question that is no public one, to a head that may be slow
+    except Exception as error:  # the call is not public, and the head may be slow
         logger.debug("Ray does not tell which nodes left the cluster", exc_info=error)
         return []
-    # The head's clock may be another one.
+    # The head's clock may differ from this one.
     return [node for node in left if node.left_s is not None and abs(node.left_s) < WAIT_S]
 
 
 def in_words(left: Sequence[Node]) -> str:
-    """Return which nodes are waited for, and for how long."""
+    """Return a text that names the awaited nodes, and how long they are awaited."""
     names = [f"{node.name} left the cluster {max(0, node.left_s or 0):.0f} s ago" for node in left]
     shown = ", ".join([*names[:_NODES_SHOWN], *(["..."] if names[_NODES_SHOWN:] else [])])
     return f"{shown}. A node that left is waited for until it has been away for {WAIT_S:.0f} s"
@@ -64,7 +64,7 @@ async def resolve_when_back(
             left = await nodes_that_left(connection)
             now, _ = await connection.call(_nodes_and_ours)
             if {node.node_id for node in now} != {node.node_id for node in nodes}:
-                continue  # such as one that came back between the questions
+                continue  # for example, a node returned between the two questions
             is_over = time.monotonic() - begun >= limit_s
             if is_over or not left or not await _would_do(options, [*nodes, *left], here):
                 if awaited:
@@ -87,7 +87,7 @@ async def _would_do(options: Options, nodes: Sequence[Node], here: str) -> bool:
 
 
 async def _resolve(options: Options, nodes: Sequence[Node], here: str) -> Plan:
-    if options.hostnames == "slurm":  # asks Slurm, and a name server
+    if options.hostnames == "slurm":  # asks Slurm and a name server, which may block
         return await in_thread(resolve, options, nodes, here)
     return resolve(options, nodes, here)
 

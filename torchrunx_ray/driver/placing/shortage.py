@@ -1,4 +1,4 @@
-"""Room in the cluster for a placement group, now or ever."""
+"""Analysis of the cluster's room for a placement group, now or ever."""
 
 import logging
 from collections import Counter
@@ -28,9 +28,9 @@ logger = logging.getLogger("torchrunx_ray")
 
 
 class HostLeft(Exception):
-    """A host that was chosen left the cluster while the launch waited for room.
+    """Raised if a chosen host left the cluster while the launch waited for room.
 
-    `error` is for the user, if no other host will do.
+    `error` is the error to raise if no other host fits.
     """
 
     def __init__(self, error: PlacementError) -> None:
@@ -40,13 +40,13 @@ class HostLeft(Exception):
 
 @dataclass(frozen=True)
 class Shortage:
-    """A waiting group's wants, the cluster's resources, and those that may come."""
+    """A snapshot of a waiting group's needs, the cluster's resources, and resources that may come."""
 
     options: Options
     plan: Plan
     nodes: Sequence[Node]
     left: Sequence[Node]
-    """Nodes that may be back soon."""
+    """Nodes that left, and may soon return."""
     free_by_node: Mapping[str, Mapping[str, float]]
     scheduling_state: str
     outlook: Outlook
@@ -72,16 +72,16 @@ class Shortage:
 
     @property
     def is_placed(self) -> bool:
-        """True if the group has its room, which then no longer counts as free."""
+        """True if the group is placed. Its resources then no longer count as free."""
         return self.scheduling_state == "FINISHED"
 
     @property
     def is_being_reserved(self) -> bool:
-        """True if Ray may have found room, and asks the nodes for it."""
+        """True if Ray has not decided yet, and may be reserving resources on the nodes."""
         return self.scheduling_state in placement_group.UNDECIDED
 
     def check(self, waited_s: float, limit_s: float) -> None:
-        """Raise HostLeft, or PlacementError if more waiting is no use or the time is over."""
+        """Raise HostLeft, or PlacementError if waiting is useless or the time is over."""
         gone = self._host_that_left()
         if gone is not None:
             problem = (
@@ -110,14 +110,14 @@ class Shortage:
         return "Ask for one that is there, or add a node that has it."
 
     def _own_sessions(self) -> str:
-        """Name the sessions of this script that hold what the launch lacks."""
+        """Return lines that name this script's sessions that hold the missing resources."""
         names = {name for bundle in self._missing() for name in self._short_of(bundle)}
         pinned = [host.node for host in self.plan.hosts if host.node is not None]
         usable = pinned if len(pinned) == len(self.plan.hosts) else self.nodes
         return own_sessions.holding(names, {node.node_id for node in usable})
 
     def _own_sessions_or_what_to_try(self) -> str:
-        """Advise to leave sessions of this script, and what else to try if that would not be enough."""
+        """Return advice to leave this script's sessions, and further advice if that is not enough."""
         sessions = self._own_sessions()
         if not sessions:
             return self._what_to_try()
@@ -135,7 +135,7 @@ class Shortage:
     def _without_room(
         self, free_by_node: Mapping[str, Mapping[str, float]]
     ) -> Sequence[Mapping[str, float]]:
-        """Return the bundles that find no room in what is free: on their own node, or on any."""
+        """Return the bundles that do not fit into the free resources: of their pinned node, else of any node."""
         on_their_node = [
             host.bundle
             for host in self.plan.hosts
@@ -144,7 +144,7 @@ class Shortage:
         return on_their_node or unplaced(self._wanted(), list(free_by_node.values()))
 
     def _short_of(self, bundle: Mapping[str, float]) -> Sequence[str]:
-        """Return what no node has enough of; all of the bundle if each is there somewhere."""
+        """Return the resources of which no node has enough free; all of the bundle if there are none."""
         free = self.free_by_node.values()
         short = [
             name
@@ -189,7 +189,7 @@ class Shortage:
         missing = unplaced(wanted, list(self.free_by_node.values()))
         text = f"{len(wanted) - len(missing)}/{len(wanted)} hosts"
         if not missing:
-            return text  # what is free is so in parts, or only just now
+            return text  # the free resources are fragmented, or were freed just now
         more = "1 more host" if len(missing) == 1 else f"{len(missing)} more hosts"
         return f"{text}, waiting for {amounts_in_words(missing[0])} on {more}"
 
@@ -203,7 +203,7 @@ class Shortage:
     def _why_never(self) -> str | None:
         reason = why_impossible(self._wanted(), self.nodes, self.options)
         if self.outlook.can_grow:
-            # It refuses as well what only waits for others while no node may be added.
+            # While no node may be added, the autoscaler also refuses groups that only wait for others.
             if not self.outlook.refused or (reason is None and not self.infeasible):
                 return None
             refusal = "its autoscaler may start no nodes that would do"
@@ -214,14 +214,14 @@ class Shortage:
 
     @property
     def waits_for(self) -> For:
-        """Return For.RETURN if only nodes that left a moment ago are missing."""
+        """Return For.RETURN if only nodes that left recently are missing, else For.ROOM."""
         if not self.left or self._why_never() is None:
             return For.ROOM
         with_them = [*self.nodes, *self.left]
         return For.ROOM if why_impossible(self._wanted(), with_them, self.options) else For.RETURN
 
     def _news(self) -> str:
-        """Return which nodes may come."""
+        """Return a text about nodes that may join the cluster."""
         if self.waits_for is For.RETURN:
             return returning.in_words(self.left)
         if not self.outlook.can_grow:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def hosts() -> list[str]:
-    """The allocation's nodes, in Slurm's order."""
+    """Return the allocation's nodes in Slurm's order."""
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise RuntimeError(
@@ -36,7 +36,7 @@ def hosts() -> list[str]:
 
 
 def how_to_start_ray(nodes: Sequence[str]) -> str:
-    """Return the advice for an allocation of which Ray does not run on all nodes."""
+    """Return advice for an allocation where Ray does not run on all nodes."""
     count = len(nodes)
     return (
         "Start Ray on all of them, and your script on the first, by\n"
@@ -47,17 +47,17 @@ def how_to_start_ray(nodes: Sequence[str]) -> str:
 
 
 def workers_per_host(number_of_hosts: int) -> list[int]:
-    """The allocation's GPUs on each node; its CPUs where it has no GPUs."""
+    """Return the allocation's number of GPUs on each node, or of CPUs if the allocation has no GPUs."""
     counts = _gpus() or _cpus()
     return counts * number_of_hosts if len(counts) == 1 else counts
 
 
 def _gpus() -> list[int]:
-    """One number for all nodes, or one for each; nothing where there are none."""
+    """Return one number for all nodes, or one per node; empty if there are no GPUs."""
     for variable in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):
         if text := os.environ.get(variable):
             counts = _counts(variable, text)
-            on_node = counts if "(x" in text else [sum(counts)]  # else a count of each type
+            on_node = counts if "(x" in text else [sum(counts)]  # without (x: one count per type
             return on_node if any(on_node) else []
     ids = os.environ.get("SLURM_JOB_GPUS", "")
     count = sum(_ids_in(part) for part in ids.split(",") if part)
@@ -80,7 +80,10 @@ def _cpus() -> list[int]:
 
 
 def _counts(variable: str, text: str) -> list[int]:
-    """Slurm's "72(x2),36" is 72, 72 and 36; a type may stand before a count, as in "gpu:a100:4"."""
+    """Return the counts in Slurm's notation: "72(x2),36" is 72, 72 and 36.
+
+    A type may precede a count, as in "gpu:a100:4".
+    """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(?:[^():]+:)*(\d+)(?:\(x(\d+)\))?", part)
@@ -94,6 +97,6 @@ def _counts(variable: str, text: str) -> list[int]:
 
 
 def _ids_in(part: str) -> int:
-    """Return the number of GPUs that "3", "0-3" or a name stand for."""
+    """Return the number of GPUs in "3", "0-3" or a name."""
     match = re.fullmatch(r"(\d+)-(\d+)", part)
     return 1 if match is None else int(match[2]) - int(match[1]) + 1

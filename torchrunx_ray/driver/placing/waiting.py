@@ -19,17 +19,17 @@ from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.errors import PlacementError
 
 _VERDICT_S = 0.05
-"""After this Ray has decided whether the group is possible at all."""
+"""Time after which Ray has decided if the group is possible at all."""
 
 _LOOK_S = 1.0
-"""Interval at which a launch that waits checks that it still may; an autoscaler decides by the second."""
+"""Interval at which a waiting launch checks if it may go on waiting. An autoscaler decides within seconds."""
 
 _QUESTION_S = 10
-"""Time that one question to Ray waits, in whole seconds."""
+"""Timeout of one call of `PlacementGroup.wait`, in whole seconds."""
 
 
 class Waiting:
-    """A launch that asks Ray for its placement group, and asks anew when there may be room for it."""
+    """A launch that requests its placement group from Ray, and requests it again when there may be room."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Waiting:
         progress: Progress,
         waited_s: float,
     ) -> None:
-        """`waited_s`: for nodes that left, which counts for placement_timeout, too."""
+        """`waited_s` is the time spent waiting for nodes that left; it counts towards placement_timeout."""
         self._options = options
         self._plan = plan
         self._connection = connection
@@ -51,9 +51,9 @@ class Waiting:
         self._asking: asyncio.Task[bool] | None = None
 
     async def until_placed(self, nodes: Sequence[Node]) -> PlacementGroup:
-        """Return the group once it has room.
+        """Wait until the group is placed, and return it.
 
-        Raises PlacementError if it cannot have any, or has none in time; HostLeft if hosts must be
+        Raises PlacementError if there can be no room, or is none in time. Raises HostLeft if hosts must be
         chosen again.
         """
         with queue.queued(self._plan.needed) as waiter:
@@ -74,7 +74,7 @@ class Waiting:
             await placement_group.remove_unplaced(self._group, self._connection)
 
     async def _ask_in_turn(self, waiter: Waiter, nodes: Sequence[Node]) -> PlacementGroup:
-        """Not before Ray's head knows what we released a moment ago, if that may be enough."""
+        """Request the group. If it may fit, wait first until Ray's head knows of a recent release."""
         if self._plan.fits_in_sum(nodes):
             await waiter.offered(queue.recent_for_s())
             waiter.take()
@@ -89,17 +89,17 @@ class Waiting:
         return self._group
 
     async def _ask_anew(self, group: PlacementGroup) -> PlacementGroup:
-        """Ray places at once what it is asked for now, but not what waits."""
+        """Withdraw the group, and request it again: Ray tries a new request at once, but not a waiting group."""
         if not await placement_group.withdraw(group, self._connection):
             return group
         self._group = self._asking = None
         return await self._ask()
 
     async def _is_placed(self, group: PlacementGroup, waiter: Waiter, timeout_s: float) -> bool:
-        """Wait for that, or for an offer."""
+        """Wait until the group is placed, or there is an offer. Returns True if the group is placed."""
         if self._asking is None:
             self._asking = asyncio.create_task(self._connection.call(group.wait, _QUESTION_S))
-            # The group may be removed while Ray is still asked about it.
+            # The group may be removed while this call waits.
             self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         asking = self._asking
         left_s = max(_VERDICT_S, self._begun + self._limit_s - time.monotonic())
@@ -111,7 +111,7 @@ class Waiting:
             return asking.result()
         except ClusterLeft:
             raise
-        except Exception as error:  # Ray has no type for it
+        except Exception as error:  # Ray has no exception type for this
             self._connection.check()
             raise PlacementError(
                 f"Ray no longer knows the launch's placement group (somebody removed it, or its head was "
@@ -119,7 +119,7 @@ class Waiting:
             ) from None
 
     async def _look(self, group: PlacementGroup) -> None:
-        """Check that it still may wait, and say for what."""
+        """Check that waiting is still useful, and report what the launch waits for."""
         self._connection.check()
         now = time.monotonic()
         shortage = await self._checked_shortage(group, now - self._begun)
@@ -133,7 +133,7 @@ class Waiting:
             orphans.sweep()
 
     async def _checked_shortage(self, group: PlacementGroup, waited_s: float) -> Shortage:
-        """Return the room, or raise its error, which counts as free what is being given back."""
+        """Return the shortage, or raise its error. A recent release counts as free before the error is raised."""
         shortage = await Shortage.now(group, self._options, self._plan, self._connection)
         if shortage.is_placed:
             return shortage

@@ -1,1 +1,1 @@
-"""Progress, timeline, values, stacks and failures of a run, as its user gets them."""
+"""Progress, timeline, values, stacks and failures of a run, in the form that its user sees."""

@@ -1,4 +1,4 @@
-"""From what agents report to the one exception that the driver raises."""
+"""Failures of a run, and the one exception that the driver raises for them."""
 
 import re
 import signal
@@ -27,7 +27,7 @@ from torchrunx_ray.wire.values.exceptions import load_exception
 
 @dataclass(frozen=True)
 class NotJoined:
-    """Ranks, with their hosts, that were not in the process group after its timeout."""
+    """Ranks, with their hosts, that had not joined the process group within its timeout."""
 
     timeout: float
     missing: Mapping[int, str]
@@ -35,14 +35,14 @@ class NotJoined:
 
 @dataclass(frozen=True)
 class ArgumentLost:
-    """A value that the arguments refer to could not be had."""
+    """A value that an ObjectRef in the arguments refers to is lost."""
 
     evidence: str
 
 
 @dataclass(frozen=True)
 class DriverFailed:
-    """The driver could not handle what an agent told it, which is a bug of ours."""
+    """The driver failed to handle an agent's message, which is a bug of this package."""
 
     doing: str
     error: BaseException
@@ -65,15 +65,15 @@ Report = (
 _FRAME = re.compile(r'^[ |]*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
 _NOTICE_NS = 100_000_000
-"""Lead that a dying worker's peers may have over its parent in hearing of its death."""
+"""Longest time by which peers may notice a worker's death before the worker's parent does."""
 
 _NOTICE_OF_SIGNAL_NS = 5_000_000_000
-"""The same for a death by a signal, which its peers' errors do not cause: the machine may be busy."""
+"""The same for a death by a signal, which no error of a peer causes. The machine may be busy."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that went wrong, with its time on the driver's clock."""
+    """One failure, with its time on the driver's clock."""
 
     time_ns: int
     hostname: str
@@ -87,14 +87,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Failures:
-    """All that went wrong in a run, and what the ranks were doing that the launch then stopped."""
+    """All failures of a run, and the ranks that the launch then stopped, with their stacks."""
 
     failures: Sequence[Failure]
     stopped: Sequence[str]
     stacks: Stacks
     """Stacks of the workers when the driver heard of the first failure."""
     log_directory: Path | None
-    """With the default files, where something was written to them."""
+    """Directory of the default files, if something was written to them."""
     stopped_at_ns: int | None = None
     """Time at which the launch began to stop the workers."""
 
@@ -110,9 +110,9 @@ class Failures:
 
     @cached_property
     def exception(self) -> BaseException:
-        """The first failure as what the launch raises.
+        """The exception that the launch raises, made from the first failure.
 
-        Notes tell what failed after it, and who was then stopped by the launch.
+        Its notes name later failures, and the ranks that the launch then stopped.
         """
         in_order = self._in_order()
         exceptions = [_exception(failure) for failure in in_order]
@@ -125,17 +125,18 @@ class Failures:
             first.stacks = str(stacks)
         for line in _consequences(in_order):
             _add_note(first, line)
-        if not _is_exit(in_order[0].report):  # most are usage errors: their line is all of it
+        if not _is_exit(in_order[0].report):  # most exits are usage errors and need no notes
             self._tell_of_the_others(first, stacks)
         if self.log_directory is not None:
             _add_note(first, f"All output of this launch: {self.log_directory}")
         return first
 
     def _in_order(self) -> list[Failure]:
-        """Return failures by time, but a cause before what peers raised in a collective because of it.
+        """Return the failures by time, but a cause before the peers' errors that it led to.
 
-        The kernel closes a dying process's sockets before its parent can reap it. And a function that
-        destroys its process group in `finally` fails for its peers before its own exception is out.
+        An error of a peer may come first. The kernel closes a dying process's sockets before its parent can
+        reap it. A function that destroys its process group in `finally` makes its peers fail before its own
+        exception is reported.
         """
         in_order = sorted(self.failures, key=lambda failure: failure.time_ns)
         cause = self._kill_in_that_moment(in_order) or self._cause_of_error_in_collective(in_order)
@@ -145,10 +146,10 @@ class Failures:
         return [cause, *in_order]
 
     def _kill_in_that_moment(self, in_order: Sequence[Failure]) -> Failure | None:
-        """Return a death by SIGKILL that was told shortly after what peers raised, or how they ended.
+        """Return a death by SIGKILL that was reported shortly after the first failure of a peer.
 
-        No worker's error makes anybody send SIGKILL before the launch stops the workers. The error
-        need not show that it came of a peer: scripts catch it, and exit later.
+        Before the launch stops the workers, no worker's error leads to a SIGKILL. So the death is the cause, even
+        if the peer's error does not show that: scripts may catch the error, and exit later.
         """
         first = in_order[0]
         if not isinstance(first.report, messages.Failed | messages.Died):
@@ -163,9 +164,10 @@ class Failures:
         return None
 
     def _cause_of_error_in_collective(self, in_order: Sequence[Failure]) -> Failure | None:
-        """Return what was told before the stop, and of that a death if there is one.
+        """Return the cause of a first failure that is an error in a collective, else None.
 
-        An exception may be what a peer made of its own error.
+        Prefers failures that were reported before the stop, and among them deaths: an exception may be what
+        another peer made of its own error in a collective.
         """
         first, *later = in_order
         if not (isinstance(first.report, messages.Failed) and first.report.in_collective):
@@ -179,7 +181,7 @@ class Failures:
         return self.stopped_at_ns is None or failure.time_ns <= self.stopped_at_ns
 
     def _may_have_caused(self, in_collective: Failure, failure: Failure) -> bool:
-        """Return whether an error in a collective may be of this failure, which was told later."""
+        """Return True if this failure, which was reported later, may have caused an error in a collective."""
         match failure.report:
             case messages.Failed(in_collective=also_in_collective):
                 return self._was_before_stop(failure) and not also_in_collective
@@ -192,9 +194,9 @@ class Failures:
                 return False
 
     def _notice_ns(self, failure: Failure, exited: messages.Exited) -> int:
-        """Return how much later than its peers' errors a death by a signal may be told."""
-        # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM
-        # a worker that lived may crash, or be killed, by what it does to end.
+        """Return how much later than its peers' errors a death by a signal may be reported."""
+        # NCCL's watchdog aborts a process whose peers have failed. After the launch's SIGTERM a living
+        # worker may crash, or be killed, while it shuts down.
         lived = failure.rank is not None and self.stacks.by_rank.get(failure.rank)
         was_told = not self._was_before_stop(failure)
         is_doubtful = exited.signal == signal.SIGABRT or (lived and was_told)
@@ -271,7 +273,7 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
     if report.exception is not None:
         try:
             error = load_exception(report.exception)
-        except (Exception, SystemExit, GeneratorExit) as reason:  # Ctrl-C is the driver's own
+        except (Exception, SystemExit, GeneratorExit) as reason:  # Ctrl-C is meant for the driver
             unraisable = (
                 f"raised {report.kind}: {report.text} (shown as text, since the driver cannot "
                 f"unpickle it: {type(reason).__name__}: {reason})"
@@ -284,7 +286,7 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
                 pid=report.pid,
                 traceback=report.traceback,
             )
-            # By the base class: an exception may refuse to be given attributes.
+            # Set through the base class: an exception may refuse attributes.
             vars(BaseException)["__cause__"].__set__(error, cause)
             where = f"local rank {report.local_rank} on {hostname}, pid {report.pid}"
             _add_note(error, f"Raised by rank {rank} ({where}).")
@@ -305,7 +307,7 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
 
 
 def _is_of_no_peer(report: Report) -> bool:
-    """Return whether no error of a peer leads to this. SIGABRT is what NCCL's watchdog sends itself."""
+    """Return True if no error of a peer can cause this failure. SIGABRT may come from NCCL's watchdog."""
     match report:
         case messages.Died(exited=exited):
             return exited.signal not in (None, signal.SIGABRT)
@@ -324,11 +326,11 @@ def _add_note(error: BaseException, note: str) -> None:
     try:
         BaseException.add_note(error, note)
     except Exception:
-        pass  # it refuses attributes; the note is not worth another error
+        pass  # the exception refuses attributes; a missing note is better than another error
 
 
 def _consequences(in_order: Sequence[Failure]) -> list[str]:
-    """Return later failures, in one line for those that differ in numbers only."""
+    """Return the later failures, with one line for all that differ only in numbers."""
     first = in_order[0]
     groups: dict[str, list[Failure]] = {}
     for failure in in_order[1:]:
@@ -342,7 +344,7 @@ def _consequences(in_order: Sequence[Failure]) -> list[str]:
 
 
 def _in_one_line(failures: Sequence[Failure]) -> str:
-    """Return the words of the first, after the names of all that said just that."""
+    """Return the first failure's text, after the names of all failures with the same text."""
     said = _summary(failures[0].report)
     who = ", ".join(each.who for each in failures if _summary(each.report) == said)
     others = ", ".join(each.who for each in failures if _summary(each.report) != said)
@@ -350,7 +352,7 @@ def _in_one_line(failures: Sequence[Failure]) -> str:
 
 
 def _place(report: Report) -> str:
-    """The innermost line of its traceback; of an exception group its own, not its members'."""
+    """Return the innermost line of the traceback. For an exception group, the members' tracebacks do not count."""
     trace = report.traceback.partition("+-+-")[0] if isinstance(report, messages.Failed) else ""
     lines = _FRAME.findall(trace)
     return " ({}:{}, in {})".format(*lines[-1]) if lines else ""

@@ -1,4 +1,4 @@
-"""Advice for errors of workers that lack what the driver has: a module or a variable."""
+"""Advice for errors of workers that lack a module or variable that the driver has."""
 
 import importlib.util
 import logging
@@ -20,9 +20,10 @@ _IN_ENVIRON = re.compile(r'File "[^"]*\bos(\.py|>)", line \d+, in __getitem__')
 
 
 def advice(error: BaseException, traceback: str) -> str | None:
-    """Say where the driver has what the worker lacked, and how to send it; None for other errors.
+    """Return advice about a module or variable that a worker lacked, and how to send it; None for other errors.
 
-    An error of a worker may have attributes of any kind, and a finder of the user's may fail.
+    Exceptions here are only logged: a worker's error may have attributes of any type, and the user's import
+    finders may fail.
     """
     try:
         if isinstance(error, PayloadError):
@@ -61,7 +62,7 @@ def _of_unknown_module(name: str) -> str:
 
 
 def _of_module(name: str) -> str | None:
-    """Name the driver's own place of the module, and what would bring it to the hosts."""
+    """Return advice that names the driver's copy of the module, and how to bring it to the hosts."""
     top = name.partition(".")[0]
     path = _path_here(top)
     if path is None or _is_standard(path):
@@ -90,14 +91,14 @@ def _of_module(name: str) -> str | None:
 
 
 def _with_python_path(folder: str) -> str:
-    """Return the command that also searches this folder."""
+    """Return the driver's command with this folder in PYTHONPATH."""
     script = sys.argv[0] if sys.argv and sys.argv[0].endswith(".py") else "..."
     searched = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
     return f"PYTHONPATH={shlex.quote(searched)} python {script}"
 
 
 def _of_other(name: Any, worker_path: Any) -> str | None:
-    """Tell two modules of one name apart: perhaps the host's is an older one."""
+    """Return the paths of two modules with the same name: the host's module may be older."""
     path = _path_here(name.partition(".")[0])
     if path is None or _is_standard(path) or Path(worker_path).is_relative_to(path):
         return None
@@ -105,7 +106,7 @@ def _of_other(name: Any, worker_path: Any) -> str | None:
 
 
 def _path_here(top: str) -> Path | None:
-    """The module's file, or the folder of a package."""
+    """Return the driver's file of a module, or folder of a package."""
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError, AttributeError):

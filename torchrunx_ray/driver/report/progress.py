@@ -11,7 +11,7 @@ from torchrunx_ray.driver.report.timeline import Timeline
 
 
 class GoesOn(Protocol):
-    """An attempt, as far as the user of its run may ask it."""
+    """The part of an attempt that its run's user may call."""
 
     @property
     def log_directory(self) -> Path | None: ...
@@ -22,9 +22,9 @@ class GoesOn(Protocol):
 
 
 class Progress:
-    """State of a run that its user may ask for, and is shown, while it goes on or when it was stopped.
+    """State of a run, for the status line, and for the user's questions during the run or after its stop.
 
-    Written in the background loop by whoever carries the run on.
+    Written only in the background loop.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,7 +33,7 @@ class Progress:
         self.attempt: GoesOn | None = None
         self.waits_for_turn = False
         self.waiting_for = ""
-        """While it waits for room: for what."""
+        """Words for the reason of the wait while the run waits for room."""
         self._log_directory: Path | None = None
         self.ended = ""
         """Words for the run's end."""
@@ -48,7 +48,7 @@ class Progress:
     @property
     def log_directory(self) -> Path | None:
         """Directory of the run's default files, once something was written to them."""
-        attempt = self.attempt  # which the background loop may take away just now
+        attempt = self.attempt  # read once, since the background loop may reset it at any moment
         return self._log_directory if attempt is None else attempt.log_directory
 
     @log_directory.setter
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def phase(self) -> str:
-        """Words for the present phase, which change only when the phase does."""
+        """Words for the current phase, which change only with the phase."""
         timeline = self.timeline
         if self.ended:
             return self.ended
@@ -78,7 +78,7 @@ class Progress:
 
     @property
     def status(self) -> str:
-        """The same with counts and times."""
+        """The current phase with counts and times."""
         timeline = self.timeline
         ranks, returned = len(timeline.places), len(timeline.finished)
         if self.ended or timeline.is_stopping:
@@ -93,7 +93,7 @@ class Progress:
 
     @property
     def last_line(self) -> str:
-        """The status when the run has ended."""
+        """The status after the run has ended."""
         logs = f"; logs in {self.log_directory}" if self.log_directory else ""
         return f"{self._begin_of_line}{self.ended}{logs}"
 
@@ -115,5 +115,5 @@ def _clock(seconds: float) -> str:
 living: set[Progress] = set()
 """Runs of this process that have not ended."""
 
-# A forked child has none of them.
+# A forked child has none of its parent's runs.
 in_child(living.clear)

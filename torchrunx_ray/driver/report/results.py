@@ -1,4 +1,4 @@
-"""Values of a launch, fetched when they are asked for."""
+"""Values of a launch, fetched on access."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Value:
-    """A rank's value: Ray's reference to it, its size, and its node at that time."""
+    """A rank's value: Ray's reference to the value, its size, and the node of the rank."""
 
     ref: "ray.ObjectRef[Any]"
     size: int
@@ -31,8 +31,8 @@ class Value:
 class LaunchResult(Generic[R]):
     """Every rank's return value, still in the cluster.
 
-    Values are fetched on each access, so keep what you use twice. They stay in the cluster for
-    as long as this object or one of its refs lives, whatever becomes of the workers.
+    Each access fetches the value, so keep a value that you use twice. Values stay in the cluster while this
+    object or one of its refs lives, even after the workers have ended.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class LaunchResult(Generic[R]):
 
     @property
     def hostnames(self) -> tuple[str, ...]:
-        """The hosts, in the order of their ranks."""
+        """The hosts in the order of their ranks."""
         return self._hostnames
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of each phase of the launch, one after the other, and "total"."""
+        """Seconds of each phase of the launch in order, and "total"."""
         return self._timeline.seconds
 
     @property
@@ -63,21 +63,21 @@ class LaunchResult(Generic[R]):
         return self._log_directory
 
     def timeline(self, path: str | os.PathLike[str]) -> None:
-        """Write when each rank was in which phase, as a trace for ui.perfetto.dev."""
+        """Write the times of each rank's phases as a trace for ui.perfetto.dev."""
         self._timeline.write_trace(path)
 
     def ref(self, rank: int) -> "ray.ObjectRef[R]":
-        """The reference to one rank's value: `ray.get` of it is the value, anywhere in the cluster."""
+        """Return the reference to one rank's value. `ray.get` fetches the value anywhere in the cluster."""
         host_index, local_rank = self._find(rank)
         return self._values[host_index][local_rank].ref
 
     def rank(self, rank: int) -> R:
-        """One rank's value."""
+        """Return one rank's value."""
         host_index, local_rank = self._find(rank)
         return self._fetch(rank, host_index, local_rank)
 
     def index(self, hostname: str, local_rank: int) -> R:
-        """The value of the worker at a place."""
+        """Return the value of the worker with this hostname and local rank."""
         if hostname not in self._hostnames:
             raise KeyError(f"{hostname!r} is no host of this launch; those are {self._hostnames}")
         host_index = self._hostnames.index(hostname)
@@ -118,14 +118,14 @@ class LaunchResult(Generic[R]):
         hostname = self._hostnames[host_index]
         value = self._values[host_index][local_rank]
         if not ray.is_initialized():
-            raise _gone(rank)  # Ray would start a cluster, and look there
+            raise _gone(rank)  # ray.get would start another cluster
         try:
             with kept_packed():
                 packed: Any = ray.get(value.ref)
         except ValueError as error:
             if not foreign_errors.is_of_another_cluster(str(error)):
                 raise
-            raise _gone(rank) from error  # with a cluster before this one
+            raise _gone(rank) from error  # the value was in an earlier cluster
         except RayError as error:
             if foreign_errors.is_store_full(str(error)):
                 store = bytes_in_words(value.node.store_size)
@@ -141,7 +141,7 @@ class LaunchResult(Generic[R]):
             raise AgentFailedError(hostname=hostname, what=what, evidence=str(error)) from error
         try:
             return packed.unpack()
-        except (Exception, SystemExit, GeneratorExit) as error:  # Ctrl-C is the driver's own
+        except (Exception, SystemExit, GeneratorExit) as error:  # Ctrl-C is meant for the driver
             raise PayloadError(
                 path="the return value",
                 reason=f"{type(error).__name__}: {error}",

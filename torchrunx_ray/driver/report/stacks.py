@@ -1,4 +1,4 @@
-"""Stacks of the workers, in words."""
+"""Stacks of the workers, and their summary in words."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ _AFTER_THE_FUNCTION = {
     "_join_threads": "is past the function, and waits for threads that it started",
     "_end": "is past the function, and is ending",
 }
-"""Words for these functions of ours, which only workers run."""
+"""Words for functions of torchrunx_ray.worker that a worker calls after the user's function."""
 
 _NOT_THE_USERS = re.compile(
     r"/site-packages/|/dist-packages/|/lib/python3[^/]*/|^<frozen "
@@ -38,10 +38,10 @@ class Frame:
 
 
 class Stacks:
-    """The Python stacks of a run's workers at one moment; as text, grouped where they are equal.
+    """The Python stacks of a run's workers at one moment. As text, equal stacks are grouped.
 
-    `by_rank` has those of all threads of a worker, as faulthandler prints them; a text is empty
-    where the worker did not answer.
+    `by_rank` has the stacks of all threads of each worker, as faulthandler prints them. The text is empty if
+    the worker did not answer.
     """
 
     def __init__(self, by_rank: Mapping[int, str]) -> None:
@@ -49,7 +49,7 @@ class Stacks:
 
     @cached_property
     def groups(self) -> list[tuple[list[int], tuple[Frame, ...]]]:
-        """Ranks whose main threads are at the same place, and the calls there, the last one first."""
+        """Groups of ranks whose main threads have equal stacks, each with these calls, the innermost first."""
         groups: dict[tuple[Frame, ...], list[int]] = {}
         for rank, text in self.by_rank.items():
             groups.setdefault(_main_thread(text), []).append(rank)
@@ -92,7 +92,10 @@ def in_words(ranks: Iterable[int]) -> str:
 
 
 def _main_thread(text: str) -> tuple[Frame, ...]:
-    """Return the main thread's calls from the last one on, down to the user's function. It is the last in the text."""
+    """Return the main thread's calls, from the innermost out to the user's function.
+
+    The main thread is the last in the text.
+    """
     block = text.rstrip().rpartition("\n\n")[2]
     frames: list[Frame] = []
     for match in _FRAME.finditer(block):
@@ -106,7 +109,10 @@ def _main_thread(text: str) -> tuple[Frame, ...]:
 
 
 def _where(frames: tuple[Frame, ...]) -> str:
-    """Return the innermost function of the user's own, and what it is in: "train (train.py:7), in select"."""
+    """Return the innermost function of the user, and the function that it waits in.
+
+    For example: "train (train.py:7), in select".
+    """
     if not frames:
         return "no answer (it has not begun, has ended just now, or is held by the kernel)"
     if _OURS in frames[-1].file and frames[-1].function in _AFTER_THE_FUNCTION:

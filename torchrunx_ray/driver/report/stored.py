@@ -1,4 +1,4 @@
-"""The last step of a run: Ray gets what the workers returned."""
+"""The last step of a run, in which Ray stores the values that the workers returned."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
 logger = logging.getLogger("torchrunx_ray")
 
 _SILENT_S = 15.0
-"""Time that Ray may copy values before that is told: 10 GiB take a few seconds."""
+"""Time that Ray may take to copy values before a warning. 10 GiB take a few seconds."""
 
 
 async def until_stored(
@@ -21,9 +21,9 @@ async def until_stored(
     values: "Sequence[tuple[str, Sequence[ray.ObjectRef[Any]]]]",
     connection: Connection,
 ) -> None:
-    """Return when Ray has the values, which come with their hosts' names.
+    """Wait until Ray has stored the values, which are given with their hosts' names.
 
-    Until then a value is in its agent only, and would be lost with it.
+    Until then a value exists only in its agent, and would be lost with the agent.
     """
     refs = [ref for _, of_host in values for ref in of_host]
     hostnames = [hostname for hostname, of_host in values for _ in of_host]
@@ -34,7 +34,7 @@ async def until_stored(
                 says_at = float("inf")
                 _say_missing(run_name, list(dict.fromkeys(hostnames[i] for i in missing)))
     except RayError as error:
-        # Of the task that waits, through ray://; the values are the agents'.
+        # Raised by the task that waits through ray://. The values are still in the agents.
         logger.warning(
             "%s has ended, but whether its values have left the agents is not known: the task that "
             "waits for them failed (%s). Fetch the values before their hosts may go.",
@@ -54,7 +54,7 @@ def _say_missing(run_name: str, hostnames: Sequence[str]) -> None:
 
 
 def missing_after_a_second(refs: list[Any]) -> list[int]:
-    """Return by index which values Ray does not have."""
+    """Wait up to a second, and return the indices of the values that Ray does not have."""
     _, missing = untyped_ray.wait(refs, num_returns=len(refs), timeout=1, fetch_local=False)
     left = set(missing)
     return [i for i, ref in enumerate(refs) if ref in left]

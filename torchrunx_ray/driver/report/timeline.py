@@ -20,7 +20,7 @@ def _times() -> dict[int, int]:
 
 @dataclass
 class Timeline:
-    """Written in the background loop while the run goes on; times are ns since the epoch."""
+    """Times of a run, in ns since the epoch. Written in the background loop during the run."""
 
     begun_ns: int = field(default_factory=now_ns)
     placed_ns: int | None = None
@@ -30,15 +30,15 @@ class Timeline:
     hostnames: Sequence[str] = ()
     places: Sequence[Place] = ()
     loaded: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
-    """By host: from when to when the template imported, which may have been for an earlier run."""
+    """Begin and end of the template's import, by host. The import may belong to an earlier run."""
     joined: dict[int, int] = field(default_factory=_times)
-    """By rank, as the following ones."""
+    """Times by rank, as in the next three fields."""
     started: dict[int, int] = field(default_factory=_times)
     finished: dict[int, int] = field(default_factory=_times)
     exited: dict[int, int] = field(default_factory=_times)
 
     def hear(self, host_index: int, rank: int | None, event: messages.Event, ahead_ns: int) -> None:
-        """Note an event of a host whose clock is that much ahead."""
+        """Note an event of a host whose clock is `ahead_ns` ahead of the driver's."""
         match event:
             case messages.TemplateLoaded():
                 self.loaded[host_index] = (event.begun_ns - ahead_ns, event.loaded_ns - ahead_ns)
@@ -55,11 +55,10 @@ class Timeline:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Return the seconds that each phase took, in order, and "total".
+        """Seconds of each phase in order, and "total".
 
-        A phase ends when all hosts and ranks are through it; one that was not needed, such as an
-        import by a template that was there, took none. A launch that failed did so in the last one
-        that took some.
+        A phase ends when all hosts and ranks have completed it. A phase that was not needed, such as the import
+        of a warm template, takes 0 s. A failed launch failed in the last phase with a time above 0 s.
         """
         ends = self._ends()
         begins = [self.begun_ns, *ends[:-1]]
@@ -70,7 +69,7 @@ class Timeline:
         return {**seconds, "total": (ends[-1] - self.begun_ns) / 1e9}
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
-        """A trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+        """Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
         with open(path, "w") as file:
             json.dump({"traceEvents": list(self._trace_events()), "displayTimeUnit": "ms"}, file)
 
@@ -88,8 +87,8 @@ class Timeline:
         in_order: list[int] = []
         last = self.begun_ns
         for end in ends:
-            # The phase that never ended has all that was left. One that was over before, such as an
-            # import for an earlier run, has ended with the last.
+            # A phase that never ended takes all the remaining time. A phase that was already over, such as an
+            # import for an earlier run, ends together with the phase before it.
             last = now if end is None else min(now, max(last, end))
             in_order.append(last)
         return in_order
@@ -126,7 +125,7 @@ class Timeline:
 
 
 def _last_of(times: Mapping[int, int], count: int) -> int | None:
-    """None where not all have come."""
+    """Return the last of `count` times; None if some are missing."""
     return max(times.values()) if len(times) == count > 0 else None
 
 

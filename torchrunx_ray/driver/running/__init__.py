@@ -1,1 +1,1 @@
-"""One run on its hosts, from the first worker to the last."""
+"""Execution of a run on its hosts, from the start of its workers to their end."""

@@ -1,4 +1,4 @@
-"""One attempt of a run: workers start, the first failure or every value comes back."""
+"""One attempt of a run: start the workers, and return their values or the failures."""
 
 import asyncio
 import contextlib
@@ -38,54 +38,54 @@ from torchrunx_ray.wire.ranks import Place, lay_out
 logger = logging.getLogger("torchrunx_ray")
 
 _SETTLING_S = 0.1
-"""How long an earlier failure may take to arrive after a later one."""
+"""Time that an earlier failure may take to arrive after a later one."""
 
 _CAUSE_S = 0.5
-"""How much longer a failure may take to arrive that errors in collectives came of."""
+"""Additional time that the cause of errors in collectives may take to arrive."""
 
 _LAST_WORDS_S = 12.0
-"""How long after SIGKILL a host may take to report its end before it is given up.
+"""Time after SIGKILL until a host that does not report its end is given up.
 
-Longer than a template waits for a process that gives back much memory.
+This is longer than a template waits for a process that frees much memory.
 """
 
 _DEAF_S = 1.0
-"""How long after a second cancellation an agent may take to hear that it shall kill."""
+"""Time after a second cancellation that an agent may take to confirm the kill."""
 
 _LAST_LINES_S = 5.0
-"""How long a handler or terminal may take for the last output of a cancelled run.
+"""Time that a handler or terminal may take for the last output of a cancelled run.
 
-As long again its agent may take to send it.
+The agents have twice this time to send the output.
 """
 
 _STUCK_S = 2.0
-"""How long a handler or terminal may keep one piece of output after that."""
+"""Time that a handler or terminal may take for one piece of output after that."""
 
 _STUCK_KILLED_S = 0.5
 """The same when a run is killed."""
 
 _SLOW_START_S = 60.0
-"""How long a host may take until it can fork before that is told."""
+"""Time that a host may take until it can fork before a warning."""
 
 _START_S = 1800.0
-"""How long a host may take until it can fork before the run fails."""
+"""Time that a host may take until it can fork before the run fails."""
 
 _SILENT_STOP_S = 2.0
-"""For how long failed runs may stop what is left of them before anybody is told why."""
+"""Time that a failed run may take to stop its workers before a warning names the failure."""
 
 _ENDING_S = 0.8
-"""For an agent that ends itself to say that its workers are gone."""
+"""Time for an agent that ends itself to report that its workers are gone."""
 
 _STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
-"""They come in milliseconds, and later from a machine that is busy."""
+"""Limits for stacks after a failure. They arrive in milliseconds, or later if the machine is busy."""
 
 _STACKS_AT_CANCEL = messages.StacksWanted(within_s=0.5, thread_s=0.1)
-"""A person waits."""
+"""Limits for stacks at a cancellation. They are short because a person is waiting."""
 
 
 @dataclass(frozen=True)
 class Crew:
-    """Hosts of an attempt, and by the same index their agents, what these said, their GPUs."""
+    """Hosts of an attempt, with their agents, the agents' answers to `meet`, and their GPUs, by host index."""
 
     hosts: Sequence[Host]
     agents: Sequence[PooledAgent]
@@ -94,7 +94,7 @@ class Crew:
 
 
 class Attempt:
-    """Everything that belongs to one try at a run: addresses, failures, hosts that ended."""
+    """The state of one attempt of a run: its layout, failures, and hosts that have ended."""
 
     def __init__(
         self,
@@ -116,41 +116,41 @@ class Attempt:
         self._clocks = Clocks(crew.agents)
         self._stragglers = Stragglers(run_id, crew.agents, self._layout)
         self._failed: list[tuple[int | None, Failure]] = []
-        """With the hosts on whose clocks their times are; None for the driver's."""
+        """Failures, each with the index of the host on whose clock its time is; None for the driver's clock."""
         self._cause_is_known = asyncio.Event()
-        """A failure is there that is no error in a collective, or each rank has failed or returned."""
+        """Set if some failure is no error in a collective, or if each rank has failed or returned."""
         self._stopped_at_ns: int | None = None
         self._kills_at = math.inf
-        """Time of the loop at which SIGKILL follows."""
+        """Time of SIGKILL, on the loop's clock."""
         self._deaf: set[int] = set()
-        """Hosts, by index, whose agents have not confirmed the last stop that they were told."""
+        """Indices of hosts whose agents have not confirmed the last stop."""
         self._tasks: set[asyncio.Task[None]] = set()
-        """They end with the attempt."""
+        """Background tasks, which are cancelled at the end of the attempt."""
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
         self._sizes: dict[tuple[int, int], int] = {}
         self._can_fork: set[int] = set()
-        """Hosts, by index, of which the workers can be forked."""
+        """Indices of hosts whose workers can be forked."""
         self._pids: list[dict[int, int]] = [{} for _ in crew.hosts]
         """Ranks of each host by pid."""
         self._stacks = Stacks({})
         self._failed_before_cancel: int | None = None
-        """How many failures were known when the run was cancelled; None if it was not."""
+        """Number of failures known when the run was cancelled; None if the run was not cancelled."""
         self._is_to_be_killed = False
         self.stacks_at_stop = Stacks({})
         """Stacks of the workers when the run was cancelled."""
         self._over: set[int] = set()
-        """Hosts, by index, of whose workers none lives, or that nobody will hear of any more."""
+        """Indices of hosts that have no living worker, or whose link has ended."""
         self.broken: set[int] = set(range(len(crew.hosts)))
-        """Hosts whose agent cannot be used again: it has not said all that it had to say."""
+        """Indices of hosts whose agents cannot be used again, since they have not sent all their output."""
 
     async def go(self, call: Call) -> list[list[Value]] | Failures:
-        """Every rank's value, by host, or what failed.
+        """Run the call. Returns every rank's value, by host, or the failures.
 
-        On cancellation, as on failure, it returns only when no worker lives; a cancellation after
-        `kill`, or a second one, kills them.
+        After a failure or a cancellation, waits until no worker lives. A second cancellation, or a first one
+        after `kill`, kills the workers.
         """
         self._logs = RunLogs(
             self._run_id, self._options, call.log_handlers, call.files, self._speakers()
@@ -192,18 +192,21 @@ class Attempt:
 
     @property
     def log_directory(self) -> Path | None:
-        """With the default files, once something was written to them."""
-        logs: RunLogs | None = getattr(self, "_logs", None)  # none before `go`
+        """Directory of the default files, once something was written to them."""
+        logs: RunLogs | None = getattr(self, "_logs", None)  # set by `go`
         return None if logs is None else logs.directory
 
     @property
     def failures(self) -> Failures | None:
-        """All that has failed so far."""
+        """All failures so far; None if there are none."""
         return self._first_failures(None)
 
     @property
     def failures_before_stop(self) -> Failures | None:
-        """Failures from before the cancellation, if there was one: later ones are its consequence."""
+        """Failures from before the cancellation, since later ones may be its consequence.
+
+        All failures if the run was not cancelled; None if there are none.
+        """
         return self._first_failures(self._failed_before_cancel)
 
     def _first_failures(self, count: int | None) -> Failures | None:
@@ -214,18 +217,21 @@ class Attempt:
         return Failures(failures, stopped, self._stacks, self.log_directory, self._stopped_at_ns)
 
     def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
-        """Only now: the clocks may not have been compared yet when it was heard of."""
+        """Convert a failure's time to the driver's clock.
+
+        This is done late, since the clocks may not have been compared when the failure arrived.
+        """
         if host_index is None:
             return failure
         time_ns = self._clocks.on_ours(host_index, failure.time_ns)
         return dataclasses.replace(failure, time_ns=time_ns)
 
     def kill(self) -> None:
-        """Let the next cancellation kill the workers."""
+        """Make the next cancellation kill the workers."""
         self._is_to_be_killed = True
 
     async def stacks(self) -> Stacks:
-        """Return the stacks of the workers that live."""
+        """Return the stacks of the living workers."""
         return await self._stragglers.stacks()
 
     async def _until_ended(self) -> None:
@@ -252,7 +258,7 @@ class Attempt:
                 watching.result()
 
     def _is_first_cancellation(self) -> bool:
-        """Take note of a cancellation; False for one that kills."""
+        """Note a cancellation. Returns False if this cancellation kills the workers."""
         if self._was_cancelled:
             return False
         self._failed_before_cancel = len(self._failed)
@@ -260,7 +266,7 @@ class Attempt:
         return not self._is_to_be_killed
 
     def _bound_last_lines(self) -> None:
-        """Let nobody who cancelled a run wait long for a handler that blocks, or a stopped terminal."""
+        """Limit the wait for a blocked handler or a stopped terminal after a cancelled run's hosts have ended."""
         if self._was_cancelled and len(self._over) == len(self._crew.hosts):
             loop = asyncio.get_running_loop()
             loop.call_later(_LAST_LINES_S, self._logs.hurry, _STUCK_S)
@@ -271,7 +277,7 @@ class Attempt:
         return self._failed_before_cancel is not None
 
     async def _drain_logs(self) -> None:
-        """All of it, unless the run is cancelled."""
+        """Wait until all output is written; not for long if the run is cancelled."""
         draining = asyncio.ensure_future(self._logs.drain())
         loop = asyncio.get_running_loop()
         telling = loop.call_later(_SILENT_STOP_S, self._tell_of_last_lines)
@@ -320,13 +326,13 @@ class Attempt:
             self._fail(host_index, None, None, failed)
 
     def _hear(self, host_index: int, event: messages.Event) -> None:
-        """Handle an event; a bug must not keep the others, and this host's end, from being heard."""
+        """Handle an event. A bug here must not prevent the handling of later events."""
         try:
             self._handle(host_index, event)
         except (
             Exception,
             SystemExit,
-        ) as error:  # the latter from a handler of the driver's logging
+        ) as error:  # SystemExit may come from a log handler of the driver
             doing = f"handled {type(event).__name__} of an agent"
             self._fail(host_index, None, None, DriverFailed(doing, error))
 
@@ -360,7 +366,7 @@ class Attempt:
             case messages.OutputEnded():
                 self.broken.discard(host_index)
             case _:
-                pass  # the steps of a worker that is well
+                pass  # a normal step of a worker
 
     def _note(self, host_index: int, event: messages.Event) -> None:
         about = event.exited if isinstance(event, messages.Died) else event
@@ -395,7 +401,7 @@ class Attempt:
             self._fail(host_index, exited.local_rank, exited.time_ns, died)
 
     def _has_sent(self, signal_number: int | None, died_at_ns: int) -> bool:
-        """Return whether a worker that this signal ended may have been stopped by the run itself."""
+        """Return True if the run itself may have sent the signal that ended a worker."""
         if self._stopped_at_ns is None or died_at_ns <= self._stopped_at_ns:
             return False
         if signal_number == signal.SIGKILL:
@@ -412,7 +418,10 @@ class Attempt:
             )
 
     def _is_over(self, host_index: int) -> None:
-        """The store is served as long as a worker of another host may ask it."""
+        """Note that a host has no living worker.
+
+        The first host's agent is told when all other hosts have ended, since it serves the store for them.
+        """
         if host_index in self._over:
             return
         self._over.add(host_index)
@@ -427,7 +436,7 @@ class Attempt:
         return self._backend is not None and len(self._crew.hosts) > 1
 
     def _can_fork_at(self, host_index: int) -> None:
-        """Have the hosts fork, and the group's timeout begin, as soon as all hosts can fork."""
+        """Note that a host can fork. When all hosts can, make them fork, and start the group's timeout."""
         self._can_fork.add(host_index)
         if len(self._can_fork) < len(self._crew.hosts):
             return
@@ -438,14 +447,14 @@ class Attempt:
                 self._cluster.tell(agent.calls.fork, self._run_id)
 
     def _check_can_fork(self, waited_s: float, is_enough: bool) -> None:
-        """Tell which hosts keep the others waiting; and fail after very long."""
+        """Warn about hosts that keep the others waiting. If `is_enough`, fail the run."""
         if self._failed or self._was_cancelled:
             return
         for i in set(range(len(self._crew.hosts))) - self._can_fork - self._over:
             what = f"{waited_s:g} s after the run began no worker can be forked"
             if i in self._timeline.loaded:
                 why = "the function and its arguments are still on their way to its template"
-            else:  # an agent hears of the run when the arguments are there
+            else:  # an agent gets the run only together with its arguments
                 preload = ", ".join(self._options.preload)
                 of_template = f"still imports {preload}" if preload else "is still being started"
                 why = f"its template {of_template}, or the arguments are still on their way there"
@@ -474,7 +483,7 @@ class Attempt:
     def _fail(
         self, host_index: int, local_rank: int | None, time_ns: int | None, report: Report
     ) -> None:
-        """Take note of a failure, whose time is on its host's clock; None for one that we see now."""
+        """Note a failure. Its time is on its host's clock; None means now, on the driver's clock."""
         if not self._failed:
             self._stragglers.close()
             self._begin(self._settle_and_stop())
@@ -493,13 +502,13 @@ class Attempt:
         self._look_for_others()
 
     def _look_for_others(self) -> None:
-        """Wait for no cause if each rank has failed or returned."""
+        """Stop the wait for a cause if each rank has failed or returned."""
         failed = {failure.rank for _, failure in self._failed}
         if all(p.rank in failed or p.rank in self._timeline.finished for p in self._places()):
             self._cause_is_known.set()
 
     def _tell_of_failure(self) -> None:
-        """Workers may take long to stop, as long as `shutdown_timeout` lets them save their work."""
+        """Warn of the failure while workers stop, which `shutdown_timeout` may make slow."""
         assert self.failures is not None
         logger.warning(
             "%s has failed, and stops what is left of it, for %g s at most: %s",
@@ -509,7 +518,7 @@ class Attempt:
         )
 
     def _tell_of_last_lines(self) -> None:
-        """A failure must not be kept back with the output."""
+        """Warn of the failure while the last output waits for a terminal or a handler."""
         if self.failures is not None and not self._was_cancelled:
             logger.warning(
                 "%s has failed, and still waits for a terminal or a handler of logging that does not take what "
@@ -519,13 +528,13 @@ class Attempt:
             )
 
     async def _settle_and_stop(self) -> None:
-        """Wait for earlier failures, and for what the others are doing while they still do it."""
+        """Wait for earlier failures, take the stacks of the other workers, then stop them."""
         looking = self._look(_STACKS_AFTER_FAILURE)
         self._stacks, _ = await asyncio.gather(looking, self._settle())
         self._stop(self._options.shutdown_timeout)
 
     async def _settle(self) -> None:
-        """Let earlier failures arrive, and what errors in collectives came of."""
+        """Wait until earlier failures, and the cause of errors in collectives, may have arrived."""
         await asyncio.sleep(_SETTLING_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CAUSE_S):
@@ -536,7 +545,7 @@ class Attempt:
         self._stop(grace_s)
 
     async def _look(self, wanted: messages.StacksWanted) -> Stacks:
-        """Ask for what the others do; a bug in that must not keep them from being stopped."""
+        """Return the workers' stacks. A bug here must not prevent the stop of the workers."""
         try:
             return await self._stragglers.stacks(wanted)
         except Exception as error:
@@ -555,7 +564,10 @@ class Attempt:
         return [place for places in self._layout for place in places]
 
     def _stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL after the grace. SIGTERM again only with a shorter one."""
+        """Send SIGTERM, and SIGKILL after the grace time.
+
+        A later call does nothing, unless its grace time ends earlier or is 0.
+        """
         kills_at = asyncio.get_running_loop().time() + grace_s
         if grace_s > 0 and kills_at >= self._kills_at:
             return
@@ -573,19 +585,19 @@ class Attempt:
 
     async def _tell_to_stop(self, host_index: int, grace_s: float, deaf: set[int]) -> None:
         stop = self._crew.agents[host_index].calls.stop
-        with contextlib.suppress(RayError, ClusterLeft):  # the link to that agent tells why
+        with contextlib.suppress(RayError, ClusterLeft):  # the agent's link reports the reason
             await self._cluster.ask(stop, self._run_id, grace_s)
             deaf.discard(host_index)
 
     def _forget(self, host_index: int) -> None:
-        """Ask its agent nothing more: it ends, is frozen or cut off, which Ray tells much later."""
+        """Give up a host's agent, which is ending, frozen or cut off. Ray reports this much later."""
         self._crew.agents[host_index].is_gone = True
         self._watching[host_index].cancel()
 
     def _give_up(self) -> None:
-        """Wait no longer for hosts that do not even report the end of killed workers.
+        """Give up the hosts that have not reported the end of their killed workers.
 
-        One that has done so may have more to say than the driver's terminal takes just now.
+        A host that has reported the end is kept: its output may wait for the driver's terminal.
         """
         what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
         evidence = "the machine is too busy, or it is frozen, or cut off, or a process is stuck in the kernel"
@@ -595,7 +607,7 @@ class Attempt:
                 self._forget(i)
 
     def _give_up_silent(self) -> None:
-        """Wait no longer for the last output of agents that do not answer, though nothing keeps it here."""
+        """Give up the agents whose last output is missing, unless the driver is still writing output."""
         if not self._logs.is_at_work:
             for i, watching in enumerate(self._watching):
                 if not watching.done():
@@ -604,7 +616,7 @@ class Attempt:
             self._later(_LAST_LINES_S, self._give_up_silent)
 
     def _give_up_deaf(self) -> None:
-        """Wait no longer for agents that do not even confirm that they kill."""
+        """Give up the agents that have not confirmed the kill."""
         what = f"{_DEAF_S:g} s after it was told to kill the workers the agent has not answered"
         for i in sorted(self._deaf - self._over):
             if not self._watching[i].done():

@@ -1,4 +1,4 @@
-"""Hosts that are held for one run or for a session of several, with an agent on each."""
+"""Hosts that are held for one run or a session, with an agent on each."""
 
 import asyncio
 import dataclasses
@@ -32,15 +32,18 @@ T = TypeVar("T")
 logger = logging.getLogger("torchrunx_ray")
 
 _SILENT_S = 15.0
-"""An agent answers at once when it is there, and is there in a few seconds where no package is installed first."""
+"""Time without an answer from an agent before a warning.
+
+An agent starts in a few seconds, unless packages are installed first. A running agent answers at once.
+"""
 
 
 _ANSWER_S = 120.0
-"""For Ray to say what it knows of a placement; a head may be restarted meanwhile."""
+"""Time for Ray's answer about a placement. A restart of the head may delay the answer."""
 
 
 class Hosts:
-    """A placement, and the agents on it. Lives in the background loop."""
+    """A placement and its agents. Used only in the background loop."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -51,7 +54,7 @@ class Hosts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Empty while there are none: before they are there, between two placements, at the end."""
+        """Names of the hosts; empty before they are placed, between two placements, and after `close`."""
         placement = self._placement
         return () if placement is None else tuple(host.label for host in placement.hosts)
 
@@ -65,7 +68,7 @@ class Hosts:
         return self._is_closed
 
     async def open(self, progress: Progress) -> None:
-        """Take room in the cluster. `close` waits for that, and for what a cancellation of it gives back."""
+        """Reserve room in the cluster. `close` waits until this has ended, or its cancellation has cleaned up."""
         async with self._turn:
             if self._is_closed:
                 raise RuntimeError("the session is closed")
@@ -74,9 +77,9 @@ class Hosts:
     async def run(
         self, call: Call, progress: Progress, *, is_fresh: bool = False
     ) -> "LaunchResult[object] | Failures":
-        """Run the call on every worker. Runs wait for each other.
+        """Run the call on every worker. Runs execute one after another.
 
-        `is_fresh`: the room was taken a moment ago, and nobody can have taken it away.
+        `is_fresh` means that the room was reserved just now, so that its check is skipped.
         """
         progress.waits_for_turn = self._turn.locked()
         async with self._turn:
@@ -90,7 +93,7 @@ class Hosts:
             try:
                 outcome = await attempt.go(call)
             finally:
-                # Read in other threads, as long as there is an attempt from it.
+                # Set before `attempt` is reset: other threads read these from the attempt until then.
                 progress.log_directory = attempt.log_directory
                 progress.stacks_at_stop = attempt.stacks_at_stop
                 progress.failures_before_stop = attempt.failures_before_stop
@@ -102,7 +105,7 @@ class Hosts:
             return LaunchResult(hostnames, outcome, progress.timeline, progress.log_directory)
 
     async def close(self) -> None:
-        """Agents rest or end, and the room is given back. Safe to repeat."""
+        """Let the agents rest or end, and give the room back. Safe to call again."""
         async with self._turn:
             self._is_closed = True
             agents, self._agents = list(self._agents.values()), {}
@@ -118,11 +121,11 @@ class Hosts:
     async def _assemble(
         self, template: TemplateWanted, progress: Progress, *, is_fresh: bool
     ) -> tuple[Crew, str | None]:
-        """An agent on every host; where a host's node has died, on hosts that are placed anew."""
+        """Return the hosts with an agent on each. If a node has died, place the hosts again first."""
         while True:
             if self._is_closed:
                 raise RuntimeError("the session is closed")
-            if self._placement is None:  # the last try to place it anew found no room
+            if self._placement is None:  # the last attempt to place the hosts again found no room
                 self._placement = await reserve(self._options, progress)
             placement, hosts = self._placement, self._placement.hosts
             try:
@@ -144,11 +147,11 @@ class Hosts:
             return Crew(hosts, agents, met, gpu_ids), placement.backend
 
     async def _meet(self, index: int, host: Host, template: TemplateWanted) -> Met:
-        """Have an agent on this host, in place of one that died since its last run."""
+        """Claim an agent on this host, and replace an agent that died since its last run."""
         wanted = dataclasses.replace(template, one_worker=host.workers == 1)
         while True:
             agent = self._agents.get(index)
-            if agent is not None and agent.wanted != wanted:  # the driver's environment or folder
+            if agent is not None and agent.wanted != wanted:  # environment or folder has changed
                 await to_the_end(self._agents.pop(index).release(self._options.linger))
                 agent = None
             if agent is None:
@@ -189,14 +192,14 @@ class Hosts:
             return met
 
     async def _drop(self, indices: set[int]) -> None:
-        """End these agents, whatever happens meanwhile: nobody else knows of them."""
+        """End these agents, even if cancelled meanwhile: nothing else refers to them."""
         agents = [self._agents.pop(i) for i in indices if i in self._agents]
         if ending := [asyncio.create_task(agent.end()) for agent in agents]:
             await to_the_end(asyncio.wait(ending))
 
 
 def _why_not_started(error: Exception) -> str:
-    # A Ray that this process started has the same token.
+    # A cluster that this process started has the same token.
     doubt = "" if inventory.was_started_here() else token.doubt(str(error))
     return f"{error}\n{doubt}".rstrip()
 
@@ -211,7 +214,7 @@ def _say_silent(hostname: str) -> None:
 
 
 async def _is_whole(placement: Placement) -> bool:
-    """Return whether all nodes live; True if Ray does not tell, for the failure itself says more."""
+    """Return True if all nodes live, or if Ray does not answer: the first failure then says more."""
     try:
         return await _answered(placement.is_whole())
     except (LaunchError, RayError):
@@ -219,7 +222,7 @@ async def _is_whole(placement: Placement) -> bool:
 
 
 async def _answered(question: Awaitable[T]) -> T:
-    """Await what Ray knows, but not for ever."""
+    """Await an answer of Ray. Raises LaunchError after _ANSWER_S."""
     limit = asyncio.timeout(_ANSWER_S)
     try:
         async with limit:
@@ -232,11 +235,11 @@ async def _answered(question: Awaitable[T]) -> T:
             "machine frozen, overloaded or cut off? `ray status` there would tell. Launch again."
         ) from None
     finally:
-        del limit  # it refers to the task whose failure refers to this frame
+        del limit  # it refers to the task, whose exception refers to this frame
 
 
 async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[T]:
-    """Return all outcomes. At the first error the rest is cancelled, and has ended when it is raised."""
+    """Return all results. At the first error, cancel the other tasks, wait for them, and raise the error."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -246,13 +249,13 @@ async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[
         for task in tasks:
             task.cancel()
         await to_the_end(asyncio.wait(tasks))
-        del tasks, work  # a failure refers to this frame, and must not wait for Python's gc
+        del tasks, work  # an exception refers to this frame, and must not wait for Python's gc
 
 
 async def run_once(
     options: Options, call: Call, progress: Progress
 ) -> "LaunchResult[object] | Failures":
-    """Hold hosts for one run."""
+    """Reserve hosts for one run, and execute the run."""
     hosts = Hosts(options)
     try:
         await references.wait_for(call.inserted, Connection())

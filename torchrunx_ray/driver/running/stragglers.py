@@ -1,4 +1,4 @@
-"""Sees what a run's workers are doing."""
+"""Stacks of a run's workers, and warnings about ranks that run longer than the others."""
 
 import asyncio
 import logging
@@ -15,17 +15,17 @@ from torchrunx_ray.wire.ranks import Place
 logger = logging.getLogger("torchrunx_ray")
 
 _ASKED = StacksWanted(within_s=2.0, thread_s=1.0)
-"""While a run goes on. The thread has long: faulthandler may crash a worker that is only slow."""
+"""Limits for stacks during a run. A worker's thread gets long: faulthandler may crash a slow worker."""
 
 _ROUND_TRIP_S = 0.1
-"""For the question and the answer between driver and agent."""
+"""Time for a call and its answer between driver and agent."""
 
 _RETURNED_S = 60.0
-"""Time after the last rank that returned, until the others are named."""
+"""Time after the last return of a rank until a warning names the others."""
 
 
 class Stragglers:
-    """Asks the agents; and says by itself who runs on long after others have returned."""
+    """Asks the agents for stacks, and warns about ranks that go on long after others have returned."""
 
     def __init__(
         self, run_id: str, agents: Sequence[PooledAgent], layout: Sequence[Sequence[Place]]
@@ -38,14 +38,14 @@ class Stragglers:
         self._saying: asyncio.Task[None] | None = None
 
     async def stacks(self, wanted: StacksWanted = _ASKED) -> Stacks:
-        """Return the stacks of the workers that live, as far as they tell in that time."""
+        """Return the stacks of the living workers that answer in time."""
         asked = [
             asyncio.create_task(self._stacks_of(i, agent, wanted))
             for i, agent in enumerate(self._agents)
             if agent.connection.is_ours() and not agent.is_gone
         ]
         if asked:
-            # A worker that does not answer takes its agent all of the time; the answer then comes.
+            # If a worker does not answer, its agent waits the whole time before it answers.
             await asyncio.wait(asked, timeout=wanted.within_s + _ROUND_TRIP_S)
         stacks: dict[int, str] = {}
         for of_host in asked:
@@ -56,14 +56,14 @@ class Stragglers:
         return Stacks(stacks)
 
     def has_returned(self, rank: int) -> None:
-        """The rest should not take very much longer."""
+        """Note that a rank has returned, and restart the timer for the warning about the others."""
         self._returned.add(rank)
         self.close()
         loop = asyncio.get_running_loop()
         self._last_return = loop.call_later(_RETURNED_S, self._look_for_others)
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Cancel the timer, and a warning in preparation."""
         if self._last_return is not None:
             self._last_return.cancel()
         if self._saying is not None:
@@ -83,7 +83,7 @@ class Stragglers:
     async def _stacks_of(
         self, host_index: int, agent: PooledAgent, wanted: StacksWanted
     ) -> dict[int, str]:
-        """By rank; none of a host that cannot be asked, which is reported otherwise."""
+        """Return a host's stacks by rank; none if its agent cannot be called, which is reported elsewhere."""
         try:
             texts: dict[int, str] = await agent.connection.ask(
                 agent.calls.stacks, self._run_id, wanted

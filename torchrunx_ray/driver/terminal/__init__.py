@@ -1,1 +1,1 @@
-"""The user's terminal or notebook: the status line, and the last line of a run."""
+"""Output on the user's terminal or notebook: the status line, and a run's last line."""

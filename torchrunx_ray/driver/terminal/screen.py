@@ -1,4 +1,4 @@
-"""The streams that the driver has, and the status lines at the foot of a terminal."""
+"""The driver's stdout and stderr, and the status lines at the bottom of a terminal."""
 
 import contextlib
 import importlib.util
@@ -13,13 +13,13 @@ from torchrunx_ray.driver.background.forks import in_child
 TextStream = Literal["stdout", "stderr"]
 
 _LONGEST = 2**16
-"""A line of the driver's own that has no end for longer is shown in pieces."""
+"""Limit of an unfinished line that the driver itself prints. A longer line is shown in pieces."""
 
 
 class Screen:
-    """Shared by all runs of this process.
+    """The terminal, shared by all runs of this process.
 
-    A method may take as long as the terminal does, so none is called in the event loop.
+    A method may block as long as the terminal does, so that none is called in the event loop.
     """
 
     def __init__(self) -> None:
@@ -30,14 +30,14 @@ class Screen:
         self._proxies: dict[TextStream, _Above] = {}
 
     def write(self, stream: TextStream, lines: str, target: TextIO | None = None) -> None:
-        """Whole lines, to what the stream is now, or to another one."""
+        """Write whole lines to the stream's current file, or to `target`."""
         with self._lock:
             target = target or _file(stream)
             if target is None:
-                return  # as in `python train.py >&-`; Python's own print says nothing either
+                return  # closed, as in `python train.py >&-`; Python's print ignores this, too
             text = _writable(lines, target)
             if self._live is not None and _is_terminal(target):
-                # Above the status lines; as it is, without rich's own reading of it.
+                # Written above the status lines, without rich's markup.
                 self._live.console.print(_Raw(text), end="", soft_wrap=True)
             else:
                 target.write(text)
@@ -46,9 +46,10 @@ class Screen:
     def write_verbatim(
         self, whose: object, stream: TextStream, text: str, lines: str, drawn: str
     ) -> None:
-        """Write a piece, the whole lines that are in it, and the line that is still drawn again.
+        """Write a piece of text as it is.
 
-        Beside status lines, that line is one of them.
+        While there are status lines, write only the `lines` that the piece completes, and show `drawn`,
+        the unfinished line, as a status line.
         """
         with self._lock:
             if self._live is None or not _is_terminal(_file(stream)):
@@ -61,19 +62,19 @@ class Screen:
                 self.write(stream, lines)
 
     def draw(self, whose: object, stream: TextStream, drawn: str) -> None:
-        """Show a line that has not ended beside the status lines; "" when it has."""
+        """Show an unfinished line beside the status lines. "" means that the line has ended."""
         with self._lock:
             self._drawn.pop((whose, stream), None)
             if drawn and self._live is not None:
                 self._drawn[whose, stream] = drawn
 
     def has_colours(self, stream: TextStream) -> bool:
-        """See no-color.org."""
+        """Return True if the stream is a terminal with colours. NO_COLOR is explained at no-color.org."""
         is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         return not is_plain and _is_terminal(_file(stream))
 
     def add_status(self, whose: object, status: Callable[[], str]) -> None:
-        """Show a line that is drawn anew all the time; needs rich."""
+        """Show a status line, which is redrawn continuously. Needs rich."""
         with self._lock:
             self._statuses[whose] = status
             if self._live is None:
@@ -86,7 +87,7 @@ class Screen:
                 self._end_live()
 
     def forget(self) -> None:
-        """In a forked child: it has the terminal, but none of the parent's runs, nor its threads."""
+        """Reset the state in a forked child, which has none of the parent's runs or threads."""
         self._remove_proxies()
         self.__init__()
 
@@ -95,7 +96,7 @@ class Screen:
         from rich.live import Live
 
         console = Console(file=_file("stderr"))
-        # What the driver itself prints must go above the status lines, too.
+        # The driver's own output must also go above the status lines.
         streams: tuple[TextStream, ...] = ("stdout", "stderr")
         self._proxies = {
             stream: _Above(self, stream, file)
@@ -124,7 +125,7 @@ class Screen:
     def _remove_proxies(self) -> None:
         proxies, self._proxies = self._proxies, {}
         for stream, proxy in proxies.items():
-            if getattr(sys, stream) is proxy:  # the driver has not put another in its place
+            if getattr(sys, stream) is proxy:  # the driver may have replaced it
                 setattr(sys, stream, proxy.file)
             with contextlib.suppress(OSError, ValueError):  # the terminal is gone, or was closed
                 proxy.let_go()
@@ -138,9 +139,9 @@ class Screen:
 
 
 class _Above:
-    """Stands in for one of the driver's streams: whole lines go above the status lines.
+    """A proxy of one of the driver's streams that writes whole lines above the status lines.
 
-    Somebody may keep it longer than they are there; then it only passes on.
+    A caller may keep the proxy after the status lines are gone. The proxy then only forwards.
     """
 
     def __init__(self, screen: Screen, stream: TextStream, file: TextIO) -> None:
@@ -157,10 +158,10 @@ class _Above:
         if len(rest) > _LONGEST:
             lines, newline, rest = lines + newline + rest, "\n", ""
         self._rest = _from_last_redraw(rest)
-        # The line that has not ended, such as a progress bar, is one of the status lines.
+        # An unfinished line, such as a progress bar, is shown as a status line.
         self._screen.draw(self, self._stream, self._rest.strip("\r").rpartition("\r")[2])
         if newline:
-            # To its own: what the driver has put in its place may write to this one.
+            # Written to its own file: the driver's replacement of the stream may write to this proxy.
             self._screen.write(self._stream, lines + newline, self.file)
         return len(text)
 
@@ -173,7 +174,7 @@ class _Above:
 
 
 class _Raw:
-    """Text that rich is to print as it is."""
+    """Text that rich prints unchanged."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -185,22 +186,22 @@ class _Raw:
 
 
 def _from_last_redraw(rest: str) -> str:
-    """Return the carriage return before what was drawn last, and all that follows."""
+    """Return the text from the carriage return before the last redraw on."""
     return rest[max(0, rest.rstrip("\r").rfind("\r")) :]
 
 
 def can_be_live() -> bool:
-    """Return True if stderr is a terminal on which a line can be drawn again."""
+    """Return True if stderr is a terminal on which a line can be redrawn."""
     return _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
 
 def has_rich() -> bool:
-    """It is an extra."""
+    """Return True if rich, an optional dependency, is installed."""
     return importlib.util.find_spec("rich") is not None
 
 
 def _is_terminal(stream: Any) -> bool:
-    """Return True for a terminal. The driver may have put anything in place of its streams."""
+    """Return True for a terminal. The driver may have replaced its streams by any object."""
     try:
         return stream.isatty()
     except (AttributeError, ValueError):  # an object that can only write, or a closed file
@@ -208,7 +209,7 @@ def _is_terminal(stream: Any) -> bool:
 
 
 def _file(stream: TextStream) -> TextIO | None:
-    """That of this process, whatever stands in its place for the sake of the status lines."""
+    """Return the process's stream, without the proxy for status lines."""
     target = sys.stdout if stream == "stdout" else sys.stderr
     return target.file if isinstance(target, _Above) else target
 
@@ -220,6 +221,6 @@ def _writable(text: str, target: TextIO) -> str:
 
 
 screen = Screen()
-"""The one of this process."""
+"""The screen of this process."""
 
 in_child(screen.forget)

@@ -1,4 +1,4 @@
-"""Shows how far a run is, where someone looks."""
+"""The progress of a run, shown where a user can see it."""
 
 import asyncio
 import contextlib
@@ -18,28 +18,28 @@ from torchrunx_ray.driver.terminal.screen import can_be_live, has_rich, screen
 logger = logging.getLogger("torchrunx_ray")
 
 _LIVE_AFTER_S = 0.5
-"""A status line is no help to a launch that is over before it is read."""
+"""Time until the status line appears. A status line is useless if the launch ends before anybody reads it."""
 
 _LINE_AFTER_S = 2.0
-"""The same, for what stays to be read: for as long a phase must have gone on."""
+"""Time that a phase must last before it is printed as a plain line, which stays on the screen."""
 
 _LOOK_S = 0.5
 
 _WAITING_S = 30.0
-"""Interval at which a launch that waits for room says so again."""
+"""Interval at which a launch that waits for room prints its status again."""
 
 _PATIENCE_S = 2.0
-"""Time that a run waits at its end for the terminal to take its last status."""
+"""Time that a run waits at its end for the terminal to show its last status."""
 
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Ray sets it for the driver of a job."""
+"""Variable that Ray sets for the driver of a job."""
 
 
 def shown(progress: Progress, options: Options) -> contextlib.AbstractAsyncContextManager[None]:
-    """Show it as a line at a terminal's foot; in a notebook, in a job's log, or if asked for, as plain lines.
+    """Show the progress as a status line at the bottom of a terminal, or as plain lines.
 
-    Plain lines also where handlers of `logging` may write to the terminal, of which a line at its
-    foot would not know.
+    Plain lines are for a notebook, for a job's log, or if `progress` is True. They also replace the status
+    line if `logging` handlers may write to the terminal, since a status line cannot notice their output.
     """
     is_wanted = _someone_looks() if options.progress is None else options.progress
     if not is_wanted:
@@ -63,7 +63,7 @@ async def _live(progress: Progress) -> AsyncGenerator[None, None]:
     showing = asyncio.ensure_future(in_thread_only(show))
 
     async def hide() -> None:
-        with contextlib.suppress(Exception):  # the terminal is gone; the run has an outcome
+        with contextlib.suppress(Exception):  # a lost terminal must not change the run's outcome
             await showing
         with contextlib.suppress(Exception):
             await in_thread_only(screen.remove_status, progress)
@@ -90,12 +90,12 @@ async def _lines(progress: Progress) -> AsyncGenerator[None, None]:
 
 
 async def _at_most_for_a_while(work: Coroutine[Any, Any, None]) -> None:
-    """Let a stopped terminal delay the run's end, but not for ever."""
+    """Wait for a write to the terminal, which may be stopped, for _PATIENCE_S at most."""
     await asyncio.wait({asyncio.ensure_future(work)}, timeout=_PATIENCE_S)
 
 
 async def _say_last(progress: Progress) -> None:
-    if progress.ended:  # a session that was opened has no end yet
+    if progress.ended:  # not set when a session has only been opened
         with contextlib.suppress(Exception):  # the terminal is gone
             await in_thread_only(screen.write, "stderr", f"{progress.last_line}\n")
 
@@ -127,5 +127,5 @@ def _someone_looks() -> bool:
 def _is_notebook() -> bool:
     ipython: Any = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
-    # Colab's is derived from it.
+    # Colab's shell is a subclass.
     return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)

@@ -1,4 +1,4 @@
-"""A run's life as it is told: its status while it goes on, and a summary at its end."""
+"""A run's status while it goes on, and its summary at the end."""
 
 import asyncio
 import logging
