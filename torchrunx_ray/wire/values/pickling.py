@@ -106,10 +106,10 @@ class _Pickler(_CloudPickler):
         return reduced
 
     def _can_be_pickled(self, value: object) -> bool:
-        """Try it, except for a class that has come, or was part of a trial.
+        """Return True if a trial pickles the value. A class that was pickled before, or in a trial, needs no trial.
 
-        A trial is of the value's own code and data. What its annotations name has trials of its own. One pickler
-        does them all, as it does not pickle again what it knows.
+        A trial covers the value's own code and data; objects that its annotations name have their own trials. All
+        trials share a pickler, since it does not pickle an object again that it has already pickled.
         """
         if id(value) in self._classes or not self._with_annotations:
             return id(value) in self._classes

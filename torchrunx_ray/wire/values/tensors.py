@@ -79,7 +79,7 @@ def _reduce_storage(storage: Any, owners: list[object]) -> Any:
 def _storage(data: Any, cuda_index: int | None) -> Any:
     """Return a writable storage, which shares the bytes if they are writable mapped memory, and otherwise copies them.
 
-    A storage that does not own its bytes cannot be resized, so small ones are copied.
+    A storage that does not own its bytes cannot be resized.
     """
     torch: Any = importlib.import_module("torch")
     view = memoryview(data).cast("B")
