@@ -27,7 +27,7 @@ VALUES = "values"
 _POLL_S = 5.0
 
 _LAST_WORDS_S = 1.0
-"""Time for the driver to receive the reason before an agent whose raylet is gone exits."""
+"""Time for the driver to receive the reason before an agent without a raylet exits."""
 
 
 class Agent:
@@ -134,7 +134,7 @@ class Agent:
 
     @_ray.method(concurrency_group=VALUES)
     async def value(self, run_id: str, local_rank: int) -> Packed | None:
-        """Return the value of one worker's function, as soon as it has returned.
+        """Return the value of one worker's function, as soon as the function has returned.
 
         The method runs in a loop of its own. Ray copies the returned value in the thread that ran the method,
         and a large value would block the agent.
@@ -283,7 +283,7 @@ class Agent:
 def _end_at_sigterm() -> None:
     """Exit on SIGTERM, which Ray's node sends when the agent's owner has died.
 
-    Ray's own handler lets calls finish first, but each poll is followed by the next one. Python's `signal`
+    Ray's own handler waits for pending calls, but the driver makes a new poll after each one. Python's `signal`
     works only in the main thread, which belongs to Ray.
     """
     ctypes.CDLL(None).signal(signal.SIGTERM, None)  # SIG_DFL

@@ -11,7 +11,7 @@ def of_worker(
     """Return CUDA_VISIBLE_DEVICES, and the index of the worker's first device in it.
 
     A worker sees all GPUs that the launch holds on its host, as under torchrun. With MIG, a worker sees only
-    its own instance, since CUDA shows a process only one. Without GPUs, a worker sees none.
+    its own instance, since CUDA shows only one instance to a process. Without GPUs, a worker sees none.
     """
     if not gpu_ids:
         return "", None

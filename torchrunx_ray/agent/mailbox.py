@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torchrunx_ray.wire.messages import Event, OutputEnded, Printed
 
 _FULL_AT_BYTES = 4 * 2**20
-"""Limit for printed output. It bounds the agent's memory, and is more than one poll moves at full speed."""
+"""Limit for printed output, to bound the agent's memory. At full speed, one poll moves less."""
 
 
 class Mailbox:

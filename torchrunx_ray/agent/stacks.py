@@ -17,10 +17,10 @@ _LAST_FRAME = b" in _run_module_as_main\n"
 
 
 class StackReader:
-    """A reader of one worker's stacks: from the worker's thread for stacks, or from faulthandler.
+    """A reader of one worker's stacks.
 
-    faulthandler is asked if C code holds the GIL. If somebody else sends faulthandler's signal, the
-    unrequested stacks are shown as output of the worker.
+    A thread of the worker answers; if C code holds the GIL, faulthandler answers instead. If another process sends
+    faulthandler's signal, the stacks are shown as output of the worker.
     """
 
     def __init__(self, local_rank: int, mailbox: Mailbox) -> None:
@@ -92,7 +92,7 @@ class StackReader:
 
 
 def handles_usr2(pid: int) -> bool:
-    """Return True if a process handles SIGUSR2. The signal would kill a freshly forked process, which does not yet."""
+    """Return True if a process handles SIGUSR2. A freshly forked process does not yet, and the signal would kill it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:

@@ -59,7 +59,8 @@ class Launcher:
     ) -> "Launcher":
         """Send the workers' output to the handlers that this function makes. Return the launcher.
 
-        With "auto", output goes to files, and that of the first host and worker to loggers. With None, it is dropped.
+        With "auto", all output goes to files, and the output of the first host and worker also goes to loggers. With
+        None, output goes to no handler.
         """
         self.handler_factory = handler_factory
         return self

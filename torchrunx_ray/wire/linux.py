@@ -1,7 +1,7 @@
-"""System calls that not every Python build offers.
+"""System calls, some of which not every Python build offers.
 
-conda's Python, which Ray's own images use, is built on systems older than these calls. So it lacks them even on a
-newer kernel.
+conda's Python, which Ray's own images use, is built on systems older than these calls. So conda's Python lacks them
+even on a newer kernel.
 """
 
 import ctypes

@@ -93,7 +93,8 @@ class Met:
 class Printed:
     """Output of a worker, or of its template (`local_rank` None), to one of its streams.
 
-    `data` has whole lines, except for lines redrawn after a carriage return, which are sent as they are written.
+    `data` has whole lines, with two exceptions: a line that is redrawn after a carriage return is sent as it is
+    written, and a very long line is sent in pieces.
     """
 
     local_rank: int | None

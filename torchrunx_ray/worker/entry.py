@@ -123,7 +123,7 @@ def _unpack_call(values: list[Packed], hostname: str) -> Callable[[], Any]:
 
 
 def _end_forked_child(error: BaseException | None) -> NoReturn:
-    """End a process that the function forked and that returned from the function: it is not the worker."""
+    """End a process that the function forked and that left the function, since this process is not the worker."""
     code: object = 0
     if isinstance(error, SystemExit):
         code = error.code

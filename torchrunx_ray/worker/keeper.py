@@ -1,6 +1,6 @@
 """The two keepers, small processes that outlive the template and clean up after it.
 
-The outer keeper is the agent's only child; the inner keeper is its child and the template's parent.
+The outer keeper is the agent's only child. The inner keeper is the outer one's child and the template's parent.
 
 Ray sends SIGKILL to an agent's direct children when the agent is killed, or when its driver or raylet dies. This
 can happen at any moment and more than once. A template that is a direct child could not clean up, and a keeper

@@ -18,7 +18,7 @@ from torchrunx_ray.worker.function import open_files
 _PROBE_TIMEOUT_S = 5.0
 
 _LATE = "torch._dynamo"
-"""A module that the first optimiser or DDP model imports, which takes 0.6 s. Most other functions do not need it."""
+"""A module that the first optimiser or DDP model imports, in 0.6 s. Few functions that do not train need it."""
 
 _late_is_wanted = mmap.mmap(-1, 1)
 """A flag in memory that forked workers share with the template."""
@@ -73,8 +73,8 @@ def flush() -> None:
 def note_late_imports() -> None:
     """Tell the template which module to import before the next run. Called in a worker when it exits.
 
-    Workers whose function changed settings that the module reads at its import do not tell: an import in the
-    template would ignore these settings.
+    Do nothing if the function has changed settings that the module reads at its import. An import in the template
+    would not use these settings, so the next run could not use the module.
     """
     if _LATE in sys.modules and _settings() == _settings_of_template:
         _late_is_wanted[0] = 1

@@ -91,8 +91,9 @@ class Order:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Defer the data among named parts; return the code, and stand-ins for the script's objects.
 
-        A `__new__` may look these objects up before they come. In the script, most often None or an empty container
-        was there before the objects. A descriptor gets no stand-in, because it was there before all objects.
+        A `__new__` may look these objects up before they arrive. A stand-in is None or an empty container, which most
+        often was there in the script before the objects. A descriptor gets no stand-in, because it was there before
+        all objects.
         """
         code: dict[str, Any] = {}
         stand_ins: dict[str, Any] = {}

@@ -77,7 +77,7 @@ def _reduce_storage(storage: Any, owners: list[object]) -> Any:
 
 
 def _storage(data: Any, cuda_index: int | None) -> Any:
-    """Return a writable storage, which shares the bytes if they are writable mapped memory, and otherwise copies them.
+    """Return a writable storage on the bytes themselves if they are a writable mapping, otherwise on a copy.
 
     A storage that does not own its bytes cannot be resized.
     """

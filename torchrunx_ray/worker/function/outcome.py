@@ -85,7 +85,7 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
     rank, hostname = wanted.place.rank, wanted.hostname
     time_ns = now_ns()
     packed = pack([("the return value", value)], rank=rank, hostname=hostname)
-    # A signal handler may raise here; the agent then reads on until it hears of the failure.
+    # A signal handler may raise here. The agent then continues to read until it receives the failure.
     _offered.append(packed)
     with _stdin_gives_way():
         try:
@@ -246,7 +246,7 @@ def _came_of_a_collective(error: BaseException) -> bool:
     following: BaseException | None = error
     while following is not None and not any(following is each for each in chain):
         chain.append(following)
-        cause = _own(following, "__cause__")  # may define __bool__, so `is None` below
+        cause = _own(following, "__cause__")  # its class may define __bool__
         following = _own(following, "__context__") if cause is None else cause
     return any(map(_is_of_a_collective, chain))
 
