@@ -73,8 +73,8 @@ def flush() -> None:
 def note_late_imports() -> None:
     """Tell the template which module to import before the next run. Called in a worker when it exits.
 
-    Do nothing if the function has changed settings that the module reads at its import. An import in the template
-    would not use these settings, so the next run could not use the module.
+    Do nothing if the function has changed settings that the module reads at its import. In the next run, the function
+    would set them too late, after the import in the template.
     """
     if _LATE in sys.modules and _settings() == _settings_of_template:
         _late_is_wanted[0] = 1
