@@ -1,9 +1,9 @@
-"""What each host costs the driver alone, beyond the hosts that one machine can run.
+"""The driver's cost per host, for more hosts than one machine can run.
 
-Agents that fork nothing: a few Ray actors answer for all of them, as fast as Ray lets them, and tell of
-workers that join, start, return and end. What drives them is the driver's own code, and each call goes
-through Ray. Counted is the CPU time of the driver process, all threads, since the actors share its
-cores, for a run on new agents and for the next one on the same.
+The agents fork nothing: a few Ray actors answer for all of them as fast as Ray allows, and report workers that
+join, start, return and end. The driver's own code calls them, and each call goes through Ray. The benchmark
+measures the CPU time of the driver process (all threads), since the actors share its cores. It measures a run on
+new agents, and the next run on the same agents.
 
     python benchmarks/agents.py [--samples 5] [--hosts 25,50,100,250,500] [--workers 8]
 """
@@ -36,7 +36,7 @@ ACTORS = 2
 
 
 class Agents:
-    """Answers for many agents, by their index."""
+    """An actor that answers for many agents, by their index."""
 
     def __init__(self) -> None:
         self._events: dict[int, asyncio.Queue[list[messages.Event]]] = {}
@@ -70,7 +70,7 @@ class Agents:
             return []
 
     async def others_have_ended(self, _index: int, _run_id: str) -> None:
-        """These serve no store."""
+        """Do nothing, since these agents serve no store."""
 
     async def value(self, _index: int, _run_id: str, local_rank: int) -> int:
         return local_rank
@@ -90,7 +90,7 @@ class Bound:
 
 
 class Calls:
-    """Stands where an agent's handle does."""
+    """Replacement for an agent's actor handle."""
 
     def __init__(self, actor: Any, index: int) -> None:
         self._actor, self._index = actor, index
@@ -114,7 +114,7 @@ def main() -> None:
     ]
     times: dict[str, list[float]] = {}
     for hosts in map(int, arguments.hosts.split(",")):
-        run_twice(hosts, arguments.workers, actors)  # warms what is made once
+        run_twice(hosts, arguments.workers, actors)  # warm-up
         for _ in range(arguments.samples):
             for kind, taken in run_twice(hosts, arguments.workers, actors).items():
                 times.setdefault(f"{hosts} hosts: {kind}", []).append(taken)

@@ -1,13 +1,13 @@
-"""How fast values go in and come out, in units of what Ray and one copy cost.
+"""Transfer times of arguments and results, relative to Ray and one copy.
 
-One host, one Ray. The baseline is measured in the same run, in turn with the rest: `ray.put` and
-`ray.get` of the same bytes as a numpy array, and one copy of them. A result is timed from the
-moment the function returns to the moment the driver holds the tensor; an argument from the call to
-the moment the last worker's function begins, less the same for a launch without one.
+One host, one Ray cluster. The baseline is `ray.put` and `ray.get` of the same bytes as a numpy array, and one copy of
+them. It is measured in the same run, in turn with the rest. A result is timed from the function's return until the
+driver has the tensor. An argument is timed from the call until the function begins on the last worker, minus the same
+time for a launch without an argument.
 
     python benchmarks/data.py [--samples 5] [--sizes 1K,1M,64M,512M,1G] [--workers 8]
 
-torchrunx is measured beside it where it is installed, up to 512 MiB: more takes it minutes.
+torchrunx is measured as well if it is installed, up to 512 MiB, since it takes minutes for more.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torchrunx_ray as trx
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 MIB = 2**20
 ALL_RANKS = 4
-"""Who return a value each, all of which the driver takes."""
+"""Number of ranks that each return a value when the driver takes all values."""
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def size_of(name: str) -> int:
 
 
 def of_size(size: int, workers: int, samples: int) -> dict[str, list[float]]:
-    """With a Ray of its own, whose store has room for it."""
+    """Measure one size, with a Ray cluster of its own whose object store has room for it."""
     store = max(2 * ALL_RANKS * size, 80 * MIB)
     cpus = 2 * workers + ALL_RANKS + 1
     ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=store)
@@ -69,7 +69,7 @@ def of_size(size: int, workers: int, samples: int) -> dict[str, list[float]]:
         "launch without values": lambda: launch(sessions[workers], None),
         "launch with it in, and out of one": lambda: launch(sessions[workers], tensor),
     }
-    if size >= MIB:  # less is lost in what a launch takes
+    if size >= MIB:  # the time for less is lost in the noise of a launch
         questions |= {
             "argument to 1 worker": lambda: argument(sessions[1], tensor),
             f"argument to {workers} workers": lambda: argument(sessions[workers], tensor),
@@ -78,7 +78,7 @@ def of_size(size: int, workers: int, samples: int) -> dict[str, list[float]]:
     for session in sessions.values():
         session.close()
     if importlib.util.find_spec("torchrunx") is not None and size <= 512 * MIB:
-        # After the rest: for seconds after it the machine's memory comes ten times slower.
+        # Last, because memory is ten times slower for seconds after torchrunx has run.
         peers = {
             "torchrunx: result of one rank": lambda: torchrunx_result(size),
             "torchrunx: argument to 1 worker": lambda: torchrunx_argument(tensor),
@@ -90,9 +90,9 @@ def of_size(size: int, workers: int, samples: int) -> dict[str, list[float]]:
 
 
 def measure(questions: dict[str, Callable[[], float]], samples: int) -> dict[str, list[float]]:
-    """All of them in turn, as often as there are samples."""
+    """Measure the questions in turn, once per sample."""
     for question in questions.values():
-        question()  # first touches of Ray's store
+        question()  # warm-up: Ray's object store is touched for the first time
     rounds = [{name: question() for name, question in questions.items()} for _ in range(samples)]
     return {name: [times[name] for times in rounds] for name in questions}
 
@@ -102,7 +102,7 @@ def open_session(workers: int) -> trx.Session:
 
 
 def one_copy(tensor: torch.Tensor) -> float:
-    """Of memory that has been touched, to memory that has not."""
+    """Time a copy from touched memory to fresh memory."""
     begun = time.monotonic()
     copied = tensor.clone()
     taken = time.monotonic() - begun
@@ -120,7 +120,7 @@ def baseline(tensor: torch.Tensor) -> float:
 
 
 def result_of(ranks: int, session: trx.Session, size: int) -> float:
-    """From the first of these ranks' return until the driver holds all their tensors."""
+    """Time from the first return of these ranks until the driver has all their tensors."""
 
     def make() -> tuple[float, torch.Tensor | None]:
         is_asked = int(os.environ["RANK"]) < ranks
@@ -139,7 +139,7 @@ def argument(session: trx.Session, tensor: torch.Tensor) -> float:
 
 
 def time_to_begin(session: trx.Session, value: torch.Tensor | None) -> float:
-    """Until the function has begun, with its argument, on the last worker."""
+    """Time from the call until the function begins on the last worker, with its argument."""
 
     def begin(_: torch.Tensor | None) -> float:
         return time.monotonic()

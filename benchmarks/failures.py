@@ -1,13 +1,12 @@
-"""How long after a failure the driver knows, beside others on the same functions.
+"""Time from a failure until the driver knows, compared with other launchers.
 
-One host, 2 workers, gloo; the failing rank is 1, and rank 0 waits in an all_reduce ("collective") or
-sleeps ("asleep"). Times are from the failure to the exception on the driver, in seconds. Ctrl-C is
-timed to the KeyboardInterrupt.
+One host, 2 workers, gloo. Rank 1 fails, while rank 0 waits in an all_reduce ("collective") or sleeps ("asleep").
+Times are in seconds, from the failure to the exception on the driver. Ctrl-C is timed until the KeyboardInterrupt.
 
     python benchmarks/failures.py [--samples 10] [--peers torchrun,torchrunx,ray-train]
 
-Peers are measured in the same run, in turn with the rest, where they are installed. torchrunx gets
-`--patience` seconds for its process group, since it takes as long as that to tell.
+Installed peers are measured in the same run, in turn with the rest. The timeout of torchrunx's process group is
+`--patience` seconds, since torchrunx reports a failure only after that timeout.
 """
 
 import argparse
@@ -34,7 +33,7 @@ import torchrunx_ray as trx
 
 
 def fail(how: str, peer: str, folder: str, patience_s: float) -> None:
-    """What every rank of every launcher runs."""
+    """Fail on rank 1 and wait on the other rank. Every rank of every launcher runs this function."""
     rank = int(os.environ["RANK"])
     if rank == 1:
         time.sleep(0.3)
@@ -57,7 +56,7 @@ def ours(session: trx.Session, how: str, peer: str, patience_s: float) -> float:
 
 
 def killed(launcher: trx.Launcher, victim: str, kill_raylet: Callable[[], None]) -> float:
-    """SIGKILL of what stands above the workers."""
+    """Time from the SIGKILL of the template, agent or raylet until the driver raises."""
     with tempfile.TemporaryDirectory() as folder:
         run = launcher.submit(announce, folder)
         note = Path(folder, "above")
@@ -146,11 +145,11 @@ TorchTrainer(
 
 
 NEEDS = {"torchrun": "torch", "torchrunx": "torchrunx", "ray-train": "pyarrow"}
-"""A module that is there where the peer is installed."""
+"""A module whose presence shows that the peer is installed."""
 
 
 def peers(name: str, how: str, peer: str, patience_s: float) -> float:
-    """From the failure to the end of the launcher's process, which reports it."""
+    """Time from the failure to the end of the launcher's process, which reports it."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "script.py")
         values = {"how": how, "peer": peer, "folder": folder, "patience_s": patience_s}
@@ -160,7 +159,7 @@ def peers(name: str, how: str, peer: str, patience_s: float) -> float:
         by_torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [sys.executable, *(by_torchrun if name == "torchrun" else []), str(script)]
         path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path}  # torchrunx imports `fail` elsewhere
+        environment = {**os.environ, "PYTHONPATH": path}  # torchrunx's workers import `fail`
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         ended = time.time()
         if not Path(folder, "at").exists():

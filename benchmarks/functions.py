@@ -1,4 +1,4 @@
-"""What the launchers that are compared run, in a process group that is there."""
+"""Functions that all compared launchers run, in an existing process group."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ def no_op() -> None:
 
 
 def ddp_step() -> None:
-    """What people really start: a model, an optimiser, and one step."""
+    """Make a model and an optimiser and take one step, as real functions do."""
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
     optimiser = torch.optim.AdamW(model.parameters())
     model(torch.ones(8, 64)).sum().backward()

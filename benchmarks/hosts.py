@@ -1,8 +1,8 @@
-"""What each further host and each further worker costs a launch.
+"""Cost of each further host and each further worker of a launch.
 
-Raylets of one machine stand for hosts: their agents and templates share its cores, so that the cost per
-host is an upper bound of what the driver adds for one. Warm launches in a session, backend=None and
-gloo, 1 worker per host; then 1 host with more and more workers.
+Several raylets on one machine stand for hosts. Their agents and templates share its cores, so the measured cost per
+host is an upper bound of the driver's cost per host. The launches are warm, in a session, with backend=None and gloo:
+first with more and more hosts of 1 worker each, then on 1 host with more and more workers.
 
     python benchmarks/hosts.py [--samples 5] [--hosts 1,2,4,8,16] [--workers 1,4,16,64]
 """

@@ -1,8 +1,8 @@
-"""How long a launch takes, in units of importing torch.
+"""Time of a launch, in units of the import of torch.
 
-A no-op with one all_reduce on one host. Each sample is a fresh driver process with a Ray of its
-own, whose clock starts after `ray.init()`; before each one the floors are measured: the whole
-process `python -c 'import torch, torch.distributed'`, and a fork of such a process, to its end.
+The function is a no-op with one all_reduce, on one host. Each sample is a fresh driver process with its own Ray
+cluster, and its clock starts after `ray.init()`. Before each sample, the floors are measured: the whole process
+`python -c 'import torch, torch.distributed'`, and a fork of such a process until its end.
 
     python benchmarks/launch.py [--samples 5] [--workers 4]
 """
@@ -77,7 +77,7 @@ def sample_in_fresh_process(workers: int) -> dict[str, list[float]]:
 
 
 def one_sample(workers: int) -> dict[str, list[float]]:
-    """Each question's times in one driver process."""
+    """Return each question's times in one driver process."""
     import torchrunx_ray as trx
 
     launcher = trx.Launcher(workers_per_host=workers, linger=20)
@@ -118,7 +118,7 @@ def local_ray(num_cpus: int) -> Iterator[None]:
 
 
 def wait_for_prestarted_workers() -> None:
-    """Ray starts processes ahead of need right after it begins; let it come to rest."""
+    """Wait until Ray is idle, since it starts processes in advance right after its start."""
     deadline = time.monotonic() + 5
     quiet_since = time.monotonic()
     used = time.process_time()
@@ -144,7 +144,7 @@ def no_op() -> None:
 
 
 def proportional_memory_mb() -> float:
-    """The worker's share of the memory that it maps, after it joined a group."""
+    """Return the worker's proportional share of its mapped memory, after it joined a group."""
     no_op()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     (pss,) = (int(line.split()[1]) for line in lines if line.startswith("Pss:"))

@@ -1,15 +1,15 @@
-"""How long a launch takes, beside others that launch the same function.
+"""Time of a launch, compared with other launchers of the same function.
 
-One host, gloo. Each sample is a fresh driver process; "cold" is its first launch, "warm" the median
-of three more, or one more of a peer that takes as long as for the first. Ray Train, which starts
-over each time and takes longest, is asked for one launch only, and torchrun, which has no driver, is
-timed as a whole command. Ray is there before the clock starts, as its cluster is for its users. The
-floor is the whole process `python -c 'import torch, torch.distributed'`. All take turns in each round.
+One host, gloo. Each sample is a fresh driver process. "cold" is its first launch. "warm" is the median of three more
+launches, or one more launch for a peer whose later launches take as long as the first. Ray Train starts over each time
+and takes longest, so it makes only one launch. torchrun has no driver, so the whole command is timed. Ray runs before
+the clock starts, as a cluster does for its users. The floor is the whole process
+`python -c 'import torch, torch.distributed'`. All take turns in each round.
 
     python benchmarks/launch_peers.py [--samples 5] [--launches no_op:1,2,4,8,16 ddp_step:4]
 
-Dots count what was asked. A peer that is not installed is left out, and so is one that fails, with
-its last words.
+Each measurement prints a dot. A peer that is not installed or that fails is left out, and its last line of output is
+shown.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def main() -> None:
 
 
 def measure(function: str, workers: int, samples: int, uncounted: int) -> dict[str, list[float]]:
-    """In turn, after rounds that are not counted: they fill the page cache."""
+    """Measure all launchers in turn, after uncounted rounds that fill the page cache."""
     times: dict[str, list[float]] = {}
     left_out: set[str] = set()
     questions: dict[str, Callable[[], dict[str, float]]] = {
@@ -154,7 +154,7 @@ def measure(function: str, workers: int, samples: int, uncounted: int) -> dict[s
         for name, question in questions.items():
             if name in left_out:
                 continue
-            print(".", end="", file=sys.stderr, flush=True)  # it takes long
+            print(".", end="", file=sys.stderr, flush=True)  # progress, since this takes long
             try:
                 seen = question()
             except subprocess.CalledProcessError as error:
@@ -198,7 +198,7 @@ def seconds(command: list[str]) -> float:
 
 
 def started(command: list[str]) -> str:
-    """Its output, when it has ended."""
+    """Run a command and return its output."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TORCHRUNX_LOG_DIR": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -1,12 +1,11 @@
-"""How many lines per second reach log files and a handler, and what the agent's memory grows by.
+"""Lines per second that reach log files and a handler, and the growth of the agent's memory.
 
-One host, one Ray, 4 workers without a process group, each printing lines of 100 bytes as fast as it
-can; a launch that prints nothing is taken off. The floor is the same four processes printing into
-files by themselves.
+One host, one Ray cluster, 4 workers without a process group. Each worker prints lines of 100 bytes as fast as it can.
+The time of a launch that prints nothing is subtracted. The floor is four plain processes that print into files.
 
     python benchmarks/logs.py [--samples 5] [--lines 100000] [--workers 4]
 
-torchrunx is measured beside it where it is installed.
+torchrunx is measured as well if it is installed.
 """
 
 import argparse
@@ -31,7 +30,7 @@ LINE = "x" * 99
 
 
 class Counting(logging.Handler):
-    """As cheap as a handler can be."""
+    """A handler that does as little as possible."""
 
     count = 0
 
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def measure(questions: dict[str, Callable[[], float]], samples: int) -> dict[str, list[float]]:
-    """In turn, after one round that is not counted."""
+    """Measure the questions in turn, after one uncounted round."""
     rates: dict[str, list[float]] = {name: [] for name in questions}
     for sample in range(samples + 1):
         for name, question in questions.items():
@@ -98,7 +97,7 @@ def default_files(folder: Path, workers: int, lines: int) -> float:
     rate = timed(
         trx.Launcher(workers_per_host=workers, backend=None, console_ranks=()), workers, lines
     )
-    # `latest` leads to one of them, and would count twice.
+    # The pattern skips the link `latest`, whose files would count twice.
     written = sum(path.read_text().count(LINE) for path in (folder / "logs").glob("2*/*.log"))
     assert written == workers * lines
     return rate
@@ -135,19 +134,19 @@ def floor(folder: Path, workers: int, lines: int) -> float:
 
 
 def growth_of_agent(workers: int, lines: int) -> int:
-    """Of its peak over what it has after a launch that prints nothing."""
+    """Return the growth of the agent's peak memory over its memory after a launch that prints nothing."""
     launcher = trx.Launcher(
         workers_per_host=workers, backend=None, console_ranks=(), name="measured"
     )
 
     def agent(_: int) -> int:
         pid = os.getpid()
-        for _ in range(4):  # template, both keepers, agent
+        for _ in range(4):  # to the template, both keepers, and the agent
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         return pid
 
     pid = launcher.run(agent, 0).rank(0)
-    Path(f"/proc/{pid}/clear_refs").write_text("5")  # its peak from now on
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the peak
     before = memory(pid, "VmRSS")
     launcher.run(flood, lines)
     return memory(pid, "VmHWM") - before

@@ -1,8 +1,8 @@
-"""What a host reads of its Python environment to start workers.
+"""Reads from a host's Python environment when workers start.
 
-On a network file system this is what the first launch on many hosts waits for: data come once per host,
-if its page cache holds them, but every open and every look asks the server again. A template does this
-once per host; a launcher that starts an interpreter per worker does it once per worker.
+On a network file system, the first launch on many hosts waits for these reads. Data are transferred once per host, if
+the page cache holds them, but each open and each lookup of a file asks the server again. A template does this once per
+host. A launcher that starts an interpreter per worker does it once per worker.
 
     python benchmarks/reads.py [--workers 8]
 """
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def reads(pid: int | str) -> dict[str, int]:
-    """Since the process was forked; a worker's own are those of joining and of its function."""
+    """Return a process's reads since its fork. For a worker, these are the reads of joining and of its function."""
     return parsed(Path(f"/proc/{pid}/io").read_text())
 
 
@@ -68,7 +68,7 @@ def reads_of_interpreter() -> dict[str, int]:
 
 
 def named_files() -> dict[str, int]:
-    """By kind, and how many of them found nothing."""
+    """Return the number of calls that name a file, of those that open it, and of those that find nothing."""
     with tempfile.NamedTemporaryFile() as seen:
         command = ["strace", "-f", "-o", seen.name, "-e", "trace=%file", *IMPORT]
         subprocess.run(command, check=True)

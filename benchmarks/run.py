@@ -1,7 +1,7 @@
-"""All questions in one run: `make bench`.
+"""All benchmarks in one run: `make bench`.
 
-Each is a script of its own, which can be run alone with other sizes; its docstring says what it
-measures. Their figures are gathered in results.json, and the launches drawn in docs/launch.svg.
+Each benchmark is a script that can be run alone with other sizes; its docstring says what it measures. The figures are
+collected in results.json, and the launches are plotted in docs/launch.svg.
 
     python benchmarks/run.py [--quick] [--only launch_peers,logs]
 """
@@ -32,7 +32,7 @@ QUESTIONS = {
     "agents": (["--samples", "5"], ["--samples", "2", "--hosts", "25,100"]),
     "reads": ([], []),
 }
-"""By script: its arguments, and those of a quick look."""
+"""Arguments of each script, and its arguments with --quick."""
 
 PACKAGES = ("torch", "ray", "torchrunx", "torchmonarch", "torchrunx-ray")
 
@@ -78,12 +78,12 @@ def machine() -> dict[str, str]:
 
 
 def draw(times: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Cold launches of a no-op over the number of workers, and ours that are warm."""
+    """Plot cold launches of a no-op over the number of workers, and our warm launches."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
         {"svg.fonttype": "none", "svg.hashsalt": "torchrunx_ray"}
-    )  # small, and stable
+    )  # small files that do not change between runs
     plots = {
         "torchrunx_ray: cold": "torchrunx_ray",
         "torchrunx_ray: warm": "torchrunx_ray, next launch",

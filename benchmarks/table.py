@@ -1,4 +1,4 @@
-"""The table that each script prints of what it measured."""
+"""Table that each script prints with its measurements."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ def print_table(
     last_head: str = "",
     last: Callable[[str, float], str] = lambda _name, _median: "",
 ) -> None:
-    """A row for each; `last` makes its last column of its name and median."""
+    """Print a row for each measurement; `last` makes the last column from its name and median."""
     width = max(map(len, (head, *measured))) + 2
     print(
         f"{head:{width}}{'median':>11}{'lowest':>11}{'highest':>11}{'n':>4}   {last_head}".rstrip()

@@ -1,4 +1,4 @@
-"""A loop with Hugging Face Accelerate: a tiny BERT, made from a config, learns to tell sequences apart."""
+"""A training loop with Hugging Face Accelerate: a tiny BERT, made from a config, learns to classify sequences."""
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -10,7 +10,7 @@ import torchrunx_ray as trx
 
 
 def make_data(samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Sequences of 6 tokens; the label says whether any of them is token 1."""
+    """Return sequences of 6 tokens; the label is 1 if any token is token 1."""
     ids = torch.randint(8, (samples, 6), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": i, "labels": (i == 1).any().long()} for i in ids]
 
@@ -31,10 +31,10 @@ def make_model() -> BertForSequenceClassification:
 
 
 def train(epochs: int, batch_size: int) -> tuple[list[float], int, int]:
-    """Return the mean loss of each epoch, and how many of so many new sequences it gets right."""
+    """Return the mean loss of each epoch, the number of correctly classified new sequences, and their total."""
     set_seed(0)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # else, on CPUs, each worker would train alone
+        cpu=not torch.cuda.is_available(),  # without this, CPU workers would train alone
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     model = make_model()

@@ -1,10 +1,10 @@
-"""torch.compile of a DDP model: it trains as the eager one does."""
+"""torch.compile with a DDP model: the compiled model trains like the eager model."""
 
 import shutil
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812  # as everybody writes it
+import torch.nn.functional as F  # noqa: N812  # the usual name
 from torch.nn.parallel import DistributedDataParallel
 
 import torchrunx_ray as trx
@@ -20,7 +20,7 @@ class Network(torch.nn.Module):
 
 
 def train(steps: int, backend: str | None) -> list[float]:
-    """Return the losses over all workers; `backend` is torch.compile's, None trains eagerly."""
+    """Return the losses over all workers. `backend` is torch.compile's backend; None trains without torch.compile."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rank, workers = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -43,12 +43,12 @@ def train(steps: int, backend: str | None) -> list[float]:
 
 
 if __name__ == "__main__":
-    # torch's own compiler needs one for C++.
+    # torch's default compiler, inductor, needs a C++ compiler.
     backend = "inductor" if shutil.which("c++") else "aot_eager"
     launcher = trx.Launcher(
         hostnames=1,
         workers_per_host=2,
-        preload=("torch", "torch.distributed", "torch._dynamo"),  # once, not in each worker
+        preload=("torch", "torch.distributed", "torch._dynamo"),  # imported once per host
     )
     eager, compiled = (launcher.run(train, 20, how).rank(0) for how in (None, backend))
     print("backend:", backend)

@@ -1,4 +1,4 @@
-"""DataLoaders with processes of their own: every sample is read once, whoever reads it."""
+"""DataLoaders with worker processes: each sample is read exactly once per epoch."""
 
 import os
 
@@ -11,7 +11,7 @@ SAMPLES = 100
 
 
 class Numbers(Dataset[tuple[int, int]]):
-    """Tells with each sample which process read it."""
+    """A dataset that returns each index with the pid of the process that read it."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -21,7 +21,7 @@ class Numbers(Dataset[tuple[int, int]]):
 
 
 def read(epochs: int, processes: int) -> list[tuple[list[int], set[int]]]:
-    """Return what this worker got in each epoch, and the processes that read it."""
+    """Return the samples that this worker got in each epoch, and the pids of the processes that read them."""
     dataset = Numbers()
     sampler = DistributedSampler(dataset)
     loader = DataLoader(

@@ -1,4 +1,4 @@
-"""DDP with a dataset that the workers share out: the losses are those of one process with the whole batch."""
+"""DDP with a dataset split among the workers: the losses equal those of one process with the whole batch."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ import torchrunx_ray as trx
 
 
 def make_dataset() -> TensorDataset:
-    """Points in a plane, and whether they lie within a ring."""
+    """Return points in a plane, labelled 1 if they lie inside a ring."""
     points = torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
     radius = points.norm(dim=1, keepdim=True)
     return TensorDataset(points, ((radius > 0.7) & (radius < 1.5)).float())
@@ -48,7 +48,7 @@ def train(epochs: int, batch_size: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    # What `torchrun --nproc-per-node=2` would do:
+    # The same as `torchrun --nproc-per-node=2`:
     result = trx.launch(
         train, func_kwargs={"epochs": 8, "batch_size": 32}, hostnames=1, workers_per_host=2
     )

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer state and gradients are shared out among the workers."""
+"""DeepSpeed's ZeRO: optimizer state and gradients are sharded among the workers."""
 
 import deepspeed
 import torch
@@ -22,7 +22,7 @@ def train(steps: int, stage: int) -> list[float]:
     rank, workers = dist.get_rank(), dist.get_world_size()
     x, y = make_data()
     model = make_model()
-    engine, *_ = deepspeed.initialize(  # finds the process group that is there
+    engine, *_ = deepspeed.initialize(  # uses the existing process group
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
         config={

@@ -1,4 +1,4 @@
-"""FSDP2: train on two workers, save a distributed checkpoint, and go on from it with three."""
+"""FSDP2: train on two workers, save a distributed checkpoint, and continue from it with three workers."""
 
 import copy
 import tempfile
@@ -19,7 +19,7 @@ import torchrunx_ray as trx
 
 
 def make_sharded() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model and its optimizer, each worker holding a part of every parameter."""
+    """Return a model and its optimizer; each worker holds a part of every parameter."""
     mesh = init_device_mesh(
         "cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),)
     )
@@ -33,7 +33,7 @@ def make_sharded() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 
 def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Every worker takes its part of the batch; returns the loss over all of it before each step, and at last."""
+    """Train on this worker's part of the batch. Return the loss over all workers before each step and at the end."""
     rank, workers = dist.get_rank(), dist.get_world_size()
     device = next(model.parameters()).device
     x = torch.randn(96, 10, generator=torch.Generator().manual_seed(1)).to(device)
@@ -52,7 +52,7 @@ def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) ->
 
 
 def whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """Parameters and optimizer state put together again: on rank 0, on its CPU."""
+    """Return the full parameters and optimizer state on rank 0, in CPU memory."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_state_dict(model, optimizer, options=options)
 
@@ -69,7 +69,7 @@ def load_and_go_on(checkpoint: str, steps: int) -> tuple[list[float], Any]:
     model, optimizer = make_sharded()
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=checkpoint)  # each worker reads what it holds now
+    dcp.load(state, checkpoint_id=checkpoint)  # each worker reads its new parts
     set_state_dict(
         model,
         optimizer,
@@ -78,7 +78,7 @@ def load_and_go_on(checkpoint: str, steps: int) -> tuple[list[float], Any]:
     )
     loaded = copy.deepcopy(
         whole(model, optimizer)
-    )  # part of it is the optimizer's own, and goes on
+    )  # a copy, since training continues to change the optimizer's state
     return fit(model, optimizer, steps), loaded
 
 
@@ -93,7 +93,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 if __name__ == "__main__":
-    # Of several hosts, each must see the same directory.
+    # With several hosts, each must see the same directory.
     with tempfile.TemporaryDirectory() as checkpoint:
         saved = trx.launch(train_and_save, (checkpoint, 30), hostnames=1, workers_per_host=2)
         loaded = trx.launch(load_and_go_on, (checkpoint, 30), hostnames=1, workers_per_host=3)

@@ -1,8 +1,8 @@
-"""A PyTorch Lightning Trainer, whose processes are the workers of the launch."""
+"""A PyTorch Lightning Trainer whose processes are the workers of the launch."""
 
 import os
 
-import lightning as L  # noqa: N812  # its own way
+import lightning as L  # noqa: N812  # the usual name
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -36,9 +36,9 @@ class Sine(L.LightningModule):
 
 
 def train(epochs: int, batch_size: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the last epoch's mean loss, over all workers, and the parameters."""
+    """Return the last epoch's mean loss over all workers, and the parameters."""
     trainer = L.Trainer(
-        plugins=[TorchrunxClusterEnvironment()],  # the workers are there: Lightning starts none
+        plugins=[TorchrunxClusterEnvironment()],  # Lightning uses the workers and starts none
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
         strategy="ddp",
@@ -61,7 +61,7 @@ if __name__ == "__main__":
         func_kwargs={"epochs": 20, "batch_size": 32},
         hostnames=1,
         workers_per_host=2,
-        preload=("torch", "torch.distributed", "lightning"),  # once, not in each worker
+        preload=("torch", "torch.distributed", "lightning"),  # imported once per host
     )
     (loss, first), (_, second) = result
     print(f"loss {loss:.6f}")

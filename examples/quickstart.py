@@ -1,4 +1,4 @@
-"""Train a small model with DDP on two workers: gloo on CPUs, nccl where there are GPUs."""
+"""Train a small model with DDP on two workers, with nccl if there are GPUs and gloo otherwise."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ import torchrunx_ray as trx
 
 
 def train(steps: int) -> dict[str, torch.Tensor]:
-    """Fit a line to noisy points; each worker sees points of its own."""
+    """Fit a line to noisy points; each worker has its own points."""
     rank = dist.get_rank()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

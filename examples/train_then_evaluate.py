@@ -1,6 +1,6 @@
 """Two functions in one script: train on all hosts, then evaluate the model on one worker.
 
-The model goes from the host that trained it to the one that evaluates it; the script holds only a reference.
+The model goes directly from the training host to the evaluating host; the script has only a reference.
 """
 
 import torch

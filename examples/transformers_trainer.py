@@ -11,7 +11,7 @@ NUMBERS = 32
 
 
 class Counting(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Sequences that count up from anywhere, and after the last number begin at 0 again."""
+    """Sequences that count up from any number, and continue with 0 after the last number."""
 
     def __len__(self) -> int:
         return 256
@@ -22,7 +22,7 @@ class Counting(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def train(output_dir: str, batch_size: int) -> list[float]:
-    """Return the losses that the Trainer logged; `batch_size` is each worker's own."""
+    """Return the losses that the Trainer logged; `batch_size` is the batch size of each worker."""
     set_seed(0)
     config = LlamaConfig(
         vocab_size=NUMBERS,
@@ -42,7 +42,7 @@ def train(output_dir: str, batch_size: int) -> list[float]:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),  # else, on CPUs, each worker would train alone
+        use_cpu=not torch.cuda.is_available(),  # without this, CPU workers would train alone
     )
     trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=Counting())
     trainer.train()
@@ -67,7 +67,7 @@ if __name__ == "__main__":
                 "torch",
                 "torch.distributed",
                 "transformers.trainer",
-            ),  # once, not in each worker
+            ),  # imported once per host
         )
         print("losses:", *(f"{loss:.6f}" for loss in result.rank(0)))
         print("29 30 31 ->", next_number(output_dir, [29, 30, 31]))

@@ -52,7 +52,7 @@ __all__ = [
     "stream_handler",
 ]
 
-# Loaded on first use: workers import this package, and must not import ray.
+# Imported on first use, since workers import this package and must not import ray.
 _HOMES = {
     "Launcher": "torchrunx_ray.driver.launcher",
     "launch": "torchrunx_ray.driver.launcher",

@@ -1,19 +1,18 @@
-"""Exceptions that a launch can raise, beside the user's own.
+"""Exceptions that a launch can raise, besides the user's own.
 
 * LaunchError (RuntimeError)
     * PlacementError: the cluster has no room for the launch, now or ever
     * PreloadError: a host's template cannot be forked from (also a ValueError)
-    * PayloadError: a function, argument or return value cannot travel
+    * PayloadError: a function, argument or return value cannot be sent
     * WorkerFailedError: a worker died without raising
     * AgentFailedError: an agent, its template, its store or its node died
     * LaunchTimeoutError: not all ranks joined the process group in time
 * RemoteFailure: the `__cause__` of an exception that the user's function raised
 
-A wrong option is a ValueError or TypeError, from the constructor where it can be known then, else
-from the launch. What the user's function raises
-arrives as itself, with a RemoteFailure as its cause.
+A wrong option raises ValueError or TypeError: from the constructor if the error is known then, otherwise from the
+launch. An exception of the user's function is raised as the same type, with a RemoteFailure as its cause.
 
-Every class words its own message from the facts that it is given, and keeps them as attributes.
+Every class builds its message from the facts passed to its constructor, and keeps these facts as attributes.
 """
 
 import contextlib
@@ -44,16 +43,16 @@ def made_without_constructor(
     state: dict[str, Any],
     fields: Sequence[tuple[type, str, Any]] = (),
 ) -> BaseException:
-    """An exception as it was, though its constructor takes other arguments than `args`.
+    """Recreate an exception whose constructor may take other arguments than `args`.
 
-    Only what its base in C does with `args` is done again. `fields` lie beside its `__dict__`: in C,
-    or in slots; each with the class that has it.
+    Only the base class in C is initialised again, with `args`. `fields` are values outside the exception's
+    `__dict__`, in C or in slots, each with the class that defines the field.
     """
     in_c: Any = kind
     while not isinstance(in_c.__dict__.get("__new__"), types.BuiltinFunctionType):
-        in_c = in_c.__base__  # the one whose memory layout it has
+        in_c = in_c.__base__  # the base class that determines the memory layout
     error = in_c.__new__(kind, *args)
-    with contextlib.suppress(Exception):  # its constructor may never have called this
+    with contextlib.suppress(Exception):  # the original constructor may never have called this
         in_c.__init__(error, *args)
     error.__dict__.update(state)
     for owner, name, value in fields:
@@ -62,20 +61,20 @@ def made_without_constructor(
 
 
 class _Travels(Exception):
-    """Pickles by its finished message and attributes: the constructors take facts, not `args`."""
+    """Base of exceptions pickled by their message and attributes, since their constructors do not take `args`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return made_without_constructor, (type(self), self.args, dict(self.__dict__))
 
 
 class LaunchError(_Travels, RuntimeError):
-    """Base of what the launcher itself raises."""
+    """Base of the exceptions that the launcher itself raises."""
 
 
 class PlacementError(LaunchError):
     """The cluster has no room for the launch.
 
-    `wanted` holds each host's resources; `free` and `total` those of every live node, by its name.
+    `wanted` has the resources for each host. `free` and `total` have the resources of each live node, by node name.
     """
 
     def __init__(
@@ -104,12 +103,11 @@ class PreloadError(LaunchError, ValueError):
 
 
 class PayloadError(LaunchError):
-    """A value cannot travel between driver and workers.
+    """A value cannot be sent between driver and workers.
 
-    `path` leads to the part that is to blame, such as `kwargs['cfg'].lock`; `rank` is the rank
-    whose return value it was, None for the function and its arguments. `step` tells where the way
-    ended: when it was pickled, stored in Ray, fetched from there, or unpickled. `missing_module` could
-    not be imported there.
+    `path` leads to the part that caused the error, such as `kwargs['cfg'].lock`. `rank` is the rank that returned the
+    value, or None for the function and its arguments. `step` is the step that failed: pickling, storing in Ray,
+    fetching from Ray, or unpickling. `missing_module` is the module, if any, that the receiver could not import.
     """
 
     def __init__(
@@ -168,13 +166,13 @@ def _travel_advice(step: str, reason: str, is_value: bool, missing_module: str |
 
 @dataclass(frozen=True)
 class OomKills:
-    """Number of processes of a memory cgroup that the kernel has killed for want of memory."""
+    """Counts of processes of a memory cgroup that the kernel's out-of-memory killer has killed."""
 
     cgroup: str
     limit: int | None
     """Bytes that the cgroup may use."""
     before: int
-    """The count at the run's beginning."""
+    """The count at the start of the run."""
     after: int
     """The count after the worker's death."""
 
@@ -197,10 +195,10 @@ class OomKills:
 
 
 class WorkerFailedError(LaunchError):
-    """A worker ended without an outcome, or with one that cannot be raised on the driver.
+    """A worker ended without an outcome, or with an outcome that cannot be raised on the driver.
 
-    `oom_kills` is the evidence for or against a lack of memory, where a SIGKILL ended it; `stacks`
-    tells what the other workers were doing.
+    `oom_kills` is evidence for or against a lack of memory, if a SIGKILL ended the worker. `stacks` shows what the
+    other workers were doing.
     """
 
     def __init__(
@@ -243,7 +241,7 @@ class WorkerFailedError(LaunchError):
 
 
 class AgentFailedError(LaunchError):
-    """An agent, or a process it cannot do without, died."""
+    """An agent died, or a process that the agent needs."""
 
     def __init__(self, *, hostname: str, what: str, evidence: str = "") -> None:
         self.hostname = hostname
@@ -266,9 +264,9 @@ class LaunchTimeoutError(LaunchError):
 class RemoteFailure(_Travels):
     """Rank and traceback of an exception of the user's function.
 
-    `traceback` is empty where no line of the user's raised: what was returned cannot travel.
-    `failures` holds all ranks' failures: this one, then the others in order of time; `stacks` tells what the
-    other workers were doing.
+    `traceback` is empty if no line of the user's code raised, since the return value could not be sent.
+    `failures` has the failures of all ranks: this one first, then the others in order of time. `stacks` shows what
+    the other workers were doing.
     """
 
     def __init__(
@@ -293,7 +291,7 @@ class RemoteFailure(_Travels):
 
 
 def describe_exit(exit_code: int | None, signal: int | None) -> str:
-    """Words for how a process ended."""
+    """Describe how a process ended."""
     if signal is None:
         return f"ended with exit code {exit_code}"
     try:
@@ -308,7 +306,7 @@ def room_table(
     free: Mapping[str, Mapping[str, float]],
     total: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """Resources that the hosts of a launch want, and that each node has free and in all."""
+    """Format a table of the resources that hosts of a launch want, and of each node's free and total resources."""
     bundles = Counter(amounts_in_words(bundle) for bundle in wanted)
     lines = [f"  wanted: {count} x ({bundle})" for bundle, count in bundles.items()]
     names = sorted({"CPU", "GPU"}.union(*wanted))
@@ -327,7 +325,7 @@ def room_table(
 
 
 def counted(count: float, noun: str) -> str:
-    """Return such as "1 host" or "2 hosts"."""
+    """Return a count with its noun, such as "1 host" or "2 hosts"."""
     return f"{count:g} {noun}{'s' * (count != 1)}"
 
 
@@ -339,7 +337,7 @@ def amounts_in_words(amounts: Mapping[str, float]) -> str:
 
 
 def _is_accelerator(name: str) -> bool:
-    """Return True for a resource that Ray makes of a type of accelerator; its amount means nothing."""
+    """Return True for a resource that only names a type of accelerator; its amount means nothing."""
     return name.startswith("accelerator_type:")
 
 

@@ -22,18 +22,18 @@ from torchrunx_ray.wire.values.payload import Packed, carry_values_packed
 _ray: Any = ray  # most of its functions have no types
 
 VALUES = "values"
-"""The concurrency group of the calls that bring values."""
+"""The concurrency group of the calls that return values."""
 
 _POLL_S = 5.0
 
 _LAST_WORDS_S = 1.0
-"""For the driver to hear why, before an agent ends whose raylet is gone."""
+"""Time for the driver to receive the reason before an agent without a raylet exits."""
 
 
 class Agent:
-    """Serves one run at a time, and keeps its template warm between runs.
+    """An agent that serves one run at a time and keeps its template warm between runs.
 
-    The constructor starts the template, so that torch is imported while the driver still asks.
+    The constructor starts the template, so torch is imported while the driver is still setting up the run.
     Every method is a coroutine that does not block the loop.
     """
 
@@ -48,7 +48,7 @@ class Agent:
         )
         self._ip: str = _ray.util.get_node_ip_address()
         self._problem: str | None = None
-        # An env_file may take its time; `meet` sources it without blocking the loop.
+        # An env_file may take long; `meet` sources it without blocking the loop.
         self._keeper = self._start_keeper() if wanted.env_file is None else None
         self._template: Template | None = None
         self._metrics = Metrics()
@@ -59,7 +59,7 @@ class Agent:
         self._listening: socket.socket | None = None
         self._having_template = asyncio.Lock()
         self._claim = 0
-        """The last claim that was heard of, by `meet` or by `rest`."""
+        """The highest claim that `meet` or `rest` has received."""
         self._rested = 0
         """The last claim whose run is over."""
         self._rest_ends: asyncio.TimerHandle | None = None
@@ -67,14 +67,14 @@ class Agent:
         self._raylet_fd: int | None = None
 
     def __repr__(self) -> str:
-        """Return what Ray puts before the actor's own lines, and shows in its dashboard."""
+        """Return the name that Ray puts before the actor's own lines and shows in its dashboard."""
         return f"torchrunx_ray {self._name}"
 
     async def meet(self, claim: int, listen: bool) -> messages.Met:
         """Claim the agent for a run; with `listen`, hold a port for the run's store.
 
-        `claim` counts the driver's claims. Ray may deliver the `rest` after a claim before or after
-        the `meet` of another; an answer to a claim that is over is one that nobody waits for.
+        `claim` counts the driver's claims. Ray may deliver the `rest` that ends a claim before or after
+        the `meet` of the next claim. Nobody waits for the answer to a claim that is over.
         """
         self._claim = max(self._claim, claim)
         self._loop = asyncio.get_running_loop()
@@ -102,7 +102,7 @@ class Agent:
         return now_ns()
 
     async def start(self, wanted: messages.RunWanted, function: Packed, *inserted: Packed) -> None:
-        """Begin the run; all that comes of it is told through `poll` and `value`.
+        """Begin the run; its events come through `poll`, its values through `value`.
 
         `inserted` are the values of references in the function's arguments.
         """
@@ -120,41 +120,41 @@ class Agent:
         await run.start(function, inserted)
 
     async def fork(self, run_id: str) -> None:
-        """Fork the workers of a run that waits for all hosts to be able to."""
+        """Fork the workers of a run that waits until all hosts can fork."""
         if self._run is not None and self._run.run_id == run_id:
             self._run.fork()
 
     async def poll(self, with_output: bool) -> list[messages.Event]:
-        """Events as soon as there are some; none after a while."""
+        """Return events as soon as there are any, or none after a timeout."""
         return await self._mailbox.take(_POLL_S, with_output=with_output)
 
     async def nudge(self) -> None:
-        """Have a poll that is under way return."""
+        """Make a pending poll return."""
         self._mailbox.nudge()
 
     @_ray.method(concurrency_group=VALUES)
     async def value(self, run_id: str, local_rank: int) -> Packed | None:
-        """Return the value of one worker's function, as soon as it has returned.
+        """Return the value of one worker's function, as soon as the function has returned.
 
-        In a loop of its own: Ray copies what is returned in the thread that the method ran in, and
-        a large value would keep the agent from all else.
+        The method runs in a loop of its own. Ray copies the returned value in the thread that ran the method,
+        and a large value would block the agent.
         """
         waiting = asyncio.run_coroutine_threadsafe(self._value(run_id, local_rank), self._loop)
         return await asyncio.wrap_future(waiting)
 
     async def _value(self, run_id: str, local_rank: int) -> Packed | None:
         if self._run is None or self._run.run_id != run_id:
-            return None  # that run failed, and this call came late
+            return None  # the run failed before this call arrived
         return await self._run.value(local_rank)
 
     async def stacks(self, run_id: str, wanted: messages.StacksWanted) -> dict[int, str]:
-        """Return the workers' stacks by local rank; a text is empty if its worker did not answer in time."""
+        """Return the workers' stacks by local rank; the text is empty if the worker did not answer in time."""
         if self._run is None or self._run.run_id != run_id:
             return {}
         return await self._run.stacks(wanted)
 
     async def stop(self, run_id: str, grace_s: float) -> None:
-        """End a run. Ray may deliver this before the run's start, whose argument takes time."""
+        """End a run. Ray may deliver this call before `start`, whose argument takes time to arrive."""
         if self._run is not None and self._run.run_id == run_id:
             self._metrics.stops()
             self._run.stop(grace_s)
@@ -162,16 +162,16 @@ class Agent:
             self._stopped_early.add(run_id)
 
     async def others_have_ended(self, run_id: str) -> None:
-        """No worker of another host asks the store of this one any more. Like `stop` it may come early."""
+        """Note that no worker of another host uses this host's store any more. Like `stop`, this may come early."""
         if self._run is not None and self._run.run_id == run_id:
             self._run.others_have_ended()
         else:
             self._outlasted_early.add(run_id)
 
     async def rest(self, claim: int, linger_s: float) -> None:
-        """Wait for another run, holding no resources; end after `linger_s` without one."""
+        """Wait for another run without holding resources; exit if none comes within `linger_s`."""
         if claim < self._claim:
-            return  # the next run is there already
+            return  # the next run has already claimed this agent
         self._claim = self._rested = claim
         self._forget_last_claim()
         self._run = None
@@ -179,19 +179,19 @@ class Agent:
         self._rest_ends = loop.call_later(linger_s, self._leave)
 
     def _serves(self, claim: int) -> bool:
-        """Return False for a claim that is over, or that another one has followed."""
+        """Return True for the newest claim, unless its run is over."""
         return claim == self._claim > self._rested
 
     def _forget_last_claim(self) -> None:
         if self._rest_ends is not None:
             self._rest_ends.cancel()
             self._rest_ends = None
-        if self._listening is not None:  # the run that asked for it was cancelled
+        if self._listening is not None:  # the run that asked for the port was cancelled
             self._listening.close()
             self._listening = None
 
     async def close(self) -> None:
-        """Return when nothing that this agent started lives."""
+        """End everything that this agent started; return when all of it is gone."""
         self._attach()
         if self._template is not None:
             await self._template.close()
@@ -200,18 +200,18 @@ class Agent:
         _ray.actor.exit_actor()
 
     def _leave(self) -> None:
-        self._leaving = True  # at once: whoever asks from now on must take another agent
+        self._leaving = True  # first, so that a later claim takes another agent
         self._ending = asyncio.ensure_future(self._close_and_retire())
 
     async def _close_and_retire(self) -> None:
         await self.close()
-        # Only a method that Ray itself called may end its actor in an orderly way.
+        # Only a method that Ray called can exit its actor cleanly.
         self._context.current_actor.retire.remote()
 
     def _start_keeper(self) -> Keeper | None:
         self._env_file_version = template_environment.env_file_version(self._wanted, self._cwd)
         self._problem = None
-        made = {**os.environ, **dict(self._wanted.driver_variables)}  # until there is more
+        made = {**os.environ, **dict(self._wanted.driver_variables)}  # for the errors below
         try:
             made = template_environment.template_environment(
                 self._wanted, self._context.gcs_address, self._cwd
@@ -224,7 +224,7 @@ class Agent:
         return None
 
     async def _have_template(self) -> None:
-        """A template that can serve, in place of one that was killed or is out of date."""
+        """Replace the template if it was killed or its env_file has changed."""
         self._attach()
         version = template_environment.env_file_version(self._wanted, self._cwd)
         if self._template is not None:
@@ -236,16 +236,17 @@ class Agent:
         self._attach()
 
     def _attach(self) -> None:
-        """Listen to a new template; the constructor could not, it ran outside the loop."""
+        """Listen to a new template. The constructor could not, because it ran outside the loop."""
         if self._keeper is None:
             return
         keeper, self._keeper = self._keeper, None
         self._template = Template(keeper, self._mailbox, self._worker_exited, self._template_gone)
 
     def _watch_raylet(self) -> None:
-        """Ray itself tells of a killed raylet only after 15 to 30 s."""
+        """Watch the raylet's process. Ray itself reports a killed raylet only after 15 to 30 s."""
         if self._raylet_fd is None:
-            pid = int(os.environ["RAY_RAYLET_PID"])  # no parent of an actor that `uv run` started
+            # Not os.getppid(): an actor that `uv run` started has another parent.
+            pid = int(os.environ["RAY_RAYLET_PID"])
             self._raylet_fd = linux.pidfd_open(pid)
             loop = asyncio.get_running_loop()
             loop.add_reader(self._raylet_fd, self._raylet_gone, pid, loop)
@@ -280,9 +281,9 @@ class Agent:
 
 
 def _end_at_sigterm() -> None:
-    """End at SIGTERM, which Ray's node sends when the agent's owner has died.
+    """Exit on SIGTERM, which Ray's node sends when the agent's owner has died.
 
-    Ray's own handler lets calls end first, and after each poll there is the next. Python would
-    have another set in the main thread only, which is Ray's.
+    Ray's own handler waits for pending calls, but the driver makes a new poll after each one. Python's `signal`
+    works only in the main thread, which belongs to Ray.
     """
     ctypes.CDLL(None).signal(signal.SIGTERM, None)  # SIG_DFL

@@ -1,4 +1,4 @@
-"""Which GPUs a worker sees, and which of them is its own."""
+"""GPUs that a worker sees, and the index of its own first GPU."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from torchrunx_ray.wire.ranks import first_gpu
 def of_worker(
     gpu_ids: Sequence[str], gpus_per_worker: float, local_rank: int
 ) -> tuple[str, int | None]:
-    """CUDA_VISIBLE_DEVICES, and the index of the worker's first device in it.
+    """Return CUDA_VISIBLE_DEVICES, and the index of the worker's first device in it.
 
-    A worker sees all GPUs that the launch holds on its host, as under torchrun; of MIG instances
-    only its own, since CUDA shows one of them to a process. Without GPUs it sees none.
+    A worker sees all GPUs that the launch holds on its host, as under torchrun. With MIG, a worker sees only
+    its own instance, since CUDA shows only one instance to a process. Without GPUs, a worker sees none.
     """
     if not gpu_ids:
         return "", None

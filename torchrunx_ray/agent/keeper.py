@@ -1,4 +1,4 @@
-"""Starting the keepers, which start the template."""
+"""Start of the keepers, which start the template."""
 
 import contextlib
 import os
@@ -20,9 +20,9 @@ _PACKAGE_PARENT = str(Path(__file__).parents[2])
 
 
 class Keeper:
-    """The outer keeper's process, and our ends of what it and the template were given.
+    """The outer keeper's process, and the agent's ends of the channel and pipes of keeper and template.
 
-    `alive_fd` comes to its end when both keepers have ended.
+    `alive_fd` reaches EOF when both keepers have ended.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Keeper:
             try:
                 self.channel.send(setup)
             except (BrokenPipeError, ConnectionResetError):
-                pass  # it died at once, which `alive_fd` tells
+                pass  # the process died at once, which `alive_fd` shows
             except OSError:
                 self.process.kill()
                 self.process.wait()
@@ -77,8 +77,8 @@ def _start(
     stdout: int,
     stderr: int,
 ) -> "subprocess.Popen[bytes]":
-    # -P and PYTHONPATH find this package and nothing else. The template then takes over the
-    # agent's sys.path with the worker's PYTHONPATH, and puts the variable back.
+    # With -P and this PYTHONPATH the process finds this package and nothing else. The template later sets
+    # sys.path (the agent's, with the worker's PYTHONPATH) and restores the variable.
     module = "torchrunx_ray.worker.keeper"
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module, str(channel), str(alive), PADDING],
@@ -88,6 +88,6 @@ def _start(
         stdout=stdout,
         stderr=stderr,
         pass_fds=[channel, alive],
-        # Ray ends a dead agent's group, which would be before the keeper has ended its own.
+        # Ray kills a dead agent's group. In that group, the keeper would die before it has cleaned up.
         process_group=0,
     )

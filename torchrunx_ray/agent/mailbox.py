@@ -6,16 +6,15 @@ from collections.abc import Callable
 from torchrunx_ray.wire.messages import Event, OutputEnded, Printed
 
 _FULL_AT_BYTES = 4 * 2**20
-"""Limit for printed output: more than one poll moves at full speed, and a bound on the agent's memory."""
+"""Limit for printed output, to bound the agent's memory. At full speed, one poll moves less."""
 
 
 class Mailbox:
-    """Keeps events in order until they are taken.
+    """A queue that keeps events in order until the driver takes them.
 
-    It takes all it is given. `on_room` is called when output may be read again after `is_full`
-    was true, so that whoever reads it stops in between: workers then block in their writes.
-    `on_event` hears of each event as it comes.
-    A driver that cannot take more output still hears of all else, but for the end of output.
+    The mailbox never refuses an event. While `is_full` is true, readers of output must pause, so workers block
+    in their writes. `on_room` is called when output may be read again. `on_event` is called with each event.
+    A driver that cannot take more output still receives all other events, except the end of output.
     """
 
     def __init__(self, on_room: Callable[[], None], on_event: Callable[[Event], None]) -> None:
@@ -42,12 +41,12 @@ class Mailbox:
         self._something.set()
 
     def nudge(self) -> None:
-        """End a `take`, or the next one, at once."""
+        """Make the pending `take`, or the next one, return at once."""
         self._nudged = True
         self._something.set()
 
     async def take(self, timeout_s: float, *, with_output: bool) -> list[Event]:
-        """All events there are, as soon as there is one; none after `timeout_s`."""
+        """Return all events as soon as there is one, or none after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not (self._nudged or self._events or (with_output and self._output)):

@@ -1,10 +1,10 @@
-"""The memory cgroup that a process lives in, and what the kernel killed there."""
+"""The memory cgroup of a process, and the count of processes that the kernel killed there."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 _NO_LIMIT = 2**60
-"""cgroup v1 writes "none" as a number close to the largest."""
+"""Limits from this size on mean none: cgroup v1 writes "no limit" as a number close to the largest."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class MemoryGroup:
 
     @property
     def oom_kills(self) -> int | None:
-        """How many of its processes the kernel has killed for want of memory."""
+        """Number of the group's processes that the out-of-memory killer has killed; None if unknown."""
         for name in ("memory.events", "memory.oom_control"):
             for line in self._read(name).splitlines():
                 key, _, value = line.partition(" ")
@@ -25,7 +25,7 @@ class MemoryGroup:
 
     @property
     def limit(self) -> int | None:
-        """In bytes."""
+        """Limit in bytes; None if there is none."""
         text = self._read("memory.max") or self._read("memory.limit_in_bytes")
         limit = int(text) if text.strip().isdigit() else _NO_LIMIT
         return limit if limit < _NO_LIMIT else None
@@ -38,19 +38,19 @@ class MemoryGroup:
 
 
 def of_process(pid: int, proc: Path = Path("/proc")) -> MemoryGroup | None:
-    """None where the host does not show it."""
+    """Return the memory cgroup of a process; None if the host does not show it."""
     try:
         membership = (proc / str(pid) / "cgroup").read_text()
         mounts = (proc / str(pid) / "mountinfo").read_text()
     except OSError:
         return None
     paths = [line.split(":", 2)[1:] for line in membership.splitlines()]
-    for controllers, path in sorted(paths, reverse=True):  # v2, which names none, last
+    for controllers, path in sorted(paths, reverse=True):  # v2 last: it names no controllers
         is_v2 = controllers == ""
         if not (is_v2 or "memory" in controllers.split(",")):
             continue
         for root, mount_point in _mounts(mounts, is_v2):
-            # In a container the mount shows a part of the tree, and the path may begin above it.
+            # In a container the mount shows a part of the tree, and the path may begin above that part.
             inside = path.removeprefix(root) if root != "/" else path
             for folder in (Path(mount_point, inside.lstrip("/")), Path(mount_point)):
                 group = MemoryGroup(folder)
@@ -60,7 +60,7 @@ def of_process(pid: int, proc: Path = Path("/proc")) -> MemoryGroup | None:
 
 
 def _mounts(mountinfo: str, is_v2: bool) -> list[tuple[str, str]]:
-    """Root and mount point of what is mounted of the controller."""
+    """Return the root and the mount point of each mount of the memory controller, or of cgroup v2."""
     found: list[tuple[str, str]] = []
     for line in mountinfo.splitlines():
         place, _, kind = line.partition(" - ")

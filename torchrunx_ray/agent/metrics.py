@@ -1,4 +1,4 @@
-"""Counters of an agent for Ray's metrics, which Prometheus reads from every node."""
+"""An agent's counters for Ray's metrics, which Prometheus reads from every node."""
 
 from ray.util.metrics import Counter, Gauge
 
@@ -31,7 +31,7 @@ class Metrics:
         self._is_stopping = False
 
     def begins(self, time_ns: int) -> None:
-        """A run."""
+        """Note that a run begins."""
         self._runs.inc()
         self._began_ns = time_ns
         self._started_ns = {}
@@ -39,7 +39,7 @@ class Metrics:
         self._is_stopping = False
 
     def stops(self) -> None:
-        """The run, by our signals: whom they kill has not failed."""
+        """Note that the agent signals the run's workers: a worker killed by these signals has not failed."""
         self._is_stopping = True
 
     def hear(self, event: messages.Event) -> None:

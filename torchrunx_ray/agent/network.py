@@ -1,4 +1,4 @@
-"""Which network interface a host is known by."""
+"""The network interface that has a host's address."""
 
 import array
 import fcntl
@@ -8,14 +8,14 @@ import struct
 _SIOCGIFCONF = 0x8912
 _NAME_BYTES, _ADDRESS_AT = 16, 20
 _ENTRY = struct.Struct("16s24s")
-"""An ifreq: the name, and the address in a union of this size."""
+"""An ifreq: the name, then the address in a union of this size."""
 
 _MOST = 1024
-"""Addresses of one host."""
+"""Addresses of one host that are read at most."""
 
 
 def interface_of(ip: str) -> str | None:
-    """The interface that has this IPv4 address, as its first or a further one; None where none has."""
+    """Return the interface with this IPv4 address, primary or secondary; None if no interface has it."""
     buffer = array.array("B", bytes(_MOST * _ENTRY.size))
     address, _ = buffer.buffer_info()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

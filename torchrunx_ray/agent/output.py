@@ -1,4 +1,4 @@
-"""One stream of what a worker or the template says, cut into whole lines."""
+"""One output stream of a worker or the template, split into whole lines."""
 
 import asyncio
 import contextlib
@@ -12,24 +12,24 @@ from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import Printed, Stream
 
 _CHUNK = 256 * 1024
-"""Size that the pipe is asked to hold between two reads."""
+"""Size requested for the pipe's buffer, and the most that one read takes."""
 _LONGEST_LINE = 16 * 2**20
-"""A longer line is passed on in pieces: the agent's memory is bounded."""
+"""Limit of an unfinished line. A longer line is passed on in pieces, to bound the agent's memory."""
 _PAUSE_S = 0.002
-"""Between two reads: one for every line would keep a core from the workers."""
+"""Pause between two reads. A read for every line would take a core from the workers."""
 _KEPT_LINES = 20
 _KEPT_BYTES = 8 * 1024
 _LONG_LINE = 400
-"""Characters of a line that is kept."""
+"""Characters that are kept of a line."""
 _CRASH = "Fatal Python error"
 _BEFORE_CRASH = 5
-"""Lines that say what led to it; its report names every thread."""
+"""Lines kept from before the crash report, which may show the cause. The report lists every thread."""
 
 
 class Output:
-    """Reads a pipe without blocking and puts whole lines into a mailbox.
+    """A reader that takes whole lines from a pipe without blocking and puts them into a mailbox.
 
-    While the mailbox is full it does not read. The last lines are kept for a failure's report.
+    The reader pauses while the mailbox is full. It keeps the last lines for a failure's report.
     """
 
     def __init__(self, fd: int, local_rank: int | None, stream: Stream, mailbox: Mailbox) -> None:
@@ -40,17 +40,17 @@ class Output:
         self._partial: list[bytes] = []
         self._partial_bytes = 0
         self._is_redrawn = False
-        """The line that has not ended: a progress bar is passed on as it comes."""
+        """True if the unfinished line has a carriage return. Such a line, a progress bar, is passed on as it comes."""
         self._tail = b""
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
-        with contextlib.suppress(OSError):  # the user has many pipes
+        with contextlib.suppress(OSError):  # the kernel limits the pipe memory of a user
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _CHUNK)
         self.resume()
 
     @property
     def last_lines(self) -> tuple[str, ...]:
-        """More of them where they tell of a crash, whose place stands first in its report."""
+        """The last lines; more of them after a crash, whose report begins with the place of the crash."""
         text = self._tail.decode(errors="backslashreplace").removesuffix("\n")
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if text]
         crash = next((i for i, line in enumerate(lines) if line.startswith(_CRASH)), len(lines))
@@ -62,12 +62,12 @@ class Output:
             self._loop.add_reader(self._fd, self._read_and_pause)
 
     def drain_and_close(self) -> None:
-        """Take what is in the pipe now, without waiting for whoever else may hold it open."""
+        """Read what is in the pipe now and close it, even if another process holds it open."""
         self.drain()
         self._close()
 
     def drain(self) -> None:
-        """Take what is in the pipe now, also while the mailbox is full."""
+        """Read what is in the pipe now, even if the mailbox is full."""
         waiting = self._waiting_bytes()
         while self._fd is not None and waiting > 0:
             taken = self._read_some()

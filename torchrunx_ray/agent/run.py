@@ -1,4 +1,4 @@
-"""One run's share of one host."""
+"""One host's share of a run."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class HostRun:
-    """Forks the workers, watches them, and puts `HostEnded`, then `OutputEnded` last into the mailbox."""
+    """A run on this host: forks the workers and watches them. Its last events are `HostEnded` and `OutputEnded`."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class HostRun:
         self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
         self._all_forked = False
         self._serves_others = listening is not None and wanted.places[0].hosts > 1
-        """The store, which other hosts' workers may ask also after those of this one have ended."""
+        """True while this host must keep the store for workers of other hosts, even if its own have ended."""
         self._template_died = False
         self._may_fork = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -55,7 +55,7 @@ class HostRun:
         return self._wanted.run_id
 
     async def start(self, function: Packed, inserted: Sequence[Packed]) -> None:
-        """Return once every worker is forked, or the run has ended without."""
+        """Fork the workers. Return once every worker is forked, or the run has stopped before that."""
         refused = await self._unless_stopped(self._template.ready())
         if refused is not None:
             self._mailbox.put(refused)
@@ -85,14 +85,14 @@ class HostRun:
         self._end_if_over()
 
     def fork(self) -> None:
-        """Let `start` go on: all hosts can fork."""
+        """Let `start` continue, because all hosts can fork."""
         self._may_fork.set()
 
     async def value(self, local_rank: int) -> Packed | None:
         return await self._workers[local_rank].value()
 
     async def stacks(self, wanted: messages.StacksWanted) -> dict[int, str]:
-        """Return the stacks of living workers by local rank; a text is empty if its worker did not answer."""
+        """Return the stacks of living workers by local rank; the text is empty if the worker did not answer."""
         living = [worker for worker in self._workers.values() if not worker.has_exited]
         texts = await asyncio.gather(*(worker.stacks(wanted) for worker in living))
         return {worker.local_rank: text for worker, text in zip(living, texts, strict=True)}
@@ -102,9 +102,9 @@ class HostRun:
             worker.resume_output()
 
     def stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL after the grace; with 0 SIGKILL now.
+        """Send SIGTERM to the workers, then SIGKILL after `grace_s`. With 0, send SIGKILL at once.
 
-        A worker that has failed is ending already, and gets the grace for its exit functions.
+        A worker that has failed gets no SIGTERM: it is already exiting, and has `grace_s` for its exit functions.
         """
         self._stopping.set()
         if grace_s > 0:
@@ -119,7 +119,7 @@ class HostRun:
         self._end_if_over()
 
     def has_exited(self, exited: messages.Exited) -> None:
-        """The template reaped a worker or the store."""
+        """Note that the template has reaped a worker or the store."""
         if exited.local_rank is not None:
             self._workers[exited.local_rank].ended(exited, self._oom_kills(exited))
             self._end_if_over()
@@ -128,7 +128,7 @@ class HostRun:
             self._fail(f"the process that serves the store (pid {exited.pid}) {how}", "")
 
     def template_is_gone(self, death: Death) -> None:
-        """The kernel killed the workers with it; nobody will report them."""
+        """Note that the template died. The kernel killed the workers with it, and nobody will report their exits."""
         if self._ending is None and not self._template_died:
             self._template_died = True
             what = "the template process, from which workers are forked, died"
@@ -136,7 +136,7 @@ class HostRun:
             self.everything_is_gone()
 
     def everything_is_gone(self) -> None:
-        """End the run: what is not gone yet has nobody to report it."""
+        """End the run, because nobody is left to report how the remaining workers exit."""
         self._stopping.set()
         self._serves_others = False
         for worker in self._workers.values():
@@ -156,7 +156,7 @@ class HostRun:
         return OomKills(str(group.path), group.limit, before, after)
 
     async def _unless_stopped(self, wanted: Coroutine[Any, Any, T]) -> T | None:
-        """Ctrl-C must not wait for an import of torch, nor for other hosts."""
+        """Await a coroutine until the run stops. Ctrl-C must not wait for an import of torch, or for other hosts."""
         waiting = asyncio.ensure_future(wanted)
         stopped = asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -194,7 +194,7 @@ class HostRun:
         self._check(answer)
 
     def _default_variables(self, place: Place) -> dict[str, str]:
-        """Left alone, gloo takes the interface of the hostname, which is often the loopback."""
+        """Return GLOO_SOCKET_IFNAME. By default gloo takes the interface of the hostname, often the loopback."""
         interface = interface_of(self._ip) if place.hosts > 1 else None
         return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
 

@@ -1,4 +1,4 @@
-"""A worker's Python stacks, for whoever asks what it is doing."""
+"""A worker's Python stacks, on request."""
 
 import asyncio
 import contextlib
@@ -13,14 +13,14 @@ from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import END_OF_STACKS, Printed, StacksWanted
 
 _LAST_FRAME = b" in _run_module_as_main\n"
-"""Mark at the end of the main thread's stack, which comes last; faulthandler itself marks no end."""
+"""End of the main thread's stack, which comes last. faulthandler itself writes no end mark."""
 
 
 class StackReader:
-    """Asks one worker: its thread that answers, or, where C code holds the GIL, faulthandler.
+    """A reader of one worker's stacks.
 
-    What comes unasked, since somebody else sent faulthandler's signal, is shown as what the worker
-    printed.
+    A thread of the worker answers; if C code holds the GIL, faulthandler answers instead. If another process sends
+    faulthandler's signal, the stacks are shown as output of the worker.
     """
 
     def __init__(self, local_rank: int, mailbox: Mailbox) -> None:
@@ -31,19 +31,19 @@ class StackReader:
         self.theirs = theirs.detach()
         self._answer = b""
         self._is_owed = False
-        """By the worker's thread; it may tell when nobody waits for it any more."""
+        """True while the worker's thread owes an answer, which may come after `ask` has timed out."""
         self._said_more = asyncio.Event()
         self._turn = asyncio.Lock()
         self._ours.setblocking(False)
         self._loop.add_reader(self._ours, self._read)
 
     async def ask(self, pid: int, wanted: StacksWanted) -> str:
-        """All threads' stacks, as faulthandler prints them; empty where it does not answer."""
+        """Return all threads' stacks as faulthandler prints them; empty if the worker does not answer."""
         async with self._turn:
             self._answer = b""
             if not self._is_owed:
                 self._is_owed = True
-                with contextlib.suppress(OSError):  # it has ended
+                with contextlib.suppress(OSError):  # the worker has ended
                     self._ours.send(b"?")
             await self._until(lambda: not self._is_owed, wanted.thread_s)
             if not self._answer and handles_usr2(pid):
@@ -73,7 +73,7 @@ class StackReader:
     def _read(self) -> None:
         try:
             data = self._ours.recv(2**16)
-        except ConnectionResetError:  # it left our question unread
+        except ConnectionResetError:  # the worker ended without reading the request
             data = b""
         if not data:
             self.close()
@@ -92,7 +92,7 @@ class StackReader:
 
 
 def handles_usr2(pid: int) -> bool:
-    """Not yet so in a process that was just forked: the signal would kill it."""
+    """Return True if a process handles SIGUSR2. A freshly forked process does not yet, and the signal would kill it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:

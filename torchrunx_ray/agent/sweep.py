@@ -1,4 +1,4 @@
-"""The last resort: find by its mark what a killed template and keepers left behind."""
+"""Last resort: find processes that a killed template and keepers left behind, by their mark."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ from torchrunx_ray.wire.environment import MARK
 
 
 def kill_marked(mark: str) -> None:
-    """SIGKILL every process that has this agent's mark in the environment it was started with."""
+    """Send SIGKILL to every process whose initial environment has this mark."""
     wanted = f"{MARK}={mark}".encode()
     for pid in proc.pids():
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             if wanted in proc.environment(pid) and not process_tree.ends_by_itself(pid):
                 os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The agent's hold on its template process, through its keepers."""
+"""The agent's handle on its template process, through the keepers."""
 
 import asyncio
 import contextlib
@@ -25,14 +25,14 @@ _Reply = messages.CallHeld | messages.Forked | messages.ForkFailed | messages.Ru
 
 @dataclass(frozen=True)
 class Death:
-    """How and when a template ended that nobody asked to."""
+    """Time and evidence of a template's unexpected end."""
 
     time_ns: int
     evidence: str
 
 
 class Template:
-    """Talks to a template. `on_gone` is called when it ended unasked."""
+    """Handle on a template process. `on_gone` is called if the template ends unexpectedly."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Template:
         self._asking = asyncio.Lock()
         self._closing = False
         self.death: Death | None = None
-        """How it ended, where nobody asked it to."""
+        """Evidence of an unexpected end, if there was one."""
         self._gone_at_ns = 0
         self._keepers_ended = asyncio.Event()
         self._gone = asyncio.Event()
@@ -70,16 +70,16 @@ class Template:
 
     @property
     def is_whole(self) -> bool:
-        """True if keepers and template are there for another run."""
+        """True if the outer keeper and the template can serve another run."""
         return not (self._closing or self._gone_at_ns) and self._keeper.poll() is None
 
     @property
     def is_ready(self) -> bool:
-        """True if it listens; it does not while it imports."""
+        """True if the template listens, which it does not during its imports."""
         return self._ready.done()
 
     async def ready(self) -> messages.TemplateRefused | None:
-        """Wait until it can fork; its refusal where it cannot."""
+        """Wait until the template can fork; return its refusal if it cannot."""
         return await asyncio.shield(self._ready)
 
     async def fork_store(
@@ -91,9 +91,9 @@ class Template:
     async def hold_call(
         self, values: Sequence[Packed], is_wanted: Callable[[], bool]
     ) -> messages.ForkFailed | None:
-        """Have the function and its arguments where every worker is forked with them.
+        """Copy the function and its arguments to the template, so that every forked worker has them.
 
-        Give up when they are not wanted any more.
+        The copy stops when `is_wanted` returns False.
         """
         reply, fds = await self._ask(messages.HoldCall(Layout.of(values)))
         if not isinstance(reply, messages.CallHeld):
@@ -108,7 +108,7 @@ class Template:
             os.close(fds[0])
 
     def drop_call(self) -> None:
-        """The last worker is forked."""
+        """Let the template free the function and its arguments, after the last worker is forked."""
         self._tell(messages.DropCall())
 
     async def fork_worker(
@@ -120,17 +120,20 @@ class Template:
         self._tell(messages.SignalWorkers(tuple(local_ranks), signum))
 
     async def end_run(self) -> tuple[int, ...]:
-        """Return when nothing of the run lives, less what ends by itself and the pids that are returned."""
+        """Kill what is left of the run. Return the pids that SIGKILL did not end.
+
+        Processes that end by themselves are left alone.
+        """
         reply, _ = await self._ask(messages.EndRun())
         return reply.left if isinstance(reply, messages.RunEnded) else ()
 
     async def close(self) -> None:
-        """End keepers and template with all that is below them, and wait until they are gone."""
+        """End keepers and template with all their descendants, and wait until they are gone."""
         self._closing = True
         if self._gone.is_set():
             return
-        self._keeper.send_signal(signal.SIGTERM)  # at once, also where the template does not listen
-        self._channel.say_no_more()  # for a template whose outer keeper was killed
+        self._keeper.send_signal(signal.SIGTERM)  # works even if the template does not listen
+        self._channel.say_no_more()  # ends a template whose outer keeper was killed
         await self._gone.wait()
 
     async def _fork(
@@ -140,7 +143,7 @@ class Template:
         return reply if isinstance(reply, messages.Forked) else _as_refused(reply)
 
     async def _ask(self, message: object, fds: Sequence[int] = ()) -> tuple[_Reply, list[int]]:
-        """One question at a time: the channel's buffer is small, and a fork quick."""
+        """Send one message at a time and return the reply: the channel's buffer is small, and a fork is quick."""
         async with self._asking:
             if self._gone.is_set():
                 return messages.RunEnded(()), []
@@ -153,7 +156,7 @@ class Template:
         try:
             self._channel.send(message, fds)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it is gone; `_listen` is about to hear of it, and answers for it
+            pass  # the template is gone; `_listen` will notice, and a reply is made in its place
 
     def _listen(self) -> None:
         while True:
@@ -187,7 +190,7 @@ class Template:
     async def _has_gone(self) -> None:
         await self._keepers_ended.wait()
         exit_code = self._keeper.wait()
-        with contextlib.suppress(OSError):  # out of descriptors: the end is told all the same
+        with contextlib.suppress(OSError):  # out of descriptors; the end is reported anyway
             kill_marked(self._mark)
         self._channel.close()
         self._stdout.drain_and_close()
@@ -216,7 +219,7 @@ def _as_refused(reply: _Reply) -> messages.ForkFailed:
 
 
 def _evidence(exit_code_of_keeper: int) -> str:
-    """How the template ended, which its keeper passes on."""
+    """Describe how the template ended; its keeper passes on the exit code."""
     if exit_code_of_keeper < 0:
         return f"its keeper {describe_exit(None, -exit_code_of_keeper)}, too"
     killed = exit_code_of_keeper > 128

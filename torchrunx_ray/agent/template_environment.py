@@ -1,4 +1,4 @@
-"""The environment and the folder that a template, and so every worker, starts with."""
+"""The environment and the working directory of a template, and so of every worker."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from torchrunx_ray.wire.messages import TemplateWanted
 
 _SOURCING_S = 60
 
-# `env` is found before the file may change PATH. The file may set any name, so ours are long.
+# The path of `env` is looked up first, since the file may change PATH. The file may set any name, so ours are long.
 _SOURCE = """
 __torchrunx_ray_env=$(command -v env)
 set -a
@@ -40,7 +40,7 @@ _BASHS_OWN = {"_", "SHLVL", "PWD", "OLDPWD", environment.MARK}
 
 
 def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> dict[str, str]:
-    """From the least to the strongest: the agent's, the driver's, env_file's, explicit values."""
+    """Return the template's environment. Later sources win: the agent's, the driver's, env_file's, explicit values."""
     made = environment.for_template(
         os.environ,
         dict(wanted.driver_variables),
@@ -51,7 +51,7 @@ def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> 
         made = _source(os.path.join(cwd, wanted.env_file), made)
     made |= dict(wanted.explicit_variables)
     if not wanted.one_worker:
-        # As torchrun does. It must stand here: OpenMP reads it when torch is loaded.
+        # As torchrun does. OpenMP reads the variable when torch is loaded, so a worker could not set it later.
         made.setdefault("OMP_NUM_THREADS", "1")
     made["RAY_ADDRESS"] = ray_address
     _check_sizes(made)
@@ -61,12 +61,12 @@ def template_environment(wanted: TemplateWanted, ray_address: str, cwd: str) -> 
 def search_path(
     wanted: TemplateWanted, made: Mapping[str, str], cwd: str, runtime_env: Mapping[str, Any]
 ) -> list[str]:
-    """Return the agent's sys.path, with the folders of PYTHONPATH that a worker has.
+    """Return the agent's sys.path, with the folders of a worker's PYTHONPATH.
 
-    They keep their order. They stand after what the runtime_env brought, or the code that it sends could be
-    hidden by an older copy on the host; and before the rest of the agent's own PYTHONPATH and the standard
-    library. The driver's PYTHONPATH counts as well if its interpreter is another one, but last: it must not
-    hide what this host has.
+    These folders keep their order. They come after the runtime_env's folders: an older copy on the host must not
+    shadow code that the runtime_env sends. They come before the rest of the agent's own PYTHONPATH and the
+    standard library. If the driver has another interpreter, its PYTHONPATH comes last, so that it shadows nothing
+    on this host.
     """
     own = list(sys.path)
     brought = _brought(runtime_env)
@@ -83,7 +83,7 @@ def search_path(
 
 
 def python_path(made: Mapping[str, str], runtime_env: Mapping[str, Any]) -> str | None:
-    """Return the PYTHONPATH of workers, for their child processes: what the runtime_env brought comes first."""
+    """Return the PYTHONPATH of workers, for their child processes; the runtime_env's folders come first."""
     wanted = made.get("PYTHONPATH")
     brought = _brought(runtime_env)
     if not brought:
@@ -112,7 +112,7 @@ def _is_standard(folder: str) -> bool:
 
 
 def env_file_version(wanted: TemplateWanted, cwd: str) -> tuple[int, int] | None:
-    """Changes when the file does."""
+    """Return a value that changes when the file changes; None if there is no file."""
     if wanted.env_file is None:
         return None
     try:
@@ -123,7 +123,7 @@ def env_file_version(wanted: TemplateWanted, cwd: str) -> tuple[int, int] | None
 
 
 def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple[str, str | None]:
-    """Return the function's working directory, and a warning if it is not the driver's."""
+    """Return the function's working directory, and a warning if the driver's cannot be used."""
     here = os.getcwd()
     if in_job_working_dir:
         return here, None
@@ -135,7 +135,7 @@ def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple
 
 
 def why_no_process(error: OSError, made: Mapping[str, str]) -> str:
-    """Return what is wrong, in the user's words, if no process can be started with this environment."""
+    """Explain to the user why no process could be started with this environment."""
     if error.errno == errno.E2BIG:
         return f"the environment of workers: {environment.too_large_together(made)}"
     return f"the process that starts the template could not be started: {error}"
@@ -157,7 +157,7 @@ def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
     if code is None:
         raise ValueError(f"env_file={path!r}: bash had not sourced it after {_SOURCING_S} s.")
     said = errors.decode(errors="replace").strip()
-    # A last line such as `[ -f x ] && export A=1` fails in silence, and nothing is wrong.
+    # A last line such as `[ -f x ] && export A=1` may fail silently, although nothing is wrong.
     if code != 0 and said:
         raise ValueError(
             f"env_file={path!r} could not be sourced by bash (exit code {code}):\n{said}"
@@ -175,9 +175,10 @@ def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
 
 
 def _run_bash(path: str, base: Mapping[str, str]) -> tuple[int | None, bytes, bytes]:
-    """Source the file; return bash's exit code (None if it took too long) and output. All that the file started ends.
+    """Source the file; return bash's exit code (None after a timeout), stdout and stderr.
 
-    Into files: whatever the file leaves in the background would hold pipes open.
+    Everything that the file started is killed. Output goes to files, because background processes of the file
+    would hold pipes open.
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         mark = uuid.uuid4().hex
@@ -189,7 +190,7 @@ def _run_bash(path: str, base: Mapping[str, str]) -> tuple[int | None, bytes, by
         finally:
             process_tree.signal_group(bash.pid, signal.SIGKILL)
             bash.wait()
-            kill_marked(mark)  # what left the group, such as a daemon
+            kill_marked(mark)  # processes that left the group, such as a daemon
         output.seek(0)
         errors.seek(0)
         return code, output.read(), errors.read()
@@ -208,7 +209,7 @@ def _start_bash(
             process_group=0,
         )
     except OSError as error:
-        if error.errno == errno.E2BIG:  # it fits no other process, either
+        if error.errno == errno.E2BIG:  # too large for every process, not only for bash
             raise
         raise ValueError(
             f"env_file={path!r} is sourced by bash, which could not be started: {error}. The PATH of workers is "

@@ -1,4 +1,4 @@
-"""The agent's hold on one worker: its channel, its output, its outcome."""
+"""The agent's handle on one worker: its channel, its output, its outcome."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from torchrunx_ray.wire.values.transfer import Layout
 
 
 class Worker:
-    """Turns what one worker says, prints and becomes into events."""
+    """Handle on one worker: turns its messages, its output and its exit into events."""
 
     def __init__(self, local_rank: int, mailbox: Mailbox) -> None:
         self.local_rank = local_rank
@@ -50,7 +50,7 @@ class Worker:
 
     @property
     def fds(self) -> list[int]:
-        """The worker's ends, in the order of `ForkWorker`."""
+        """The worker's ends of its channel, pipes and socket, in the order of `ForkWorker`."""
         return [
             self._theirs.fileno(),
             self._stdout_theirs,
@@ -63,7 +63,7 @@ class Worker:
         self._pid = pid
 
     def give_fds_away(self) -> None:
-        """Keep none of the worker's ends, so that its death closes them; safe to repeat."""
+        """Close our copies of the worker's ends, so that its death closes the last ones. Safe to repeat."""
         if self._theirs.fileno() >= 0:
             self._theirs.close()
             os.close(self._stdout_theirs)
@@ -72,9 +72,9 @@ class Worker:
             os.close(self._stacks.theirs)
 
     async def value(self) -> Packed | None:
-        """Return the function's value, once; None if the worker ended without one.
+        """Return the function's value, once; None if the worker ended without a value.
 
-        Afterwards it is Ray's, and the agent's copy goes.
+        The agent then drops its copy, since Ray has the value.
         """
         packed = await asyncio.shield(self._value)
         self._value = self._loop.create_future()
@@ -82,11 +82,11 @@ class Worker:
         return packed
 
     async def stacks(self, wanted: messages.StacksWanted) -> str:
-        """Return its Python stacks; empty if it does not answer."""
+        """Return the worker's Python stacks; empty if the worker does not answer."""
         return "" if self._pid is None else await self._stacks.ask(self._pid, wanted)
 
     async def until_taken(self) -> None:
-        """Wait for a copy of its value that is still under way."""
+        """Wait until a pending copy of the worker's value is done."""
         if self._taking is not None:
             await asyncio.wait([self._taking])
 
@@ -96,7 +96,7 @@ class Worker:
         self._records.resume()
 
     def ended(self, exited: messages.Exited, oom_kills: OomKills | None) -> None:
-        """It has been reaped and its group killed: what it said before is all there is."""
+        """Note that the worker was reaped and its group killed. No more messages will come."""
         self._close_books()
         if self.has_outcome:
             self._mailbox.put(exited)
@@ -104,7 +104,7 @@ class Worker:
             self._mailbox.put(messages.Died(exited, self._stderr.last_lines, oom_kills))
 
     def abandon(self) -> None:
-        """It was never forked, or died with its template: nobody will report its end."""
+        """Give up a worker whose exit nobody will report: it was never forked, or died with its template."""
         if not self.has_exited:
             self._close_books()
 
@@ -128,8 +128,8 @@ class Worker:
                 message, fds = self._channel.receive()
             except BlockingIOError:
                 return
-            except (EOFError, ConnectionResetError):  # the latter where it left something unread
-                # Not its death: that is the exit status, which the template reports.
+            except (EOFError, ConnectionResetError):  # the latter if it left a message unread
+                # This need not be the worker's death, which the template reports with the exit status.
                 self._hang_up()
                 return
             except Exception as error:
@@ -140,7 +140,7 @@ class Worker:
                 return
             if self.has_outcome:
                 _close_all(fds)
-                continue  # there is one only; a process that the function forked has no say
+                continue  # only the first outcome counts; a process that the function forked may send another
             match message:
                 case messages.Returned():
                     self._taking = asyncio.ensure_future(self._take_value(message, fds[0]))
@@ -155,7 +155,7 @@ class Worker:
                     raise TypeError(f"a worker does not send {message!r}")
 
     async def _take_value(self, returned: messages.Returned, fd: int) -> None:
-        """Copy the value, and tell the worker that it may end; or else what is wrong."""
+        """Copy the value and tell the worker that it may exit, or report why the copy failed."""
         try:
             packed = await asyncio.to_thread(self._copy, returned, fd)
         except OSError as error:
@@ -164,11 +164,11 @@ class Worker:
             else:
                 self._answer(messages.NotReadable())
             return
-        except Exception as error:  # no memory, or no thread
+        except Exception as error:  # out of memory or of threads
             self._cannot_take(error)
             return
         if self._channel.fileno() >= 0:
-            self._listen()  # a signal handler may have raised in the worker meanwhile
+            self._listen()  # a signal handler may have raised in the worker during the copy
         if packed is not None and self._is_wanted():
             self.has_outcome = True
             self._value.set_result(packed)
@@ -176,7 +176,7 @@ class Worker:
             self._answer(messages.Taken())
 
     def _copy(self, returned: messages.Returned, fd: int) -> Packed | None:
-        """In a thread."""
+        """Return a copy of the value; None if it is not wanted any more. Runs in a thread."""
         if isinstance(returned.value, Layout):
             return transfer.map_file(fd, returned.value)[0]
         try:
@@ -185,7 +185,7 @@ class Worker:
             os.close(fd)
 
     def _is_wanted(self) -> bool:
-        """A worker that was killed, or failed after all, has no value: its end tells."""
+        """Return False if the worker has exited or has another outcome: its value then does not count."""
         return not (self.has_exited or self.has_outcome)
 
     def _cannot_take(self, error: Exception) -> None:
@@ -196,7 +196,7 @@ class Worker:
 
     def _answer(self, message: object) -> None:
         if self._channel.fileno() >= 0:
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the worker has ended
                 self._channel.send(message)
 
     def _hang_up(self) -> None:

@@ -1,1 +1,1 @@
-"""Help for other libraries and command lines; each module is imported on its own."""
+"""Integrations with other libraries and command lines; import each module by itself."""

@@ -1,4 +1,4 @@
-"""A launcher's options on an argparse command line; with tyro, `tyro.cli(Launcher)` does it all."""
+"""A launcher's options for an argparse command line. With tyro, `tyro.cli(Launcher)` is enough."""
 
 import argparse
 import ast
@@ -12,7 +12,7 @@ from torchrunx_ray.driver.options.command_line import VALUES
 from torchrunx_ray.driver.options.options import Options
 
 _PREFIX = "torchrunx_"
-"""Prefix of the attributes of parsed arguments: a parser's own --name has the attribute `name`."""
+"""Prefix of our attributes of parsed arguments, since a parser's own --name has the attribute `name`."""
 
 
 def add_torchrunx_argument_group(
@@ -20,7 +20,7 @@ def add_torchrunx_argument_group(
 ) -> None:
     """Add arguments for the options of `Launcher`, in groups by topic.
 
-    `leave_out` names options that get none, such as "name" where the parser has a --name of its own.
+    `leave_out` names options that get no argument, such as "name" if the parser has its own --name.
     """
     left_out = set(leave_out)
     defaults = {field.name: field.default for field in fields(Options)}
@@ -41,7 +41,7 @@ def add_torchrunx_argument_group(
 
 
 def launcher_from_args(args: argparse.Namespace) -> Launcher:
-    """The launcher of the arguments; a value that cannot be ends the script as a wrong argument does."""
+    """Return a launcher with the parsed options. An invalid value ends the script, as any wrong argument does."""
     import tyro
 
     words: list[str] = []
@@ -53,7 +53,7 @@ def launcher_from_args(args: argparse.Namespace) -> Launcher:
 
 
 def _written(flag: str, values: list[str]) -> list[str]:
-    # As one word a value may begin with a dash.
+    # Joined to the flag, a value may begin with a dash.
     return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
 
 
@@ -68,7 +68,7 @@ def _shown(default: object) -> str:
 
 
 def _docstrings() -> dict[str, str]:
-    """Return the docstring of each option from the source, as dataclasses do not keep it."""
+    """Return the docstring of each option from the source, since dataclasses do not keep them."""
     (definition,) = ast.parse(inspect.getsource(Options)).body
     assert isinstance(definition, ast.ClassDef)
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""PyTorch Lightning (`lightning`, or `pytorch_lightning` alone) in the workers of a launch."""
+"""Integration with PyTorch Lightning (`lightning`, or `pytorch_lightning` alone) in the workers of a launch."""
 
 import os
 from importlib import import_module
@@ -9,11 +9,11 @@ from typing import Any
 from torchrunx_ray.wire.environment import MARK
 
 _FABRICS = {"lightning": "lightning.fabric", "lightning_fabric": "lightning_fabric"}
-"""Modules that define a ClusterEnvironment, by package: the two know nothing of each other."""
+"""Modules that define a ClusterEnvironment, by package. The two classes are unrelated."""
 
 
 def _base() -> Any:
-    """A ClusterEnvironment for the Trainer of every package that is installed."""
+    """Return a base class that is a ClusterEnvironment of every installed package."""
     kinds = tuple(
         import_module(f"{fabric}.plugins.environments").ClusterEnvironment
         for package, fabric in _FABRICS.items()
@@ -32,10 +32,10 @@ _ClusterEnvironment = _base()
 
 
 class TorchrunxClusterEnvironment(_ClusterEnvironment):
-    """Tells a Trainer, or Fabric, that the workers of the launch are its processes.
+    """A plugin that makes a Trainer, or Fabric, use the workers of the launch as its processes.
 
-    It goes into `plugins`, with `devices` the workers of a host and `num_nodes` the hosts. Made before
-    anything else of Lightning it also tells the rank to what is done on rank zero only.
+    Pass it in `plugins`, with the workers per host as `devices` and the number of hosts as `num_nodes`. If created
+    before any other object of Lightning, it also sets the rank for Lightning's rank-zero-only functions.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class TorchrunxClusterEnvironment(_ClusterEnvironment):
                 "Call it in the function that torchrunx_ray launches."
             )
         super().__init__()  # pyright: ignore[reportUnknownMemberType]  # of a class made at run time
-        # Read from RANK when Lightning is imported: in a template, by preload, there is none.
+        # Lightning reads RANK when it is imported. In a template, where preload imports it, there is no RANK.
         rank_zero: Any = import_module("lightning_utilities.core.rank_zero")
         rank_zero.rank_zero_only.rank = self.global_rank()
 
@@ -78,13 +78,13 @@ class TorchrunxClusterEnvironment(_ClusterEnvironment):
         return int(os.environ["GROUP_RANK"])
 
     def set_world_size(self, size: int) -> None:
-        """Nothing: the launch has set it, and `validate_settings` compares."""
+        """Do nothing: the launch has set the size, and `validate_settings` compares it."""
 
     def set_global_rank(self, rank: int) -> None:
-        """Nothing: the launch has set it."""
+        """Do nothing: the launch has set the rank."""
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """ValueError where Lightning would count other processes than there are."""
+        """Raise ValueError if Lightning would expect another number of processes than the launch has."""
         world_size = self.world_size()
         if num_devices * num_nodes == world_size:
             return

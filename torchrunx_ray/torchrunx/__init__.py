@@ -1,8 +1,8 @@
-"""torchrunx 0.4 over torchrunx_ray: its names, for scripts that were written for it.
+"""The API of torchrunx 0.4 on top of torchrunx_ray, for scripts written for torchrunx.
 
 import torchrunx_ray.torchrunx as torchrunx
 
-It translates, and adds nothing. docs/from_torchrunx.md tells what differs.
+This package only translates. docs/from_torchrunx.md describes the differences.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torchrunx_ray.driver.report.results import LaunchResult
 
 __version__ = "0.4.0"
-"""Version of the torchrunx that this stands for, since scripts compare it."""
+"""Version of torchrunx that this package replaces, since scripts compare it."""
 
 __all__ = [
     "DEFAULT_ENV_VARS_FOR_COPY",
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A worker imports the script's modules and so this one, and must not import ray."""
+    """Import LaunchResult on first use, since workers import this module and must not import ray."""
     if name == "LaunchResult":
         import torchrunx_ray as trx
 

@@ -1,4 +1,4 @@
-"""torchrunx's Launcher, which translates itself into ours."""
+"""torchrunx's Launcher, translated into `torchrunx_ray.Launcher`."""
 
 import logging
 import warnings
@@ -27,8 +27,8 @@ DEFAULT_ENV_VARS_FOR_COPY = (
 )
 
 
-# As tyro likes them: of several types it takes the first that fits, so words come before lists; and
-# what may be an os.PathLike[str] it cannot set.
+# The types suit tyro: it takes the first type of a union that fits, so words come before lists, and it cannot
+# parse os.PathLike[str].
 @dataclass
 class Launcher:
     """Launches functions on the hosts of a Ray cluster, with the options of torchrunx 0.4."""
@@ -57,18 +57,19 @@ class Launcher:
     def set_logging_handlers(
         self, handler_factory: HandlerFactory | Literal["auto"] | None
     ) -> "Launcher":
-        """Give the workers' output to the handlers that this function makes; returns the launcher.
+        """Send the workers' output to the handlers that this function makes. Return the launcher.
 
-        "auto": files, and the loggers of the first host and worker. None: nobody.
+        With "auto", all output goes to files, and the output of the first host and worker also goes to loggers. With
+        None, output goes to no handler.
         """
         self.handler_factory = handler_factory
         return self
 
-    # func and self may be given by name there, so neither is positional only.
+    # torchrunx accepts func and self by name, so neither is positional-only.
     def run(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "trx.LaunchResult[R]":
         """Call the function on every worker, and wait for all of them.
 
-        Raises what the first failing worker raised, as the type that it is, WorkerFailedError,
+        Raise the exception of the first worker that failed, as the same type. Other failures raise WorkerFailedError,
         AgentFailedError, or another RuntimeError.
         """
         self._warn_of_what_means_nothing()
@@ -106,7 +107,7 @@ class Launcher:
 
 
 def _is_whole_cluster_here() -> bool:
-    """Return True if "auto" can only be this machine, which torchrunx calls localhost."""
+    """Return True if "auto" means only this machine, which torchrunx calls localhost."""
     from torchrunx_ray.driver.cluster import connection, inventory
 
     connection.connect()

@@ -1,4 +1,4 @@
-"""Output of workers, under the names and at the levels that it has in torchrunx."""
+"""Output of workers, with the logger names and levels that torchrunx uses."""
 
 import logging
 from typing import Any
@@ -12,23 +12,23 @@ _THEIRS = "torchrunx"
 
 
 def named_as_there(handlers: Any) -> list[logging.Handler]:
-    """Let these handlers of a launch see their names; a handler without level takes every level."""
+    """Make handlers of a launch see torchrunx's logger names; a handler without a level takes every level."""
     if not _is_list(handlers):
         raise TypeError(
             f"handler_factory returned {handlers!r}: expected a list of handlers of logging."
         )
-    made: list[logging.Handler] = list(handlers)  # a launch checks what is in it
+    made: list[logging.Handler] = list(handlers)  # the launch checks the items
     for handler in made:
         if isinstance(handler, logging.Handler):  # pyright: ignore[reportUnnecessaryIsInstance]
             if not handler.level:
-                handler.setLevel(1)  # our launches take NOTSET for INFO
+                handler.setLevel(1)  # our launches treat NOTSET as INFO
             if _rename not in handler.filters:
-                handler.filters.insert(0, _rename)  # before the user's, which may look at names
+                handler.filters.insert(0, _rename)  # before the user's filters, which may use names
     return made
 
 
 def default_handlers_of_any_hosts() -> list[logging.Handler]:
-    """Return `default_handlers` for hosts that Ray has not chosen yet."""
+    """Return handlers like `default_handlers`, for hosts that Ray has not chosen yet."""
     redirect = RedirectHandler(_least_level_of_loggers())
     redirect.addFilter(_is_of_first)
     files = default_files()
@@ -36,7 +36,7 @@ def default_handlers_of_any_hosts() -> list[logging.Handler]:
 
 
 class _FileOfEach(logging.Handler):
-    """Writes a file for each worker and each host's agent, where there is something to write."""
+    """A handler that writes a file for each worker and each host's agent that has output."""
 
     def __init__(self, files: ToFiles) -> None:
         super().__init__(files.level)
@@ -53,7 +53,7 @@ class _FileOfEach(logging.Handler):
 
 
 def _rename(record: logging.LogRecord) -> bool:
-    """A filter, which passes everything. The handlers of a launch share a record."""
+    """Rename a record, as a filter that passes every record. The handlers of a launch share a record."""
     if record.name.startswith(f"{ROOT}."):
         record.name = _THEIRS + record.name.removeprefix(ROOT)
         said: dict[str, Any] = vars(record)
@@ -69,7 +69,7 @@ def _is_of_first(record: logging.LogRecord) -> bool:
 
 
 def _least_level_of_loggers() -> int:
-    """Return the lowest level that some logger takes: other records need not travel."""
+    """Return the lowest level of torchrunx's loggers: records below that level need not be sent."""
     known = [
         name for name in list(logging.root.manager.loggerDict) if name.startswith(f"{_THEIRS}.")
     ]

@@ -1,1 +1,1 @@
-"""Everything that crosses between driver, agent and worker; imports neither ray nor torch."""
+"""Messages and values that pass between driver, agent and worker; imports neither ray nor torch."""

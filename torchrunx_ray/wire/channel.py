@@ -1,4 +1,4 @@
-"""Messages and file descriptors between two processes of one host."""
+"""Messages and file descriptors between two processes on one host."""
 
 import array
 import errno
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torchrunx_ray.wire import linux
 
 _INLINE_LIMIT = 32 * 1024
-"""A larger body travels in a memory file: one SEQPACKET message must fit the socket's buffer."""
+"""Size limit of a body inside a packet, which must fit the socket's buffer. A larger body goes in a memory file."""
 
 _MAX_FDS = 32
 _INLINE, _IN_FILE = b"i", b"f"
@@ -19,7 +19,7 @@ _INLINE, _IN_FILE = b"i", b"f"
 class Channel:
     """One end of a SOCK_SEQPACKET pair that carries pickled messages.
 
-    A message arrives whole or not at all, with its descriptors (close-on-exec). EOFError says
+    A message arrives whole or not at all, together with its descriptors (close-on-exec). EOFError means
     that no process holds the other end any more.
     """
 
@@ -34,7 +34,7 @@ class Channel:
     @classmethod
     def from_fd(cls, fd: int) -> "Channel":
         sock = socket.socket(fileno=fd)
-        sock.settimeout(None)  # what a preloaded module has set for new ones is not meant for it
+        sock.settimeout(None)  # a preloaded module may have set a default timeout
         return cls(sock)
 
     def fileno(self) -> int:
@@ -47,7 +47,7 @@ class Channel:
         self._socket.close()
 
     def say_no_more(self) -> None:
-        """The other end reads EOF, while this one still hears it close."""
+        """Let the other end read EOF. This end still notices when the other one closes."""
         self._socket.shutdown(socket.SHUT_WR)
 
     def send(self, message: object, fds: Sequence[int] = ()) -> None:
@@ -73,8 +73,8 @@ class Channel:
         return pickle.loads(body), fds
 
     def _receive_packet(self) -> tuple[bytes, list[int]]:
-        # Not socket.recv_fds: it cannot ask for close-on-exec, and a descriptor that a worker's
-        # own subprocess inherits keeps pipes open.
+        # Not socket.recv_fds: its descriptors are not close-on-exec, and a descriptor that a worker's
+        # subprocess inherits keeps pipes open.
         fds = array.array("i")
         data, ancillary, flags, _address = self._socket.recvmsg(
             _INLINE_LIMIT + 1,

@@ -1,4 +1,4 @@
-"""The one place where wall-clock time is read; failures on different hosts are ordered by it."""
+"""The only place that reads wall-clock time, which orders failures of different hosts."""
 
 import time
 

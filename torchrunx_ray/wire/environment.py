@@ -1,4 +1,4 @@
-"""Environment variables that travel, and the environment of a template."""
+"""Environment variables that are copied to hosts, and the environment of a template."""
 
 import fnmatch
 import os
@@ -21,38 +21,39 @@ DEFAULT_ENV_VARS = (
 )
 
 MARK = "TORCHRUNX_RAY_POOL"
-"""Stands in the environment of everything that one agent started, for finding what is left."""
+"""Variable in the environment of all processes that one agent started, by which leftovers are found."""
 
 _TORCHRUNS_OWN = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE")
-"""Variables of a driver that torchrun started: its store and its file are none of the workers'."""
+"""Variables of a driver that torchrun started. Workers must not use torchrun's store or its error file."""
 
 _NEVER_COPIED = (
     "CUDA_VISIBLE_DEVICES", "RAY_*", MARK, *_TORCHRUNS_OWN, *sorted(RANK_VARIABLES)
 )  # fmt: skip
 
 _DRIVERS_OWN = ("TORCHRUNX_LOG_DIR", "TORCHRUNX_LOG_LEVEL")
-"""Only the driver reads these. They travel when they are asked for by name."""
+"""Variables that only the driver reads. They are copied only if requested by their full name."""
 
 _SAME_INTERPRETER_ONLY = ("PATH", "LD_LIBRARY*", "LIBRARY_PATH", "PYTHON*")
-"""A laptop's paths break a container: these go only where the driver's interpreter is too."""
+"""Variables that are copied only to hosts with the driver's interpreter: a laptop's paths break a container."""
 
 _RAY_FOR_DRIVERS = ("RAY_AUTH_*", "RAY_USAGE_*")
-"""Ray's variables for the agent that a function's own `ray.init()` needs as well."""
+"""Variables that Ray gives the agent and that `ray.init()` in the function needs as well."""
 
 _RAY_FOR_ITS_WORKERS = ("RAY_*", "SPT_NOENV", "PYTHONBREAKPOINT", "OMP_NUM_THREADS")
-"""Variables that Ray sets for its own worker processes, and children would inherit.
+"""Variables that Ray sets for its own worker processes, and that their children must not inherit.
 
-OMP_NUM_THREADS would be the agent's number of CPUs, which is none: one thread for a whole host.
+Ray derives OMP_NUM_THREADS from the agent's number of CPUs. An agent has none, so the variable would allow one
+thread on a whole host.
 """
 
 
 def forbidden(name: str) -> bool:
-    """Return True if the launch sets this variable itself, so that nobody may ask for it."""
+    """Return True for a variable that the user may not set or copy."""
     return _matches(name, _NEVER_COPIED)
 
 
 def chosen(environment: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
-    """The driver's variables that travel."""
+    """Return the driver's variables that are copied to hosts."""
     patterns = tuple(patterns)
     return {
         name: value
@@ -65,7 +66,7 @@ def chosen(environment: Mapping[str, str], patterns: Iterable[str]) -> dict[str,
 
 
 def too_large(environment: Mapping[str, str]) -> str | None:
-    """Name a variable that Linux lets no process start with; None if all are small enough."""
+    """Describe a variable that is too large to start any process; return None if all are small enough."""
     limit = 32 * os.sysconf("SC_PAGE_SIZE")  # MAX_ARG_STRLEN of the kernel
     for name, value in environment.items():
         size = len(os.fsencode(f"{name}={value}")) + 1
@@ -78,7 +79,7 @@ def too_large(environment: Mapping[str, str]) -> str | None:
 
 
 def too_large_together(environment: Mapping[str, str]) -> str:
-    """Say how large the variables are, and name the largest ones."""
+    """Describe the total size of the variables and name the largest ones."""
     sizes = {name: len(os.fsencode(f"{name}={value}")) + 1 for name, value in environment.items()}
     largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
     named = ", ".join(f"{name} ({sizes[name]})" for name in largest)
@@ -91,7 +92,7 @@ def too_large_together(environment: Mapping[str, str]) -> str:
 def for_template(
     agents_own: Mapping[str, str], from_driver: Mapping[str, str], *, same_interpreter: bool
 ) -> dict[str, str]:
-    """The environment of a host's template, before env_file and explicit values."""
+    """Return the environment of a host's template, before env_file and explicit values."""
     environment = {
         name: value
         for name, value in agents_own.items()
@@ -105,7 +106,7 @@ def for_template(
 
 
 def _is_rays_debugger(name: str, value: str) -> bool:
-    # ray.init sets it in the driver, and breakpoint() in a worker would import ray.
+    # ray.init sets this value in the driver. With it, breakpoint() in a worker would import ray.
     return name == "PYTHONBREAKPOINT" and value.startswith("ray.")
 
 

@@ -1,7 +1,7 @@
-"""Calls of the kernel.
+"""System calls, some of which not every Python build offers.
 
-Not every Python has them: conda's, and with it that of Ray's own images, is built on systems older than these
-calls, whatever kernel it runs on later.
+conda's Python, which Ray's own images use, is built on systems older than these calls. So conda's Python lacks them
+even on a newer kernel.
 """
 
 import ctypes
@@ -16,14 +16,17 @@ _CLOSE_ON_EXEC = 1
 
 
 def pidfd_open(pid: int) -> int:
-    """A descriptor that can be read once the process has ended."""
+    """Return a descriptor that becomes readable when the process ends."""
     if hasattr(os, "pidfd_open"):
         return os.pidfd_open(pid)
     return _call(_PIDFD_OPEN, pid, 0)
 
 
 def ready(fds: Iterable[int], timeout_s: float | None = None) -> list[int]:
-    """Wait until some of the descriptors can be read; return these. A pidfd can when its process has ended."""
+    """Wait until some of the descriptors are readable, and return these. A pidfd is readable after its process ended.
+
+    Return an empty list after `timeout_s`.
+    """
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
@@ -31,7 +34,7 @@ def ready(fds: Iterable[int], timeout_s: float | None = None) -> list[int]:
 
 
 def memory_file(name: str) -> int:
-    """A file in memory, without a name in any folder; `name` is for people who look."""
+    """Return the descriptor of a new file in memory, which is in no folder; `name` only helps debugging."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name)
     return _call(_MEMFD_CREATE[platform.machine()], name.encode(), _CLOSE_ON_EXEC)

@@ -1,6 +1,6 @@
-"""The messages of a launch, by who sends them to whom.
+"""The messages of a launch, grouped by sender and receiver.
 
-Descriptors that go with a message stand in its docstring, in their order.
+If descriptors go with a message, its docstring lists them in their order.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from torchrunx_ray.wire.values.transfer import Layout, Spans
 from torchrunx_ray.wire.versions import Versions
 
 Stream = Literal["stdout", "stderr", "records"]
-"""Streams of a worker: text, or `logging` as lines that `wire.records` reads."""
+"""Streams of a worker: text, or records of `logging` as lines that `wire.records` reads."""
 
 StartMethod = Literal["fork", "spawn"]
 
 END_OF_STACKS = b"\0"
-"""After what a worker answers to the byte by which it is asked for its stacks."""
+"""End mark of a worker's answer to a request for its stacks."""
 
 
 # driver -> agent
@@ -25,7 +25,7 @@ END_OF_STACKS = b"\0"
 
 @dataclass(frozen=True)
 class TemplateWanted:
-    """Recipe of a template. Agents are kept and reused if it is equal."""
+    """Recipe of a template. An agent is reused for a run whose recipe is equal."""
 
     driver_variables: tuple[tuple[str, str], ...]
     explicit_variables: tuple[tuple[str, str], ...]
@@ -39,7 +39,7 @@ class TemplateWanted:
 
 @dataclass(frozen=True)
 class RunWanted:
-    """One run's share of one host."""
+    """One host's share of a run."""
 
     run_id: str
     hostname: str
@@ -53,14 +53,17 @@ class RunWanted:
     argv: tuple[str, ...]
     log_level: int
     forks_when_told: bool
-    """Not before all hosts can fork, or those that can would wait for the others in the process group."""
+    """True if workers are forked only after all hosts can fork.
+
+    Otherwise the first workers would wait for the others in the process group.
+    """
 
 
 @dataclass(frozen=True)
 class StacksWanted:
-    """The stacks of a run's workers, as far as these answer in time.
+    """Request for the stacks of a run's workers that answer within `within_s`.
 
-    After `thread_s` faulthandler is asked instead of a worker's own thread, in case C code holds the GIL.
+    After `thread_s` the agent asks faulthandler instead of a worker's thread, in case C code holds the GIL.
     """
 
     within_s: float
@@ -72,9 +75,10 @@ class StacksWanted:
 
 @dataclass(frozen=True)
 class Met:
-    """Identity of an agent. `master_port` if it was asked to listen for the store's clients.
+    """State of an agent after it was claimed.
 
-    `problem` says why it cannot serve, None where it can. `leaving`: it has begun to end itself.
+    `master_port` is set if the agent was asked to listen for the store's clients. `leaving` is True if the agent has
+    begun to exit. `problem` is the reason why the agent cannot serve, or None.
     """
 
     ip: str
@@ -87,9 +91,10 @@ class Met:
 
 @dataclass(frozen=True)
 class Printed:
-    """Output of a worker to one of its streams (None: its template to its own).
+    """Output of a worker, or of its template (`local_rank` None), to one of its streams.
 
-    Whole lines; only a line that is drawn anew after a carriage return comes as it is written.
+    `data` has whole lines, with two exceptions: a line that is redrawn after a carriage return is sent as it is
+    written, and a very long line is sent in pieces.
     """
 
     local_rank: int | None
@@ -100,7 +105,7 @@ class Printed:
 
 @dataclass(frozen=True)
 class TemplateLoaded:
-    """The template of the run's workers is there; perhaps since an earlier run."""
+    """The template of the run's workers is loaded, perhaps since an earlier run."""
 
     begun_ns: int
     loaded_ns: int
@@ -108,12 +113,12 @@ class TemplateLoaded:
 
 @dataclass(frozen=True)
 class CanFork:
-    """The template has imported, and holds the function and its arguments."""
+    """The template has finished its imports and holds the function and its arguments."""
 
 
 @dataclass(frozen=True)
 class Exited:
-    """A worker is gone and has been reaped; `signal` when one killed it."""
+    """A worker or the store (`local_rank` None) has ended and was reaped; `signal` is set if a signal killed it."""
 
     local_rank: int | None
     pid: int
@@ -130,18 +135,18 @@ class Died:
     exited: Exited
     last_lines: tuple[str, ...]
     oom_kills: OomKills | None
-    """None where the host does not show them, or no SIGKILL ended the worker."""
+    """None if the host does not show the counts, or if no SIGKILL ended the worker."""
 
 
 @dataclass(frozen=True)
 class AgentFailed:
-    """The host cannot go on: its template, its store or its raylet is gone."""
+    """The host cannot continue: for example, its template, its store or its raylet is gone."""
 
     time_ns: int
     what: str
     evidence: str
     is_ending: bool = False
-    """The agent ends itself a moment later."""
+    """True if the agent exits a moment later."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +161,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class HostEnded:
-    """Every worker of the run is gone. `left` are pids that SIGKILL did not end."""
+    """Every worker of the run is gone. `left` has the pids that SIGKILL did not end."""
 
     left: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class OutputEnded:
-    """After HostEnded: all that the workers wrote has been sent."""
+    """All output of the workers has been sent. Follows HostEnded."""
 
 
 # worker -> agent
@@ -187,7 +192,7 @@ class Started:
 
 
 NOT_REPORTED = "torchrunx_ray: the agent cannot be told what became of the function"
-"""Begins what a worker says last on stderr where its channel is closed or otherwise useless."""
+"""Start of a worker's last line on stderr if it cannot use its channel."""
 
 
 @dataclass(frozen=True)
@@ -202,11 +207,11 @@ class Returned:
 
 @dataclass(frozen=True)
 class Failed:
-    """The function raised, or what it returned cannot travel.
+    """The function raised, or its return value cannot be pickled.
 
-    `exception` is its pickle, which only the driver may load; None where it cannot travel, and
-    `unraisable` says why. `in_collective`: torch.distributed raised it or what led to it, as when a
-    peer is gone, and not because of wrong arguments.
+    `exception` is the pickled exception, which only the driver may load. If the exception cannot be pickled,
+    `exception` is None, and `unraisable` describes the failure. `in_collective` is True if torch.distributed raised the
+    exception or one that led to it, as when a peer is gone, and not because of wrong arguments.
     """
 
     local_rank: int
@@ -218,7 +223,7 @@ class Failed:
     exception: bytes | None
     unraisable: str
     exit_code: int | None
-    """That it asked for by `sys.exit`."""
+    """The code that the function passed to `sys.exit`."""
     in_collective: bool
     last_lines: tuple[str, ...] = ()
     """The last lines of stderr; the agent adds them."""
@@ -229,7 +234,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Taken:
-    """The agent has the value, and the worker may end."""
+    """The agent has the value, and the worker may exit."""
 
 
 @dataclass(frozen=True)
@@ -246,14 +251,14 @@ class TemplateSetup:
 
     sys_path: tuple[str, ...]
     python_path: str | None
-    """The PYTHONPATH of whatever the function starts; the keeper was started with another."""
+    """PYTHONPATH for processes that the function starts. The keeper was started with another one."""
     preload: tuple[str, ...]
     start_method: StartMethod
 
 
 @dataclass(frozen=True)
 class ForkStore:
-    """Serve a TCPStore. Descriptor: the listening socket."""
+    """Fork a process that serves a TCPStore. Descriptor: the listening socket."""
 
     run_id: str
     port: int
@@ -261,37 +266,37 @@ class ForkStore:
 
 @dataclass(frozen=True)
 class HoldCall:
-    """Make room for the function and its arguments, which every worker is forked with."""
+    """Make room for the function and its arguments, which every forked worker gets."""
 
     layout: Layout
 
 
 @dataclass(frozen=True)
 class DropCall:
-    """The last worker is forked."""
+    """Free the function and its arguments: the last worker is forked."""
 
 
 @dataclass(frozen=True)
 class ForkWorker:
-    """Become one worker. Descriptors: channel to the agent, stdout, stderr, records, stacks."""
+    """Fork one worker. Descriptors: channel to the agent, stdout, stderr, records, stacks."""
 
     run_id: str
     place: Place
     hostname: str
     variables: dict[str, str]
     default_variables: dict[str, str]
-    """Set where the user has not set them."""
+    """Variables to set if the user has not set them."""
     backend: str | None
     timeout: float
     cuda_device: int | None
     argv: tuple[str, ...]
     log_level: int
-    """Level of the root logger, from which on somebody takes the records."""
+    """Lowest level of records that some handler of the driver takes."""
 
 
 @dataclass(frozen=True)
 class SignalWorkers:
-    """Send a signal to the groups of these workers, where they live."""
+    """Send a signal to the process groups of these workers, except those that have ended."""
 
     local_ranks: tuple[int, ...]
     signal: int
@@ -299,7 +304,7 @@ class SignalWorkers:
 
 @dataclass(frozen=True)
 class EndRun:
-    """Leave nothing of the run: kill what lives of it, its store and its strays."""
+    """Kill all processes of the run that are left, its store and its strays included."""
 
 
 # template -> agent
@@ -307,7 +312,7 @@ class EndRun:
 
 @dataclass(frozen=True)
 class TemplateReady:
-    """The template has imported and can fork."""
+    """The template has finished its imports and can fork."""
 
 
 @dataclass(frozen=True)
@@ -321,30 +326,30 @@ class TemplateRefused:
 
 @dataclass(frozen=True)
 class CallHeld:
-    """The answer to HoldCall. Descriptor: the template's memory, or the file, to write to."""
+    """Answer to HoldCall. Descriptor: the template's memory or the file, to write to."""
 
     pid: int
     address: int | None
-    """In memory; None where it is a file."""
+    """Address in the template's memory; None for a file."""
 
 
 @dataclass(frozen=True)
 class Forked:
-    """The answer to ForkStore and ForkWorker."""
+    """Answer to ForkStore and ForkWorker."""
 
     pid: int
 
 
 @dataclass(frozen=True)
 class ForkFailed:
-    """The other answer to these: the host gives no more processes or memory."""
+    """Answer to ForkStore, ForkWorker and HoldCall if the host allows no more processes or memory."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class RunEnded:
-    """The answer to EndRun: nothing of the run lives, but pids that SIGKILL did not end."""
+    """Answer to EndRun: no process of the run is left, except the pids in `left`, which SIGKILL did not end."""
 
     left: tuple[int, ...]
 
@@ -353,4 +358,4 @@ Event = (
     Printed | TemplateLoaded | CanFork | Joined | Started | Finished | Failed | Exited | Died
     | TemplateRefused | AgentFailed | HostEnded | OutputEnded
 )  # fmt: skip
-"""A poll's answer, from an agent to the driver."""
+"""An event that an agent returns from `poll`."""

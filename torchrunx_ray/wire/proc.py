@@ -6,15 +6,15 @@ from pathlib import Path
 
 
 def pids() -> Iterator[int]:
-    """Yield the pid of every process; some may have ended when they are looked at."""
+    """Return an iterator over the pids of all processes; some may have ended when they are used."""
     return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
 
 
 def stat(pid: int | str) -> list[str]:
-    """Return the fields of a process's stat line from its state on: state, parent, group, ..."""
+    """Return the fields of a process's stat line, beginning with the state: state, parent, group, ..."""
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def environment(pid: int) -> list[bytes]:
-    """Return the variables that a process was started with, as NAME=value."""
+    """Return a process's initial environment variables, as NAME=value."""
     return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

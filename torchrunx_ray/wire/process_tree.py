@@ -1,4 +1,4 @@
-"""The processes below this one: who they are, and how none of them is left."""
+"""Functions that find, signal, reap and kill the descendants of this process."""
 
 import contextlib
 import ctypes
@@ -16,31 +16,31 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 _TRACKER_GRACE_S = 0.5
-"""multiprocessing's resource tracker removes what its process left in /dev/shm, then ends."""
+"""Time for multiprocessing's resource tracker, which removes its process's files in /dev/shm and then ends."""
 
 _WAITED_FOR = 8
-"""Children at a time: each takes a descriptor."""
+"""Children that are waited for at a time, since each takes a descriptor."""
 
 _DEATH_S = 10.0
-"""Time that a killed process may take to give back its memory, or a GPU's."""
+"""Time that a killed process may take to free its memory, or a GPU's."""
 
 
 def become_subreaper() -> None:
-    """Orphans of this process's descendants become its own children."""
+    """Make this process a subreaper: orphans among its descendants become its children."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent ends."""
+    """Make the kernel kill this process when its parent ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the call above
+    if os.getppid() != parent_pid:  # the parent ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def signal_group(group: int, signum: int) -> None:
-    """Signal a process group. On SIGKILL its resource trackers are left to end by themselves.
+    """Send a signal to a process group, which may be gone.
 
-    The group's leader may be gone, and the group with it.
+    SIGKILL is not sent to the group's resource trackers, which end by themselves.
     """
     if signum != signal.SIGKILL:
         _ignore_missing(os.killpg, group, signum)
@@ -48,14 +48,17 @@ def signal_group(group: int, signum: int) -> None:
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
-        return  # most often it is empty, and a look at every process of the host can be spared
+        return  # most often the group is empty; this avoids a scan of all processes
     for pid in _members(group):
         if not _is_resource_tracker(pid):
             _ignore_missing(os.kill, pid, signal.SIGKILL)
 
 
 def reap_ended(heard: Callable[[int, int, int], None] | None = None) -> bool:
-    """Reap every child that has ended; `heard(pid, exit_code, peak_memory)` hears of each."""
+    """Reap every child that has ended, and call `heard(pid, exit_code, peak_memory)` for each.
+
+    Return True if a child was reaped.
+    """
     found = False
     while True:
         try:
@@ -70,9 +73,9 @@ def reap_ended(heard: Callable[[int, int, int], None] | None = None) -> bool:
 
 
 def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
-    """SIGKILL and reap every child, and theirs as they become ours, until there is none.
+    """Kill and reap all children, and their children as they become ours, until none is left.
 
-    Less those that end by themselves. Returns those that outlived SIGKILL for long: they are in
+    Children that end by themselves are spared. Return the pids that survived SIGKILL for `_DEATH_S`, which are in
     uninterruptible sleep.
     """
     begun = time.monotonic()
@@ -93,7 +96,7 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
 
 
 def _has_children() -> bool:
-    """Cheaper than a look at every process of the host."""
+    """Return True if this process has children. This is cheaper than a scan of all processes."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -128,13 +131,13 @@ def _every_process() -> Iterator[tuple[int, list[str]]]:
     for pid in proc.pids():
         try:
             fields = proc.stat(pid)
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         yield pid, fields
 
 
 def ends_by_itself(pid: int) -> bool:
-    """Return True if it is torch's, which removes what its processes left in /dev/shm two seconds after them."""
+    """Return True for torch_shm_manager, which ends two seconds after its processes and removes their shared memory."""
     try:
         return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "torch_shm_manager"
     except OSError:
@@ -152,7 +155,7 @@ def _ignore_missing(call: Callable[[int, int], None], target: int, signum: int) 
     try:
         call(target, signum)
     except (ProcessLookupError, PermissionError):
-        # PermissionError: a set-uid program; it ends by itself or its owner's doing.
+        # PermissionError: a set-uid program, which must end by itself or by its owner.
         pass
 
 

@@ -1,4 +1,4 @@
-"""Ranks of a launch, and the environment variables that tell a worker its own."""
+"""Ranks of a launch, and the environment variables that give a worker its rank."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ RANK_VARIABLES = frozenset(
         "TORCHELASTIC_RUN_ID",
     }
 )
-"""Set for every worker by the launch; nobody else may set them."""
+"""Variables that the launch sets for every worker; nobody else may set them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Place:
     hosts: int
 
     def variables(self, master_addr: str, master_port: int, run_id: str) -> dict[str, str]:
-        """Variables that torchrunx sets, and that scripts written for torchrun read besides."""
+        """Return the variables that torchrunx sets, and further ones that scripts written for torchrun read."""
         values = {
             "RANK": self.rank,
             "LOCAL_RANK": self.local_rank,
@@ -60,7 +60,7 @@ class Place:
 
 
 def lay_out(workers_per_host: Sequence[int]) -> list[list[Place]]:
-    """Places per host: ranks are contiguous on a host, in the order of the hosts."""
+    """Return each host's places. Ranks are contiguous on a host, in the order of the hosts."""
     world_size = sum(workers_per_host)
     layout: list[list[Place]] = []
     first = 0
@@ -76,14 +76,14 @@ def lay_out(workers_per_host: Sequence[int]) -> list[list[Place]]:
 
 
 def first_gpu(gpus_per_worker: float, local_rank: int) -> int:
-    """The index, among a host's GPUs, of the worker's first: parts of a GPU never span two."""
+    """Return the index of the worker's first GPU among a host's GPUs. A fraction of a GPU never spans two GPUs."""
     if gpus_per_worker >= 1:
         return local_rank * int(gpus_per_worker)
     return local_rank // math.floor(1 / gpus_per_worker + 1e-9)
 
 
 def gpus_held(gpus_per_worker: float, workers: int) -> float:
-    """Return the GPUs that a host's workers need together: whole ones, or a part of a single one."""
+    """Return the number of GPUs that a host's workers need together: whole GPUs, or a fraction of one."""
     if gpus_per_worker * workers <= 1:
         return gpus_per_worker * workers
     return first_gpu(gpus_per_worker, workers - 1) + max(1, int(gpus_per_worker))

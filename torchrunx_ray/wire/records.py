@@ -1,4 +1,4 @@
-"""A record of `logging` on its way from a worker to the driver, as one line."""
+"""A record of `logging` as one line, for the way from a worker to the driver."""
 
 import json
 import logging
@@ -17,18 +17,21 @@ class WorkerRecord:
     line: int | None
     function: str | None
     text: str
-    """The message, with the exception's text."""
+    """The formatted message, with the exception's text."""
     is_configured: bool
-    """By a handler that the function has set up, with a format and a level of its own choice."""
+    """True if the function has set up the handler, with its own format and level."""
 
     @property
     def least_level(self) -> int:
-        """To be compared with what the driver takes: what the function wants shown is no DEBUG."""
+        """Level to compare with the driver's level.
+
+        At least INFO for a handler of the function, since the function wants such records shown.
+        """
         return max(self.level, logging.INFO) if self.is_configured else self.level
 
 
 def as_line(record: logging.LogRecord, text: str, *, is_configured: bool) -> bytes:
-    """The record with its text, which needs no other process to make it."""
+    """Return the record and its formatted text as one line."""
     parts = WorkerRecord(
         record.levelno,
         record.levelname,
@@ -44,7 +47,7 @@ def as_line(record: logging.LogRecord, text: str, *, is_configured: bool) -> byt
 
 
 def from_line(line: str) -> WorkerRecord | None:
-    """None where two processes that the function forked have written at once."""
+    """Return the record; None if the line is garbled because forked processes of the function wrote at once."""
     try:
         return WorkerRecord(*json.loads(line))
     except (ValueError, TypeError):

@@ -1,6 +1,6 @@
 """Titles of our processes, as ps, top and py-spy show them.
 
-A title is written over the arguments that the process was started with. Every fork has its own copy of them.
+A title overwrites the arguments that the process was started with. Every fork has its own copy of the arguments.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class _Arguments:
 def set_title(role: str, run: str = "") -> None:
     """Show the role in this process's command line, and in the short name that top shows.
 
-    A process whose arguments cannot be overwritten keeps its command line.
+    If the arguments cannot be overwritten, the process keeps its command line.
     """
     title = f"torchrunx_ray: {role} of {run}" if run else f"torchrunx_ray: {role}"
     if (arguments := _arguments()) is not None:
@@ -49,9 +49,9 @@ def set_title(role: str, run: str = "") -> None:
 
 @functools.cache
 def _arguments() -> _Arguments | None:
-    """Return what the kernel tells of the arguments, before a title is written over them.
+    """Return the location of the arguments, which the kernel reports. Forks inherit the cached answer.
 
-    Forks inherit the answer. None if the kernel does not tell, or tells what is not true.
+    Return None if the kernel does not report it, or if the memory there does not match the command line.
     """
     try:
         fields = proc.stat("self")
@@ -67,12 +67,12 @@ def _arguments() -> _Arguments | None:
 
 
 def _write(title: str, arguments: _Arguments) -> None:
-    # setproctitle, with which a function may give its process another title, looks for the
-    # interpreter's path, and after that path for as many other arguments as there were.
+    # A function may use setproctitle. That package searches for the interpreter's path and, after the path, for
+    # the original number of arguments.
     interpreter = _END + arguments.interpreter + _END
     others = _END * (arguments.count - 1)
     room = arguments.size - len(interpreter) - len(others)
-    if room <= 0:  # started without PADDING; behind the arguments lies the environment
+    if room <= 0:  # started without PADDING; the environment begins after the arguments
         return
     written = _encoded(title, room) + interpreter
     with _own_memory() as fd:
@@ -80,7 +80,7 @@ def _write(title: str, arguments: _Arguments) -> None:
 
 
 def _encoded(text: str, size: int) -> bytes:
-    """Encode the text, cut between two letters to this many bytes."""
+    """Encode the text, truncated to this many bytes without splitting a character."""
     whole = text.replace("\0", " ").encode(errors="replace")
     return whole[:size].decode(errors="ignore").encode()
 

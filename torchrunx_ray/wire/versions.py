@@ -1,4 +1,4 @@
-"""Checks that two processes of a launch can understand each other."""
+"""Checks that the versions on driver and hosts are compatible."""
 
 import functools
 import platform
@@ -13,7 +13,7 @@ Versions = Mapping[str, str | None]
 
 @functools.cache
 def of_this_process() -> Versions:
-    """Versions of Python and of the packages that matter between hosts; None if one is missing."""
+    """Return the versions of Python and of the packages that must match; None for a missing package."""
     return {
         "Python": platform.python_version(),
         "torchrunx-ray": __version__,
@@ -22,11 +22,11 @@ def of_this_process() -> Versions:
 
 
 def problem_between(drivers: Versions, hosts: Versions) -> str | None:
-    """Why the host cannot be used, with both versions; None where it can be."""
+    """Describe why the host's versions rule it out; return None if the host can be used."""
     for name, here in drivers.items():
         there = hosts.get(name)
         if here is None:
-            continue  # such as a package imported from a folder, or a driver without torch
+            continue  # for example, a package imported from a folder, or a driver without torch
         if there is None:
             return f"{name} is not installed there; the driver has {here}."
         if name == "Python" and _minor(here) != _minor(there):
@@ -37,7 +37,7 @@ def problem_between(drivers: Versions, hosts: Versions) -> str | None:
 
 
 def missing_package(evidence: str, drivers: Versions) -> str | None:
-    """Why an agent could not even be imported on its host; None where it was not for a package."""
+    """Describe the missing package that kept an agent from being imported on its host; None if there is none."""
     name = foreign_errors.missing_package(evidence)
     if name is None:
         return None
@@ -49,7 +49,7 @@ def missing_package(evidence: str, drivers: Versions) -> str | None:
 
 
 def doubt_between(drivers: Versions, hosts: Versions) -> str | None:
-    """Return a warning about another torch, except for its build (such as +cpu)."""
+    """Return a warning if the torch versions differ, ignoring the build (such as +cpu)."""
     here, there = drivers.get("torch"), hosts.get("torch")
     if here is None or there is None or here.partition("+")[0] == there.partition("+")[0]:
         return None

@@ -1,7 +1,7 @@
-"""Keeping DNS out of connections that do not need it.
+"""Name lookups without DNS, for connections that do not need it.
 
-Both ends of a TCPStore look up the other's name on every connect, outside of any timeout, only to
-log it. A DNS server that drops the question stops all ranks for 5 s.
+On every connect, both ends of a TCPStore look up the other's name only to log it. No timeout covers these
+lookups. A DNS server that drops the query blocks all ranks for 5 s.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 class _ResolverState(ctypes.Structure):
     """The beginning of glibc's `struct __res_state` (resolv.h)."""
 
-    _fields_ = [  # ctypes' own way
+    _fields_ = [  # ctypes prescribes the name
         ("retrans", ctypes.c_int),
         ("retry", ctypes.c_int),
         ("options", ctypes.c_ulong),
@@ -26,13 +26,13 @@ _threads_of_ours = 1
 
 
 def threads_are_ours() -> None:
-    """Note that the present threads are ours, which never write to stderr."""
+    """Note that all current threads are ours; ours never write to stderr."""
     global _threads_of_ours
     _threads_of_ours = _threads()
 
 
 def never_ask_dns() -> None:
-    """Have look-ups of names in any thread of this process use /etc/hosts only from now on."""
+    """Make name lookups in all threads of this process use only /etc/hosts from now on."""
     configure = _glibc_function("__nss_configure_lookup")
     if configure is not None:
         configure(b"hosts", b"files")
@@ -40,9 +40,10 @@ def never_ask_dns() -> None:
 
 @contextlib.contextmanager
 def without_dns() -> Generator[None]:
-    """Within, this thread's look-ups of names use /etc/hosts only.
+    """Make this thread's name lookups use only /etc/hosts inside the context.
 
-    For a TCPStore's client, in place of a line on stderr from torch for every name not found.
+    Meant for a TCPStore's client. torch writes a line to stderr for every name that is not found; that line is
+    dropped if only our own threads run.
     """
     initialise, state_of = _glibc_function("__res_init"), _glibc_function("__res_state")
     if initialise is None or state_of is None:
@@ -64,15 +65,15 @@ def _threads() -> int:
 
 
 def _glibc_function(name: str) -> Any:
-    """None where the C library is another."""
+    """Return a function of glibc; None if the C library is another."""
     return getattr(ctypes.CDLL(None), name, None)
 
 
 @contextlib.contextmanager
 def _stderr_shut() -> Generator[None]:
-    """Drop torch's line about the name; only where no other thread could write beside it."""
+    """Drop torch's line about the name. Only safe if no other thread may write to stderr."""
     with contextlib.ExitStack() as at_end:
-        # Where the function has closed it, or has used up all descriptors, the line comes.
+        # The line appears if the function has closed stderr or used up all descriptors.
         with contextlib.suppress(OSError):
             kept = os.dup(2)
             at_end.callback(os.close, kept)

@@ -1,4 +1,4 @@
-"""A worker's life: join the process group, call the function, report one outcome, end."""
+"""Main function of a worker: join the process group, call the function, report one outcome, exit."""
 
 import atexit
 import faulthandler
@@ -23,7 +23,7 @@ from torchrunx_ray.worker.function import group, logs, main_module, open_files, 
 
 
 def main() -> NoReturn:
-    """Beginning of a worker with start_method "spawn"; its command line names its descriptors."""
+    """Start a worker with start_method "spawn". The command line has its descriptors."""
     task_fd, channel_fd, records_fd, stacks_fd, call_fd = map(int, sys.argv[1:6])
     with open(task_fd, "rb") as file:
         wanted, layout, sys_path, python_path = pickle.load(file)
@@ -36,7 +36,7 @@ def main() -> NoReturn:
 
 
 def restore_python_path(python_path: str | None) -> None:
-    """Our own interpreters start with a PYTHONPATH that finds this package only."""
+    """Restore PYTHONPATH: our own interpreters start with one that finds only this package."""
     if python_path is None:
         os.environ.pop("PYTHONPATH", None)
     else:
@@ -50,7 +50,7 @@ def live(
     stacks_fd: int,
     values: list[Packed],
 ) -> NoReturn:
-    """Never returns; whatever happens, one outcome is reported, unless the process dies."""
+    """Run the worker and never return. One outcome is always reported, unless the process dies."""
     set_title(f"worker rank {wanted.place.rank}", wanted.run_id)
     _settle_in(wanted.argv)
     logs.take_records(records_fd, wanted.log_level)
@@ -78,28 +78,29 @@ def live(
 
 
 def _settle_in(argv: Sequence[str]) -> None:
-    sys.argv[:] = argv  # a function may parse its script's command line
+    sys.argv[:] = argv  # the function may parse its script's command line
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # open for as long as the process lives
     sys.stdout, sys.stderr = (
         open(fd, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         for fd in (1, 2)
     )
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    faulthandler.enable(file=2)  # where a crash in C code happened
-    # The default only: the function may still set another. Where it is not fork (Python 3.14), a
-    # DataLoader could not pickle a Dataset class of the user's script.
+    faulthandler.enable(file=2)  # shows where a crash in C code happened
+    # Only the default is set, so the function may choose another. If the default is not fork (Python 3.14),
+    # a DataLoader cannot pickle a Dataset class of the user's script.
     default: Any = vars(multiprocessing.context)["_default_context"]  # it has no public name
     default._default_context = multiprocessing.get_context("fork")
     _draw_other_numbers_than_peers()
 
 
 def _draw_other_numbers_than_peers() -> None:
-    """Seed generators anew if their import in the template did; Python's own is after every fork.
+    """Seed torch's and numpy's generators again if only their import in the template seeded them.
 
-    Not where a module of preload has seeded them: that one wants the same numbers everywhere.
+    If a module in `preload` has seeded them, the same numbers are wanted everywhere. Python reseeds its own
+    generator after every fork.
     """
     torch: Any = sys.modules.get("torch")
-    # What torch takes from the system has more bits than what people choose.
+    # A seed that torch takes from the system has more bits than a seed that people choose.
     if torch is not None and torch.initial_seed() >= 2**32:
         torch.default_generator.seed()
     generators: Any = sys.modules.get("numpy.random")
@@ -107,7 +108,7 @@ def _draw_other_numbers_than_peers() -> None:
         return
     try:
         seeded_by_import = generators.get_bit_generator().seed_seq is not None
-    except AttributeError:  # numpy before 1.25 cannot tell
+    except AttributeError:  # numpy before 1.25 does not show its seed
         return
     if seeded_by_import:
         generators.seed()
@@ -116,13 +117,13 @@ def _draw_other_numbers_than_peers() -> None:
 def _unpack_call(values: list[Packed], hostname: str) -> Callable[[], Any]:
     tensors.bring_all_to_current_device()
     packed, *inserted = values
-    values.clear()  # only what is in use keeps the memory that they lie in
+    values.clear()  # from here on only used values keep the memory behind them
     with main_module.brought_by_the_call():
         return outcome.unpack_call(packed, inserted, hostname)
 
 
 def _end_forked_child(error: BaseException | None) -> NoReturn:
-    """A process that the function forked came out of the function: it is not the worker."""
+    """End a process that the function forked and that left the function, since this process is not the worker."""
     code: object = 0
     if isinstance(error, SystemExit):
         code = error.code
@@ -134,26 +135,26 @@ def _end_forked_child(error: BaseException | None) -> NoReturn:
 
 
 def _end(leave_group: Callable[[], None] | None) -> NoReturn:
-    """End as an interpreter does; after a failure (None), less what could wait for a peer."""
+    """Exit as an interpreter does. After a failure (None), skip steps that could wait for a peer."""
     if leave_group is not None:
         _join_threads()
         try:
             leave_group()
         except BaseException:
-            pass  # a peer failed, and the launch with it; this rank's value is on its way
+            pass  # a peer failed, and so did the launch; the agent already has this rank's value
     preload.note_late_imports()
-    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what multiprocessing's children call, too
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # as multiprocessing's children do
     open_files.finish()
     preload.flush()
     os._exit(1 if leave_group is None else 0)
 
 
 def _join_threads() -> None:
-    """Wait for the function's own threads."""
+    """Wait until the function's own threads have ended."""
     try:
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # no public name
     except BaseException:
-        pass  # a signal handler of the function raised; the value is on its way
+        pass  # a signal handler of the function raised; the agent already has the value
 
 
 if __name__ == "__main__":

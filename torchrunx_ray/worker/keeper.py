@@ -1,12 +1,15 @@
-"""The agent's only child and its child: tiny, and there to outlive the template.
+"""The two keepers, small processes that outlive the template and clean up after it.
 
-Ray SIGKILLs an agent's direct children when the agent is killed, or its driver or raylet dies, at any
-moment and more than once. A template that were one of them could not clean up, and a keeper that is
-one may be killed at its work. Hence two, one below the other: the inner one ends the template, which
-it does alone, and the outer one takes its place if it is killed. Both are subreapers: what a killed
-template leaves behind comes to them, and is killed. SIGTERM to the outer one is how the agent ends a
-template; of an agent that died otherwise both hear themselves, since a template that still imports
-cannot.
+The outer keeper is the agent's only child. The inner keeper is the outer one's child and the template's parent.
+
+Ray sends SIGKILL to an agent's direct children when the agent is killed, or when its driver or raylet dies. This
+can happen at any moment and more than once. A template that is a direct child could not clean up, and a keeper
+that is a direct child may be killed while it cleans up. So there are two: the inner keeper ends the template, and
+the outer keeper takes over if the inner one is killed.
+
+Both keepers are subreapers: they inherit the processes that a killed template leaves behind, and kill them.
+The agent ends a template by SIGTERM to the outer keeper. If the agent dies, both keepers notice, since a template
+that is still importing cannot.
 """
 
 import os
@@ -19,17 +22,17 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.title import set_title
 
 _ENDING_S = 12.0
-"""For the inner keeper to end; longer than it waits for processes that SIGKILL does not end."""
+"""Time for the child to end; longer than it waits for processes that SIGKILL does not end."""
 
 
 def main() -> int:
     channel = Channel.from_fd(int(sys.argv[1]))
     alive_fd = int(sys.argv[2])
-    del sys.argv[3:]  # room for titles
+    del sys.argv[3:]  # the padding that makes room for titles
     set_title("outer keeper")
     agent_fd = linux.pidfd_open(os.getppid())
     _shed_what_ray_gave()
-    # Not to be ended before it can end the template.
+    # A SIGTERM must not end this process before it can end the template.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     told, tell = os.pipe()
     process_tree.become_subreaper()
@@ -64,23 +67,24 @@ def _become_template(channel: Channel) -> NoReturn:
 def _keep(
     child_pid: int, agent_fd: int, end_with: signal.Signals, heir_fd: int | None = None
 ) -> int:
-    """Return when the child, or the agent, has ended and nothing is left below this process.
+    """Wait until the child or the agent ends, then end everything below this process.
 
-    From `heir_fd` comes the pid of the process to keep where the child was killed.
+    `heir_fd` yields the pid of the process to keep if the child is killed. The exit code that is returned is the
+    child's, or 128 plus the signal that killed it.
     """
     is_asked = False
 
     def end(_signum: int, _frame: object) -> None:
         nonlocal is_asked
         is_asked = True
-        os.kill(child_pid, end_with)  # until it is reaped below its pid is nobody else's
+        os.kill(child_pid, end_with)  # the pid cannot be reused until the child is reaped below
 
     signal.signal(signal.SIGTERM, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     child_fd = linux.pidfd_open(child_pid)
     linux.ready([agent_fd, child_fd])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    os.kill(child_pid, end_with)  # in vain where it has ended
+    os.kill(child_pid, end_with)  # without effect if the child has ended
     if not linux.ready([child_fd], _ENDING_S):
         os.kill(child_pid, signal.SIGKILL)
     _, status = os.waitpid(child_pid, 0)
@@ -102,9 +106,9 @@ def _is_child(pid: int) -> bool:
 
 
 def _shed_what_ray_gave() -> None:
-    """Ray runs its workers at nice 15 with SIGINT blocked, and children inherit both."""
+    """Undo what children of Ray's workers inherit: nice 15 and a blocked SIGINT."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to act upon
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
     try:
         os.setpriority(os.PRIO_PROCESS, 0, 0)
     except PermissionError:  # only root may raise its own priority

@@ -1,4 +1,4 @@
-"""Imports of a template before it forks, and the check that it can still be forked from."""
+"""Imports of a template before it forks, and the check that forking is still safe."""
 
 import ctypes
 import gc
@@ -18,10 +18,10 @@ from torchrunx_ray.worker.function import open_files
 _PROBE_TIMEOUT_S = 5.0
 
 _LATE = "torch._dynamo"
-"""The first optimiser or DDP model imports it, for 0.6 s: what trains needs it, most else does not."""
+"""A module that the first optimiser or DDP model imports, in 0.6 s. Few functions that do not train need it."""
 
 _late_is_wanted = mmap.mmap(-1, 1)
-"""Shared with the workers that are forked from here."""
+"""A flag in memory that forked workers share with the template."""
 
 _NOT_SETTINGS = ("TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
 """Variables that the launch sets for each worker, and that the import of torch._dynamo sets."""
@@ -32,7 +32,7 @@ _SPAWN = "Take it out of preload, or pass start_method='spawn'."
 
 
 class Refusal(Exception):
-    """The template cannot be forked from: problem, advice and evidence, in words."""
+    """The template cannot be forked from. Holds the problem, advice and evidence as text."""
 
     def __init__(self, problem: str, advice: str, evidence: str = "") -> None:
         super().__init__(problem)
@@ -40,11 +40,11 @@ class Refusal(Exception):
 
 
 def load(modules: Sequence[str]) -> None:
-    """Import the modules; Refusal where that fails or leaves what a fork cannot live with.
+    """Import the modules. Raise Refusal if an import fails, or if forking is not safe afterwards.
 
-    What is imported here is frozen out of garbage collection, which would otherwise write to,
-    and so copy, memory that all workers share. It does not run meanwhile either: nearly nothing that
-    imports make is garbage, and the search for it is a fifth of their time.
+    Imported objects are frozen out of garbage collection, which would otherwise write to, and so copy, memory
+    that all workers share. Garbage collection is also off during the imports: they make nearly no garbage, and
+    the search for it takes a fifth of their time.
     """
     _settings_of_template.update(_settings())
     gc.disable()
@@ -61,19 +61,20 @@ def load(modules: Sequence[str]) -> None:
 
 
 def flush() -> None:
-    """Write what was printed: every fork would have it once more, in Python's and in C's buffers."""
+    """Flush Python's and C's buffers, or every fork would print their contents again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except Exception:  # it was closed, or replaced by something of another kind
+        except Exception:  # the stream was closed, or replaced by another object
             pass
     ctypes.CDLL(None).fflush(None)
 
 
 def note_late_imports() -> None:
-    """Tell the template what it should have imported. Called in a worker, at its end.
+    """Tell the template which module to import before the next run. Called in a worker when it exits.
 
-    Not where the function has set what that reads at its import: it would do so in vain next time.
+    Do nothing if the function has changed settings that the module reads at its import. In the next run, the function
+    would set them too late, after the import in the template.
     """
     if _LATE in sys.modules and _settings() == _settings_of_template:
         _late_is_wanted[0] = 1
@@ -88,7 +89,10 @@ def _settings() -> dict[str, str]:
 
 
 def learn() -> bool:
-    """Between runs: import what workers imported by themselves. False: no fork is safe any more."""
+    """Import the module that workers imported themselves. Return False if forking is no longer safe.
+
+    Called between runs.
+    """
     if not _late_is_wanted[0] or "torch" not in sys.modules or _LATE in sys.modules:
         return True
     variables = dict(os.environ)
@@ -97,7 +101,7 @@ def learn() -> bool:
     except Refusal:
         return False
     finally:
-        _restore(variables)  # it sets some, which a function may want to set by itself
+        _restore(variables)  # the import sets some that a function may want to set
     return True
 
 
@@ -133,16 +137,17 @@ def _import(module: str) -> None:
 
 
 def _spare_workers_the_teardown() -> None:
-    """Finalizers of what was imported here need not run in every worker at its exit.
+    """Keep workers from running the finalizers of imported modules when they exit.
 
-    torch has 134 of them, which deregister operators: 20 ms and copies of shared memory, each.
+    torch has 134 finalizers that deregister operators. They would cost each worker 20 ms and copies of shared
+    memory.
     """
     for finalizer in list(weakref.finalize._registry):  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]  # no public name lists them
         finalizer.atexit = False
 
 
 def _cuda_was_touched() -> bool:
-    # torch.cuda.is_initialized() knows nothing of a library that called cuInit by itself.
+    # torch.cuda.is_initialized() does not see that another library called cuInit.
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return True
@@ -151,14 +156,14 @@ def _cuda_was_touched() -> bool:
             target = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
             continue
-        # cuInit opens this one. NVML opens others, and a fork can live with that.
+        # cuInit opens this device. NVML opens other devices, after which a fork still works.
         if target.startswith("/dev/nvidia-uvm"):
             return True
     return False
 
 
 def _fork_can_compute() -> bool:
-    """Return True if a forked child gets through one parallel operation of torch."""
+    """Return True if a forked child completes one parallel operation of torch."""
     pid = os.fork()
     if pid == 0:
         _compute_and_exit()

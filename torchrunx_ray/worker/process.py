@@ -1,4 +1,4 @@
-"""Steps that make a worker of a fresh fork."""
+"""Steps that turn a fresh fork into a worker."""
 
 import faulthandler
 import os
@@ -28,7 +28,7 @@ def become_worker(
 ) -> NoReturn:
     """Turn a new child of the template into the worker that `wanted` describes.
 
-    With start_method "spawn" a fresh interpreter does the rest (see `entry.main`).
+    With start_method "spawn", a fresh interpreter does the rest (see `entry.main`).
     """
     channel_fd, stdout_fd, stderr_fd, records_fd, stacks_fd = fds
     os.setpgid(0, 0)
@@ -42,7 +42,7 @@ def become_worker(
 
 
 def _reset_signals() -> None:
-    faulthandler.disable()  # or the worker's own enable would find it enabled, without handlers
+    faulthandler.disable()  # so that the worker's own enable installs the handlers again
     for signum in signal.valid_signals() - _NOT_RESETTABLE:
         signal.signal(signum, _PYTHONS_OWN.get(signum, signal.SIG_DFL))
     signal.signal(signal.SIGINT, signal.default_int_handler)

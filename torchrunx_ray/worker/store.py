@@ -8,14 +8,14 @@ from torchrunx_ray.worker.dns import never_ask_dns
 
 
 def serve(listening_fd: int, port: int) -> NoReturn:
-    """Serve a TCPStore on a socket that already listens, until killed.
+    """Serve a TCPStore on a listening socket until killed.
 
-    The agent bound that socket, so no port was ever guessed, and clients that came early wait in
-    its backlog. A process of its own: the store outlives rank 0 and needs no torch in the agent.
+    The agent bound the socket, so no port is guessed, and early clients wait in the backlog. The store has its own
+    process: it outlives rank 0, and the agent needs no torch.
     """
     never_ask_dns()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each rank of the launch needs one
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each rank needs a descriptor
     from torch._C._distributed_c10d import TCPStore
 
     _store = TCPStore(

@@ -1,8 +1,8 @@
 """The process that imports torch once per host and forks the workers.
 
-After its imports it only forks, reaps, and reports what it reaped. It starts no thread, so that a
-fork is a whole copy, and is a subreaper, so that a daemon that a worker's child became still ends
-with the run. When the agent is gone it kills everything below itself and ends.
+After its imports, the template only forks, reaps, and reports the children that it reaped. It starts no threads,
+because a fork copies only the calling thread. It is a subreaper, so a daemon that a worker started also ends with
+the run. When the agent is gone, the template kills all its descendants and exits.
 """
 
 import faulthandler
@@ -23,7 +23,7 @@ from torchrunx_ray.worker.process import become_worker
 
 
 def main(channel: Channel) -> NoReturn:
-    """Live as a template until the agent closes the channel or dies."""
+    """Serve as the template until the agent closes the channel or dies."""
     process_tree.become_subreaper()
     faulthandler.enable(file=2)  # an import may crash
     try:
@@ -56,7 +56,7 @@ class _Template:
         self._can_fork = True
         self._call: HeldCall | None = None
         self._children: dict[int, int | None] = {}
-        """Local rank by pid; None is the store."""
+        """Local rank by pid; None for the store."""
         self._child_ended, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
@@ -81,7 +81,7 @@ class _Template:
                 for pid, local_rank in self._children.items():
                     if local_rank in message.local_ranks:
                         process_tree.signal_group(pid, message.signal)
-                        if os.getpgid(pid) != pid:  # it left its group
+                        if os.getpgid(pid) != pid:  # the worker left its group
                             os.kill(pid, message.signal)
             case messages.HoldCall():
                 self._hold_call(message)
@@ -119,11 +119,11 @@ class _Template:
             finally:  # a child must never run on as a second template
                 _die_with_traceback()
         if pid is not None:
-            # In both processes, so that no signal to the group can come too early.
+            # Parent and child both do this, so that no signal to the group can come too early.
             try:
                 os.setpgid(pid, pid)
             except PermissionError:
-                pass  # it has done so itself, and has executed a fresh interpreter since
+                pass  # the child has done so, and has since executed a fresh interpreter
             self._children[pid] = wanted.place.local_rank
 
     def _fork_store(self, wanted: messages.ForkStore, fds: list[int]) -> None:
@@ -141,7 +141,7 @@ class _Template:
             self._children[pid] = None
 
     def _fork(self, fds: list[int]) -> int | None:
-        """Fork, and tell the agent; the parent closes what it passed on. None where it failed."""
+        """Fork and tell the agent. The parent closes `fds`. Return None if the fork failed."""
         try:
             pid = os.fork()
         except OSError as error:
@@ -155,7 +155,7 @@ class _Template:
         return pid
 
     def _let_go(self) -> None:
-        """Give up what belongs to the template. Called in a new child."""
+        """Release what belongs to the template. Called in a new child."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._channel.close()
@@ -167,7 +167,7 @@ class _Template:
 
     def _child_has_ended(self, pid: int, exit_code: int, peak_memory: int) -> None:
         if pid not in self._children:
-            return  # an orphan that came to us
+            return  # an orphan that this subreaper inherited
         local_rank = self._children.pop(pid)
         if local_rank is not None:
             process_tree.signal_group(pid, signal.SIGKILL)

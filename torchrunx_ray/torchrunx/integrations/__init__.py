@@ -1,1 +1,1 @@
-"""The names of torchrunx.integrations."""
+"""Names of torchrunx.integrations."""

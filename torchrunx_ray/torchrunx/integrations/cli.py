@@ -1,4 +1,4 @@
-"""torchrunx's options on the command line of a script that uses argparse."""
+"""torchrunx's options for the command line of a script that uses argparse."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _WORKERS = ("cpu", "gpu")
 
 
 def add_torchrunx_argument_group(parser: ArgumentParser) -> None:
-    """Give the parser a group of options from which `launcher_from_args` makes a Launcher."""
+    """Add a group of options to the parser, from which `launcher_from_args` makes a Launcher."""
     add = parser.add_argument_group("torchrunx").add_argument
     add(
         "--hostnames",
@@ -91,7 +91,7 @@ def _assignment(text: str) -> str:
 
 
 def _word_or(given: Any, words: Sequence[str]) -> Any:
-    """A default is a word by itself; on a command line it is the only one of a list."""
+    """Return a plain word: a default is a word already, while the command line gives a list of one word."""
     alone = not isinstance(given, str) and len(given) == 1 and given[0] in words
     return given[0] if alone else given
 

@@ -1,1 +1,1 @@
-"""The names of torchrunx.utils."""
+"""Names of torchrunx.utils."""

@@ -9,6 +9,6 @@ __all__ = ["AgentFailedError", "ExceptionFromWorker", "WorkerFailedError"]
 
 @dataclass
 class ExceptionFromWorker:
-    """Nothing here makes one; it is there so that imports of it work."""
+    """A class that exists only so that imports of it work; nothing creates it."""
 
     exception: Exception

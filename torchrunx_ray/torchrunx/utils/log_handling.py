@@ -1,4 +1,4 @@
-"""torchrunx's handlers for what agents and workers say."""
+"""torchrunx's handlers for the output of agents and workers."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ __all__ = ["RedirectHandler", "default_handlers", "file_handlers", "get_handler_
 def get_handler_filter(
     hostname: str, local_rank: int | None, log_level: int = logging.NOTSET
 ) -> Callable[[logging.LogRecord], bool]:
-    """A filter that passes what one worker says, or with no local rank a host's agent."""
+    """Return a filter that passes the output of one worker, or of a host's agent if `local_rank` is None."""
     return _Passes(hostname, local_rank, log_level)
 
 
@@ -31,7 +31,7 @@ class _Passes(Only):
 
 
 class RedirectHandler(logging.Handler):
-    """Gives records to the loggers `torchrunx.<hostname>[.<local_rank>]`, whose levels decide."""
+    """A handler that passes records to the loggers `torchrunx.<hostname>[.<local_rank>]`, whose levels apply."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logger = logging.getLogger(record.name)
@@ -45,7 +45,7 @@ def file_handlers(
     log_dir: str | os.PathLike[str] = Path("torchrunx_logs"),
     log_level: int = logging.NOTSET,
 ) -> list[logging.Handler]:
-    """One for each agent and worker, into files of theirs in a directory named after the time."""
+    """Return a file handler for each agent and worker. The files are in a new directory named after the time."""
     directory = new_directory(Path(log_dir).absolute())
     places = [
         (hostname, local_rank)
@@ -61,10 +61,10 @@ def file_handlers(
 def default_handlers(
     hostnames: Sequence[str], workers_per_host: Sequence[int]
 ) -> list[logging.Handler]:
-    """The first host's agent and worker to the loggers named after them; all to files.
+    """Return handlers that pass the first host's agent and worker to their loggers, and write all output to files.
 
-    The files are in `$TORCHRUNX_LOG_DIR`, from `$TORCHRUNX_LOG_LEVEL` on; none where the former is
-    empty.
+    The files are in `$TORCHRUNX_LOG_DIR` and have records from level `$TORCHRUNX_LOG_LEVEL` on. If
+    `$TORCHRUNX_LOG_DIR` is empty, no files are written.
     """
     handlers: list[logging.Handler] = []
     for local_rank in (None, 0):

@@ -1,1 +1,1 @@
-"""Classes and functions of the script, by value: the parts that cloudpickle would lose."""
+"""Pickling of the script's classes and functions by value, with the parts that cloudpickle would lose."""

@@ -1,4 +1,4 @@
-"""Annotations that are text, as `from __future__ import annotations` makes them: the names that they use."""
+"""Names used by annotations that are strings, as `from __future__ import annotations` makes them."""
 
 import contextlib
 import dis
@@ -11,13 +11,13 @@ from typing import Any, cast
 
 
 def code_of(function: types.FunctionType) -> list[types.CodeType]:
-    """Return the code of a function's own annotations, and of those in functions and classes inside it."""
+    """Return the compiled annotations of a function, and of the functions and classes inside it."""
     texts = [*_texts_of(function.__annotations__), *_texts_inside(function.__code__)]
     return list(_compiled(texts))
 
 
 def names_in(codes: Iterable[types.CodeType]) -> Iterator[str]:
-    """Yield the names that are looked up, without those after dots."""
+    """Yield the names that the code looks up, without attribute names."""
     for code in codes:
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
@@ -26,7 +26,7 @@ def names_in(codes: Iterable[types.CodeType]) -> Iterator[str]:
 
 
 def carrier_of(kind: type) -> types.FunctionType | None:
-    """Return a function that travels with what a class's annotations use, or None if they use nothing."""
+    """Return a function that is pickled with the globals that a class's annotations use; None if they use none."""
     module = sys.modules.get(cast("Any", kind).__module__)
     annotations = vars(kind).get("__annotations__")
     if not isinstance(module, types.ModuleType) or not isinstance(annotations, dict):
@@ -46,7 +46,7 @@ def _texts_of(annotations: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _texts_in(annotation: Any) -> Iterator[str]:
-    """Yield the texts in an annotation, such as that in Optional["Config"]."""
+    """Yield the strings in an annotation, such as "Config" in Optional["Config"]."""
     if isinstance(annotation, str):
         yield annotation
     elif isinstance(annotation, typing.ForwardRef):
@@ -63,7 +63,7 @@ def _texts_inside(code: types.CodeType) -> Iterator[str]:
     loaded: object = None
     for instruction in dis.get_instructions(code):
         if instruction.argval == "__annotations__" and isinstance(loaded, str):
-            yield loaded  # into those of a class
+            yield loaded  # an annotation in a class body
         if instruction.opname == "LOAD_CONST":
             if instruction.argval in inner:
                 yield from _texts_of_parameters(instruction.argval, loaded)
@@ -90,5 +90,5 @@ def _texts_of_parameters(function: types.CodeType, constant: object) -> Iterator
 
 def _compiled(texts: Iterable[str]) -> Iterator[types.CodeType]:
     for text in dict.fromkeys(texts):
-        with contextlib.suppress(SyntaxError, ValueError):  # any text may be an annotation
+        with contextlib.suppress(SyntaxError, ValueError):  # an annotation may be any string
             yield compile(f"[{text}]", "<annotation>", "eval", dont_inherit=True)

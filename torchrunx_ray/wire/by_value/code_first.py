@@ -1,8 +1,8 @@
-"""Code before data: a class has its methods, and the code that these use, before objects of it are made.
+"""Order of unpickling: a class gets its methods, and the code that they use, before its objects are made.
 
-Attributes of a class, and the globals of its methods, may be objects of this very class. pickle would make them
-while the class is empty: hashed as `object` does, and without the class's `__setstate__`. So data are put off
-while the code of a class is pickled, and follow when that code is whole.
+Attributes of a class, and globals of its methods, may be objects of the same class. pickle would make these
+objects while the class is still empty: with the hash of `object`, and without the class's `__setstate__`. So data
+are deferred while the code of a class is pickled, and follow when the code is complete.
 """
 
 import enum
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple, cast
 from torchrunx_ray.wire.by_value.private import is_of_the_script, of_cloudpickle
 
 CODE, OTHER, OF_THE_SCRIPT = range(3)
-"""Kinds of values, in the order in which they come."""
+"""Kinds of values, in the order in which they are unpickled."""
 
 DESCRIPTOR, ATTRIBUTE, OUTSIDE = range(3)
-"""Places of values of one kind, in the order in which they come.
+"""Places of values of one kind, in the order in which they are unpickled.
 
-What is outside a class may have objects of it, which are hashed as the attributes say.
+Values outside a class come last: they may contain objects of the class, whose hash may need its attributes.
 """
 
 _LOOKED_AT = 100
-"""Parts of a container that are looked at. Further ones are taken to be alike."""
+"""Parts of a container that are examined. Further parts are assumed to be similar."""
 
 _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 _CONTAINERS = frozenset({tuple, list, dict, set, frozenset})
@@ -35,7 +35,7 @@ _WAYS_OF_OBJECT = object.__reduce__, object.__reduce_ex__
 
 
 class Step:
-    """Calls a function when it is unpickled."""
+    """A function call that runs when this object is unpickled."""
 
     def __init__(self, function: Callable[..., object], *arguments: Any) -> None:
         self._call = function, arguments
@@ -45,7 +45,7 @@ class Step:
 
 
 class PutOff(NamedTuple):
-    """Data that come when the code is whole."""
+    """Data that are deferred until the code is complete."""
 
     rank: int
     place: int
@@ -53,15 +53,15 @@ class PutOff(NamedTuple):
 
 
 class Order:
-    """Data that one pickler has put off, while it pickles the code of classes.
+    """Data that a pickler has deferred while it pickles the code of classes.
 
-    The code of one class reaches other classes, whose code is whole first. So their data come first, too: the
-    data of the class around them may be made by what the inner class puts off.
+    The code of a class may refer to other classes, whose code is complete first. Their data come first as well:
+    the data of the outer class may be made with the deferred data of the inner class.
     """
 
     def __init__(self) -> None:
         self._of_classes_in_code: list[list[PutOff]] = []
-        """Lists of the classes whose code is being pickled, the innermost last."""
+        """A list for each class whose code is being pickled, the innermost last."""
         self._of_whole_classes: list[PutOff] = []
 
     @property
@@ -69,13 +69,13 @@ class Order:
         return bool(self._of_classes_in_code)
 
     def begin(self) -> None:
-        """Put data off, for a class whose code comes now."""
+        """Begin to defer data for a class whose code is pickled next."""
         self._of_classes_in_code.append([])
 
     def end(self) -> list[Step]:
-        """Declare the innermost class's code whole. Return the steps that bring the data, if it was the last.
+        """Declare the innermost class's code complete. If it was the last such class, return the steps for the data.
 
-        Last come those that may have objects of the script's classes.
+        Steps whose data may contain objects of the script's classes come last.
         """
         self._of_whole_classes += self._of_classes_in_code.pop()
         if self.is_in_code:
@@ -89,10 +89,11 @@ class Order:
     def divide(
         self, parts: dict[str, Any], later: Callable[[str, Any], Step], place: int = OUTSIDE
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Put the data among named parts off; return the code, and what stands for the script's objects.
+        """Defer the data among named parts; return the code, and stand-ins for the script's objects.
 
-        Until these come, a `__new__` may look for them. Before them was None there, most often, or an empty
-        container. Nothing stands for a descriptor: it was there before all objects.
+        A `__new__` may look these objects up before they arrive. A stand-in is None or an empty container, which most
+        often was there in the script before the objects. A descriptor gets no stand-in, because it was there before
+        all objects.
         """
         code: dict[str, Any] = {}
         stand_ins: dict[str, Any] = {}
@@ -138,14 +139,17 @@ def _hashes(container: object) -> bool:
 
 
 def _has_members(part: object) -> bool:
-    """Return True for members of the script's enums. By itself one is found by name; a hash may need all of it."""
+    """Return True if a part is, or contains, a member of the script's enums.
+
+    A member alone is found by its name, but its hash may need all of its attributes.
+    """
     if type(part) is tuple:
         return any(map(_has_members, cast("tuple[object, ...]", part)))
     return isinstance(part, enum.Enum) and is_of_the_script(type(part))
 
 
 def _attributes_of(value: Any) -> dict[str, Any]:
-    """Return what is pickled with an object of a library, unless the library does it in a way of its own."""
+    """Return the attributes pickled with a library's object; none if its class has its own way of pickling."""
     kind = cast("Any", type(value))
     ways = kind.__reduce__, kind.__reduce_ex__
     if kind is not types.SimpleNamespace and ways != _WAYS_OF_OBJECT:
@@ -155,7 +159,7 @@ def _attributes_of(value: Any) -> dict[str, Any]:
 
 
 def of_function(function: Any, reduced: Any, order: Order) -> Any:
-    """Put off what a function has beside code, if a class's code is being pickled."""
+    """Defer a function's data, if a class's code is being pickled."""
     if not order.is_in_code:
         return reduced
     make, arguments, (attributes, slots, *others), *rest = reduced
@@ -171,7 +175,7 @@ def of_function(function: Any, reduced: Any, order: Order) -> Any:
 
 
 def of_class(kind: type, reduced: Any, order: Order, needs: object) -> Any:
-    """Bring the attributes of a class in steps. What the class needs beside them is unpickled with these."""
+    """Return a reduce tuple that sets a class's attributes in steps, and unpickles `needs` with them."""
     make, arguments, (attributes, _), *_ = reduced
     return (
         make,
@@ -190,7 +194,7 @@ def steps(
     first: tuple[Any, ...],
     last: Step | None = None,
 ) -> Any:
-    """Return a class's state: its code, by a call of `first`, then data, those of `last` included."""
+    """Return a class's state: its code, set by a call of `first`, then its data, including the step `last`."""
     return _Code(order, kind, attributes, first, last), _Data(order)
 
 
@@ -219,7 +223,7 @@ class _Code:
 
 
 class _Data:
-    """The data of a class. Within another class's code they wait for that class's."""
+    """The data of a class. Inside another class's code, they wait until that code is complete."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
@@ -241,4 +245,4 @@ def set_global(function: Any, name: str, value: object) -> None:
 
 
 def keep(kind: type, state: object) -> None:
-    """Stand for a class's own way to take its state: the steps have done it."""
+    """Do nothing in place of a state setter: the steps have already set the state."""

@@ -1,4 +1,4 @@
-"""Enums that travel by value: members come with what their class's own code made of them.
+"""Enums pickled by value, whose members arrive as their class's own code made them.
 
 cloudpickle makes members again from their values, without that code.
 """
@@ -13,7 +13,7 @@ from torchrunx_ray.wire.by_value.private import of_cloudpickle
 from torchrunx_ray.wire.by_value.unfit import UnfitError
 
 _CREATION = ("__new__", "__init__", "__new_member__", "_new_member_", "_use_args_")
-"""Attributes of an enum that have to do with how members are made."""
+"""Attributes of an enum that control how members are made."""
 
 _SET_BY_ENUM = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_", "_inverted_"})
 """Attributes of a member that the enum module sets."""
@@ -21,16 +21,16 @@ _SET_BY_ENUM = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_", "
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A member's value, and the arguments with which its data type makes the data."""
+    """A member's value, and the arguments from which its data type makes the data."""
 
     value: Any
     data: tuple[Any, ...]
 
 
 def is_found_by_name(obj: object) -> bool:
-    """Return True for a member that has a name and no way of its own to be pickled.
+    """Return True for a member that has a name, and whose class does not define its own way of pickling.
 
-    enum itself looks members up by their values, which may equal no other, such as functions.
+    enum itself looks members up by value, but a value such as a function may equal no other after pickling.
     """
     kind: Any = type(obj)
     if not isinstance(obj, enum.Enum) or kind.__reduce_ex__ is not enum.Enum.__reduce_ex__:
@@ -43,7 +43,7 @@ def member_named(kind: Any, name: str) -> Any:
 
 
 def reduce_enum(kind: Any, reduced: Any, order: code_first.Order) -> Any:
-    """Return cloudpickle's reduce tuple of an enum, with all that members are."""
+    """Return a reduce tuple for an enum: cloudpickle's, with the full state of the members."""
     _, (bases, name, *_, tracker_id, extra), (attributes, _), *_ = reduced
     members: dict[str, Any] = dict(kind.__members__)
     made_by = _maker_of_data(kind._member_type_)
@@ -74,7 +74,7 @@ def make_enum(
     tracker_id: str,
     _extra: Any,
 ) -> Any:
-    """Do what cloudpickle does, but with the enum's own metaclass."""
+    """Make an enum as cloudpickle does, but with the enum's own metaclass."""
     namespace = skeletons.of_a_library(metaclass, "__prepare__")(name, bases)
     for each, member in members.items():
         namespace[each] = member
@@ -85,7 +85,7 @@ def make_enum(
 
 def new_member(kind: Any, described: Any) -> Any:
     """Make a member in place of the class's own `__new__`."""
-    if isinstance(described, tuple):  # enum does so if the data are a tuple
+    if isinstance(described, tuple):  # enum wraps it if the data type is tuple
         (described,) = cast("tuple[Member]", described)
     member = _maker_of_data(kind._member_type_).__new__(kind, *described.data)
     member._value_ = described.value
@@ -93,7 +93,7 @@ def new_member(kind: Any, described: Any) -> Any:
 
 
 def leave_as_it_is(member: object, described: object) -> None:
-    """Stand for the class's own `__init__`: the member's attributes come as they were."""
+    """Do nothing in place of the class's own `__init__`: the member's attributes are set later."""
 
 
 def set_class_state_of_enum(
@@ -108,7 +108,7 @@ def set_class_state_of_enum(
 
 
 def set_members(kind: Any, of_members: dict[str, Any], values: list[tuple[Any, str]]) -> None:
-    """Set the attributes of members, and further values by which members are found."""
+    """Set the attributes of members, and the further values that map to members."""
     for name, (attributes, slots) in of_members.items():
         member = kind.__members__[name]
         member.__dict__.update(attributes)
@@ -119,7 +119,7 @@ def set_members(kind: Any, of_members: dict[str, Any], values: list[tuple[Any, s
 
 
 def _maker_of_data(data_type: type) -> Any:
-    """Return the class in C whose `__new__` makes the data; `object`, if there is only Python."""
+    """Return the class in C whose `__new__` makes the data; `object` if the data type is only Python."""
     return next(
         each
         for each in data_type.__mro__
@@ -148,7 +148,7 @@ def _state_of(member: enum.Enum) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _further_values(kind: Any) -> list[tuple[Any, str]]:
-    """Return what a `__new__` of the class has written into the map of values."""
+    """Return the further values, with member names, that the class's `__new__` has put into the map of values."""
     return [
         (value, member.name)
         for value, member in kind._value2member_map_.items()

@@ -1,4 +1,4 @@
-"""Needs of annotations, and of functions and classes inside a function, that cloudpickle does not see."""
+"""Globals and submodules used by annotations and by inner functions and classes, which cloudpickle misses."""
 
 import contextlib
 import dis
@@ -15,14 +15,14 @@ from torchrunx_ray.wire.by_value.code_first import Step
 from torchrunx_ray.wire.by_value.private import of_cloudpickle
 
 OPERATIONS = frozenset({"LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
-"""Look a name up in a class's body first, then among the globals."""
+"""Instructions that look a name up in a class's body first, then among the globals."""
 
 _WHAT_MODULES_RAISE = Exception, SystemExit
-"""Anything; a script exits that is imported where it misses its arguments."""
+"""Exceptions that an import may raise. A script may call sys.exit when it is imported without its arguments."""
 
 
 def with_needs(function: Any, reduced: Any, can_be_pickled: Callable[[object], bool]) -> Any:
-    """Add globals that only annotations or bodies of classes name, and submodules that only they use."""
+    """Add globals that only annotations or class bodies name, and submodules used by annotations and inner code."""
     _, _, (_, slots), *_ = reduced
     if inner := list(_inner_code(function.__code__)):
         _add_needs_of_inner_code(function, inner, slots)
@@ -46,7 +46,7 @@ def _add_needs_of_annotations(
     slots: dict[str, Any],
     can_be_pickled: Callable[[object], bool],
 ) -> None:
-    """Leave out what cannot be pickled or, in the other process, imported: no call fails for it."""
+    """Add the globals of annotations. Skip those that cannot be pickled or imported, so that no call fails for them."""
     there = function.__globals__
     named = {name: there[name] for name in annotations.names_in(said) if name in there}
     submodules: list[object] = slots["_cloudpickle_submodules"]
@@ -64,7 +64,7 @@ def _submodules(codes: Iterable[types.CodeType], packages: Iterable[object]) -> 
 
 
 def _place_of(value: Any) -> tuple[str, str] | None:
-    """Return the module from which another process imports a value, and the name there; empty for a module."""
+    """Return the module from which another process can import a value, and its name there; empty for a module."""
     found: Any = None
     kind = cast("Any", type(value))
     if issubclass(kind, types.ModuleType):
@@ -88,7 +88,7 @@ def _import(module_name: str) -> None:
 
 
 def _names_in_class_bodies(code: types.CodeType, *, is_in_body: bool = False) -> Iterator[str]:
-    """Yield the names that bodies of classes look up. cloudpickle looks only for those of functions."""
+    """Yield the names that class bodies look up, which cloudpickle misses: it examines only functions."""
     is_in_body = is_in_body or not code.co_flags & inspect.CO_OPTIMIZED
     if is_in_body:
         for instruction in dis.get_instructions(code):
@@ -100,7 +100,7 @@ def _names_in_class_bodies(code: types.CodeType, *, is_in_body: bool = False) ->
 
 
 def _inner_code(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yield the code of all functions and classes within."""
+    """Yield the code of all functions and classes inside this code."""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield constant

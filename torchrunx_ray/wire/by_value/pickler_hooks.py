@@ -1,4 +1,4 @@
-"""Classes and functions that travel by value, where cloudpickle alone would lose something of them."""
+"""Hooks for classes and functions pickled by value, which keep the parts that cloudpickle would lose."""
 
 import dataclasses
 import functools
@@ -31,40 +31,40 @@ from torchrunx_ray.wire.by_value.unfit import UnfitError
 _by_id: Any = of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"]
 
 _loading = threading.RLock()
-"""cloudpickle lets others find a class before it is whole; what is loaded may load something itself."""
+"""Lock for loading, since cloudpickle publishes a class before it is complete. Re-entrant, since loading may nest."""
 
 _MAKES_A_CLASS = re.compile(rb"set_class_state")
-"""In every stream with a class: a name of ours, which also the setter of enums has in its own."""
+"""Pattern that is in every stream with a class: our function's name, and the start of the enums' setter's name."""
 
 _MAKERS = {
     id(of_cloudpickle["_make_skeleton_class"]): skeletons.make,
     id(enums.make_enum): enums.make_enum,
 }
-"""Makers of empty classes that a stream names, and what is called for them."""
+"""Makers of empty classes by the id of the function in the stream, with the function called instead."""
 
 _SETTERS = code_first.set_class_state, enums.set_class_state_of_enum, enums.set_members
 """Functions that a stream calls to fill a class, which is the first argument."""
 
 _NO_FILE = "<dynamic-code>"
-"""Stands for a file's name in what cloudpickle writes, since 3.1.3."""
+"""Placeholder that cloudpickle writes instead of a file's name, since 3.1.3."""
 
 _SENTINELS: dict[type, str] = {
     type(vars(dataclasses)[name]): name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY")
 }
-"""Kinds of objects that dataclasses compares by identity, with the name of its own object.
+"""Types of sentinels that dataclasses compares by identity, with the name of its own object.
 
-Other libraries that pickle, such as Ray's copy of cloudpickle, make further objects of these kinds.
+Other pickling libraries, such as Ray's copy of cloudpickle, make further objects of these types.
 """
 
 
 def reduce(obj: Any, order: code_first.Order) -> Any:
-    """Return a reduce tuple, or NotImplemented if cloudpickle does it well."""
+    """Return a reduce tuple, or NotImplemented to leave the object to cloudpickle."""
     kind = cast("Any", type(obj))
     if kind is types.CodeType:
         return _with_file(obj)
     if kind is types.CellType:
         return closures.reduce_cell(obj, order)
-    if kind is functools.cached_property:  # it has a lock, before Python 3.12
+    if kind is functools.cached_property:  # has a lock before Python 3.12
         return _cached_property, (obj.func, obj.attrname)
     if kind is functools._lru_cache_wrapper and goes_by_value(obj):  # pyright: ignore[reportPrivateUsage]
         return _cached, (obj.__wrapped__, obj.cache_parameters()), _attributes_of_cached(obj)
@@ -93,7 +93,7 @@ def _refuse_class_of_msgspec(metaclass: type) -> None:
 
 
 def _with_file(code: types.CodeType) -> Any:
-    """Keep the file's name: tracebacks, inspect.getsource and torch.jit.script look for lines there."""
+    """Keep the file's name, from which tracebacks, inspect.getsource and torch.jit.script read lines."""
     make, parts = of_cloudpickle["_code_reduce"](code)
     return make, tuple(
         code.co_filename if type(part) is str and part == _NO_FILE else part for part in parts
@@ -101,12 +101,15 @@ def _with_file(code: types.CodeType) -> Any:
 
 
 def _is_dispatcher(obj: Any) -> bool:
-    """Return True for what functools.singledispatch made. Its wrappers have its attributes, but not its code."""
+    """Return True for a dispatcher of functools.singledispatch. A wrapper has its attributes, but not its code."""
     return type(obj) is types.FunctionType and obj.__code__ is _CODE_OF_DISPATCHERS
 
 
 def _state_of_dispatcher(function: Any) -> Any:
-    """Leave out singledispatch's own attributes: they have weak references, and a new dispatcher has its own."""
+    """Return a dispatcher's state without singledispatch's own attributes.
+
+    These attributes have weak references, and a new dispatcher has its own.
+    """
     named = {
         name: getattr(function, name)
         for name in functools.WRAPPER_ASSIGNMENTS
@@ -120,7 +123,7 @@ def _state_of_dispatcher(function: Any) -> Any:
 def finish(
     obj: Any, reduced: Any, order: code_first.Order, can_be_pickled: Callable[[object], bool]
 ) -> Any:
-    """Return what cloudpickle makes of an object, with what cloudpickle loses of it."""
+    """Return cloudpickle's reduce tuple with the parts of the object that cloudpickle loses."""
     if reduced is NotImplemented:
         return reduced
     if reduced[0] is of_cloudpickle["_make_skeleton_class"]:
@@ -136,7 +139,7 @@ def finish(
 
 
 def _without_parts_of_dispatcher(function: Any, reduced: Any) -> Any:
-    """Have a wrapper of a dispatcher find again what functools.wraps copied from the dispatcher."""
+    """Let a dispatcher's wrapper copy again the attributes that functools.wraps copied from the dispatcher."""
     if not hasattr(function, "__wrapped__"):
         return reduced
     try:
@@ -153,7 +156,7 @@ def _without_parts_of_dispatcher(function: Any, reduced: Any) -> Any:
 
 
 def loads(stream: "bytes | memoryview", buffers: Sequence[Any] = ()) -> Any:
-    """pickle.loads, but classes that this process has stay as they are."""
+    """Load a pickle stream. Classes that this process already has stay unchanged."""
     if _MAKES_A_CLASS.search(stream) is None:
         return pickle.loads(stream, buffers=buffers)
     with _loading:
@@ -161,9 +164,10 @@ def loads(stream: "bytes | memoryview", buffers: Sequence[Any] = ()) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """A class of the script comes back with a value as it was in the worker, bound to that script's globals.
+    """An unpickler that keeps existing classes unchanged.
 
-    cloudpickle would write all of that into the driver's own class.
+    A class of the script comes back with a value in its state in the worker, bound to the worker's globals.
+    cloudpickle would write that state into the driver's own class.
     """
 
     def __init__(self, file: io.BytesIO, *, buffers: Sequence[Any]) -> None:
@@ -189,10 +193,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Classes:
-    """The classes that one stream brings.
+    """The classes in one stream.
 
-    Kept apart from the unpickler, whose memo refers to this object. A memo that referred to its own
-    unpickler would keep all that was loaded, and the buffers, until Python collects garbage.
+    This object is separate from the unpickler, because the unpickler's memo refers to it. If the memo referred to
+    the unpickler itself, the cycle would keep all loaded objects and buffers alive until garbage collection.
     """
 
     def __init__(self) -> None:
@@ -200,7 +204,7 @@ class _Classes:
         self._made: dict[Any, type] = {}
 
     def forget(self) -> None:
-        """Forget these classes after a failure: the next attempt would take an empty class for whole."""
+        """Forget these classes after a failure. Otherwise the next attempt would reuse an incomplete class."""
         for tracker_id in self._made:
             _by_id.pop(tracker_id, None)
 
@@ -212,7 +216,7 @@ class _Classes:
         *_, tracker_id, _ = arguments
         here = _by_id.get(tracker_id)
         if here is not None:
-            if tracker_id not in self._made:  # its bases, which come before it, may have brought it
+            if tracker_id not in self._made:  # otherwise its bases, which come first, have made it
                 self._were_here.append(here)
             return here
         _metaclass, _name, bases, *_ = arguments
@@ -232,7 +236,7 @@ def _cached_property(function: Callable[..., Any], name: str | None) -> Any:
 
 
 def _dispatching() -> Any:
-    """Return a function without implementations: these may refer to it, so it comes first."""
+    """Return a dispatcher without implementations. It comes first, since implementations may refer to it."""
     return functools.singledispatch(_dispatching)
 
 
@@ -251,13 +255,13 @@ def _set_wrapper_state(function: Any, state: Any) -> None:
 
 
 _CODE_OF_DISPATCHERS = _dispatching().__code__
-"""All functions of functools.singledispatch share it."""
+"""Code that all dispatchers of functools.singledispatch share."""
 
 _OF_DISPATCHERS = frozenset(cast("dict[str, Any]", vars(_dispatching()))) - {"__wrapped__"}
 
 
 def _attributes_of_cached(function: Any) -> dict[str, Any]:
-    """Leave out what functools.lru_cache itself sets."""
+    """Return the attributes of a cached function, except those that functools.lru_cache sets."""
     attributes = cast("dict[str, Any]", vars(function))
     own = ("__wrapped__", "cache_parameters")
     return {name: part for name, part in attributes.items() if name not in own}

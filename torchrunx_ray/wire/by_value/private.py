@@ -1,4 +1,4 @@
-"""Private names of cloudpickle that this package uses. This module raises ImportError if one is missing."""
+"""Private names of cloudpickle that this package uses. The import fails if a name is missing."""
 
 import sys
 from typing import Any, cast
@@ -23,7 +23,7 @@ _NAMES = (
 )
 
 of_cloudpickle: Any = vars(cloudpickle.cloudpickle)
-"""All names of cloudpickle, as they are now: a worker replaces one of them while it unpickles its call."""
+"""The live namespace of cloudpickle: a worker replaces one name while it unpickles its call."""
 
 if missing := ", ".join(name for name in _NAMES if name not in of_cloudpickle):
     raise ImportError(
@@ -32,24 +32,24 @@ if missing := ", ".join(name for name in _NAMES if name not in of_cloudpickle):
     )
 
 _MADE_BY_A_CLASS_STATEMENT = 1 << 9
-"""Py_TPFLAGS_HEAPTYPE, which no class has that is built in."""
+"""Py_TPFLAGS_HEAPTYPE, which built-in classes do not have."""
 
 
 def goes_by_value(obj: object) -> bool:
-    """Return True for what is in no module that another process could import, as cloudpickle decides it."""
+    """Return True if cloudpickle pickles an object by value, because no other process could import it."""
     found = of_cloudpickle["_lookup_module_and_qualname"](obj)
     return found is None or of_cloudpickle["_is_registered_pickle_by_value"](found[0])
 
 
 def is_of_the_script(kind: Any) -> bool:
-    """Return True for classes that travel by value."""
+    """Return True for a class that is pickled by value."""
     return bool(kind.__flags__ & _MADE_BY_A_CLASS_STATEMENT) and goes_by_value(kind)
 
 
 def share_id(kind: type) -> None:
-    """Have a class found by one id, whether it travels by cloudpickle or by Ray's copy of it.
+    """Register a class under the same id in cloudpickle and in Ray's copy of cloudpickle.
 
-    What came by `ray.put` would otherwise be of another class than the function's own.
+    Otherwise an object that came by `ray.put` would have another class than the function's objects.
     """
     theirs = cast("Any", sys.modules.get("ray.cloudpickle.cloudpickle"))
     if not hasattr(theirs, "_DYNAMIC_CLASS_TRACKER_BY_CLASS"):

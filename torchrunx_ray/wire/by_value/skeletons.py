@@ -1,7 +1,7 @@
-"""Empty classes, for the state of a class that travels by value.
+"""Empty classes that later get the state of a class pickled by value.
 
-What the script's own hooks for new classes did travels with the class, and they would need keywords that
-no class keeps. So hooks that came by value themselves are not called.
+The script's own hooks for new classes are not called if they were pickled by value themselves. Their effects are
+already part of the class's state, and they would need keywords that no class keeps.
 """
 
 import contextlib
@@ -14,29 +14,30 @@ from typing import Any, cast
 from torchrunx_ray.wire.by_value.private import of_cloudpickle
 
 _travelled: Any = of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_CLASS"]
-"""Classes that came, or went, by value."""
+"""Classes that were received or sent by value."""
 
 _HOOKS = "__init_subclass__", "__pydantic_init_subclass__"
 
 
 def with_name_and_slots(kind: type, reduced: Any) -> Any:
-    """Add the slots to a class, without which its objects fit no other, and its name within the script.
+    """Add a class's slots and its qualified name to the reduce tuple. A TypedDict also gets its base again.
 
-    A class inside a function has only its short name, by which pickle finds it. A TypedDict has its base again.
+    Without its slots, a class has another memory layout. A class inside a function keeps only its short name, by
+    which pickle finds it.
     """
     own = {name: value for name, value in vars(kind).items() if name == "__slots__"}
     if "<locals>" not in kind.__qualname__:
         own["__qualname__"] = kind.__qualname__
     make, (metaclass, name, bases, namespace, tracker_id, extra), *rest = reduced
     if metaclass.__name__ == "_TypedDictMeta" and "__orig_bases__" not in vars(kind):
-        # Before Python 3.12, one that inherits or was made by a call knows no base but dict.
+        # Before Python 3.12, a TypedDict that inherits or was made by a call has no base but dict.
         bases = (sys.modules[metaclass.__module__].TypedDict,)
     return make, (metaclass, name, bases, namespace | own, tracker_id, extra), *rest
 
 
 @contextlib.contextmanager
 def calm(bases: Any) -> Generator[None]:
-    """Within, these bases do not hear of a new subclass, except by the hooks of libraries."""
+    """Suppress the bases' hooks for new subclasses inside the context, except the hooks of libraries."""
     hooks = list(_hooks_of(bases))
     for kind, name, _ in hooks:
         type.__setattr__(kind, name, _passing_on(kind, name))
@@ -57,17 +58,17 @@ def _hooks_of(bases: Any) -> Iterator[tuple[type, str, object]]:
 
 
 def _passing_on(kind: type, name: str) -> object:
-    """Return a hook that calls the next one, which may be a library's."""
+    """Return a hook that only calls the next hook, which may be a library's."""
 
     def hook(cls: type, **keywords: Any) -> None:
         getattr(after(kind, cls), name)(**keywords)
 
-    after = cast("Any", super)  # its type, and classmethod's, are not for variables
+    after = cast("Any", super)  # type checkers accept neither super nor classmethod with variables
     return cast("Any", classmethod)(hook)
 
 
 def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest: Any) -> type:
-    """Call cloudpickle's own function, but no metaclass that came by value."""
+    """Call cloudpickle's own function, but without the methods of a metaclass that was pickled by value."""
     if metaclass in _travelled:
         metaclass = functools.partial(make_as_a_library, metaclass)
     make: Any = of_cloudpickle["_make_skeleton_class"]
@@ -76,7 +77,7 @@ def make(metaclass: Any, name: str, bases: Any, namespace: dict[str, Any], *rest
     except Exception:
         if "__slots__" not in namespace:
             raise
-        # A metaclass that makes the slots may forbid the name, as that of typing.NamedTuple.
+        # A metaclass that makes the slots itself may forbid the name, as typing.NamedTuple's does.
         others = {key: part for key, part in namespace.items() if key != "__slots__"}
         return make(metaclass, name, bases, others, *rest)
 
@@ -88,6 +89,6 @@ def make_as_a_library(metaclass: Any, name: str, bases: Any, namespace: Any) -> 
 
 
 def of_a_library(metaclass: Any, name: str) -> Any:
-    """Return a method as the first class among a metaclass and its bases defines it that did not travel."""
+    """Return a method from the first class in a metaclass's MRO that defines it and was not pickled by value."""
     own = (each for each in metaclass.__mro__ if each not in _travelled and name in vars(each))
     return getattr(next(own), name)

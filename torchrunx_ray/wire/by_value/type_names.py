@@ -1,4 +1,4 @@
-"""Names for types that a script makes, such as a NewType. They travel as their parts."""
+"""Names for types that a script makes, such as a NewType, pickled as their parts."""
 
 import sys
 import typing
@@ -8,7 +8,7 @@ from torchrunx_ray.wire.by_value.private import of_cloudpickle
 
 
 def is_type_name(kind: type) -> bool:
-    """Return True for the kinds that pickle takes only from a module."""
+    """Return True for kinds of objects that pickle can only import from a module."""
     return kind in _PARAMETERS or kind is typing.NewType or _is_alias(kind)
 
 
@@ -22,9 +22,9 @@ def reduce_part_of_parameters(obj: Any) -> Any:
 
 
 def reduce_type_name(obj: Any) -> Any:
-    """Return a reduce tuple for a name that travels by value."""
+    """Return a reduce tuple for a type name that is pickled by value."""
     kind = cast("Any", type(obj))
-    if _is_alias(kind):  # cannot be referred to weakly, and so not be found again by its id
+    if _is_alias(kind):  # cannot be weakly referenced, so cloudpickle cannot track it by id
         return _alias, (kind, obj.__name__, obj.__value__, obj.__type_params__, obj.__module__)
     tracker_id = of_cloudpickle["_get_or_create_tracker_id"](obj)
     if kind is typing.NewType:
@@ -44,13 +44,13 @@ def reduce_type_name(obj: Any) -> Any:
 
 
 def _with_newer_options(obj: Any) -> tuple[Any, dict[str, Any]]:
-    """Return what makes such a parameter, and its options that came with Python 3.12 and 3.13."""
+    """Return the constructor of a type parameter, and its options that are new in Python 3.12 and 3.13."""
     newer: dict[str, Any] = {}
     if getattr(obj, "__infer_variance__", False):
         newer["infer_variance"] = True
     if getattr(obj, "has_default", bool)():
         newer["default"] = obj.__default__
-    # typing_extensions makes typing's own kinds, for older versions of Python with these options.
+    # typing_extensions makes typing's own kinds with these options, on older versions of Python.
     made_by = sys.modules.get("typing_extensions", typing) if newer else typing
     return getattr(made_by, type(obj).__name__), newer
 
@@ -60,7 +60,7 @@ _PARAMETERS: dict[type, tuple[str, ...]] = {
     typing.ParamSpec: ("bound", "covariant", "contravariant"),
     typing.TypeVarTuple: (),
 }
-"""Kinds of parameters of generic classes, with their options."""
+"""Kinds of type parameters, with their options."""
 
 
 def _is_alias(kind: type) -> bool:
@@ -77,7 +77,7 @@ def _parameter(
 
 
 def _new_type(name: str, qualname: str, supertype: Any, module: str, tracker_id: str) -> Any:
-    make: Any = typing.NewType  # as a type checker knows it, it takes no variables
+    make: Any = typing.NewType  # type checkers do not accept NewType with variables
     made = make(name, supertype)
     made.__qualname__ = qualname
     made.__module__ = module
@@ -85,6 +85,6 @@ def _new_type(name: str, qualname: str, supertype: Any, module: str, tracker_id:
 
 
 def _alias(kind: Any, name: str, value: Any, parameters: Any, module: str) -> Any:
-    """Make an alias, which takes its module from the globals of the code that makes it."""
+    """Make an alias. It takes its module from the globals of the code that makes it, hence `eval`."""
     parts = {"kind": kind, "name": name, "value": value, "parameters": parameters}
     return eval("kind(name, value, type_params=parameters)", {"__name__": module, **parts})

@@ -1,5 +1,5 @@
-"""Refusal to send a value that would arrive as something else."""
+"""Error for a value that would not arrive as the same value."""
 
 
 class UnfitError(TypeError):
-    """A value is not made to travel. The message says what to do instead."""
+    """A value cannot be pickled faithfully. The message says what to do instead."""

@@ -1,1 +1,1 @@
-"""Values and their buffers: pickled, moved between processes, and what cannot be."""
+"""Values and their buffers: pickling, moving between processes, and errors about values that cannot be pickled."""

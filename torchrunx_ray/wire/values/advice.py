@@ -1,4 +1,4 @@
-"""Words about a value that cannot be pickled: why, and what to do."""
+"""Reason and advice for a value that cannot be pickled."""
 
 import sys
 
@@ -7,7 +7,7 @@ from torchrunx_ray.wire.values.culprit import Culprit, is_of_a_library, module_o
 from torchrunx_ray.wire.values.exceptions import text_of
 
 _TORCHS_FORMAT = "{} cannot be pickled"
-"""Text of a NotImplementedError that torch raises without formatting the text."""
+"""Text of a NotImplementedError that torch raises without filling in the name."""
 
 
 def reason_of(error: Exception) -> str:
@@ -24,7 +24,7 @@ def reason_of(error: Exception) -> str:
 
 
 def advice_on(culprit: Culprit, *, is_returned: bool) -> str:
-    """Return a sentence, empty if the reason has the advice in it."""
+    """Return a sentence of advice; empty if the reason already has advice."""
     if isinstance(culprit.error, UnfitError):
         return ""
     for part in reversed(culprit.chain):
@@ -40,7 +40,7 @@ def advice_on(culprit: Culprit, *, is_returned: bool) -> str:
 
 
 def _what_a_class_could_do(culprit: Culprit) -> str:
-    """Name the nearest class that the user can change: nobody can give a lock a __reduce__."""
+    """Advise on the innermost class that the user can change: nobody can give a lock a __reduce__."""
     for part in reversed(culprit.chain):
         if _is_users(type(part)):
             name = type(part).__qualname__

@@ -1,4 +1,4 @@
-"""Search for the part of a value that is to blame for a pickling error."""
+"""Search for the part of a value that causes a pickling error."""
 
 import contextlib
 import copyreg
@@ -34,13 +34,13 @@ _GLOBAL_OPERATIONS = inner_code.OPERATIONS | {"LOAD_GLOBAL", "STORE_GLOBAL", "DE
 
 @dataclass(frozen=True)
 class Culprit:
-    """The deepest part that cannot be pickled by itself."""
+    """The deepest part of a value that cannot be pickled by itself."""
 
     path: str
     error: Exception
-    """Raised by pickling this part alone."""
+    """The error that pickling this part alone raises."""
     chain: Sequence[object]
-    """The parts that the path leads through, the deepest last."""
+    """The parts along the path, the deepest last."""
 
 
 def find_culprit(
@@ -48,9 +48,9 @@ def find_culprit(
     error: Exception,
     replace: pickling.Replace | None = None,
 ) -> Culprit:
-    """Search the named parts of a value that raised this error when it was pickled.
+    """Search the named parts of a value whose pickling raised this error.
 
-    The search runs code of the user's, such as a `__reduce__`, and ends at whatever raises.
+    The search runs the user's code, such as a `__reduce__`, and stops at the first exception from that code.
     """
     found = Culprit("the value", error, ())
     candidates: Iterable[tuple[str, object]] = parts
@@ -67,7 +67,7 @@ def _first_of(
     chain: Sequence[object],
     replace: pickling.Replace | None,
 ) -> tuple[str, object, Exception]:
-    """Return the first candidate that cannot be pickled; StopIteration says that all can be."""
+    """Return the first candidate that cannot be pickled; raise StopIteration if all can be."""
     failing = (
         (path, part, reason)
         for path, part in candidates
@@ -79,7 +79,7 @@ def _first_of(
 
 def is_of_a_library(kind: type) -> bool:
     """Return True for a class of an installed module."""
-    # Programs put other things than modules into sys.modules, too.
+    # Programs may put objects into sys.modules that are not modules.
     file = getattr(sys.modules.get(module_of(kind)), "__dict__", {}).get("__file__")
     return isinstance(file, str) and any(
         f"{os.sep}{each}{os.sep}" in file for each in ("site-packages", "dist-packages")
@@ -87,15 +87,15 @@ def is_of_a_library(kind: type) -> bool:
 
 
 def module_of(kind: type) -> str:
-    """Return the name of a class's module; empty if the class has no such name."""
+    """Return the name of a class's module; empty if `__module__` is no string."""
     name = cast("object", kind.__module__)
     return name if isinstance(name, str) else ""
 
 
 def users_part(error: BaseException) -> BaseException | None:
-    """Return the exception that the user's code raised in pickling or unpickling, from that code on.
+    """Return the exception that the user's code raised during pickling or unpickling.
 
-    None where nothing but pickling itself raised.
+    Its traceback begins in that code. Return None if only the pickling code itself raised.
     """
     raised: BaseException | None = error
     while raised is not None:
@@ -157,7 +157,7 @@ def _shown(key: Any) -> str:
 
 
 def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple[str, object]]:
-    """Return the parts that cloudpickle takes along with a function: closure, globals it names, defaults."""
+    """Yield the parts that cloudpickle pickles with a function: closure, globals it names, defaults."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield f"variable {name!r} captured by {path}", cell.cell_contents
@@ -168,7 +168,7 @@ def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple
     yield from ((f"global {name!r} used by {path}", there[name]) for name in named)
     for name in dict.fromkeys(annotations.names_in(annotations.code_of(function))):
         is_other = name in there and name not in named
-        if is_other and _why_not_pickled(there[name], None) is None:  # it is left out otherwise
+        if is_other and _why_not_pickled(there[name], None) is None:  # otherwise it is left out
             yield f"global {name!r} used by {path}", there[name]
     for i, default in enumerate(function.__defaults__ or ()):
         yield f"default {i} of {path}", default
@@ -177,11 +177,11 @@ def parts_of_function(function: types.FunctionType, path: str) -> Iterator[tuple
 
 
 def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
-    """Yield what cloudpickle takes along with a class: its attributes and its bases."""
+    """Yield the parts that cloudpickle pickles with a class: its attributes and its bases."""
     made_by_python = types.GetSetDescriptorType | types.MemberDescriptorType
     for name, part in vars(kind).items():
         kind_of_part: Any = type(part)  # pyright: ignore[reportUnknownVariableType]
-        if name in ("_member_map_", "_value2member_map_"):  # an enum's members stand in it, too
+        if name in ("_member_map_", "_value2member_map_"):  # members are also attributes
             continue
         if not isinstance(part, made_by_python) and not is_of_a_library(kind_of_part):
             yield f"{path}.{name}", part
@@ -198,7 +198,7 @@ def _parts_of_member(member: enum.Enum, path: str) -> Iterator[tuple[str, object
 
 
 def _globals_named_in(code: types.CodeType) -> Iterator[str]:
-    """Also by functions that it makes."""
+    """Yield the globals that code names, including the code of functions inside it."""
     for instruction in dis.get_instructions(code):
         if instruction.opname in _GLOBAL_OPERATIONS:
             yield instruction.argval
@@ -208,11 +208,11 @@ def _globals_named_in(code: types.CodeType) -> Iterator[str]:
 
 
 def _attributes(value: Any, path: str) -> Iterator[tuple[str, object]]:
-    """Yield what is pickled of an object; nothing if its class refuses."""
+    """Yield the parts of an object that are pickled; nothing if its class refuses."""
     reduced: Any = ""
     with contextlib.suppress(Exception):
         reduced = value.__reduce_ex__(5)
-    if not isinstance(reduced, tuple):  # the name of a global, or nothing that pickle takes
+    if not isinstance(reduced, tuple):  # the name of a global, or an invalid answer
         return
     reduced = (*reduced, None, None, None, None)
     arguments, state, items, pairs = reduced[1:5]

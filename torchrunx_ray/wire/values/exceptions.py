@@ -1,4 +1,4 @@
-"""Exceptions as bytes, and back as the same type."""
+"""Pickling of exceptions, which come back as the same type."""
 
 import copyreg
 import types
@@ -12,13 +12,13 @@ from torchrunx_ray.wire.values import pickling
 _BASE: Any = vars(BaseException)
 
 _LEFT = {(AttributeError, "obj")}
-"""Any object of the function's, however large; pickle leaves it as well."""
+"""Fields that are left out. `obj` may be any object, however large, and pickle leaves it out as well."""
 
 
 def dump_exception(error: BaseException) -> bytes:
-    """Pickle an exception so that it loads again here; raises what makes that impossible.
+    """Pickle an exception and check that it loads again here. Raise the error that prevents this.
 
-    A class's own way to be pickled wins where it works.
+    If the class has its own way of pickling, and that way works, it is used.
     """
     try:
         return _dump(error, _by_parts)
@@ -34,9 +34,9 @@ def load_exception(data: bytes) -> BaseException:
 
 
 def text_of(error: BaseException) -> str:
-    """Return an exception's text, also if its class makes trouble."""
+    """Return an exception's text, even if its class raises in `__str__`."""
     try:
-        return str.__str__(str(error))  # not of a class of the function's
+        return str.__str__(str(error))  # a plain str, even if __str__ returned a subclass
     except BaseException as reason:
         return f"<its __str__ raised {type(reason).__name__}>"
 
@@ -50,10 +50,10 @@ def _dump(error: BaseException, replace: pickling.Replace) -> bytes:
 
 
 def _by_parts(value: object) -> Any:
-    """A call that makes the exception without its constructor, also one inside of another.
+    """Return a reduce tuple that makes an exception without its constructor, also an exception inside a value.
 
-    Not where its class has a way of its own, or the usual one, a call of its type with `args`, makes
-    the same of it.
+    Return NotImplemented if the class has its own way of pickling. Also return it if the usual way, a call of the
+    type with `args`, gives the same exception.
     """
     kind = untyped = cast("Any", type(value))
     if not issubclass(kind, BaseException) or kind in copyreg.dispatch_table:
@@ -87,7 +87,7 @@ def _defines(kind: type, *names: str) -> bool:
 
 
 def _fields(error: Any, kinds: Iterable[type]) -> Iterator[tuple[type, str, Any]]:
-    """Return the values that it keeps in C and in slots, except those that nobody may set."""
+    """Yield the values that an exception keeps in C and in slots, except read-only ones."""
     for owner in kinds:
         if owner in (BaseException, object):
             continue
@@ -98,14 +98,14 @@ def _fields(error: Any, kinds: Iterable[type]) -> Iterator[tuple[type, str, Any]
                 continue
             try:
                 value = field.__get__(error)
-                if value is not None:  # None may stand for none, which is something else
+                if value is not None:  # an unset field also reads as None
                     field.__set__(error, value)
                     yield owner, name, value
             except Exception:
-                continue  # it has no value, or is read-only
+                continue  # the field has no value, or is read-only
 
 
-# By the base class: an exception may refuse to be asked for attributes.
+# Attributes are read through BaseException, since the exception's class may override attribute access.
 
 
 def _args(error: object) -> tuple[Any, ...]:

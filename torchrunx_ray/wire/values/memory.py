@@ -1,8 +1,8 @@
-"""Bytes from one process's memory to another's on the same host, and within one.
+"""Copies between the memory of two processes on one host, and within a process.
 
-A process may always open its own memory in /proc, and whoever is handed that descriptor may read
-and write there: no right to trace is needed. Between them goes no file: the pages of one come small
-and one at a time, where fresh memory has huge pages and takes several threads.
+A process may open its own memory in /proc, and any process that gets the descriptor may read and write there. No
+permission to trace is needed. No file is used in between: a file gets small pages, one at a time, while fresh
+memory can have huge pages and be filled by several threads.
 """
 
 import ctypes
@@ -14,29 +14,29 @@ from dataclasses import dataclass
 from typing import Any
 
 _HUGE = 4 * 2**20
-"""Size from which on fresh memory is given huge pages."""
+"""Size from which fresh memory gets huge pages."""
 
 _BATCH = 16 * 2**20
-"""Bytes moved at a time by a thread."""
+"""Bytes that a thread moves at a time."""
 
 _MOST_IN_BATCH = 1024
-"""Pieces of memory that one system call takes."""
+"""Pieces of memory that one system call accepts."""
 
 _THREADS = min(4, os.cpu_count() or 1)
-"""One does not fill the memory's bandwidth; the workers compute beside them."""
+"""Threads that copy. One thread does not use the full memory bandwidth; too many would slow down the workers."""
 
 
 Move = tuple[int, int, int]
-"""An address of this process, an address or position elsewhere, and how many bytes to move."""
+"""An address in this process, an address or file position elsewhere, and the number of bytes to move."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """The memory of another process, by its pid and by the descriptor that it handed out.
+    """The memory of another process, by its pid and by the descriptor that it sent.
 
-    The short way, by pid, takes half the time and a right to trace that not every host gives; the
-    descriptor always does. Both methods return False where the process has ended, or `is_wanted`
-    says no; OSError where that memory cannot be reached from outside.
+    Access by pid takes half the time, but needs a permission to trace that not every host gives. Access by
+    descriptor needs none. Both methods return False if the process has ended or `is_wanted` returns False. They
+    raise OSError if the memory cannot be accessed from outside.
     """
 
     pid: int
@@ -44,19 +44,19 @@ class Remote:
     is_wanted: Callable[[], bool]
 
     def read(self, moves: Iterable[Move]) -> bool:
-        """Copy from there to here."""
+        """Copy from the other process to this one."""
         return _in_batches(
             lambda batch: self._move(_libc.process_vm_readv, os.preadv, batch), moves
         )
 
     def write(self, moves: Iterable[Move]) -> bool:
-        """Copy from here to there."""
+        """Copy from this process to the other one."""
         return _in_batches(
             lambda batch: self._move(_libc.process_vm_writev, os.pwritev, batch), moves
         )
 
     def _move(self, by_pid: Any, by_fd: "_ByDescriptor", batch: Sequence[Move]) -> bool:
-        # Without this look the pid may be another's, to whom it went when the process ended.
+        # The descriptor shows that the process is alive. Otherwise its pid may belong to a new process.
         if not (self.is_wanted() and os.pread(self.fd, 1, batch[0][1])):
             return False
         ours = _io_vectors((here, size) for here, _there, size in batch)
@@ -68,42 +68,42 @@ class Remote:
 
 
 def open_own() -> int:
-    """A descriptor with which any process can read and write this one's memory by address.
+    """Return a descriptor with which any process can read and write this process's memory by address.
 
-    It shows what is mapped at the time, and nothing once this process has ended. OSError in one
-    that has no /proc, or may not be looked at (see prctl's PR_SET_DUMPABLE).
+    The descriptor gives access to the current mappings, and to nothing after this process has ended. Raise OSError
+    if there is no /proc, or if this process may not be inspected (see prctl's PR_SET_DUMPABLE).
     """
     return os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
 
 
 def write_file(fd: int, moves: Iterable[Move]) -> None:
-    """Copy from here to positions in a file."""
+    """Copy from this process to positions in a file."""
     for move in moves:
         _move_all(os.pwritev, fd, *move)
 
 
 def copy(source: memoryview, address: int) -> None:
-    """To an address of this process."""
+    """Copy a buffer to an address in this process."""
 
     def move(batch: Sequence[Move]) -> bool:
         for here, there, size in batch:
-            ctypes.memmove(there, here, size)  # without the GIL
+            ctypes.memmove(there, here, size)  # releases the GIL
         return True
 
     _in_batches(move, [(address_of(source), address, source.nbytes)])
 
 
 def allocate(size: int) -> mmap.mmap:
-    """Fresh memory, private to this process and what it forks."""
+    """Return fresh memory, private to this process and its forks."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     expect_copy(address_of(memory), size)
     return memory
 
 
 def expect_copy(address: int, size: int) -> None:
-    """Ask for huge pages where much is to be copied: fresh memory comes 5 times faster so.
+    """Ask for huge pages before a large copy, which makes fresh memory 5 times faster.
 
-    It is advice: whether it is taken does not matter.
+    The request is only advice, which the kernel may ignore.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # not every system has it
     if advice is not None and size >= _HUGE:
@@ -113,7 +113,7 @@ def expect_copy(address: int, size: int) -> None:
 
 
 def address_of(buffer: object) -> int:
-    """Also of a read-only one, which ctypes' own `addressof` refuses."""
+    """Return a buffer's address, also for a read-only buffer, which `ctypes.addressof` refuses."""
     held = _Buffer()
     _get_buffer(buffer, ctypes.byref(held), 0)
     try:
@@ -123,7 +123,7 @@ def address_of(buffer: object) -> int:
 
 
 def view(address: int, size: int) -> memoryview:
-    """Writable memory of this process; whoever uses it sees to it that it stays."""
+    """Return a writable view of this process's memory, which the caller must keep alive."""
     return _view_of_memory(address, size, _PyBUF_WRITE)
 
 
@@ -146,7 +146,7 @@ def _in_batches(move: Callable[[Sequence[Move]], bool], moves: Iterable[Move]) -
             with ThreadPoolExecutor(_THREADS) as pool:
                 return all(pool.map(move, batches))
         except RuntimeError:
-            pass  # no thread can be started: a limit of the host, or the interpreter is ending
+            pass  # no thread can be started: a limit of the host, or the interpreter is exiting
     return all(map(move, batches))
 
 
@@ -167,7 +167,7 @@ def _batches(moves: Iterable[Move]) -> Iterator[list[Move]]:
 
 
 def _io_vectors(pieces: Iterable[tuple[int, int]]) -> Any:
-    """The C library's iovecs: address and size, of each piece."""
+    """Return the C library's iovecs: the address and the size of each piece."""
     flat = [number for piece in pieces for number in piece]
     return (ctypes.c_size_t * len(flat))(*flat)
 

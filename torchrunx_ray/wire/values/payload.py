@@ -1,4 +1,4 @@
-"""Values on their way between driver and workers."""
+"""Pickled values on their way between driver and workers."""
 
 import contextlib
 import functools
@@ -22,10 +22,10 @@ _inserted: ContextVar[Sequence[Callable[[], Any]]] = ContextVar("_inserted", def
 
 
 class Packed:
-    """A pickled value: its pickle stream, and its large buffers beside it.
+    """A pickled value: its pickle stream, and its large buffers out of band.
 
-    Wherever a Packed is itself unpickled it turns into the value, except in a process that only
-    carries values (an agent, a Ray Client server) and inside `kept_packed()`.
+    When a Packed is unpickled, it turns into the value, except in a process that only carries values
+    (an agent, a Ray Client server) and inside `kept_packed()`.
     """
 
     __slots__ = ("_owners", "buffers", "stream")
@@ -41,7 +41,7 @@ class Packed:
         self._owners = owners
 
     def unpack(self, inserted: "Sequence[Packed]" = ()) -> Any:
-        """The value, with these in the places that `Inserted` holds for them."""
+        """Return the value, with the values `inserted` in place of each `Inserted`."""
         token = _inserted.set([functools.cache(packed.unpack) for packed in inserted])
         try:
             return pickler_hooks.loads(self.stream, self.buffers)
@@ -65,7 +65,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Inserted:
-    """The place of a value that travels beside the one that refers to it."""
+    """Placeholder for a value that is sent separately from the value that refers to it."""
 
     index: int
 
@@ -80,7 +80,7 @@ def pack(
     hostname: str | None = None,
     replace: pickling.Replace | None = None,
 ) -> Packed:
-    """Pickle one value, or a tuple of several; PayloadError names the part that cannot be."""
+    """Pickle one value, or a tuple of several. Raise PayloadError with the part that cannot be pickled."""
     values = tuple(value for _name, value in parts)
     try:
         pickled = pickling.dumps_with_buffers(values[0] if len(values) == 1 else values, replace)
@@ -90,7 +90,7 @@ def pack(
         buffers = tuple(buffer.raw() for buffer in pickled.buffers)
         return Packed(pickled.stream, buffers, pickled.owners)
     culprit = find_culprit(parts, failed, replace)
-    del failed  # it refers to this frame
+    del failed  # its traceback refers to this frame
     raise PayloadError(
         path=culprit.path,
         reason=reason_of(culprit.error),
@@ -102,7 +102,7 @@ def pack(
 
 @contextlib.contextmanager
 def kept_packed() -> Generator[None]:
-    """Within, a Packed that is unpickled stays one."""
+    """Let each Packed that is unpickled inside the context stay a Packed."""
     token = _keep_packed.set(True)
     try:
         yield
@@ -111,7 +111,7 @@ def kept_packed() -> Generator[None]:
 
 
 def carry_values_packed() -> None:
-    """Declare that this process only carries values, and must not import what they need."""
+    """Declare that this process only carries values, and must not import the modules that they need."""
     global _process_only_carries
     _process_only_carries = True
 
@@ -124,7 +124,7 @@ def _arrive(stream: Any, *buffers: Any) -> Any:
 
 
 def is_inserting() -> bool:
-    """Return True while a value is unpickled that travels beside the one that refers to it."""
+    """Return True while an inserted value is being unpickled."""
     return _is_inserting.get()
 
 

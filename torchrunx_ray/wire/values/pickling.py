@@ -1,4 +1,4 @@
-"""cloudpickle, with what large values and references to values need beside it."""
+"""cloudpickle with additions for large values and for references to values."""
 
 import io
 import pickle
@@ -14,15 +14,15 @@ from torchrunx_ray.wire.values import tensors
 _CloudPickler: Any = cloudpickle.Pickler
 
 _SMALL = 2048
-"""Bytes of a buffer that stay in the stream; beside it, each costs Ray and us some bookkeeping."""
+"""Size up to which a buffer stays in the stream. Each buffer out of band costs Ray and us some bookkeeping."""
 
 Replace = Callable[[object], Any]
-"""Returns the reduce tuple to pickle instead of an object, or NotImplemented to pickle the object as it is."""
+"""A function that returns the reduce tuple to pickle instead of an object, or NotImplemented to leave it as it is."""
 
 
 @dataclass(frozen=True)
 class Pickled:
-    """A stream, the large buffers beside it, and what keeps these valid."""
+    """A stream, its out-of-band buffers, and the objects that keep the buffers valid."""
 
     stream: bytes
     buffers: tuple[pickle.PickleBuffer, ...]
@@ -30,17 +30,17 @@ class Pickled:
 
 
 def dumps(value: object, replace: Replace | None = None) -> bytes:
-    """All of it in one stream."""
+    """Pickle a value into one stream."""
     file = io.BytesIO()
     _Pickler(file, None, [], replace).dump(value)
     return file.getvalue()
 
 
 def dumps_with_buffers(value: object, replace: Replace | None = None) -> Pickled:
-    """Large buffers beside the stream, uncopied.
+    """Pickle a value with large buffers out of band, without copying them.
 
-    Annotations may refer from class to class, deeper than Python can recurse. What is too deep is pickled
-    without the needs of annotations.
+    Annotations may refer from class to class, deeper than Python can recurse. Such a value is pickled without the
+    globals that only its annotations need.
     """
     try:
         return _with_buffers(value, replace)
@@ -68,7 +68,7 @@ def _with_buffers(
 
 
 class _Nowhere(io.BytesIO):
-    """Takes a stream that nobody reads."""
+    """A file that discards the stream."""
 
     def write(self, data: Any, /) -> int:
         return len(data)
@@ -106,10 +106,10 @@ class _Pickler(_CloudPickler):
         return reduced
 
     def _can_be_pickled(self, value: object) -> bool:
-        """Try it, except for a class that has come, or was part of a trial.
+        """Return True if a trial pickles the value. A class that was pickled before, or in a trial, needs no trial.
 
-        A trial is of the value's own code and data. What its annotations name has trials of its own. One pickler
-        does them all, as it does not pickle again what it knows.
+        A trial covers the value's own code and data; objects that its annotations name have their own trials. All
+        trials share a pickler, since it does not pickle an object again that it has already pickled.
         """
         if id(value) in self._classes or not self._with_annotations:
             return id(value) in self._classes
@@ -117,7 +117,7 @@ class _Pickler(_CloudPickler):
         self._trial = None
         try:
             trial.dump(value)
-        except Exception:  # it may now know parts that it did not come to pickle
+        except Exception:  # its memo may now have parts that it did not finish, so drop it
             return False
         self._trial = trial
         self._classes |= trial._classes

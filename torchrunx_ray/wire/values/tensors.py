@@ -1,8 +1,8 @@
-"""Tensors as raw bytes: torch's own pickling copies each through an archive in memory.
+"""Pickling of tensors as raw bytes. torch's own pickling copies each tensor through an archive in memory.
 
-Only the storages are taken over from torch, so that whatever is made of storages keeps its own way
-(views that share one, Parameters, sparse, quantised, subclasses). torch is imported only where a
-tensor arrives; where one is sent it is there already.
+Only storages and plain tensors are handled here. All other objects made of storages (Parameters, sparse and
+quantised tensors, subclasses) keep torch's own way, and views still share their storage. The receiver imports
+torch when a tensor arrives; the sender already has it.
 """
 
 import importlib
@@ -16,7 +16,7 @@ _all_come_to_current_device = False
 
 
 def bring_all_to_current_device() -> None:
-    """For a worker: CUDA tensors among its arguments are for its own device, not the sender's."""
+    """Place CUDA tensors that arrive on the current device, not on the sender's. Called in a worker."""
     global _all_come_to_current_device
     _all_come_to_current_device = True
 
@@ -24,10 +24,10 @@ def bring_all_to_current_device() -> None:
 def reduce(value: Any, owners: list[object]) -> Any:
     """Return the answer of `pickle.Pickler.reducer_override` for tensors and storages.
 
-    The buffers that it makes are valid for as long as `owners` keeps what it appends.
+    The buffers are valid as long as the objects appended to `owners` live.
     """
     torch: Any = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "UntypedStorage"):  # it is just being imported
+    if torch is None or not hasattr(torch, "UntypedStorage"):  # torch is just being imported
         return NotImplemented
     if _is(value, torch.Tensor):
         return _reduce_tensor(torch, value)
@@ -39,12 +39,12 @@ def reduce(value: Any, owners: list[object]) -> Any:
 
 
 def _is(value: object, kind: Any) -> bool:
-    """Not of a subclass, which may have a way of its own."""
+    """Return True if the value is of exactly this type; a subclass may have its own way of pickling."""
     return type(value) is kind
 
 
 def _reduce_tensor(torch: Any, tensor: Any) -> Any:
-    """The short way for the plain ones, of which there may be very many."""
+    """Return a short reduce tuple for a plain tensor, since there may be very many of them."""
     is_plain = (
         tensor.layout is torch.strided
         and tensor.device.type in ("cpu", "cuda")
@@ -77,13 +77,13 @@ def _reduce_storage(storage: Any, owners: list[object]) -> Any:
 
 
 def _storage(data: Any, cuda_index: int | None) -> Any:
-    """A writable storage: on the bytes themselves where they are a file's mapping, else on a copy.
+    """Return a writable storage on the bytes themselves if they are a writable mapping, otherwise on a copy.
 
-    A storage on bytes that it does not own cannot be resized.
+    A storage that does not own its bytes cannot be resized.
     """
     torch: Any = importlib.import_module("torch")
     view = memoryview(data).cast("B")
-    if view.readonly or isinstance(data, bytearray):  # which was small, and in the stream
+    if view.readonly or isinstance(data, bytearray):  # a bytearray was small, and in the stream
         storage = torch.UntypedStorage(view.nbytes)
         memory.expect_copy(storage.data_ptr(), view.nbytes)
         memory.copy(view, storage.data_ptr())

@@ -1,4 +1,4 @@
-"""Values between the processes of one host."""
+"""Transfer of values between the processes of one host."""
 
 import array
 import itertools
@@ -13,12 +13,12 @@ from torchrunx_ray.wire.values.memory import Move, Remote
 from torchrunx_ray.wire.values.payload import Packed
 
 _ALIGNMENT = 64
-"""Alignment of every buffer, as numpy and torch kernels like it."""
+"""Alignment of every buffer, which suits the kernels of numpy and torch."""
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Addresses of a value's parts in some process's memory; there may be very many."""
+    """Addresses and sizes of a value's parts in a process's memory. Arrays, since there may be very many parts."""
 
     addresses: "array.array[int]"
     sizes: "array.array[int]"
@@ -26,7 +26,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of values in one piece of memory: of each value, the sizes of its parts."""
+    """Layout of values in one piece of memory: for each value, the sizes of its parts."""
 
     sizes: tuple[tuple[int, ...], ...]
 
@@ -36,16 +36,16 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """In bytes, and at least one: no mapping is empty."""
+        """Size in bytes, at least one, since no mapping is empty."""
         return max(1, self._ends()[-1])
 
     @property
     def offsets(self) -> list[int]:
-        """Sizes of all parts of all values, in their order."""
+        """Offsets of all parts of all values, in their order."""
         return self._ends()[:-1]
 
     def values_in(self, held: mmap.mmap) -> list[Packed]:
-        """The values that lie there; they keep it mapped, and are writable if it is."""
+        """Return the values in this memory. They keep it mapped, and are writable if the memory is."""
         view = memoryview(held)
         offsets = iter(self.offsets)
         values: list[Packed] = []
@@ -61,14 +61,14 @@ class Layout:
 
 
 def offer(packed: Packed) -> Spans:
-    """Return the place of a value of this process, for `take`; valid for as long as the Packed is kept."""
+    """Return a value's location in this process, for `take`; valid as long as the Packed lives."""
     parts = packed.parts
     addresses = array.array("Q", map(memory.address_of, parts))
     return Spans(addresses, array.array("Q", (part.nbytes for part in parts)))
 
 
 def take(remote: Remote, spans: Spans) -> Packed | None:
-    """A copy of a value that another process offers; None where that has ended."""
+    """Return a copy of a value that another process offers; None if that process has ended."""
     layout = Layout((tuple(spans.sizes),))
     taken = memory.allocate(layout.size)
     base = memory.address_of(taken)
@@ -78,9 +78,9 @@ def take(remote: Remote, spans: Spans) -> Packed | None:
 
 
 def place(remote: Remote, base: int, values: Sequence[Packed]) -> None:
-    """Copy values to `base` of another process's memory, in their `Layout`.
+    """Copy values to `base` in another process's memory, in their `Layout`.
 
-    Where that process has ended, whoever watches it will tell.
+    The end of that process is not reported here.
     """
     remote.write(_moves(base, values))
 
@@ -91,7 +91,7 @@ def place_in_file(fd: int, values: Sequence[Packed]) -> None:
 
 
 def new_file(layout: Layout) -> int:
-    """A file in memory, without a name in any folder, with room for these values."""
+    """Return the descriptor of a new file in memory with room for these values."""
     fd = linux.memory_file("torchrunx_ray_values")
     try:
         os.ftruncate(fd, layout.size)
@@ -102,7 +102,7 @@ def new_file(layout: Layout) -> int:
 
 
 def map_file(fd: int, layout: Layout) -> list[Packed]:
-    """Map a file privately: the values are writable, and no other process sees it. Closes it."""
+    """Map a file and return its values. Writes to them are private to this process. Closes the descriptor."""
     try:
         return layout.values_in(mmap.mmap(fd, layout.size, flags=mmap.MAP_PRIVATE))
     finally:

@@ -1,4 +1,4 @@
-"""The function and its arguments, once per host, for every worker's own use."""
+"""The function and its arguments, held once per host for all its workers."""
 
 import os
 
@@ -9,25 +9,25 @@ from torchrunx_ray.wire.values.transfer import Layout
 
 
 class HeldCall:
-    """Room that the agent fills before workers are forked.
+    """Memory or a file that the agent fills before workers are forked.
 
-    Forked workers inherit it as their own memory, copied where they write. Spawned ones map a file,
-    and so do all where this process's memory may not be written to from outside.
+    Forked workers inherit the memory, and copy pages when they write. Spawned workers map a file. If other
+    processes may not write to this process's memory, all workers map a file.
     """
 
     def __init__(self, layout: Layout, start_method: StartMethod) -> None:
         self.layout = layout
         self._memory = None if start_method == "spawn" else memory.allocate(layout.size)
         self.fd = self._open()
-        """The place that the agent writes to: the file, or this process's memory from `address` on."""
+        """Descriptor that the agent writes to: the file, or this process's memory from `address` on."""
 
     @property
     def address(self) -> int | None:
-        """None where it is a file."""
+        """Address in this process's memory; None for a file."""
         return None if self._memory is None else memory.address_of(self._memory)
 
     def values(self) -> list[Packed]:
-        """In a forked worker, once: they keep the memory, this no longer does."""
+        """Return the values, which then keep the memory alive. Call once, in a forked worker."""
         if self._memory is None:
             return transfer.map_file(self.fd, self.layout)
         held, self._memory = self._memory, None

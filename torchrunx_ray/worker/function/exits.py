@@ -1,4 +1,4 @@
-"""A `sys.exit` of the function, in one line."""
+"""One-line description of a `sys.exit` in the function."""
 
 import itertools
 import os
@@ -20,10 +20,10 @@ _ANY_LIBRARY = ("site-packages", "dist-packages")
 
 
 def describe(error: SystemExit, frames: Iterable[types.TracebackType]) -> str:
-    """Return its code, the line of the user's that led to it, and what argparse found wrong."""
+    """Describe the exit: its code, the user's line that led to it, and argparse's error message."""
     frames = list(frames)
     said = f"called sys.exit({error.code!r})"
-    # A parser's error() may be the user's own; the line that led to it is above.
+    # The user may override a parser's error(); the line that led to the exit is above that call.
     above = itertools.takewhile(lambda frame: _usage_error(frame) is None, frames)
     own = [frame for frame in above if not _is_of_a_library(frame.tb_frame.f_code.co_filename)]
     if own:
@@ -39,7 +39,7 @@ def _is_of_a_library(file: str) -> bool:
 
 
 def _usage_error(frame: types.TracebackType) -> str | None:
-    """Return the message of an `ArgumentParser.error`, which is not in the exception that it raises."""
+    """Return the message of an `ArgumentParser.error` call, since the raised exception does not have it."""
     argparse: Any = sys.modules.get("argparse")
     code = frame.tb_frame.f_code
     if argparse is None or code.co_name != "error" or code.co_argcount != 2:

@@ -1,4 +1,4 @@
-"""The worker's process group, and the rendezvous of those that its function makes itself."""
+"""The worker's process group, and the rendezvous of process groups that the function creates."""
 
 import importlib
 import importlib.abc
@@ -25,14 +25,14 @@ _LEAVE_TIMEOUT_S = 1.0
 
 
 def join(wanted: ForkWorker) -> Callable[[], None]:
-    """Set the CUDA device, make the process group, and see to it that the function can make more.
+    """Set the CUDA device, create the process group, and let the function create more groups.
 
-    Returns what the worker calls before it ends.
+    Return a function that the worker calls before it exits.
     """
     if wanted.cuda_device is not None:
         import torch
 
-        if torch.cuda.is_available():  # Ray can be told of GPUs that are not there
+        if torch.cuda.is_available():  # a Ray node may declare GPUs that it does not have
             torch.cuda.set_device(wanted.cuda_device)
     store = _LaunchStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store.lend_to_later_groups()
@@ -55,7 +55,7 @@ def join(wanted: ForkWorker) -> Callable[[], None]:
         launch_store.set("all joined", "")
 
     def leave() -> None:
-        # A rank that ended now would break the group for those that still connect to it.
+        # If a rank ended now, it would break the group for ranks that are still connecting.
         launch_store.wait(["all joined"])
         _destroy_groups()
 
@@ -63,10 +63,10 @@ def join(wanted: ForkWorker) -> Callable[[], None]:
 
 
 def _destroy_groups() -> None:
-    """Destroy the process groups if there are some; not for long, since a peer may be gone.
+    """Destroy the process groups, if there are any, with a timeout because a peer may be gone.
 
-    Not where they are all gloo's: destroying one takes 10 ms for each peer (its event loop wakes
-    no sooner), and the end of the process closes its sockets just as well.
+    If all groups are gloo's, leave them: destroying a group takes 10 ms for each peer (the wake-up interval of
+    gloo's event loop), and the exit of the process closes the sockets as well.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
@@ -82,7 +82,7 @@ def _destroy(distributed: types.ModuleType) -> None:
     try:
         distributed.destroy_process_group()
     except Exception:
-        # A peer that left first: the result is already on its way, and the process ends next.
+        # A peer left first. The agent already has the value, and the process ends next.
         return
 
 
@@ -106,7 +106,7 @@ def _check_backend(backend: str, hostname: str) -> None:
 
 @dataclass(frozen=True)
 class _LaunchStore:
-    """Address of the launch's TCPStore, as seen from this worker."""
+    """The launch's TCPStore, by its address as seen from this worker."""
 
     master_addr: str
     master_port: int
@@ -127,10 +127,10 @@ class _LaunchStore:
     def lend_to_later_groups(self) -> None:
         """Let `init_process_group()` in the function use this store, any number of times.
 
-        Left alone, torch would have rank 0 listen at MASTER_PORT, where our store listens; with
-        TORCHELASTIC_USE_AGENT_STORE it would use the same keys each time, and a second group
-        would read the first one's. Each group made at our address gets a prefix of its own; any
-        other address is torch's business.
+        Without this patch, torch would make rank 0 listen at MASTER_PORT, where our store already listens. With
+        TORCHELASTIC_USE_AGENT_STORE, torch would use the same keys each time, and a second group would read the
+        first group's keys. Each group created at our address gets its own prefix. For any other address, torch
+        does as usual.
         """
         module = sys.modules.get(_RENDEZVOUS)
         if module is not None:
@@ -160,7 +160,7 @@ class _LaunchStore:
 
 
 class _PatchWhenImported(importlib.abc.MetaPathFinder):
-    """Patches the rendezvous module of a torch that the function itself imports first."""
+    """An import hook that patches torch's rendezvous module when the function imports torch."""
 
     def __init__(self, store: _LaunchStore) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""Sends the function's `logging` to the agent as records, not as text."""
+"""The function's `logging`, sent to the agent as records instead of text."""
 
 import logging
 import os
@@ -13,11 +13,11 @@ _STDERR = 2
 
 
 def take_records(fd: int, level: int) -> None:
-    """Send what reaches the root logger, from this level on.
+    """Send records of at least this level that reach the root logger.
 
-    The function may configure logging as if nobody had: a handler for stderr that it gives the root
-    logger by `basicConfig` sends records too, in the function's format. A record that another
-    handler writes to stdout or stderr is left to that, so that no line comes twice.
+    The function may configure logging as if nobody had done so before. A stderr handler that it adds to the root
+    logger by `basicConfig` also sends records, in the function's format. A record that another handler writes to
+    stdout or stderr is not sent, so that no line appears twice.
     """
     configure = logging.basicConfig
     sender = _Sender(fd)
@@ -30,7 +30,7 @@ def take_records(fd: int, level: int) -> None:
             root.addHandler(sender)
 
     def basic_config(**options: Any) -> None:
-        logging.root.removeHandler(sender)  # it configures nothing where there is a handler
+        logging.root.removeHandler(sender)  # basicConfig does nothing if there is a handler
         try:
             configure(**options)
         finally:
@@ -78,11 +78,11 @@ class _Sender(logging.Handler):
 
 
 def _descriptor(handler: Any) -> int | None:
-    """Return the descriptor of the stream that it writes to, as a StreamHandler does, or one of rich's."""
+    """Return the descriptor that a StreamHandler, or a handler of rich, writes to."""
     of_rich = getattr(getattr(handler, "console", None), "file", None)
     stream = getattr(handler, "stream", of_rich)
     if stream is not None and stream in (sys.stdout, sys.stderr):
-        # Also where it is an object of the function's.
+        # The function may have replaced sys.stdout or sys.stderr by an object of its own.
         return 1 if stream is sys.stdout else _STDERR
     try:
         return None if stream is None else stream.fileno()

@@ -1,4 +1,4 @@
-"""The worker's `__main__`: the user's script or notebook, as far as it travelled."""
+"""The worker's `__main__`: the parts of the user's script or notebook that were sent."""
 
 import contextlib
 import functools
@@ -13,15 +13,15 @@ from torchrunx_ray.wire.values.payload import is_inserting
 
 
 class _Brought:
-    """Globals of scripts that came with functions and classes. What is pickled together shares one dict."""
+    """Globals of scripts that came with functions and classes. Objects pickled together share one dict."""
 
     def __init__(self) -> None:
         self.of_the_call: dict[str, Any] | None = None
         self.of_values: list[dict[str, Any]] = []
-        """A value of an earlier launch may have brought what the script was then."""
+        """Globals that came with values. A value of an earlier launch may have the script's globals of that time."""
 
     def take(self, came: dict[str, Any], of_the_script: dict[str, Any]) -> dict[str, Any]:
-        """Return the globals for what came with these: the script's, if they came with the call itself."""
+        """Return the globals for an object that came with `came`: the script's, if `came` belongs to the call."""
         if self.of_the_call is None and not is_inserting():
             self.of_the_call = came
             of_the_script.update(came)
@@ -33,7 +33,7 @@ class _Brought:
 
 
 class _Outer(type):
-    """Kind of classes that stand for those that did not travel, where a class inside them did."""
+    """Metaclass of placeholders for classes that were not sent although a class inside them was."""
 
     def __getattr__(cls, name: str) -> Any:
         found = _class_named(f"{cls.__qualname__}.{name}")
@@ -44,13 +44,13 @@ class _Outer(type):
 
 @functools.cache
 def _outer_class(name: str) -> _Outer:
-    """Return the same one each time: pickle compares."""
+    """Return a placeholder for this class, always the same one: pickle compares by identity."""
     short = name.rpartition(".")[2]
     return _Outer(short, (), {"__module__": "__main__", "__qualname__": name})
 
 
 def _class_named(name: str) -> type | None:
-    """Return a class of the script that travelled, or what stands for it if only a class inside it did."""
+    """Return a class of the script that was sent, or a placeholder if only a class inside it was."""
     kinds = _classes()
     if name in kinds:
         return kinds[name]
@@ -59,21 +59,21 @@ def _class_named(name: str) -> type | None:
 
 
 def _classes() -> dict[str, type]:
-    """Return the script's classes that travelled, the first of each name."""
+    """Return the script's classes that were sent, the first of each name."""
     with of_cloudpickle["_DYNAMIC_CLASS_TRACKER_LOCK"]:
         kinds = list(of_cloudpickle["_DYNAMIC_CLASS_TRACKER_BY_ID"].values())
     named: dict[str, type] = {}
-    for kind in kinds:  # type variables, too, which have no such name
+    for kind in kinds:  # includes type variables, which have no __qualname__
         if kind.__module__ == "__main__" and hasattr(kind, "__qualname__"):
             named.setdefault(kind.__qualname__, kind)
     return named
 
 
 class _Script(types.ModuleType):
-    """Has the globals of the function and of all that came with it.
+    """A `__main__` module with the globals of the function and of everything that came with it.
 
-    What pickles by name finds them here (`all_gather_object`, `torch.save`, queues). So do torch.compile, and
-    what evaluates annotations.
+    Code that pickles by name finds them here (`all_gather_object`, `torch.save`, queues). So do torch.compile and
+    code that evaluates annotations.
     """
 
     __slots__ = ("_brought",)
@@ -84,10 +84,10 @@ class _Script(types.ModuleType):
 
     @property
     def __file__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # read-only
-        """The script's, if children that multiprocessing spawns can import it."""
+        """The script's file, if children that multiprocessing spawns can import it."""
         path = vars(self).get("__file__")
         if vars(self).get("__package__") or not isinstance(path, str) or not os.path.isfile(path):
-            raise AttributeError("__file__")  # a part of a package needs its name
+            raise AttributeError("__file__")  # a module of a package is imported by name
         return path
 
     def __getattr__(self, name: str) -> Any:
@@ -102,9 +102,9 @@ class _Script(types.ModuleType):
 
 @contextlib.contextmanager
 def brought_by_the_call() -> Generator[None]:
-    """Make a `__main__` of the globals that come with functions which are unpickled within.
+    """Make a `__main__` from the globals of functions that are unpickled inside the context.
 
-    In place of the keeper's module, which children that multiprocessing spawns would import.
+    It replaces the keeper's module, which children that multiprocessing spawns would import.
     """
     brought = _Brought()
     script = sys.modules["__main__"] = _Script(brought)

@@ -1,4 +1,4 @@
-"""Files that the function left open: at the worker's end they get what an interpreter's end would write."""
+"""Files that the function left open: finished when the worker exits, as an interpreter's exit would do."""
 
 import gc
 import io
@@ -19,7 +19,7 @@ _END_AT_CLOSE = (
     ("bz2", "BZ2File"),
     ("lzma", "LZMAFile"),
 )
-"""Files that write their end when they are closed. An archive's member is closed before the archive."""
+"""Classes of files that write their end when closed, in closing order: an archive's member before the archive."""
 
 _kind_of: Callable[[object], Any] = type
 
@@ -27,32 +27,33 @@ _of_template: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 class _Sentinel:
-    """Tracked by gc, and so no longer found when the function has called gc.freeze()."""
+    """An object that gc tracks. If gc no longer lists it, the function has called gc.freeze()."""
 
 
 _sentinel: _Sentinel | None = None
 
 
 def note_template() -> None:
-    """Note which files no worker may finish. Called in the template, before it freezes its objects."""
+    """Note the template's files, which no worker may finish. Called in the template before gc.freeze()."""
     _of_template.update(_tracked())
 
 
 def watch() -> None:
-    """Make the sentinel. Called in a worker, before the function runs."""
+    """Create the sentinel. Called in a worker before the function runs."""
     global _sentinel
     _sentinel = _Sentinel()
 
 
 def finish() -> None:
-    """Flush and close what the function left open.
+    """Flush and close the files that the function left open.
 
-    In a thread with a timeout: another thread may hold a file's lock for ever, and nobody may read a pipe.
+    This runs in a thread, with a timeout: another thread may hold a file's lock forever, or a pipe may have no
+    reader.
     """
     finishing = threading.Thread(target=_finish_all, daemon=True)
     try:
         finishing.start()
-    except RuntimeError:  # a limit of the host
+    except RuntimeError:  # the host allows no more threads
         _finish_all()
     else:
         finishing.join(_FINISH_S)
@@ -67,16 +68,16 @@ def _finish_all() -> None:
     files = [each for each in found if each not in _of_template]
     text = [each for each in files if type(each) is io.TextIOWrapper]
     binary = [each for each in files if type(each) in _BUFFERED[1:]]
-    _call("flush", text)  # text lies above the bytes
+    _call("flush", text)  # first, because text files write into binary files
     _call("flush", binary)
     for kind in _kinds_that_end_at_close():
         _call("close", [each for each in files if type(each) is kind])
-    _call("flush", binary)  # a compressed file may lie in another file
+    _call("flush", binary)  # again, because a compressed file may write into another file
 
 
 def _tracked() -> list[Any]:
-    """Return the files that gc knows, and the sentinel."""
-    # By their ids: a metaclass of the function's may forbid to hash or compare its classes.
+    """Return the open files and the sentinel, as far as gc lists them."""
+    # Classes are compared by id: a metaclass of the user may forbid hashing or comparing its classes.
     kinds: tuple[type, ...] = (_Sentinel, *_BUFFERED, *_kinds_that_end_at_close())
     ids = {id(kind) for kind in kinds}
     return [each for each in gc.get_objects() if id(_kind_of(each)) in ids]

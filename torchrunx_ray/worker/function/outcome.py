@@ -1,4 +1,4 @@
-"""Outcome of the function, as one message to the agent."""
+"""The function's outcome, as one message to the agent."""
 
 import bdb
 import contextlib
@@ -43,14 +43,14 @@ _NOT_REPORTED_ADVICE = (
 _PACKAGE = f"{os.path.dirname(errors.__file__)}{os.sep}"
 
 _SHORT = 4096
-"""Characters of each text that are told where more cannot be sent."""
+"""Characters of each text that are sent if the full text cannot be."""
 
 _offered: list[Packed] = []
-"""Values that the agent may be reading right now."""
+"""Values that the agent may be reading, kept alive here."""
 
 
 def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Callable[[], Any]:
-    """The function with its arguments; PayloadError where they cannot be unpickled here."""
+    """Return the function bound to its arguments; raise PayloadError if unpickling fails."""
     try:
         func, args, kwargs, cells = packed.unpack(inserted)
     except Exception as error:
@@ -67,7 +67,7 @@ def unpack_call(packed: Packed, inserted: Sequence[Packed], hostname: str) -> Ca
 
 
 def value_of(call: Callable[[], Any]) -> Any:
-    """Call it; `sys.exit(0)` is a return of None."""
+    """Call the function; `sys.exit(0)` counts as returning None."""
     try:
         return call()
     except SystemExit as error:
@@ -77,15 +77,15 @@ def value_of(call: Callable[[], Any]) -> Any:
 
 
 def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -> None:
-    """Return when the agent has the value, which it copies out of this process's memory.
+    """Wait until the agent has the value, which it copies out of this process's memory.
 
-    Where it cannot (page-locked memory of a GPU's driver, a process that may not be looked at) it
-    gets a file.
+    If the agent cannot read that memory (page-locked memory of a GPU's driver, or a process that may not be
+    inspected), it gets a file.
     """
     rank, hostname = wanted.place.rank, wanted.hostname
     time_ns = now_ns()
     packed = pack([("the return value", value)], rank=rank, hostname=hostname)
-    # A signal handler may raise meanwhile; the agent still reads until it has heard of that.
+    # A signal handler may raise here. The agent then continues to read until it receives the failure.
     _offered.append(packed)
     with _stdin_gives_way():
         try:
@@ -107,7 +107,7 @@ def _as_file(packed: Packed) -> tuple[Layout, int]:
 
 
 def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -> object:
-    """Return the agent's answer; None if the agent is gone, which is this process's end."""
+    """Send the value; return the agent's answer, or None if the agent is gone and this process is about to end."""
     channel.send(messages.Returned(os.getpid(), time_ns, value), [fd])
     os.close(fd)
     try:
@@ -118,9 +118,9 @@ def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -
 
 
 def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseException) -> None:
-    """Tell of what was raised as itself, or else as text; on stderr where the agent cannot be told.
+    """Report an exception as an object, or else as text. If the agent cannot be reached, write it to stderr.
 
-    Whatever the exception's own code does meanwhile is no outcome.
+    Errors in the exception's own code do not become the outcome.
     """
     time_ns = now_ns()
     for describe in (_as_itself, _as_text, _as_short_text):
@@ -134,7 +134,7 @@ def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseExc
         said = f"{messages.NOT_REPORTED}: {reason!r}. {_NOT_REPORTED_ADVICE}\n"
         os.write(2, (_remote_traceback(error) + said).encode(errors="backslashreplace"))
     except BaseException:
-        pass  # its exit code is all that is left
+        pass  # only the exit code remains to show the failure
 
 
 def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
@@ -153,7 +153,7 @@ def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) 
         _remote_traceback(error),
         exception,
         unraisable,
-        int(code) if isinstance(code, int) else None,  # the agent has no IntEnum of the function's
+        int(code) if isinstance(code, int) else None,  # the agent lacks an IntEnum of the script
         _came_of_a_collective(error),
     )
 
@@ -179,7 +179,7 @@ def _as_text(wanted: messages.ForkWorker, time_ns: int, error: BaseException) ->
 def _as_short_text(
     wanted: messages.ForkWorker, time_ns: int, error: BaseException
 ) -> messages.Failed:
-    """Whose message needs neither a descriptor nor much memory."""
+    """Return a message that needs no descriptor and little memory."""
     failed = _as_text(wanted, time_ns, error)
     return dataclasses.replace(
         failed,
@@ -191,9 +191,9 @@ def _as_short_text(
 
 @contextlib.contextmanager
 def _stdin_gives_way() -> Generator[None]:
-    """A report takes one descriptor; where the function used up all, the one with nothing to read.
+    """Free a descriptor for a report if the function has used up all of them, by closing an empty stdin.
 
-    Exit functions find it again.
+    stdin is opened again afterwards, for exit functions.
     """
     is_needed = not _is_one_free() and _is_stdin_empty()
     if is_needed:
@@ -207,7 +207,7 @@ def _stdin_gives_way() -> Generator[None]:
 
 
 def _is_stdin_empty() -> bool:
-    """Return True if stdin is /dev/null, as when the worker began; the function may have opened another."""
+    """Return True if stdin is /dev/null, as at the worker's start; the function may have replaced it."""
     try:
         return os.path.samestat(os.fstat(0), os.stat(os.devnull))
     except OSError:
@@ -241,23 +241,23 @@ def _dump(error: BaseException) -> tuple[bytes | None, str]:
 
 
 def _came_of_a_collective(error: BaseException) -> bool:
-    """Return whether a peer's end may have raised this in torch.distributed, or an exception that led to it."""
+    """Return True if torch.distributed raised the exception or one that led to it, perhaps because a peer ended."""
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and not any(following is each for each in chain):
         chain.append(following)
-        cause = _own(following, "__cause__")  # its class may refuse to be true or false
+        cause = _own(following, "__cause__")  # its class may define __bool__
         following = _own(following, "__context__") if cause is None else cause
     return any(map(_is_of_a_collective, chain))
 
 
 def _is_of_a_collective(error: BaseException) -> bool:
     distributed = sys.modules.get("torch.distributed")
-    if issubclass(type(error), getattr(distributed, "DistError", ())):  # its own class may lie
+    if issubclass(type(error), getattr(distributed, "DistError", ())):  # __class__ may lie
         return True
     if type(error) is not RuntimeError:  # wrong arguments are ValueErrors and TypeErrors
         return False
-    # In autograd and in Work.wait() gloo raises a plain error, without a frame of torch.distributed.
+    # In autograd and in Work.wait(), gloo raises a RuntimeError without a frame of torch.distributed.
     if foreign_errors.names_gloo(text_of(error)):
         return True
     frames = _frames(error)
@@ -273,12 +273,12 @@ def _frames(error: BaseException) -> types.TracebackType | None:
 
 
 def _own(error: BaseException, attribute: str) -> Any:
-    """Return an attribute by the base class: the exception's own class may refuse to be asked."""
+    """Return an attribute through BaseException, since the exception's class may override attribute access."""
     return vars(BaseException)[attribute].__get__(error)
 
 
 def _full_name(error: BaseException) -> str:
-    """Return the name of its type, whatever a metaclass says."""
+    """Return the full name of the exception's type, without calling a metaclass of the user."""
     return type.__repr__(type(error)).removeprefix("<class '").removesuffix("'>")
 
 
@@ -295,16 +295,16 @@ def _frames_of_the_function(error: BaseException) -> Iterator[types.TracebackTyp
 
 
 def _remote_traceback(error: BaseException) -> str:
-    """The traceback without the frames of this package around the function."""
+    """Format the traceback without this package's frames around the function."""
     frames = _frames(error)
     while frames is not None and frames.tb_next is not None and _is_own(frames):
         frames = frames.tb_next
     if type(error) is PayloadError and frames is not None and _is_own(frames):
-        # Its text comes beside this, and it was raised on no line of the function's.
+        # The error's text is reported separately, and no line of the function raised it.
         return "" if error.__cause__ is None else _remote_traceback(error.__cause__)
     try:
         return "".join(traceback.format_exception(type(error), error, frames))
-    except BaseException:  # it asks the exception for much
+    except BaseException:  # formatting runs code of the exception
         shown = "".join(traceback.format_tb(frames))
         said = f"{_full_name(error)}: {text_of(error)}"
         return f"Traceback (most recent call last):\n{shown}{said}\n"

@@ -1,4 +1,4 @@
-"""Tells the agent, whenever it asks, what this worker's threads are doing."""
+"""Stacks of this worker's threads, for the agent on request."""
 
 import _thread
 import faulthandler
@@ -12,19 +12,19 @@ from torchrunx_ray.wire.messages import END_OF_STACKS
 
 
 def answer_on(fd: int) -> None:
-    """Answer each byte that comes on this socket with the stacks of all Python threads.
+    """Answer each byte that arrives on this socket with the stacks of all Python threads.
 
-    A thread does so, which holds the GIL while it looks. faulthandler's signal handler does not:
-    asked in the middle of a call it has crashed a healthy process. So it is for workers only whose
-    C code keeps the GIL, where no frame moves.
+    A thread of ours answers, and holds the GIL while it reads the frames. faulthandler's signal handler does not
+    hold the GIL, and can crash a healthy process in the middle of a call. So that handler is only for workers
+    whose C code holds the GIL, when no frame changes.
     """
     faulthandler.register(signal.SIGUSR2, file=fd, all_threads=True)
-    # A signal must find the main thread, whose system calls it is to interrupt.
+    # Signals must go to the main thread, so that they interrupt its system calls.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        # Not of `threading`: the function's own view of its threads stays as it is.
+        # Not a `threading.Thread`: the function must not see this thread among its own.
         _thread.start_new_thread(_answer, (fd,))
-    except RuntimeError:  # a limit on processes: the signal remains
+    except RuntimeError:  # the host allows no more threads; the signal still works
         pass
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -37,12 +37,12 @@ def _answer(fd: int) -> None:
             answer = memoryview(_all_stacks(own).encode(errors="backslashreplace") + END_OF_STACKS)
             while answer:
                 answer = answer[os.write(fd, answer) :]
-    except OSError:  # the agent is gone, or the function closed what it did not open
+    except OSError:  # the agent is gone, or the function closed our descriptor
         pass
 
 
 def _all_stacks(own: int) -> str:
-    """Like faulthandler's text: the main thread is the last."""
+    """Return the stacks of all threads but our own, like faulthandler with the main thread last."""
     main = threading.main_thread().ident
     frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]  # documented so
     others = [ident for ident in frames if ident not in (own, main)]
