@@ -39,12 +39,12 @@ class Agents:
     """An actor that answers for many agents, by their index."""
 
     def __init__(self) -> None:
-        self._events: dict[int, asyncio.Queue[list[messages.Event]]] = {}
+        self._events: dict[int, asyncio.Queue[list[messages.Told]]] = {}
 
     async def clock(self, _index: int) -> int:
         return now_ns()
 
-    async def start(self, index: int, wanted: messages.RunWanted, _function: object) -> None:
+    async def start(self, index: int, wanted: messages.ShareWanted, _function: object) -> None:
         times = now_ns()
         ranks = range(len(wanted.places))
         told: list[messages.Event] = [messages.TemplateLoaded(times, times)]
@@ -53,7 +53,7 @@ class Agents:
                 messages.Joined(local_rank, times),
                 messages.Started(local_rank, local_rank, times),
             ]
-        self._queue(index).put_nowait(told)
+        self._tell(index, wanted, told)
         await asyncio.sleep(0.05)
         told = []
         for local_rank in ranks:
@@ -61,21 +61,25 @@ class Agents:
                 messages.Finished(local_rank, now_ns(), 8),
                 messages.Exited(local_rank, local_rank, now_ns(), 0, None, 0),
             ]
-        self._queue(index).put_nowait([*told, messages.HostEnded(()), messages.OutputEnded()])
+        self._tell(index, wanted, [*told, messages.HostEnded(()), messages.OutputEnded()])
 
-    async def poll(self, index: int, _with_output: bool) -> list[messages.Event]:
+    def _tell(self, index: int, wanted: messages.ShareWanted, events: list[messages.Event]) -> None:
+        attempt = wanted.worker.attempt
+        self._queue(index).put_nowait([messages.Told(attempt, event) for event in events])
+
+    async def poll(self, index: int, _with_output: bool) -> list[messages.Told]:
         try:
             return await asyncio.wait_for(self._queue(index).get(), 5)
         except TimeoutError:
             return []
 
-    async def others_have_ended(self, _index: int, _run_id: str) -> None:
+    async def others_have_ended(self, _index: int, _attempt: messages.AttemptId) -> None:
         """Do nothing, since these agents serve no store."""
 
-    async def value(self, _index: int, _run_id: str, local_rank: int) -> int:
+    async def value(self, _index: int, _attempt: messages.AttemptId, local_rank: int) -> int:
         return local_rank
 
-    def _queue(self, index: int) -> asyncio.Queue[list[messages.Event]]:
+    def _queue(self, index: int) -> asyncio.Queue[list[messages.Told]]:
         return self._events.setdefault(index, asyncio.Queue())
 
 
@@ -146,7 +150,8 @@ def run(which: str, crew: Crew) -> Mapping[str, float]:
     call = put_call(no_op, (), {}, options)
 
     async def go() -> object:
-        return await Attempt(call.run_name, options, crew, "gloo", Timeline()).go(call)
+        attempt = messages.AttemptId(call.run_name, 0)
+        return await Attempt(attempt, options, crew, "gloo", Timeline()).go(call)
 
     begun, cpu = time.perf_counter(), time.process_time()
     running = loop.start(go())

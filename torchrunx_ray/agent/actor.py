@@ -54,8 +54,8 @@ class Agent:
         self._metrics = Metrics()
         self._mailbox = Mailbox(self._resume_output, self._metrics.hear)
         self._run: HostRun | None = None
-        self._stopped_early: set[str] = set()
-        self._outlasted_early: set[str] = set()
+        self._stopped_early: set[messages.AttemptId] = set()
+        self._outlasted_early: set[messages.AttemptId] = set()
         self._listening: socket.socket | None = None
         self._having_template = asyncio.Lock()
         self._claim = 0
@@ -101,7 +101,9 @@ class Agent:
     async def clock(self) -> int:
         return now_ns()
 
-    async def start(self, wanted: messages.RunWanted, function: Packed, *inserted: Packed) -> None:
+    async def start(
+        self, wanted: messages.ShareWanted, function: Packed, *inserted: Packed
+    ) -> None:
         """Begin the run; its events come through `poll`, its values through `value`.
 
         `inserted` are the values of references in the function's arguments.
@@ -111,20 +113,20 @@ class Agent:
         self._metrics.begins(now_ns())
         run = HostRun(wanted, self._template, self._mailbox, listening, self._ip)
         self._run = run
-        if wanted.run_id in self._stopped_early:
+        if run.attempt in self._stopped_early:
             run.stop(0)
-        if wanted.run_id in self._outlasted_early:
+        if run.attempt in self._outlasted_early:
             run.others_have_ended()
         self._stopped_early.clear()
         self._outlasted_early.clear()
         await run.start(function, inserted)
 
-    async def fork(self, run_id: str) -> None:
+    async def fork(self, attempt: messages.AttemptId) -> None:
         """Fork the workers of a run that waits until all hosts can fork."""
-        if self._run is not None and self._run.run_id == run_id:
+        if self._run is not None and self._run.attempt == attempt:
             self._run.fork()
 
-    async def poll(self, with_output: bool) -> list[messages.Event]:
+    async def poll(self, with_output: bool) -> list[messages.Told]:
         """Return events as soon as there are any, or none after a timeout."""
         return await self._mailbox.take(_POLL_S, with_output=with_output)
 
@@ -133,40 +135,42 @@ class Agent:
         self._mailbox.nudge()
 
     @_ray.method(concurrency_group=VALUES)
-    async def value(self, run_id: str, local_rank: int) -> Packed | None:
+    async def value(self, attempt: messages.AttemptId, local_rank: int) -> Packed | None:
         """Return the value of one worker's function, as soon as the function has returned.
 
         The method runs in a loop of its own. Ray copies the returned value in the thread that ran the method,
         and a large value would block the agent.
         """
-        waiting = asyncio.run_coroutine_threadsafe(self._value(run_id, local_rank), self._loop)
+        waiting = asyncio.run_coroutine_threadsafe(self._value(attempt, local_rank), self._loop)
         return await asyncio.wrap_future(waiting)
 
-    async def _value(self, run_id: str, local_rank: int) -> Packed | None:
-        if self._run is None or self._run.run_id != run_id:
+    async def _value(self, attempt: messages.AttemptId, local_rank: int) -> Packed | None:
+        if self._run is None or self._run.attempt != attempt:
             return None  # the run failed before this call arrived
         return await self._run.value(local_rank)
 
-    async def stacks(self, run_id: str, wanted: messages.StacksWanted) -> dict[int, str]:
+    async def stacks(
+        self, attempt: messages.AttemptId, wanted: messages.StacksWanted
+    ) -> dict[int, str]:
         """Return the workers' stacks by local rank; the text is empty if the worker did not answer in time."""
-        if self._run is None or self._run.run_id != run_id:
+        if self._run is None or self._run.attempt != attempt:
             return {}
         return await self._run.stacks(wanted)
 
-    async def stop(self, run_id: str, grace_s: float) -> None:
+    async def stop(self, attempt: messages.AttemptId, grace_s: float) -> None:
         """End a run. Ray may deliver this call before `start`, whose argument takes time to arrive."""
-        if self._run is not None and self._run.run_id == run_id:
+        if self._run is not None and self._run.attempt == attempt:
             self._metrics.stops()
             self._run.stop(grace_s)
         else:
-            self._stopped_early.add(run_id)
+            self._stopped_early.add(attempt)
 
-    async def others_have_ended(self, run_id: str) -> None:
+    async def others_have_ended(self, attempt: messages.AttemptId) -> None:
         """Note that no worker of another host uses this host's store any more. Like `stop`, this may come early."""
-        if self._run is not None and self._run.run_id == run_id:
+        if self._run is not None and self._run.attempt == attempt:
             self._run.others_have_ended()
         else:
-            self._outlasted_early.add(run_id)
+            self._outlasted_early.add(attempt)
 
     async def rest(self, claim: int, linger_s: float) -> None:
         """Wait for another run without holding resources; exit if none comes within `linger_s`."""
@@ -240,7 +244,9 @@ class Agent:
         if self._keeper is None:
             return
         keeper, self._keeper = self._keeper, None
-        self._template = Template(keeper, self._mailbox, self._worker_exited, self._template_gone)
+        self._template = Template(
+            keeper, self._mailbox.of(None), self._worker_exited, self._template_gone
+        )
 
     def _watch_raylet(self) -> None:
         """Watch the raylet's process. Ray itself reports a killed raylet only after 15 to 30 s."""
@@ -255,7 +261,7 @@ class Agent:
         assert self._raylet_fd is not None
         loop.remove_reader(self._raylet_fd)
         what = f"the raylet, Ray's process for the node (pid {pid}), ended"
-        self._mailbox.put(messages.AgentFailed(now_ns(), what, "", is_ending=True))
+        self._mailbox.of(None).put(messages.AgentFailed(now_ns(), what, "", is_ending=True))
         self._ending = asyncio.ensure_future(self._end_with_raylet())
 
     async def _end_with_raylet(self) -> None:

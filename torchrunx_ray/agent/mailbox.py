@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from torchrunx_ray.wire.messages import Event, OutputEnded, Printed
+from torchrunx_ray.wire.messages import AttemptId, Event, OutputEnded, Printed, Told
 
 _FULL_AT_BYTES = 4 * 2**20
 """Limit for printed output, to bound the agent's memory. At full speed, one poll moves less."""
@@ -20,8 +20,8 @@ class Mailbox:
     def __init__(self, on_room: Callable[[], None], on_event: Callable[[Event], None]) -> None:
         self._on_room = on_room
         self._on_event = on_event
-        self._events: list[Event] = []
-        self._output: list[Event] = []
+        self._events: list[Told] = []
+        self._output: list[Told] = []
         self._bytes = 0
         self._nudged = False
         self._something = asyncio.Event()
@@ -30,12 +30,17 @@ class Mailbox:
     def is_full(self) -> bool:
         return self._bytes >= _FULL_AT_BYTES
 
-    def put(self, event: Event) -> None:
+    def of(self, attempt: AttemptId | None) -> "Slot":
+        """Return the slot for the events of an attempt."""
+        return Slot(self, attempt)
+
+    def put(self, told: Told) -> None:
+        event = told.event
         self._on_event(event)
         if isinstance(event, Printed | OutputEnded):
-            self._output.append(event)
+            self._output.append(told)
         else:
-            self._events.append(event)
+            self._events.append(told)
         if isinstance(event, Printed):
             self._bytes += len(event.data)
         self._something.set()
@@ -45,7 +50,7 @@ class Mailbox:
         self._nudged = True
         self._something.set()
 
-    async def take(self, timeout_s: float, *, with_output: bool) -> list[Event]:
+    async def take(self, timeout_s: float, *, with_output: bool) -> list[Told]:
         """Return all events as soon as there is one, or none after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -62,3 +67,18 @@ class Mailbox:
             if was_full:
                 self._on_room()
         return events
+
+
+class Slot:
+    """Takes the events of one attempt; None for those of the agent and its template."""
+
+    def __init__(self, mailbox: Mailbox, attempt: AttemptId | None) -> None:
+        self._mailbox = mailbox
+        self._attempt = attempt
+
+    @property
+    def is_full(self) -> bool:
+        return self._mailbox.is_full
+
+    def put(self, event: Event) -> None:
+        self._mailbox.put(Told(self._attempt, event))

@@ -7,7 +7,7 @@ import os
 import struct
 import termios
 
-from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.mailbox import Slot
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import Printed, Stream
 
@@ -32,7 +32,7 @@ class Output:
     The reader pauses while the mailbox is full. It keeps the last lines for a failure's report.
     """
 
-    def __init__(self, fd: int, local_rank: int | None, stream: Stream, mailbox: Mailbox) -> None:
+    def __init__(self, fd: int, local_rank: int | None, stream: Stream, mailbox: Slot) -> None:
         self._fd: int | None = fd
         self._local_rank = local_rank
         self._stream: Stream = stream

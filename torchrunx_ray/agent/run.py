@@ -26,7 +26,7 @@ class HostRun:
 
     def __init__(
         self,
-        wanted: messages.RunWanted,
+        wanted: messages.ShareWanted,
         template: Template,
         mailbox: Mailbox,
         listening: socket.socket | None,
@@ -34,11 +34,11 @@ class HostRun:
     ) -> None:
         self._wanted = wanted
         self._template = template
-        self._mailbox = mailbox
+        self._mailbox = mailbox.of(wanted.worker.attempt)
         self._listening = listening
         self._ip = ip
         self._workers: dict[int, Worker] = {
-            place.local_rank: Worker(place.local_rank, mailbox) for place in wanted.places
+            place.local_rank: Worker(place.local_rank, self._mailbox) for place in wanted.places
         }
         self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
         self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
@@ -51,8 +51,8 @@ class HostRun:
         self._ending: asyncio.Task[None] | None = None
 
     @property
-    def run_id(self) -> str:
-        return self._wanted.run_id
+    def attempt(self) -> messages.AttemptId:
+        return self._wanted.worker.attempt
 
     async def start(self, function: Packed, inserted: Sequence[Packed]) -> None:
         """Fork the workers. Return once every worker is forked, or the run has stopped before that."""
@@ -66,7 +66,7 @@ class HostRun:
             self._mailbox.put(self._template.loaded)
         if self._listening is not None:
             if not self._stopping.is_set():
-                self._check(await self._template.fork_store(self.run_id, self._listening))
+                self._check(await self._template.fork_store(self.attempt, self._listening))
             self._listening.close()
         if not self._stopping.is_set():
             self._check(await self._template.hold_call((function, *inserted), self._is_wanted))
@@ -172,19 +172,14 @@ class HostRun:
         visible, cuda_device = gpus.of_worker(
             wanted.gpu_ids, wanted.gpus_per_worker, place.local_rank
         )
-        variables = place.variables(wanted.master_addr, wanted.master_port, wanted.run_id)
+        variables = place.variables(wanted.master_addr, wanted.master_port, self.attempt.run_id)
         answer = await self._template.fork_worker(
             messages.ForkWorker(
-                run_id=wanted.run_id,
+                worker=wanted.worker,
                 place=place,
-                hostname=wanted.hostname,
                 variables={**variables, "CUDA_VISIBLE_DEVICES": visible},
                 default_variables=self._default_variables(place),
-                backend=wanted.backend,
-                timeout=wanted.timeout,
                 cuda_device=cuda_device,
-                argv=wanted.argv,
-                log_level=wanted.log_level,
             ),
             worker.fds,
         )

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.mailbox import Slot
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import END_OF_STACKS, Printed, StacksWanted
 
@@ -23,7 +23,7 @@ class StackReader:
     faulthandler's signal, the stacks are shown as output of the worker.
     """
 
-    def __init__(self, local_rank: int, mailbox: Mailbox) -> None:
+    def __init__(self, local_rank: int, mailbox: Slot) -> None:
         self._local_rank = local_rank
         self._mailbox = mailbox
         self._loop = asyncio.get_running_loop()

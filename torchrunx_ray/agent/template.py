@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torchrunx_ray.agent.keeper import Keeper
-from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.mailbox import Slot
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
@@ -37,7 +37,7 @@ class Template:
     def __init__(
         self,
         keeper: Keeper,
-        mailbox: Mailbox,
+        mailbox: Slot,
         on_exited: Callable[[messages.Exited], None],
         on_gone: Callable[[Death], None],
     ) -> None:
@@ -83,10 +83,10 @@ class Template:
         return await asyncio.shield(self._ready)
 
     async def fork_store(
-        self, run_id: str, listening: socket.socket
+        self, attempt: messages.AttemptId, listening: socket.socket
     ) -> messages.Forked | messages.ForkFailed:
         port: int = listening.getsockname()[1]
-        return await self._fork(messages.ForkStore(run_id, port), [listening.fileno()])
+        return await self._fork(messages.ForkStore(attempt, port), [listening.fileno()])
 
     async def hold_call(
         self, values: Sequence[Packed], is_wanted: Callable[[], bool]

@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Sequence
 
-from torchrunx_ray.agent.mailbox import Mailbox
+from torchrunx_ray.agent.mailbox import Slot
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.stacks import StackReader
 from torchrunx_ray.errors import OomKills
@@ -23,7 +23,7 @@ from torchrunx_ray.wire.values.transfer import Layout
 class Worker:
     """Handle on one worker: turns its messages, its output and its exit into events."""
 
-    def __init__(self, local_rank: int, mailbox: Mailbox) -> None:
+    def __init__(self, local_rank: int, mailbox: Slot) -> None:
         self.local_rank = local_rank
         self.has_outcome = False
         self.has_failed = False

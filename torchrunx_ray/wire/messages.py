@@ -38,20 +38,36 @@ class TemplateWanted:
 
 
 @dataclass(frozen=True)
-class RunWanted:
-    """One host's share of a run."""
+class AttemptId:
+    """One try at a run. Calls and events carry it, so those of an earlier attempt can be dropped."""
 
     run_id: str
+    number: int
+
+
+@dataclass(frozen=True)
+class WorkerWanted:
+    """Everything that the workers of one host have in common."""
+
+    attempt: AttemptId
     hostname: str
+    backend: str | None
+    timeout: float
+    argv: tuple[str, ...]
+    log_level: int
+    """Lowest level of records that some handler of the driver takes."""
+
+
+@dataclass(frozen=True)
+class ShareWanted:
+    """A host's share of an attempt."""
+
+    worker: WorkerWanted
     places: tuple[Place, ...]
     master_addr: str
     master_port: int
-    backend: str | None
-    timeout: float
     gpu_ids: tuple[str, ...]
     gpus_per_worker: float
-    argv: tuple[str, ...]
-    log_level: int
     forks_when_told: bool
     """True if workers are forked only after all hosts can fork.
 
@@ -260,7 +276,7 @@ class TemplateSetup:
 class ForkStore:
     """Fork a process that serves a TCPStore. Descriptor: the listening socket."""
 
-    run_id: str
+    attempt: AttemptId
     port: int
 
 
@@ -280,18 +296,12 @@ class DropCall:
 class ForkWorker:
     """Fork one worker. Descriptors: channel to the agent, stdout, stderr, records, stacks."""
 
-    run_id: str
+    worker: WorkerWanted
     place: Place
-    hostname: str
     variables: dict[str, str]
     default_variables: dict[str, str]
     """Variables to set if the user has not set them."""
-    backend: str | None
-    timeout: float
     cuda_device: int | None
-    argv: tuple[str, ...]
-    log_level: int
-    """Lowest level of records that some handler of the driver takes."""
 
 
 @dataclass(frozen=True)
@@ -359,3 +369,11 @@ Event = (
     | TemplateRefused | AgentFailed | HostEnded | OutputEnded
 )  # fmt: skip
 """An event that an agent returns from `poll`."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """An event, and the attempt that it belongs to; None for output of the template between two attempts."""
+
+    attempt: AttemptId | None
+    event: Event

@@ -51,9 +51,9 @@ def live(
     values: list[Packed],
 ) -> NoReturn:
     """Run the worker and never return. One outcome is always reported, unless the process dies."""
-    set_title(f"worker rank {wanted.place.rank}", wanted.run_id)
-    _settle_in(wanted.argv)
-    logs.take_records(records_fd, wanted.log_level)
+    set_title(f"worker rank {wanted.place.rank}", wanted.worker.attempt.run_id)
+    _settle_in(wanted.worker.argv)
+    logs.take_records(records_fd, wanted.worker.log_level)
     stacks.answer_on(stacks_fd)
     dns.threads_are_ours()
     open_files.watch()
@@ -63,7 +63,7 @@ def live(
     try:
         leave_group = group.join(wanted)
         channel.send(messages.Joined(local_rank, now_ns()))
-        call = _unpack_call(values, wanted.hostname)
+        call = _unpack_call(values, wanted.worker.hostname)
         channel.send(messages.Started(local_rank, worker_pid, now_ns()))
         value = outcome.value_of(call)
         if os.getpid() != worker_pid:

@@ -133,7 +133,7 @@ class _Template:
             try:
                 self._let_go()
                 process_tree.die_with(template_pid)
-                set_title("store", wanted.run_id)
+                set_title("store", wanted.attempt.run_id)
                 store.serve(fds[0], wanted.port)
             finally:
                 _die_with_traceback()

@@ -50,12 +50,12 @@ class AgentLink:
         """References to the values by local rank, once the workers have been started."""
 
     async def hold(
-        self, wanted: messages.RunWanted, call: Call
+        self, wanted: messages.ShareWanted, call: Call
     ) -> messages.AgentFailed | ArgumentLost | None:
         """Wait until the host has ended the run. Returns the failure if the link broke before that."""
         starting = asyncio.create_task(self._start(wanted, call))
         # Polls begin at once: otherwise the last events of an agent that fails while it starts are lost.
-        hearing = asyncio.create_task(self._hear_until_ended())
+        hearing = asyncio.create_task(self._hear_until_ended(wanted.worker.attempt))
         try:
             await asyncio.gather(starting, hearing)  # raises the first error
         except ClusterLeft as left:
@@ -78,19 +78,21 @@ class AgentLink:
             del starting, hearing
         return None
 
-    async def _start(self, wanted: messages.RunWanted, call: Call) -> None:
+    async def _start(self, wanted: messages.ShareWanted, call: Call) -> None:
         calls = self._agent.calls
         await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
         self.values = await self._cluster.begin(_ask_for_values, calls, wanted)
 
-    async def _hear_until_ended(self) -> None:
+    async def _hear_until_ended(self, attempt: messages.AttemptId) -> None:
         while True:
-            for event in await self._poll():
-                self._hear(event)
-                if isinstance(event, messages.OutputEnded):
+            for told in await self._poll():
+                if told.attempt not in (attempt, None):
+                    continue
+                self._hear(told.event)
+                if isinstance(told.event, messages.OutputEnded):
                     return
 
-    async def _poll(self) -> list[messages.Event]:
+    async def _poll(self) -> list[messages.Told]:
         """Return the agent's next events. Log a warning if the agent does not answer."""
         silent = asyncio.get_running_loop().call_later(_SILENT_S, self._say_silent)
         has_room = self._logs.has_room
@@ -118,8 +120,8 @@ class AgentLink:
         )
 
 
-def _ask_for_values(calls: Any, wanted: messages.RunWanted) -> "list[ray.ObjectRef[Any]]":
-    return [calls.value.remote(wanted.run_id, place.local_rank) for place in wanted.places]
+def _ask_for_values(calls: Any, wanted: messages.ShareWanted) -> "list[ray.ObjectRef[Any]]":
+    return [calls.value.remote(wanted.worker.attempt, place.local_rank) for place in wanted.places]
 
 
 def _evidence(error: RayError) -> str:

@@ -98,13 +98,13 @@ class Attempt:
 
     def __init__(
         self,
-        run_id: str,
+        id_: messages.AttemptId,
         options: Options,
         crew: Crew,
         backend: str | None,
         timeline: Timeline,
     ) -> None:
-        self._run_id = run_id
+        self._id = id_
         self._options = options
         self._crew = crew
         self._backend = backend
@@ -114,7 +114,7 @@ class Attempt:
         timeline.hostnames = [host.label for host in crew.hosts]
         timeline.places = self._places()
         self._clocks = Clocks(crew.agents)
-        self._stragglers = Stragglers(run_id, crew.agents, self._layout)
+        self._stragglers = Stragglers(id_, crew.agents, self._layout)
         self._failed: list[tuple[int | None, Failure]] = []
         """Failures, each with the index of the host on whose clock its time is; None for the driver's clock."""
         self._cause_is_known = asyncio.Event()
@@ -153,7 +153,7 @@ class Attempt:
         after `kill`, kills the workers.
         """
         self._logs = RunLogs(
-            self._run_id, self._options, call.log_handlers, call.files, self._speakers()
+            self._id.run_id, self._options, call.log_handlers, call.files, self._speakers()
         )
         try:
             links = [
@@ -184,7 +184,7 @@ class Attempt:
             return failures
         hosts = zip(self._crew.hosts, links, strict=True)
         values = [(host.label, link.values) for host, link in hosts]
-        await until_stored(self._run_id, values, self._cluster)
+        await until_stored(self._id.run_id, values, self._cluster)
         return [
             [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(link.values)]
             for i, (host, link) in enumerate(zip(self._crew.hosts, links, strict=True))
@@ -296,22 +296,25 @@ class Attempt:
         finally:
             del cancelled  # it refers to this frame
 
-    def _wanted(self, host_index: int, call: Call) -> messages.RunWanted:
+    def _wanted(self, host_index: int, call: Call) -> messages.ShareWanted:
         master = self._crew.met[0]
         assert master.master_port is not None
         host = self._crew.hosts[host_index]
-        return messages.RunWanted(
-            run_id=self._run_id,
+        worker = messages.WorkerWanted(
+            attempt=self._id,
             hostname=host.label,
+            backend=self._backend,
+            timeout=self._options.timeout,
+            argv=call.argv,
+            log_level=self._logs.level,
+        )
+        return messages.ShareWanted(
+            worker=worker,
             places=tuple(self._layout[host_index]),
             master_addr=master.ip,
             master_port=master.master_port,
-            backend=self._backend,
-            timeout=self._options.timeout,
             gpu_ids=self._crew.gpu_ids[host_index],
             gpus_per_worker=host.gpus_per_worker,
-            argv=call.argv,
-            log_level=self._logs.level,
             forks_when_told=self._forks_when_told,
         )
 
@@ -429,7 +432,7 @@ class Attempt:
         serving = self._crew.agents[0]
         alone = self._over == set(range(1, len(self._crew.hosts)))
         if alone and not serving.is_gone:
-            self._cluster.tell(serving.calls.others_have_ended, self._run_id)
+            self._cluster.tell(serving.calls.others_have_ended, self._id)
 
     @property
     def _forks_when_told(self) -> bool:
@@ -444,7 +447,7 @@ class Attempt:
             self._later(self._options.timeout, self._check_joined)
         if self._forks_when_told:
             for agent in self._crew.agents:
-                self._cluster.tell(agent.calls.fork, self._run_id)
+                self._cluster.tell(agent.calls.fork, self._id)
 
     def _check_can_fork(self, waited_s: float, is_enough: bool) -> None:
         """Warn about hosts that keep the others waiting. If `is_enough`, fail the run."""
@@ -512,7 +515,7 @@ class Attempt:
         assert self.failures is not None
         logger.warning(
             "%s has failed, and stops what is left of it, for %g s at most: %s",
-            self._run_id,
+            self._id.run_id,
             self._options.shutdown_timeout + _LAST_WORDS_S,
             self.failures.in_brief,
         )
@@ -523,7 +526,7 @@ class Attempt:
             logger.warning(
                 "%s has failed, and still waits for a terminal or a handler of logging that does not take what "
                 "the workers said: %s",
-                self._run_id,
+                self._id.run_id,
                 self.failures.in_brief,
             )
 
@@ -549,7 +552,7 @@ class Attempt:
         try:
             return await self._stragglers.stacks(wanted)
         except Exception as error:
-            logger.warning("%s: no stacks of its workers", self._run_id, exc_info=error)
+            logger.warning("%s: no stacks of its workers", self._id.run_id, exc_info=error)
             return Stacks({})
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -586,7 +589,7 @@ class Attempt:
     async def _tell_to_stop(self, host_index: int, grace_s: float, deaf: set[int]) -> None:
         stop = self._crew.agents[host_index].calls.stop
         with contextlib.suppress(RayError, ClusterLeft):  # the agent's link reports the reason
-            await self._cluster.ask(stop, self._run_id, grace_s)
+            await self._cluster.ask(stop, self._id, grace_s)
             deaf.discard(host_index)
 
     def _forget(self, host_index: int) -> None:

@@ -25,7 +25,7 @@ from torchrunx_ray.driver.running.attempt import Attempt, Crew
 from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire import versions
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.messages import Met, TemplateWanted
+from torchrunx_ray.wire.messages import AttemptId, Met, TemplateWanted
 
 T = TypeVar("T")
 
@@ -88,7 +88,9 @@ class Hosts:
             progress.timeline.placed_ns = now_ns()
             crew, backend = await self._assemble(call.template, progress, is_fresh=is_fresh)
             progress.timeline.met_ns = now_ns()
-            attempt = Attempt(call.run_name, self._options, crew, backend, progress.timeline)
+            attempt = Attempt(
+                AttemptId(call.run_name, 0), self._options, crew, backend, progress.timeline
+            )
             progress.attempt = attempt
             try:
                 outcome = await attempt.go(call)

@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
 from torchrunx_ray.driver.report.stacks import Stacks, in_words
-from torchrunx_ray.wire.messages import StacksWanted
+from torchrunx_ray.wire.messages import AttemptId, StacksWanted
 from torchrunx_ray.wire.ranks import Place
 
 logger = logging.getLogger("torchrunx_ray")
@@ -28,9 +28,9 @@ class Stragglers:
     """Asks the agents for stacks, and warns about ranks that go on long after others have returned."""
 
     def __init__(
-        self, run_id: str, agents: Sequence[PooledAgent], layout: Sequence[Sequence[Place]]
+        self, attempt: AttemptId, agents: Sequence[PooledAgent], layout: Sequence[Sequence[Place]]
     ) -> None:
-        self._run_id = run_id
+        self._attempt = attempt
         self._agents = agents
         self._layout = layout
         self._returned: set[int] = set()
@@ -86,7 +86,7 @@ class Stragglers:
         """Return a host's stacks by rank; none if its agent cannot be called, which is reported elsewhere."""
         try:
             texts: dict[int, str] = await agent.connection.ask(
-                agent.calls.stacks, self._run_id, wanted
+                agent.calls.stacks, self._attempt, wanted
             )
         except (RayError, ClusterLeft):
             return {}

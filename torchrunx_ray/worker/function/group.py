@@ -36,16 +36,16 @@ def join(wanted: ForkWorker) -> Callable[[], None]:
             torch.cuda.set_device(wanted.cuda_device)
     store = _LaunchStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store.lend_to_later_groups()
-    if wanted.backend is None:
+    if wanted.worker.backend is None:
         return _destroy_groups
     from torch import distributed
 
-    _check_backend(wanted.backend, wanted.hostname)
-    timeout = timedelta(seconds=wanted.timeout)
+    _check_backend(wanted.worker.backend, wanted.worker.hostname)
+    timeout = timedelta(seconds=wanted.worker.timeout)
     place = wanted.place
     launch_store = store.with_prefix("launch", timeout)
     distributed.init_process_group(
-        wanted.backend,
+        wanted.worker.backend,
         store=launch_store,
         rank=place.rank,
         world_size=place.world_size,

@@ -82,7 +82,7 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
     If the agent cannot read that memory (page-locked memory of a GPU's driver, or a process that may not be
     inspected), it gets a file.
     """
-    rank, hostname = wanted.place.rank, wanted.hostname
+    rank, hostname = wanted.place.rank, wanted.worker.hostname
     time_ns = now_ns()
     packed = pack([("the return value", value)], rank=rank, hostname=hostname)
     # A signal handler may raise here. The agent then continues to read until it receives the failure.
