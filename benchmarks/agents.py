@@ -26,6 +26,7 @@ from torchrunx_ray.driver.call.pack_call import put_call
 from torchrunx_ray.driver.cluster.connection import Connection
 from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.placing.placement import Host
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.running.attempt import Attempt, Crew
@@ -150,8 +151,12 @@ def run(which: str, crew: Crew) -> Mapping[str, float]:
     call = put_call(no_op, (), {}, options)
 
     async def go() -> object:
-        attempt = messages.AttemptId(call.run_name, 0)
-        return await Attempt(attempt, options, crew, "gloo", Timeline()).go(call)
+        id_ = messages.AttemptId(call.run_name, 0)
+        attempt = Attempt(id_, options, crew, "gloo", Timeline())
+        logs = RunLogs(call.run_name, options, call.log_handlers, call.files, attempt.speakers)
+        await attempt.go(call, logs)
+        await logs.drain()
+        return await attempt.outcome()
 
     begun, cpu = time.perf_counter(), time.process_time()
     running = loop.start(go())

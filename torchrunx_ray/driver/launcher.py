@@ -10,7 +10,7 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.run import Run
-from torchrunx_ray.driver.running.hosts import run_once
+from torchrunx_ray.driver.running.supervisor import run_once
 from torchrunx_ray.driver.session import Session
 from torchrunx_ray.driver.terminal.summary import follow
 from torchrunx_ray.driver.tracebacks import short_traceback

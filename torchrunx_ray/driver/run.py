@@ -226,8 +226,8 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         if self._asked_to == "die":
             return
         self._asked_to = "die"
-        if self._progress.attempt is not None:
-            self._progress.attempt.kill()
+        if self._progress.supervisor is not None:
+            self._progress.supervisor.kill()
         self._cancel_task()
 
     def _cancel_task(self) -> None:

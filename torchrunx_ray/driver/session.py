@@ -19,6 +19,7 @@ from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.driver.running.hosts import Hosts
+from torchrunx_ray.driver.running.supervisor import Supervisor
 from torchrunx_ray.driver.terminal.status_line import shown
 from torchrunx_ray.driver.terminal.summary import follow
 from torchrunx_ray.driver.tracebacks import short_traceback
@@ -136,7 +137,7 @@ class Session:
 
     async def _run(self, call: Call, progress: Progress) -> LaunchResult[Any] | Failures:
         await asyncio.shield(asyncio.wrap_future(self._opening))
-        return await self._hosts.run(call, progress)
+        return await Supervisor(self._hosts, self._options, call, progress).run()
 
     async def _close_hosts(self) -> None:
         self._opening.cancel()  # it may still wait for room

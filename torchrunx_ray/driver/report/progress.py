@@ -11,7 +11,7 @@ from torchrunx_ray.driver.report.timeline import Timeline
 
 
 class GoesOn(Protocol):
-    """The part of an attempt that its run's user may call."""
+    """The part of a supervisor that its run's user may call."""
 
     @property
     def log_directory(self) -> Path | None: ...
@@ -30,7 +30,7 @@ class Progress:
     def __init__(self, name: str) -> None:
         self.name = name
         self.timeline = Timeline()
-        self.attempt: GoesOn | None = None
+        self.supervisor: GoesOn | None = None
         self.waits_for_turn = False
         self.waiting_for = ""
         """Words for the reason of the wait while the run waits for room."""
@@ -43,13 +43,15 @@ class Progress:
         """Failures from before the cancellation; all failures if the run was not cancelled."""
 
     async def stacks(self) -> Stacks:
-        return Stacks({}) if self.attempt is None else await self.attempt.stacks()
+        return Stacks({}) if self.supervisor is None else await self.supervisor.stacks()
 
     @property
     def log_directory(self) -> Path | None:
         """Directory of the run's default files, once something was written to them."""
-        attempt = self.attempt  # read once, since the background loop may reset it at any moment
-        return self._log_directory if attempt is None else attempt.log_directory
+        supervisor = (
+            self.supervisor
+        )  # read once, since the background loop may reset it at any moment
+        return self._log_directory if supervisor is None else supervisor.log_directory
 
     @log_directory.setter
     def log_directory(self, directory: Path | None) -> None:

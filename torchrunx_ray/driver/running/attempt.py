@@ -9,7 +9,6 @@ import math
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
@@ -61,7 +60,7 @@ The agents have twice this time to send the output.
 _STUCK_S = 2.0
 """Time that a handler or terminal may take for one piece of output after that."""
 
-_STUCK_KILLED_S = 0.5
+STUCK_KILLED_S = 0.5
 """The same when a run is killed."""
 
 _SLOW_START_S = 60.0
@@ -70,7 +69,7 @@ _SLOW_START_S = 60.0
 _START_S = 1800.0
 """Time that a host may take until it can fork before the run fails."""
 
-_SILENT_STOP_S = 2.0
+SILENT_STOP_S = 2.0
 """Time that a failed run may take to stop its workers before a warning names the failure."""
 
 _ENDING_S = 0.8
@@ -146,21 +145,19 @@ class Attempt:
         self.broken: set[int] = set(range(len(crew.hosts)))
         """Indices of hosts whose agents cannot be used again, since they have not sent all their output."""
 
-    async def go(self, call: Call) -> list[list[Value]] | Failures:
-        """Run the call. Returns every rank's value, by host, or the failures.
+    async def go(self, call: Call, logs: RunLogs) -> None:
+        """Run the call. Return when no worker lives, and all output has been sent.
 
-        After a failure or a cancellation, waits until no worker lives. A second cancellation, or a first one
-        after `kill`, kills the workers.
+        A failure or a cancellation stops the workers. A second cancellation, or a first one after `kill`, kills
+        the workers.
         """
-        self._logs = RunLogs(
-            self._id.run_id, self._options, call.log_handlers, call.files, self._speakers()
-        )
+        self._logs = logs
         try:
-            links = [
+            self._links = [
                 AgentLink(
                     self._crew.agents[i],
                     host.label,
-                    self._logs,
+                    logs,
                     self._pids[i],
                     functools.partial(self._hear, i),
                 )
@@ -168,7 +165,8 @@ class Attempt:
             ]
             self._begin(self._clocks.compare())
             self._watching = [
-                asyncio.create_task(self._watch(i, link, call)) for i, link in enumerate(links)
+                asyncio.create_task(self._watch(i, link, call))
+                for i, link in enumerate(self._links)
             ]
             for wait_s, is_enough in ((_SLOW_START_S, False), (_START_S, True)):
                 self._later(wait_s, self._check_can_fork, wait_s, is_enough)
@@ -179,22 +177,18 @@ class Attempt:
                 timer.cancel()
             for task in (*self._tasks, *self._watching):
                 task.cancel()
-            await self._drain_logs()
+
+    async def outcome(self) -> list[list[Value]] | Failures:
+        """Return every rank's value, by host, or the failures."""
         if (failures := self.failures) is not None:
             return failures
-        hosts = zip(self._crew.hosts, links, strict=True)
+        hosts = list(zip(self._crew.hosts, self._links, strict=True))
         values = [(host.label, link.values) for host, link in hosts]
         await until_stored(self._id.run_id, values, self._cluster)
         return [
             [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(link.values)]
-            for i, (host, link) in enumerate(zip(self._crew.hosts, links, strict=True))
+            for i, (host, link) in enumerate(hosts)
         ]
-
-    @property
-    def log_directory(self) -> Path | None:
-        """Directory of the default files, once something was written to them."""
-        logs: RunLogs | None = getattr(self, "_logs", None)  # set by `go`
-        return None if logs is None else logs.directory
 
     @property
     def failures(self) -> Failures | None:
@@ -214,7 +208,7 @@ class Attempt:
         if not failures:
             return None
         stopped = [f"rank {rank} on {label}" for rank, label in sorted(self._stopped.items())]
-        return Failures(failures, stopped, self._stacks, self.log_directory, self._stopped_at_ns)
+        return Failures(failures, stopped, self._stacks, self._logs.directory, self._stopped_at_ns)
 
     def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
         """Convert a failure's time to the driver's clock.
@@ -241,12 +235,12 @@ class Attempt:
                 await asyncio.wait(self._watching)
                 break
             except asyncio.CancelledError as error:
-                if self._is_first_cancellation():
+                if self.note_cancellation():
                     self._begin(self._look_and_stop(grace_s))
                 else:
                     self._stop(0)
                     self._later(_DEAF_S, self._give_up_deaf)
-                    self._logs.hurry(_STUCK_KILLED_S)
+                    self._logs.hurry(STUCK_KILLED_S)
                 cancelled = error
         if cancelled is not None:
             try:
@@ -257,9 +251,9 @@ class Attempt:
             if not watching.cancelled():
                 watching.result()
 
-    def _is_first_cancellation(self) -> bool:
+    def note_cancellation(self) -> bool:
         """Note a cancellation. Returns False if this cancellation kills the workers."""
-        if self._was_cancelled:
+        if self.was_cancelled:
             return False
         self._failed_before_cancel = len(self._failed)
         self._bound_last_lines()
@@ -267,34 +261,14 @@ class Attempt:
 
     def _bound_last_lines(self) -> None:
         """Limit the wait for a blocked handler or a stopped terminal after a cancelled run's hosts have ended."""
-        if self._was_cancelled and len(self._over) == len(self._crew.hosts):
+        if self.was_cancelled and len(self._over) == len(self._crew.hosts):
             loop = asyncio.get_running_loop()
             loop.call_later(_LAST_LINES_S, self._logs.hurry, _STUCK_S)
             self._later(2 * _LAST_LINES_S, self._give_up_silent)
 
     @property
-    def _was_cancelled(self) -> bool:
+    def was_cancelled(self) -> bool:
         return self._failed_before_cancel is not None
-
-    async def _drain_logs(self) -> None:
-        """Wait until all output is written; not for long if the run is cancelled."""
-        draining = asyncio.ensure_future(self._logs.drain())
-        loop = asyncio.get_running_loop()
-        telling = loop.call_later(_SILENT_STOP_S, self._tell_of_last_lines)
-        cancelled: asyncio.CancelledError | None = None
-        while not draining.done():
-            try:
-                await asyncio.shield(draining)
-            except asyncio.CancelledError as error:
-                if not self._is_first_cancellation():
-                    self._logs.hurry(_STUCK_KILLED_S)
-                cancelled = error
-        telling.cancel()
-        try:
-            if cancelled is not None:
-                raise cancelled
-        finally:
-            del cancelled  # it refers to this frame
 
     def _wanted(self, host_index: int, call: Call) -> messages.ShareWanted:
         master = self._crew.met[0]
@@ -389,7 +363,9 @@ class Attempt:
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
         return Speaker(self._crew.hosts[host_index].label, local_rank, rank, host_index == 0)
 
-    def _speakers(self) -> list[Speaker]:
+    @property
+    def speakers(self) -> list[Speaker]:
+        """Sources of output: each host's template, and each rank."""
         hosts = range(len(self._crew.hosts))
         templates = [self._speaker(host_index, None) for host_index in hosts]
         return templates + [self._speaker(p.host_index, p.local_rank) for p in self._places()]
@@ -451,7 +427,7 @@ class Attempt:
 
     def _check_can_fork(self, waited_s: float, is_enough: bool) -> None:
         """Warn about hosts that keep the others waiting. If `is_enough`, fail the run."""
-        if self._failed or self._was_cancelled:
+        if self._failed or self.was_cancelled:
             return
         for i in set(range(len(self._crew.hosts))) - self._can_fork - self._over:
             what = f"{waited_s:g} s after the run began no worker can be forked"
@@ -468,7 +444,7 @@ class Attempt:
 
     def _check_joined(self) -> None:
         """Tell who is missing, also if those who waited for them have just given up."""
-        if self._cause_is_known.is_set() or self._was_cancelled or self._stopped_at_ns is not None:
+        if self._cause_is_known.is_set() or self.was_cancelled or self._stopped_at_ns is not None:
             return
         missing = {
             place.rank: self._crew.hosts[place.host_index].label
@@ -490,8 +466,8 @@ class Attempt:
         if not self._failed:
             self._stragglers.close()
             self._begin(self._settle_and_stop())
-            if not self._was_cancelled:
-                self._later(_SILENT_STOP_S, self._tell_of_failure)
+            if not self.was_cancelled:
+                self._later(SILENT_STOP_S, self._tell_of_failure)
         rank = None if local_rank is None else self._layout[host_index][local_rank].rank
         label = self._crew.hosts[host_index].label
         if time_ns is None:
@@ -519,16 +495,6 @@ class Attempt:
             self._options.shutdown_timeout + _LAST_WORDS_S,
             self.failures.in_brief,
         )
-
-    def _tell_of_last_lines(self) -> None:
-        """Warn of the failure while the last output waits for a terminal or a handler."""
-        if self.failures is not None and not self._was_cancelled:
-            logger.warning(
-                "%s has failed, and still waits for a terminal or a handler of logging that does not take what "
-                "the workers said: %s",
-                self._id.run_id,
-                self.failures.in_brief,
-            )
 
     async def _settle_and_stop(self) -> None:
         """Wait for earlier failures, take the stacks of the other workers, then stop them."""

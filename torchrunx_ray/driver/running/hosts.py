@@ -11,21 +11,15 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.agents import pool
 from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.background.loop import to_the_end
-from torchrunx_ray.driver.call import references
-from torchrunx_ray.driver.call.pack_call import Call
 from torchrunx_ray.driver.cluster import inventory, token
-from torchrunx_ray.driver.cluster.connection import Connection
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing.own_sessions import Held
 from torchrunx_ray.driver.placing.placement import Host, Placement, reserve
-from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.progress import Progress
-from torchrunx_ray.driver.report.results import LaunchResult
-from torchrunx_ray.driver.running.attempt import Attempt, Crew
+from torchrunx_ray.driver.running.attempt import Crew
 from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire import versions
-from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.messages import AttemptId, Met, TemplateWanted
+from torchrunx_ray.wire.messages import Met, TemplateWanted
 
 T = TypeVar("T")
 
@@ -50,7 +44,8 @@ class Hosts:
         self._placement: Placement | None = None
         self._is_closed = False
         self._agents: dict[int, PooledAgent] = {}
-        self._turn = asyncio.Lock()
+        self.turn = asyncio.Lock()
+        """Held by one run at a time, and while the hosts are taken or given back."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,46 +64,14 @@ class Hosts:
 
     async def open(self, progress: Progress) -> None:
         """Reserve room in the cluster. `close` waits until this has ended, or its cancellation has cleaned up."""
-        async with self._turn:
+        async with self.turn:
             if self._is_closed:
                 raise RuntimeError("the session is closed")
             self._placement = await reserve(self._options, progress)
 
-    async def run(
-        self, call: Call, progress: Progress, *, is_fresh: bool = False
-    ) -> "LaunchResult[object] | Failures":
-        """Run the call on every worker. Runs execute one after another.
-
-        `is_fresh` means that the room was reserved just now, so that its check is skipped.
-        """
-        progress.waits_for_turn = self._turn.locked()
-        async with self._turn:
-            progress.waits_for_turn = False
-            await references.wait_for(call.inserted, Connection())
-            progress.timeline.placed_ns = now_ns()
-            crew, backend = await self._assemble(call.template, progress, is_fresh=is_fresh)
-            progress.timeline.met_ns = now_ns()
-            attempt = Attempt(
-                AttemptId(call.run_name, 0), self._options, crew, backend, progress.timeline
-            )
-            progress.attempt = attempt
-            try:
-                outcome = await attempt.go(call)
-            finally:
-                # Set before `attempt` is reset: other threads read these from the attempt until then.
-                progress.log_directory = attempt.log_directory
-                progress.stacks_at_stop = attempt.stacks_at_stop
-                progress.failures_before_stop = attempt.failures_before_stop
-                progress.attempt = None
-                await to_the_end(self._drop(attempt.broken))
-            if isinstance(outcome, Failures):
-                return outcome
-            hostnames = [host.label for host in crew.hosts]
-            return LaunchResult(hostnames, outcome, progress.timeline, progress.log_directory)
-
     async def close(self) -> None:
         """Let the agents rest or end, and give the room back. Safe to call again."""
-        async with self._turn:
+        async with self.turn:
             self._is_closed = True
             agents, self._agents = list(self._agents.values()), {}
             placement, self._placement = self._placement, None
@@ -120,7 +83,7 @@ class Hosts:
                 if isinstance(done, BaseException):
                     logger.warning("an agent could not be released: %s", done)
 
-    async def _assemble(
+    async def assemble(
         self, template: TemplateWanted, progress: Progress, *, is_fresh: bool
     ) -> tuple[Crew, str | None]:
         """Return the hosts with an agent on each. If a node has died, place the hosts again first."""
@@ -141,7 +104,7 @@ class Hosts:
                 if await _is_whole(placement):
                     raise
                 logger.warning("a node died before the run began; it is placed again: %s", error)
-                await self._drop(set(self._agents))
+                await self.drop(set(self._agents))
                 self._placement = None
                 await placement.remove()
                 continue
@@ -163,7 +126,7 @@ class Hosts:
             try:
                 met = await agent.meet(listen=index == 0)
             except (RayError, TimeoutError) as error:
-                await self._drop({index})
+                await self.drop({index})
                 missing = versions.missing_package(str(error), versions.of_this_process())
                 if missing is not None:
                     raise LaunchError(f"On {host.label}: {missing}") from None
@@ -180,20 +143,20 @@ class Hosts:
                         host.label,
                         agent.fault,
                     )
-                await self._drop({index})
+                await self.drop({index})
                 continue
             problem = met.problem or versions.problem_between(
                 versions.of_this_process(), met.versions
             )
             if problem is not None:
-                await self._drop({index})
+                await self.drop({index})
                 raise LaunchError(f"On {host.label}: {problem}")
             doubt = versions.doubt_between(versions.of_this_process(), met.versions)
             for warning in filter(None, (met.warning, doubt)):
                 logger.warning("%s: %s", host.label, warning)
             return met
 
-    async def _drop(self, indices: set[int]) -> None:
+    async def drop(self, indices: set[int]) -> None:
         """End these agents, even if cancelled meanwhile: nothing else refers to them."""
         agents = [self._agents.pop(i) for i in indices if i in self._agents]
         if ending := [asyncio.create_task(agent.end()) for agent in agents]:
@@ -252,16 +215,3 @@ async def _all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[
             task.cancel()
         await to_the_end(asyncio.wait(tasks))
         del tasks, work  # an exception refers to this frame, and must not wait for Python's gc
-
-
-async def run_once(
-    options: Options, call: Call, progress: Progress
-) -> "LaunchResult[object] | Failures":
-    """Reserve hosts for one run, and execute the run."""
-    hosts = Hosts(options)
-    try:
-        await references.wait_for(call.inserted, Connection())
-        await hosts.open(progress)
-        return await hosts.run(call, progress, is_fresh=True)
-    finally:
-        await to_the_end(hosts.close())
