@@ -1,6 +1,7 @@
 """One host's share of a run."""
 
 import asyncio
+import enum
 import os
 import signal
 import socket
@@ -19,6 +20,25 @@ from torchrunx_ray.wire.ranks import Place
 from torchrunx_ray.wire.values.payload import Packed
 
 T = TypeVar("T")
+
+
+class State(enum.Enum):
+    """States of a host's share of an attempt."""
+
+    STARTING = "forks the workers"
+    ABORTING = "was told to stop while it started"
+    RUNNING = "has forked all workers"
+    STOPPING = "waits for its workers to end, and forks no more"
+    ENDING = "has no worker left"
+
+
+_NEXT = {
+    State.STARTING: (State.ABORTING, State.RUNNING),
+    State.ABORTING: (State.STOPPING,),
+    State.RUNNING: (State.STOPPING, State.ENDING),
+    State.STOPPING: (State.ENDING,),
+    State.ENDING: (),
+}
 
 
 class HostRun:
@@ -42,13 +62,11 @@ class HostRun:
         }
         self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
         self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
-        self._all_forked = False
+        self._state = State.STARTING
+        self._is_told_to_stop = asyncio.Event()
         self._serves_others = listening is not None and wanted.places[0].hosts > 1
         """True while this host must keep the store for workers of other hosts, even if its own have ended."""
-        self._template_died = False
         self._may_fork = asyncio.Event()
-        self._stopping = asyncio.Event()
-        self._ending: asyncio.Task[None] | None = None
 
     @property
     def attempt(self) -> messages.AttemptId:
@@ -59,26 +77,26 @@ class HostRun:
         refused = await self._unless_stopped(self._template.ready())
         if refused is not None:
             self._mailbox.put(refused)
-            self._stopping.set()
-        elif self._template.death is not None:
+            self._fork_no_more()
+        elif self._template.death is not None and self._state is State.STARTING:
             self.template_is_gone(self._template.death)
         if self._template.loaded is not None:
             self._mailbox.put(self._template.loaded)
         if self._listening is not None:
-            if not self._stopping.is_set():
+            if self._state is State.STARTING:
                 self._check(await self._template.fork_store(self.attempt, self._listening))
             self._listening.close()
-        if not self._stopping.is_set():
-            self._check(await self._template.hold_call((function, *inserted), self._is_wanted))
-        if not self._stopping.is_set():
+        if self._state is State.STARTING:
+            self._check(await self._template.hold_call((function, *inserted), self._is_starting))
+        if self._state is State.STARTING:
             self._mailbox.put(messages.CanFork())
             if self._wanted.forks_when_told:
                 await self._unless_stopped(self._may_fork.wait())
         for place in self._wanted.places:
-            if not self._stopping.is_set():
+            if self._state is State.STARTING:
                 await self._fork(place)
         self._template.drop_call()
-        self._all_forked = True
+        self._become(State.RUNNING if self._state is State.STARTING else State.STOPPING)
         for worker in self._workers.values():
             if not worker.is_forked:
                 worker.abandon()
@@ -106,7 +124,7 @@ class HostRun:
 
         A worker that has failed gets no SIGTERM: it is already exiting, and has `grace_s` for its exit functions.
         """
-        self._stopping.set()
+        self._fork_no_more()
         if grace_s > 0:
             self._signal(signal.SIGTERM, spare_failed=True)
             loop = asyncio.get_running_loop()
@@ -123,28 +141,38 @@ class HostRun:
         if exited.local_rank is not None:
             self._workers[exited.local_rank].ended(exited, self._oom_kills(exited))
             self._end_if_over()
-        elif self._ending is None:
+        elif self._state is not State.ENDING:
             how = describe_exit(exited.exit_code, exited.signal)
             self._fail(f"the process that serves the store (pid {exited.pid}) {how}", "")
 
     def template_is_gone(self, death: Death) -> None:
         """Note that the template died. The kernel killed the workers with it, and nobody will report their exits."""
-        if self._ending is None and not self._template_died:
-            self._template_died = True
+        if self._state is not State.ENDING:
             what = "the template process, from which workers are forked, died"
             self._mailbox.put(messages.AgentFailed(death.time_ns, what, death.evidence))
             self.everything_is_gone()
 
     def everything_is_gone(self) -> None:
         """End the run, because nobody is left to report how the remaining workers exit."""
-        self._stopping.set()
+        self._fork_no_more()
         self._serves_others = False
         for worker in self._workers.values():
             worker.abandon()
         self._end_if_over()
 
-    def _is_wanted(self) -> bool:
-        return not self._stopping.is_set()
+    def _become(self, state: State) -> None:
+        assert state in _NEXT[self._state], f"{self._state} -> {state}"
+        self._state = state
+
+    def _is_starting(self) -> bool:
+        return self._state is State.STARTING
+
+    def _fork_no_more(self) -> None:
+        if self._state is State.STARTING:
+            self._become(State.ABORTING)
+            self._is_told_to_stop.set()
+        elif self._state is State.RUNNING:
+            self._become(State.STOPPING)
 
     def _oom_kills(self, exited: messages.Exited) -> OomKills | None:
         group = self._memory_group
@@ -158,7 +186,7 @@ class HostRun:
     async def _unless_stopped(self, wanted: Coroutine[Any, Any, T]) -> T | None:
         """Await a coroutine until the run stops. Ctrl-C must not wait for an import of torch, or for other hosts."""
         waiting = asyncio.ensure_future(wanted)
-        stopped = asyncio.ensure_future(self._stopping.wait())
+        stopped = asyncio.ensure_future(self._is_told_to_stop.wait())
         await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if waiting.done():
@@ -194,8 +222,8 @@ class HostRun:
         return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
 
     def _check(self, answer: messages.Forked | messages.ForkFailed | None) -> None:
-        if isinstance(answer, messages.ForkFailed) and not self._stopping.is_set():
-            self._stopping.set()
+        if isinstance(answer, messages.ForkFailed) and self._state is State.STARTING:
+            self._fork_no_more()
             what = "no process could be forked"
             self._fail(what, f"{answer.reason}; see the host's limits of processes and of memory")
 
@@ -209,12 +237,15 @@ class HostRun:
             for worker in self._workers.values()
             if not (worker.has_exited or (spare_failed and worker.has_failed))
         ]
-        if living and self._ending is None:
+        if living and self._state is not State.ENDING:
             self._template.signal_workers(living, signum)
 
     def _end_if_over(self) -> None:
-        over = self._all_forked and all(worker.has_exited for worker in self._workers.values())
-        if over and not self._serves_others and self._ending is None:
+        is_forked = self._state in (State.RUNNING, State.STOPPING)
+        if not is_forked or self._serves_others:
+            return
+        if all(worker.has_exited for worker in self._workers.values()):
+            self._become(State.ENDING)
             self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
