@@ -22,7 +22,7 @@ def names(pid: int) -> NAMES:
     return [title, Path(f"/proc/{pid}/comm").read_text().rstrip("\n")]
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_every_process_is_called_by_role_run_and_rank(
     cluster: None, start_method: StartMethod
 ) -> None:

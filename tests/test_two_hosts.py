@@ -28,6 +28,7 @@ def run(hosts: TwoHosts) -> Callable[[str], str]:
     return run
 
 
+@pytest.mark.slow
 def test_gloo_crosses_the_network(run: Callable[[str], str]) -> None:
     out = run(
         """
