@@ -29,7 +29,8 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.placing.placement import Host
 from torchrunx_ray.driver.report.timeline import Timeline
-from torchrunx_ray.driver.running.attempt import Attempt, Crew
+from torchrunx_ray.driver.running.attempt import Attempt
+from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.wire import messages, versions
 from torchrunx_ray.wire.clock import now_ns
 
@@ -153,7 +154,7 @@ def run(which: str, crew: Crew) -> Mapping[str, float]:
     async def go() -> object:
         id_ = messages.AttemptId(call.run_name, 0)
         attempt = Attempt(id_, options, crew, "gloo", Timeline())
-        logs = RunLogs(call.run_name, options, call.log_handlers, call.files, attempt.speakers)
+        logs = RunLogs(call.run_name, options, call.log_handlers, call.files, crew.speakers)
         await attempt.go(call, logs)
         await logs.drain()
         return await attempt.outcome()

@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import dataclasses
+import enum
 import functools
 import logging
-import math
 import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +15,21 @@ from ray.exceptions import RayError
 
 from torchrunx_ray.driver.agents.agent_link import AgentLink
 from torchrunx_ray.driver.agents.clocks import Clocks
-from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.call.pack_call import Call
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output import host_story
 from torchrunx_ray.driver.output.host_story import HostEvent
 from torchrunx_ray.driver.output.run_logs import RunLogs
-from torchrunx_ray.driver.output.speaker import Speaker
-from torchrunx_ray.driver.placing.placement import Host
 from torchrunx_ray.driver.report.failures import DriverFailed, Failure, Failures, NotJoined, Report
 from torchrunx_ray.driver.report.results import Value
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.stored import until_stored
 from torchrunx_ray.driver.report.timeline import Timeline
+from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.stragglers import Stragglers
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.ranks import Place, lay_out
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -82,14 +79,29 @@ _STACKS_AT_CANCEL = messages.StacksWanted(within_s=0.5, thread_s=0.1)
 """Limits for stacks at a cancellation. They are short because a person is waiting."""
 
 
-@dataclass(frozen=True)
-class Crew:
-    """Hosts of an attempt, with their agents, the agents' answers to `meet`, and their GPUs, by host index."""
+class Phase(enum.IntEnum):
+    """Phases of an attempt. An attempt may skip phases, and never goes back."""
 
-    hosts: Sequence[Host]
-    agents: Sequence[PooledAgent]
-    met: Sequence[messages.Met]
-    gpu_ids: Sequence[tuple[str, ...]]
+    STARTING = 1
+    """Hosts get ready to fork."""
+    JOINING = 2
+    """All hosts can fork; ranks join the process group."""
+    RUNNING = 3
+    """All ranks are in the process group."""
+    SETTLING = 4
+    """A failure is known, and its cause may still arrive."""
+    STOPPING = 5
+    """The hosts were told to stop their workers."""
+    ENDED = 6
+    """No worker lives."""
+
+
+@dataclass(frozen=True)
+class StopOrder:
+    """The last order to stop: when the first one was given, and when SIGKILL follows, on the loop's clock."""
+
+    first_ns: int
+    kills_at: float
 
 
 class Attempt:
@@ -108,19 +120,17 @@ class Attempt:
         self._crew = crew
         self._backend = backend
         self._cluster = Connection()
-        self._layout = lay_out([host.workers for host in crew.hosts])
         self._timeline = timeline
         timeline.hostnames = [host.label for host in crew.hosts]
-        timeline.places = self._places()
+        timeline.places = crew.places
         self._clocks = Clocks(crew.agents)
-        self._stragglers = Stragglers(id_, crew.agents, self._layout)
+        self._stragglers = Stragglers(id_, crew.agents, crew.layout)
         self._failed: list[tuple[int | None, Failure]] = []
         """Failures, each with the index of the host on whose clock its time is; None for the driver's clock."""
         self._cause_is_known = asyncio.Event()
         """Set if some failure is no error in a collective, or if each rank has failed or returned."""
-        self._stopped_at_ns: int | None = None
-        self._kills_at = math.inf
-        """Time of SIGKILL, on the loop's clock."""
+        self._phase = Phase.STARTING
+        self._stop_order: StopOrder | None = None
         self._deaf: set[int] = set()
         """Indices of hosts whose agents have not confirmed the last stop."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -172,6 +182,7 @@ class Attempt:
                 self._later(wait_s, self._check_can_fork, wait_s, is_enough)
             await self._until_ended()
         finally:
+            self._become(Phase.ENDED)
             self._stragglers.close()
             for timer in self._timers:
                 timer.cancel()
@@ -208,7 +219,8 @@ class Attempt:
         if not failures:
             return None
         stopped = [f"rank {rank} on {label}" for rank, label in sorted(self._stopped.items())]
-        return Failures(failures, stopped, self._stacks, self._logs.directory, self._stopped_at_ns)
+        stopped_at_ns = None if self._stop_order is None else self._stop_order.first_ns
+        return Failures(failures, stopped, self._stacks, self._logs.directory, stopped_at_ns)
 
     def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
         """Convert a failure's time to the driver's clock.
@@ -284,7 +296,7 @@ class Attempt:
         )
         return messages.ShareWanted(
             worker=worker,
-            places=tuple(self._layout[host_index]),
+            places=tuple(self._crew.layout[host_index]),
             master_addr=master.ip,
             master_port=master.master_port,
             gpu_ids=self._crew.gpu_ids[host_index],
@@ -317,16 +329,19 @@ class Attempt:
         self._note(host_index, event)
         match event:
             case messages.Printed():
-                who = self._speaker(host_index, event.local_rank)
+                who = self._crew.speaker(host_index, event.local_rank)
                 time_ns = self._clocks.on_ours(host_index, event.time_ns)
                 self._logs.put(who, event.stream, event.data, time_ns / 1e9)
             case messages.CanFork():
                 self._can_fork_at(host_index)
+            case messages.Joined():
+                if len(self._timeline.joined) == len(self._crew.places):
+                    self._become(Phase.RUNNING)
             case messages.Started():
-                self._pids[host_index][event.pid] = self._layout[host_index][event.local_rank].rank
+                self._pids[host_index][event.pid] = self._crew.rank(host_index, event.local_rank)
             case messages.Finished():
                 self._sizes[host_index, event.local_rank] = event.size
-                self._stragglers.has_returned(self._layout[host_index][event.local_rank].rank)
+                self._stragglers.has_returned(self._crew.rank(host_index, event.local_rank))
                 self._look_for_others()
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
@@ -348,7 +363,7 @@ class Attempt:
     def _note(self, host_index: int, event: messages.Event) -> None:
         about = event.exited if isinstance(event, messages.Died) else event
         local_rank: int | None = getattr(about, "local_rank", None)
-        rank = None if local_rank is None else self._layout[host_index][local_rank].rank
+        rank = None if local_rank is None else self._crew.rank(host_index, local_rank)
         self._timeline.hear(host_index, rank, event, -self._clocks.on_ours(host_index, 0))
         if not isinstance(event, messages.AgentFailed | messages.TemplateRefused):  # see `_fail`
             self._tell_of_host(host_index, rank, event)
@@ -357,34 +372,24 @@ class Attempt:
         on_ours = functools.partial(self._clocks.on_ours, host_index)
         line, time_ns = host_story.line_of(event, rank, on_ours, self._timeline.begun_ns)
         if line:
-            self._logs.tell(self._speaker(host_index, None), line, time_ns / 1e9)
-
-    def _speaker(self, host_index: int, local_rank: int | None) -> Speaker:
-        rank = None if local_rank is None else self._layout[host_index][local_rank].rank
-        return Speaker(self._crew.hosts[host_index].label, local_rank, rank, host_index == 0)
-
-    @property
-    def speakers(self) -> list[Speaker]:
-        """Sources of output: each host's template, and each rank."""
-        hosts = range(len(self._crew.hosts))
-        templates = [self._speaker(host_index, None) for host_index in hosts]
-        return templates + [self._speaker(p.host_index, p.local_rank) for p in self._places()]
+            self._logs.tell(self._crew.speaker(host_index, None), line, time_ns / 1e9)
 
     def _has_died(self, host_index: int, died: messages.Died) -> None:
         exited = died.exited
         assert exited.local_rank is not None
         if self._has_sent(exited.signal, self._clocks.on_ours(host_index, exited.time_ns)):
-            rank = self._layout[host_index][exited.local_rank].rank
+            rank = self._crew.rank(host_index, exited.local_rank)
             self._stopped[rank] = self._crew.hosts[host_index].label
         else:
             self._fail(host_index, exited.local_rank, exited.time_ns, died)
 
     def _has_sent(self, signal_number: int | None, died_at_ns: int) -> bool:
         """Return True if the run itself may have sent the signal that ended a worker."""
-        if self._stopped_at_ns is None or died_at_ns <= self._stopped_at_ns:
+        order = self._stop_order
+        if order is None or died_at_ns <= order.first_ns:
             return False
         if signal_number == signal.SIGKILL:
-            return asyncio.get_running_loop().time() >= self._kills_at
+            return asyncio.get_running_loop().time() >= order.kills_at
         return signal_number == signal.SIGTERM
 
     def _has_ended(self, host_index: int, ended: messages.HostEnded) -> None:
@@ -419,6 +424,7 @@ class Attempt:
         self._can_fork.add(host_index)
         if len(self._can_fork) < len(self._crew.hosts):
             return
+        self._become(Phase.JOINING)
         if self._backend is not None:
             self._later(self._options.timeout, self._check_joined)
         if self._forks_when_told:
@@ -427,7 +433,7 @@ class Attempt:
 
     def _check_can_fork(self, waited_s: float, is_enough: bool) -> None:
         """Warn about hosts that keep the others waiting. If `is_enough`, fail the run."""
-        if self._failed or self.was_cancelled:
+        if self._phase is not Phase.STARTING or self.was_cancelled:
             return
         for i in set(range(len(self._crew.hosts))) - self._can_fork - self._over:
             what = f"{waited_s:g} s after the run began no worker can be forked"
@@ -444,15 +450,16 @@ class Attempt:
 
     def _check_joined(self) -> None:
         """Tell who is missing, also if those who waited for them have just given up."""
-        if self._cause_is_known.is_set() or self.was_cancelled or self._stopped_at_ns is not None:
+        waits = self._phase in (Phase.JOINING, Phase.SETTLING) and not self._cause_is_known.is_set()
+        if not waits or self.was_cancelled:
             return
         missing = {
-            place.rank: self._crew.hosts[place.host_index].label
-            for place in self._places()
+            place.rank: self._crew.label_of(place)
+            for place in self._crew.places
             if place.rank not in self._timeline.joined
         }
         if missing:
-            host_index = next(p.host_index for p in self._places() if p.rank in missing)
+            host_index = next(p.host_index for p in self._crew.places if p.rank in missing)
             not_joined = NotJoined(self._options.timeout, missing)
             self._fail(host_index, None, None, not_joined)
 
@@ -464,11 +471,12 @@ class Attempt:
     ) -> None:
         """Note a failure. Its time is on its host's clock; None means now, on the driver's clock."""
         if not self._failed:
+            self._become(Phase.SETTLING)
             self._stragglers.close()
             self._begin(self._settle_and_stop())
             if not self.was_cancelled:
                 self._later(SILENT_STOP_S, self._tell_of_failure)
-        rank = None if local_rank is None else self._layout[host_index][local_rank].rank
+        rank = None if local_rank is None else self._crew.rank(host_index, local_rank)
         label = self._crew.hosts[host_index].label
         if time_ns is None:
             self._failed.append((None, Failure(now_ns(), label, rank, report)))
@@ -483,7 +491,7 @@ class Attempt:
     def _look_for_others(self) -> None:
         """Stop the wait for a cause if each rank has failed or returned."""
         failed = {failure.rank for _, failure in self._failed}
-        if all(p.rank in failed or p.rank in self._timeline.finished for p in self._places()):
+        if all(p.rank in failed or p.rank in self._timeline.finished for p in self._crew.places):
             self._cause_is_known.set()
 
     def _tell_of_failure(self) -> None:
@@ -521,6 +529,10 @@ class Attempt:
             logger.warning("%s: no stacks of its workers", self._id.run_id, exc_info=error)
             return Stacks({})
 
+    def _become(self, phase: Phase) -> None:
+        """Enter a phase, unless the attempt is past it."""
+        self._phase = max(phase, self._phase)
+
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -529,25 +541,27 @@ class Attempt:
     def _later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(delay_s, call, *args))
 
-    def _places(self) -> list[Place]:
-        return [place for places in self._layout for place in places]
-
     def _stop(self, grace_s: float) -> None:
         """Send SIGTERM, and SIGKILL after the grace time.
 
         A later call does nothing, unless its grace time ends earlier or is 0.
         """
         kills_at = asyncio.get_running_loop().time() + grace_s
-        if grace_s > 0 and kills_at >= self._kills_at:
+        last = self._stop_order
+        if last is None:
+            self._stop_order = StopOrder(now_ns(), kills_at)
+        elif grace_s == 0 or kills_at < last.kills_at:
+            self._stop_order = StopOrder(last.first_ns, min(kills_at, last.kills_at))
+        else:
             return
-        self._kills_at = min(kills_at, self._kills_at)
-        if self._stopped_at_ns is None:
-            self._stopped_at_ns = now_ns()
+        self._become(Phase.STOPPING)
         self._timeline.is_stopping = True
         self._deaf = deaf = set[int]()
         for i, watching in enumerate(self._watching):
             if not watching.done() and self._cluster.is_ours():
-                self._logs.tell(self._speaker(i, None), host_story.stop(grace_s), now_ns() / 1e9)
+                self._logs.tell(
+                    self._crew.speaker(i, None), host_story.stop(grace_s), now_ns() / 1e9
+                )
                 deaf.add(i)
                 self._begin(self._tell_to_stop(i, grace_s, deaf))
         self._later(grace_s + _LAST_WORDS_S, self._give_up)

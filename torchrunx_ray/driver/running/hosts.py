@@ -16,7 +16,7 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing.own_sessions import Held
 from torchrunx_ray.driver.placing.placement import Host, Placement, reserve
 from torchrunx_ray.driver.report.progress import Progress
-from torchrunx_ray.driver.running.attempt import Crew
+from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire import versions
 from torchrunx_ray.wire.messages import Met, TemplateWanted

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchrunx_ray.driver.background.loop import to_the_end
@@ -10,6 +11,7 @@ from torchrunx_ray.driver.call.pack_call import Call
 from torchrunx_ray.driver.cluster.connection import Connection
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output.run_logs import RunLogs
+from torchrunx_ray.driver.output.speaker import Speaker
 from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult, Value
@@ -68,7 +70,7 @@ class Supervisor:
             attempt = self._attempt = Attempt(id_, self._options, crew, backend, timeline)
             progress.supervisor = self
             try:
-                outcome = await self._outcome_of(attempt)
+                outcome = await self._outcome_of(attempt, crew.speakers)
             finally:
                 # Other threads read these as soon as there is no supervisor.
                 progress.log_directory = self.log_directory
@@ -81,10 +83,12 @@ class Supervisor:
         hostnames = [host.label for host in crew.hosts]
         return LaunchResult(hostnames, outcome, timeline, progress.log_directory)
 
-    async def _outcome_of(self, attempt: Attempt) -> list[list[Value]] | Failures:
+    async def _outcome_of(
+        self, attempt: Attempt, speakers: Sequence[Speaker]
+    ) -> list[list[Value]] | Failures:
         call = self._call
         logs = self._logs = RunLogs(
-            call.run_name, self._options, call.log_handlers, call.files, attempt.speakers
+            call.run_name, self._options, call.log_handlers, call.files, speakers
         )
         try:
             await attempt.go(call, logs)

@@ -1,0 +1,49 @@
+"""Hosts of an attempt, with their agents and ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torchrunx_ray.driver.agents.pool import PooledAgent
+from torchrunx_ray.driver.output.speaker import Speaker
+from torchrunx_ray.driver.placing.placement import Host
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.ranks import Place, lay_out
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Hosts of an attempt, with their agents, the agents' answers to `meet`, and their GPUs, by host index."""
+
+    hosts: Sequence[Host]
+    agents: Sequence[PooledAgent]
+    met: Sequence[messages.Met]
+    gpu_ids: Sequence[tuple[str, ...]]
+
+    @cached_property
+    def layout(self) -> list[list[Place]]:
+        """Ranks of each host."""
+        return lay_out([host.workers for host in self.hosts])
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """All ranks."""
+        return [place for places in self.layout for place in places]
+
+    def rank(self, host_index: int, local_rank: int) -> int:
+        return self.layout[host_index][local_rank].rank
+
+    def label_of(self, place: Place) -> str:
+        """Return the name of a rank's host."""
+        return self.hosts[place.host_index].label
+
+    def speaker(self, host_index: int, local_rank: int | None) -> Speaker:
+        """Return a rank as a source of output; without a local rank, the host's template."""
+        rank = None if local_rank is None else self.rank(host_index, local_rank)
+        return Speaker(self.hosts[host_index].label, local_rank, rank, host_index == 0)
+
+    @property
+    def speakers(self) -> list[Speaker]:
+        """All sources of output."""
+        templates = [self.speaker(host_index, None) for host_index in range(len(self.hosts))]
+        return templates + [self.speaker(p.host_index, p.local_rank) for p in self.places]
