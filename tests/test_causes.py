@@ -16,7 +16,7 @@ import torchrunx_ray as trx
 from torchrunx_ray.driver.report import failures
 from torchrunx_ray.driver.report.failures import Failure, Failures, Report
 from torchrunx_ray.driver.report.stacks import Stacks
-from torchrunx_ray.driver.running import attempt
+from torchrunx_ray.driver.running import ledger
 from torchrunx_ray.wire import messages
 
 MS = 1_000_000
@@ -99,7 +99,7 @@ def test_kill_is_named_before_the_exit_of_a_peer_that_caught_its_error(
         sys.exit(code)
 
     # For a machine that is busy.
-    monkeypatch.setattr(attempt, "_SETTLING_S", 2.0)
+    monkeypatch.setattr(ledger, "_SETTLING_S", 2.0)
     monkeypatch.setattr(failures, "_NOTICE_NS", 2000 * MS)
     with pytest.raises(trx.WorkerFailedError) as caught:
         launcher.run(die_or_exit)
@@ -166,7 +166,7 @@ def test_error_of_a_collective_waits_for_no_cause_where_all_others_have_returned
             dist.all_reduce(torch.ones(1, dtype=torch.int16))  # gloo has none of these
         threading.Thread(target=time.sleep, args=(1000,)).start()
 
-    monkeypatch.setattr(attempt, "_CAUSE_S", 1000)
+    monkeypatch.setattr(ledger, "_CAUSE_S", 1000)
     run = launcher.submit(return_or_fail)
     try:
         assert type(run.exception(timeout=30)) is RuntimeError

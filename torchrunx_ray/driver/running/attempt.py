@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import enum
 import functools
 import logging
@@ -21,23 +20,18 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output import host_story
 from torchrunx_ray.driver.output.host_story import HostEvent
 from torchrunx_ray.driver.output.run_logs import RunLogs
-from torchrunx_ray.driver.report.failures import DriverFailed, Failure, Failures, NotJoined, Report
+from torchrunx_ray.driver.report.failures import DriverFailed, Failures, NotJoined, Report
 from torchrunx_ray.driver.report.results import Value
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.stored import until_stored
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.running.crew import Crew
+from torchrunx_ray.driver.running.ledger import Ledger
 from torchrunx_ray.driver.running.stragglers import Stragglers
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 
 logger = logging.getLogger("torchrunx_ray")
-
-_SETTLING_S = 0.1
-"""Time that an earlier failure may take to arrive after a later one."""
-
-_CAUSE_S = 0.5
-"""Additional time that the cause of errors in collectives may take to arrive."""
 
 _LAST_WORDS_S = 12.0
 """Time after SIGKILL until a host that does not report its end is given up.
@@ -125,10 +119,7 @@ class Attempt:
         timeline.places = crew.places
         self._clocks = Clocks(crew.agents)
         self._stragglers = Stragglers(id_, crew.agents, crew.layout)
-        self._failed: list[tuple[int | None, Failure]] = []
-        """Failures, each with the index of the host on whose clock its time is; None for the driver's clock."""
-        self._cause_is_known = asyncio.Event()
-        """Set if some failure is no error in a collective, or if each rank has failed or returned."""
+        self._ledger = Ledger(crew, self._clocks)
         self._phase = Phase.STARTING
         self._stop_order: StopOrder | None = None
         self._deaf: set[int] = set()
@@ -215,22 +206,12 @@ class Attempt:
         return self._first_failures(self._failed_before_cancel)
 
     def _first_failures(self, count: int | None) -> Failures | None:
-        failures = [self._on_our_clock(*failure) for failure in self._failed[:count]]
+        failures = self._ledger.first(count)
         if not failures:
             return None
         stopped = [f"rank {rank} on {label}" for rank, label in sorted(self._stopped.items())]
         stopped_at_ns = None if self._stop_order is None else self._stop_order.first_ns
         return Failures(failures, stopped, self._stacks, self._logs.directory, stopped_at_ns)
-
-    def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
-        """Convert a failure's time to the driver's clock.
-
-        This is done late, since the clocks may not have been compared when the failure arrived.
-        """
-        if host_index is None:
-            return failure
-        time_ns = self._clocks.on_ours(host_index, failure.time_ns)
-        return dataclasses.replace(failure, time_ns=time_ns)
 
     def kill(self) -> None:
         """Make the next cancellation kill the workers."""
@@ -267,7 +248,7 @@ class Attempt:
         """Note a cancellation. Returns False if this cancellation kills the workers."""
         if self.was_cancelled:
             return False
-        self._failed_before_cancel = len(self._failed)
+        self._failed_before_cancel = len(self._ledger)
         self._bound_last_lines()
         return not self._is_to_be_killed
 
@@ -342,7 +323,7 @@ class Attempt:
             case messages.Finished():
                 self._sizes[host_index, event.local_rank] = event.size
                 self._stragglers.has_returned(self._crew.rank(host_index, event.local_rank))
-                self._look_for_others()
+                self._ledger.look_for_others(self._timeline.finished)
             case messages.Failed():
                 self._fail(host_index, event.local_rank, event.time_ns, event)
             case messages.Died():
@@ -450,7 +431,7 @@ class Attempt:
 
     def _check_joined(self) -> None:
         """Tell who is missing, also if those who waited for them have just given up."""
-        waits = self._phase in (Phase.JOINING, Phase.SETTLING) and not self._cause_is_known.is_set()
+        waits = self._phase in (Phase.JOINING, Phase.SETTLING) and not self._ledger.cause_is_known
         if not waits or self.was_cancelled:
             return
         missing = {
@@ -470,29 +451,16 @@ class Attempt:
         self, host_index: int, local_rank: int | None, time_ns: int | None, report: Report
     ) -> None:
         """Note a failure. Its time is on its host's clock; None means now, on the driver's clock."""
-        if not self._failed:
+        if not self._ledger:
             self._become(Phase.SETTLING)
             self._stragglers.close()
             self._begin(self._settle_and_stop())
             if not self.was_cancelled:
                 self._later(SILENT_STOP_S, self._tell_of_failure)
-        rank = None if local_rank is None else self._crew.rank(host_index, local_rank)
-        label = self._crew.hosts[host_index].label
-        if time_ns is None:
-            self._failed.append((None, Failure(now_ns(), label, rank, report)))
-        else:
-            self._failed.append((host_index, Failure(time_ns, label, rank, report)))
-        if rank is None:
+        self._ledger.add(host_index, local_rank, time_ns, report)
+        if local_rank is None:
             self._tell_of_host(host_index, None, report)
-        if not (isinstance(report, messages.Failed) and report.in_collective):
-            self._cause_is_known.set()
-        self._look_for_others()
-
-    def _look_for_others(self) -> None:
-        """Stop the wait for a cause if each rank has failed or returned."""
-        failed = {failure.rank for _, failure in self._failed}
-        if all(p.rank in failed or p.rank in self._timeline.finished for p in self._crew.places):
-            self._cause_is_known.set()
+        self._ledger.look_for_others(self._timeline.finished)
 
     def _tell_of_failure(self) -> None:
         """Warn of the failure while workers stop, which `shutdown_timeout` may make slow."""
@@ -507,15 +475,8 @@ class Attempt:
     async def _settle_and_stop(self) -> None:
         """Wait for earlier failures, take the stacks of the other workers, then stop them."""
         looking = self._look(_STACKS_AFTER_FAILURE)
-        self._stacks, _ = await asyncio.gather(looking, self._settle())
+        self._stacks, _ = await asyncio.gather(looking, self._ledger.settle())
         self._stop(self._options.shutdown_timeout)
-
-    async def _settle(self) -> None:
-        """Wait until earlier failures, and the cause of errors in collectives, may have arrived."""
-        await asyncio.sleep(_SETTLING_S)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CAUSE_S):
-                await self._cause_is_known.wait()
 
     async def _look_and_stop(self, grace_s: float) -> None:
         self.stacks_at_stop = await self._look(_STACKS_AT_CANCEL)

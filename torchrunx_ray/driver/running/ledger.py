@@ -1,0 +1,76 @@
+"""Failures of an attempt, as they arrive."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Collection
+
+from torchrunx_ray.driver.agents.clocks import Clocks
+from torchrunx_ray.driver.report.failures import Failure, Report
+from torchrunx_ray.driver.running.crew import Crew
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.clock import now_ns
+
+_SETTLING_S = 0.1
+"""Time for failures that happened earlier, but arrive later."""
+
+_CAUSE_S = 0.5
+"""Further time for the cause of errors in collectives."""
+
+
+class Ledger:
+    """Failures in the order of their arrival."""
+
+    def __init__(self, crew: Crew, clocks: Clocks) -> None:
+        self._crew = crew
+        self._clocks = clocks
+        self._failed: list[tuple[int | None, Failure]] = []
+        """Each with the index of the host on whose clock its time is; None for the driver's clock."""
+        self._cause_is_known = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._failed)
+
+    @property
+    def cause_is_known(self) -> bool:
+        """True if some failure is no error in a collective, or if each rank has failed or returned."""
+        return self._cause_is_known.is_set()
+
+    def add(
+        self, host_index: int, local_rank: int | None, time_ns: int | None, report: Report
+    ) -> None:
+        """Add a failure. Its time is on its host's clock; None means now, on the driver's clock."""
+        rank = None if local_rank is None else self._crew.rank(host_index, local_rank)
+        label = self._crew.hosts[host_index].label
+        if time_ns is None:
+            self._failed.append((None, Failure(now_ns(), label, rank, report)))
+        else:
+            self._failed.append((host_index, Failure(time_ns, label, rank, report)))
+        if not (isinstance(report, messages.Failed) and report.in_collective):
+            self._cause_is_known.set()
+
+    def look_for_others(self, finished: Collection[int]) -> None:
+        """Stop the wait for a cause if each rank has failed or returned."""
+        failed = {failure.rank for _, failure in self._failed}
+        if all(place.rank in failed or place.rank in finished for place in self._crew.places):
+            self._cause_is_known.set()
+
+    async def settle(self) -> None:
+        """Wait until earlier failures, and the cause of errors in collectives, may have arrived."""
+        await asyncio.sleep(_SETTLING_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CAUSE_S):
+                await self._cause_is_known.wait()
+
+    def first(self, count: int | None) -> list[Failure]:
+        """Return the first failures, or all, with their times on the driver's clock.
+
+        The times are converted late, since the clocks may not have been compared when a failure arrived.
+        """
+        return [self._on_our_clock(*failure) for failure in self._failed[:count]]
+
+    def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
+        if host_index is None:
+            return failure
+        time_ns = self._clocks.on_ours(host_index, failure.time_ns)
+        return dataclasses.replace(failure, time_ns=time_ns)
