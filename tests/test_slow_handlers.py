@@ -19,7 +19,7 @@ from tests.interrupts import result_with_one_ctrl_c
 from tests.logs import Kept
 from tests.processes import above, note, wait_until
 from torchrunx_ray.driver.output import run_logs
-from torchrunx_ray.driver.running import attempt
+from torchrunx_ray.driver.running import attempt, supervisor
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_failure_is_told_while_output_is_waited_for_and_again_with_ctrl_c(
         raise ValueError("found out")
 
     monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.5)
-    monkeypatch.setattr(attempt, "_SILENT_STOP_S", 0.3)
+    monkeypatch.setattr(supervisor, "_TELL_AFTER_S", 0.3)
     run = dataclasses.replace(one, log_handlers=[blocked]).submit(say_and_fail)
     told = "does not take what the workers said: rank 0 on .*ValueError: found out"
     assert wait_until(lambda: re.search(told, caplog.text) is not None, 30)

@@ -91,10 +91,10 @@ def test_launch_that_has_waited_for_long_is_preceded_by_none_that_could_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     group: Any = "group"
-    ours = queue._Line()
+    ours = queue._Queue()
     ours.releases = 1
-    large, small = queue.Place({"CPU": 8}), queue.Place({"CPU": 2})
-    ours.places = [large, small]
+    large, small = queue.Waiter({"CPU": 8}), queue.Waiter({"CPU": 2})
+    ours.waiters = [large, small]
     assert list(ours._who_fits({"CPU": 2})) == [small]
     assert list(ours._who_fits({"CPU": 8})) == [large]
 

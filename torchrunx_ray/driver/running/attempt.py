@@ -60,7 +60,7 @@ _SLOW_START_S = 60.0
 _START_S = 1800.0
 """Time that a host may take until it can fork before the run fails."""
 
-SILENT_STOP_S = 2.0
+_SILENT_STOP_S = 2.0
 """Time that a failed run may take to stop its workers before a warning names the failure."""
 
 _ENDING_S = 0.8
@@ -456,7 +456,7 @@ class Attempt:
             self._stragglers.close()
             self._begin(self._settle_and_stop())
             if not self.was_cancelled:
-                self._later(SILENT_STOP_S, self._tell_of_failure)
+                self._later(_SILENT_STOP_S, self._tell_of_failure)
         self._ledger.add(host_index, local_rank, time_ns, report)
         if local_rank is None:
             self._tell_of_host(host_index, None, report)

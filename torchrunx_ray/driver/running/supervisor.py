@@ -16,7 +16,7 @@ from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult, Value
 from torchrunx_ray.driver.report.stacks import Stacks
-from torchrunx_ray.driver.running.attempt import SILENT_STOP_S, STUCK_KILLED_S, Attempt
+from torchrunx_ray.driver.running.attempt import STUCK_KILLED_S, Attempt
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import AttemptId
@@ -24,6 +24,9 @@ from torchrunx_ray.wire.messages import AttemptId
 logger = logging.getLogger("torchrunx_ray")
 
 Outcome = LaunchResult[object] | Failures
+
+_TELL_AFTER_S = 2.0
+"""Time that the last output may keep a failure back until the failure is logged."""
 
 
 class Supervisor:
@@ -100,7 +103,7 @@ class Supervisor:
         """Wait until all output is written; not for long if the run is cancelled."""
         draining = asyncio.ensure_future(logs.drain())
         loop = asyncio.get_running_loop()
-        telling = loop.call_later(SILENT_STOP_S, self._tell_of_last_lines, attempt)
+        telling = loop.call_later(_TELL_AFTER_S, self._tell_of_last_lines, attempt)
         cancelled: asyncio.CancelledError | None = None
         while not draining.done():
             try:
