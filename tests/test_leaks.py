@@ -35,8 +35,8 @@ def test_failed_run_leaves_nothing_to_the_event_loop(one: trx.Launcher, tmp_path
         raise ZeroDivisionError
 
     run: Any = one.submit(fail)
-    assert processes.wait_until(lambda: run._progress.attempt is not None)
-    attempt = weakref.ref(run._progress.attempt)
+    assert processes.wait_until(lambda: run._progress.supervisor is not None)
+    attempt = weakref.ref(run._progress.supervisor._attempt)
     (tmp_path / "gate").touch()
     with pytest.raises(ZeroDivisionError):
         run.result()

@@ -172,7 +172,7 @@ def test_slow_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
     def written() -> str:
         return "".join(path.read_text() for path in tmp_path.glob("2*/*[[]0].log"))
 
-    monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.5)
+    monkeypatch.setattr(attempt, "_LAST_LINES_S", 2.0)
     monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
     slow = Slow()
     logging.getLogger().addHandler(slow)
