@@ -5,6 +5,7 @@ order of registration, which is the order of imports. A module can rely on the m
 """
 
 import os
+import traceback
 from collections.abc import Callable
 
 _in_child: list[Callable[[], object]] = []
@@ -17,7 +18,10 @@ def in_child(call: Callable[[], object]) -> None:
 
 def _begin() -> None:
     for call in _in_child:
-        call()
+        try:
+            call()
+        except BaseException:  # such as Ctrl-C, which must not keep the others from their calls
+            traceback.print_exc()
 
 
 os.register_at_fork(after_in_child=_begin)

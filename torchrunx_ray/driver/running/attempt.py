@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.agents.agent_link import AgentLink
@@ -130,6 +131,8 @@ class Attempt:
         """Ranks that the run itself has stopped, with their hosts."""
         self._timers: list[asyncio.TimerHandle] = []
         self._watching: list[asyncio.Task[None]] = []
+        self._refs: list[list[ray.ObjectRef[Any]]] = []
+        """References to the values, by host and local rank, once all hosts have ended."""
         self._sizes: dict[tuple[int, int], int] = {}
         self._can_fork: set[int] = set()
         """Indices of hosts whose workers can be forked."""
@@ -154,7 +157,7 @@ class Attempt:
         """
         self._logs = logs
         try:
-            self._links = [
+            links = [
                 AgentLink(
                     self._crew.agents[i],
                     host.label,
@@ -166,12 +169,12 @@ class Attempt:
             ]
             self._begin(self._clocks.compare())
             self._watching = [
-                asyncio.create_task(self._watch(i, link, call))
-                for i, link in enumerate(self._links)
+                asyncio.create_task(self._watch(i, link, call)) for i, link in enumerate(links)
             ]
             for wait_s, is_enough in ((_SLOW_START_S, False), (_START_S, True)):
                 self._later(wait_s, self._check_can_fork, wait_s, is_enough)
             await self._until_ended()
+            self._refs = [link.values for link in links]
         finally:
             self._become(Phase.ENDED)
             self._stragglers.close()
@@ -184,12 +187,12 @@ class Attempt:
         """Return every rank's value, by host, or the failures."""
         if (failures := self.failures) is not None:
             return failures
-        hosts = list(zip(self._crew.hosts, self._links, strict=True))
-        values = [(host.label, link.values) for host, link in hosts]
+        hosts = list(zip(self._crew.hosts, self._refs, strict=True))
+        values = [(host.label, refs) for host, refs in hosts]
         await until_stored(self._id.run_id, values, self._cluster)
         return [
-            [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(link.values)]
-            for i, (host, link) in enumerate(hosts)
+            [Value(ref, self._sizes.get((i, k), 0), host.node) for k, ref in enumerate(refs)]
+            for i, (host, refs) in enumerate(hosts)
         ]
 
     @property
