@@ -14,6 +14,8 @@ import pytest
 import torchrunx_ray as trx
 from tests.processes import is_alive, wait_until
 from torchrunx_ray.driver.background import loop
+from torchrunx_ray.driver.running import attempt
+from torchrunx_ray.wire.messages import StacksWanted
 
 HINT = "A second Ctrl-C kills them"
 
@@ -92,6 +94,18 @@ def test_ctrl_c_says_that_a_second_one_kills_which_then_does(
     assert "concurrent/futures" not in shown
     assert "threading.py" not in shown
     assert shown.count("torchrunx_ray/driver") <= 2, shown
+
+
+def test_ctrl_c_shows_what_the_ranks_were_doing(
+    patient: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "_STACKS_AT_CANCEL", StacksWanted(within_s=20, thread_s=20))
+    (tmp_path / "go on").touch()
+    press_ctrl_c_when(ready(tmp_path))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        patient.run(save_when_stopped, tmp_path)
+    (note, *_) = caught.value.__notes__
+    assert note.startswith("When it was interrupted:\nrank 0: save_when_stopped (test_ctrl_c.py:")
 
 
 def test_second_ctrl_c_of_asyncio_run_kills(patient: trx.Launcher, tmp_path: Path) -> None:
