@@ -15,11 +15,12 @@ import pytest
 import torchrunx_ray as trx
 from tests.logs import Kept
 from tests.processes import note, wait_until
+from torchrunx_ray.driver.agents.agent_link import AgentLink
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.output.speaker import Speaker
 from torchrunx_ray.driver.output.to_files import ToFiles
-from torchrunx_ray.driver.running import attempt
+from torchrunx_ray.driver.running import stopping
 
 
 async def test_record_that_cannot_be_read_ends_neither_the_output_nor_the_run(kept: Kept) -> None:
@@ -38,10 +39,10 @@ def test_run_that_cannot_begin_leaves_no_thread(
 ) -> None:
     """As when ray.shutdown() comes just then."""
 
-    def leave(*_: object) -> None:
+    async def leave(*_: object) -> None:
         raise ClusterLeft(through_client=False)
 
-    monkeypatch.setattr(attempt, "AgentLink", leave)
+    monkeypatch.setattr(AgentLink, "_start", leave)
     with pytest.raises(trx.LaunchError, match="left the Ray cluster"):
         one.run(os.getpid)
     assert wait_until(lambda: "torchrunx_ray output" not in names_of_threads())
@@ -114,7 +115,7 @@ def test_stopped_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
         note(tmp_path / "spoken", "")
         time.sleep(1000)
 
-    monkeypatch.setattr(attempt, "_LAST_LINES_S", 1.0)
+    monkeypatch.setattr(stopping, "_LAST_LINES_S", 1.0)
     monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
     stopped = Stopped()
     logging.getLogger().addHandler(stopped)

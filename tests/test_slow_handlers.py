@@ -19,7 +19,7 @@ from tests.interrupts import result_with_one_ctrl_c
 from tests.logs import Kept
 from tests.processes import above, note, wait_until
 from torchrunx_ray.driver.output import run_logs
-from torchrunx_ray.driver.running import attempt, supervisor
+from torchrunx_ray.driver.running import stopping, supervisor
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_slow_handler_stops_workers_and_loses_nothing(cluster: None) -> None:
 def test_failure_is_heard_while_a_handler_blocks(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 4.0)
+    monkeypatch.setattr(stopping, "_LAST_WORDS_S", 4.0)
 
     class Blocked(Kept):
         def emit(self, record: logging.LogRecord) -> None:
@@ -103,7 +103,7 @@ def test_kill_gives_up_output_that_nobody_takes(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attempt, "_LAST_LINES_S", 1000.0)
+    monkeypatch.setattr(stopping, "_LAST_LINES_S", 1000.0)
     run = dataclasses.replace(one, log_handlers=[blocked]).submit(flood)
     assert wait_until(lambda: bool(blocked.records), 30)
     run.cancel()
@@ -120,7 +120,7 @@ def test_cancelled_run_waits_some_seconds_for_a_handler_that_blocks(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.5)
+    monkeypatch.setattr(stopping, "_LAST_LINES_S", 0.5)
     run = dataclasses.replace(one, log_handlers=[blocked]).submit(flood)
     assert wait_until(lambda: bool(blocked.records), 30)
     run.cancel()
@@ -135,8 +135,8 @@ def test_cancelled_run_whose_agent_freezes_before_its_last_output_ends(
         note(tmp_path / "pid", str(os.getpid()))
         flood()
 
-    monkeypatch.setattr(attempt, "_LAST_LINES_S", 4.0)
-    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 100.0)
+    monkeypatch.setattr(stopping, "_LAST_LINES_S", 4.0)
+    monkeypatch.setattr(stopping, "_LAST_WORDS_S", 100.0)
     monkeypatch.setattr(run_logs, "_MOST_BYTES", 100_000)
     run = dataclasses.replace(one, log_handlers=[blocked], linger=0).submit(announce_and_flood)
     assert wait_until(lambda: bool(blocked.records), 30)
@@ -172,7 +172,7 @@ def test_slow_terminal_costs_the_log_files_of_a_cancelled_run_nothing(
     def written() -> str:
         return "".join(path.read_text() for path in tmp_path.glob("2*/*[[]0].log"))
 
-    monkeypatch.setattr(attempt, "_LAST_LINES_S", 2.0)
+    monkeypatch.setattr(stopping, "_LAST_LINES_S", 2.0)
     monkeypatch.setenv("TORCHRUNX_LOG_DIR", str(tmp_path))
     slow = Slow()
     logging.getLogger().addHandler(slow)
@@ -211,7 +211,7 @@ def test_failure_is_told_while_output_is_waited_for_and_again_with_ctrl_c(
         print("before")
         raise ValueError("found out")
 
-    monkeypatch.setattr(attempt, "_LAST_LINES_S", 0.5)
+    monkeypatch.setattr(stopping, "_LAST_LINES_S", 0.5)
     monkeypatch.setattr(supervisor, "_TELL_AFTER_S", 0.3)
     run = dataclasses.replace(one, log_handlers=[blocked]).submit(say_and_fail)
     told = "does not take what the workers said: rank 0 on .*ValueError: found out"

@@ -13,7 +13,7 @@ import pytest
 import torchrunx_ray as trx
 from tests import processes
 from tests.soon import soon
-from torchrunx_ray.driver.running import attempt
+from torchrunx_ray.driver.running import stopping
 from torchrunx_ray.wire import messages
 
 
@@ -51,7 +51,7 @@ def test_sigterm_is_sent_once_when_a_rank_exits_in_its_handler(
 def test_second_interruption_does_not_wait_for_a_frozen_agent(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 100.0)
+    monkeypatch.setattr(stopping, "_LAST_WORDS_S", 100.0)
 
     def announce_and_sleep() -> None:
         processes.note(tmp_path / "pid", f"{os.getpid()} {processes.own_mark()}")

@@ -20,7 +20,7 @@ import torchrunx_ray as trx
 from tests.interrupts import result_with_one_ctrl_c
 from tests.processes import above, is_alive, note, wait_until
 from torchrunx_ray.driver.run import Run, _living
-from torchrunx_ray.driver.running import attempt
+from torchrunx_ray.driver.running import stopping
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_kill_does_not_wait_for_an_agent_that_froze_after_the_cancel(
     patient: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace_s: float
 ) -> None:
     """Also where the agent should have killed by itself already."""
-    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 100.0)
+    monkeypatch.setattr(stopping, "_LAST_WORDS_S", 100.0)
     launcher = dataclasses.replace(patient, linger=0, shutdown_timeout=grace_s)
     run = launcher.submit(save_when_stopped, tmp_path)
     assert both(tmp_path, "ready")
@@ -233,7 +233,7 @@ def test_run_can_be_neither_copied_nor_pickled(
 def test_cancelled_run_gives_up_an_agent_that_has_frozen(
     patient: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "_LAST_WORDS_S", 2.0)
+    monkeypatch.setattr(stopping, "_LAST_WORDS_S", 2.0)
     run = dataclasses.replace(patient, shutdown_timeout=0.5, linger=0).submit(
         save_when_stopped, tmp_path
     )

@@ -1,4 +1,4 @@
-"""One output stream of a worker or the template, split into whole lines."""
+"""One output stream of a worker or the template."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,6 @@ from torchrunx_ray.wire.messages import Printed, Stream
 
 _CHUNK = 256 * 1024
 """Size requested for the pipe's buffer, and the most that one read takes."""
-_LONGEST_LINE = 16 * 2**20
-"""Limit of an unfinished line. A longer line is passed on in pieces, to bound the agent's memory."""
 _PAUSE_S = 0.002
 """Pause between two reads. A read for every line would take a core from the workers."""
 _KEPT_LINES = 20
@@ -27,7 +25,7 @@ _BEFORE_CRASH = 5
 
 
 class Output:
-    """A reader that takes whole lines from a pipe without blocking and puts them into a mailbox.
+    """A reader that takes what a pipe has, without blocking, and puts it into a mailbox.
 
     The reader pauses while the mailbox is full. It keeps the last lines for a failure's report.
     """
@@ -37,10 +35,6 @@ class Output:
         self._local_rank = local_rank
         self._stream: Stream = stream
         self._mailbox = mailbox
-        self._partial: list[bytes] = []
-        self._partial_bytes = 0
-        self._is_redrawn = False
-        """True if the unfinished line has a carriage return. Such a line, a progress bar, is passed on as it comes."""
         self._tail = b""
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
@@ -94,15 +88,7 @@ class Output:
         if not data:
             self._close()
             return 0
-        whole, newline, rest = data.rpartition(b"\n")
-        if newline:
-            self._put_all(whole, newline)
-            self._is_redrawn = False
-        self._partial.append(rest)
-        self._partial_bytes += len(rest)
-        self._is_redrawn = self._is_redrawn or b"\r" in rest
-        if (self._is_redrawn and rest) or self._partial_bytes > _LONGEST_LINE:
-            self._put_all()
+        self._put(data)
         return len(data)
 
     def _close(self) -> None:
@@ -111,12 +97,8 @@ class Output:
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         self._fd = None
-        if self._is_redrawn or any(self._partial):
-            self._put_all(b"\n")
-
-    def _put_all(self, *more: bytes) -> None:
-        self._put(b"".join([*self._partial, *more]))
-        self._partial, self._partial_bytes = [], 0
+        if self._tail and not self._tail.endswith(b"\n"):
+            self._put(b"\n")
 
     def _put(self, data: bytes) -> None:
         self._tail = (self._tail + data[-_KEPT_BYTES:])[-_KEPT_BYTES:]

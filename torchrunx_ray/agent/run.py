@@ -66,7 +66,6 @@ class HostRun:
         self._is_told_to_stop = asyncio.Event()
         self._serves_others = listening is not None and wanted.places[0].hosts > 1
         """True while this host must keep the store for workers of other hosts, even if its own have ended."""
-        self._death_is_told = False
         self._may_fork = asyncio.Event()
 
     @property
@@ -79,7 +78,7 @@ class HostRun:
         if refused is not None:
             self._mailbox.put(refused)
             self._fork_no_more()
-        elif self._template.death is not None:
+        elif self._template.death is not None and self._state is State.STARTING:
             self.template_is_gone(self._template.death)
         if self._template.loaded is not None:
             self._mailbox.put(self._template.loaded)
@@ -148,8 +147,7 @@ class HostRun:
 
     def template_is_gone(self, death: Death) -> None:
         """Note that the template died. The kernel killed the workers with it, and nobody will report their exits."""
-        if self._state is not State.ENDING and not self._death_is_told:
-            self._death_is_told = True
+        if self._state is not State.ENDING:
             what = "the template process, from which workers are forked, died"
             self._mailbox.put(messages.AgentFailed(death.time_ns, what, death.evidence))
             self.everything_is_gone()

@@ -86,9 +86,9 @@ class StackReader:
         elif was_owed:
             self._answer = b""  # nobody waits for it any more
         else:
-            lines, newline, self._answer = answer.rpartition(b"\n")
-            if newline:
-                self._mailbox.put(Printed(self._local_rank, "stderr", lines + newline, now_ns()))
+            self._answer = b""
+            if answer:
+                self._mailbox.put(Printed(self._local_rank, "stacks", answer, now_ns()))
 
 
 def handles_usr2(pid: int) -> bool:

@@ -11,8 +11,8 @@ from torchrunx_ray.wire.ranks import Place
 from torchrunx_ray.wire.values.transfer import Layout, Spans
 from torchrunx_ray.wire.versions import Versions
 
-Stream = Literal["stdout", "stderr", "records"]
-"""Streams of a worker: text, or records of `logging` as lines that `wire.records` reads."""
+Stream = Literal["stdout", "stderr", "stacks", "records"]
+"""Streams of a worker: text, stacks that nobody asked for, or records of `logging` for `wire.records` as lines."""
 
 StartMethod = Literal["fork", "spawn"]
 
@@ -109,8 +109,7 @@ class Met:
 class Printed:
     """Output of a worker, or of its template (`local_rank` None), to one of its streams.
 
-    `data` has whole lines, with two exceptions: a line that is redrawn after a carriage return is sent as it is
-    written, and a very long line is sent in pieces.
+    `data` may begin and end anywhere in a line. The last line of a stream always has an end.
     """
 
     local_rank: int | None

@@ -14,10 +14,10 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from torchrunx_ray.driver.agents.pool import PooledAgent
+from torchrunx_ray.driver.agents.pool import AgentState, PooledAgent
 from torchrunx_ray.driver.call.pack_call import Call
 from torchrunx_ray.driver.cluster import memory_monitor
-from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
+from torchrunx_ray.driver.cluster.connection import ClusterLeft
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.report.failures import ArgumentLost
 from torchrunx_ray.wire import foreign_errors, messages
@@ -45,7 +45,7 @@ class AgentLink:
         self._logs = logs
         self._ranks_by_pid = ranks_by_pid
         self._hear = hear
-        self._cluster = Connection()
+        self._cluster = agent.connection
         self.values: list[ray.ObjectRef[Any]] = []
         """References to the values by local rank, once the workers have been started."""
 
@@ -65,11 +65,12 @@ class AgentLink:
                 return ArgumentLost(lost)
             return _failed("the agent failed (a limit of the host, or a bug)", str(error))
         except OutOfMemoryError as error:
-            self._agent.is_gone = True
+            self._agent.state = AgentState.GONE
             evidence = memory_monitor.evidence(str(error), self._ranks_by_pid)
             return _failed("Ray's memory monitor killed the agent", evidence)
         except RayError as error:
-            self._agent.is_gone = isinstance(error, RayActorError)
+            if isinstance(error, RayActorError):
+                self._agent.state = AgentState.GONE
             return _failed("the agent died", _evidence(error))
         finally:
             starting.cancel()

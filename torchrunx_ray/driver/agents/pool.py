@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import enum
 import logging
 import math
 import threading
@@ -68,6 +69,14 @@ _START_S = 300.0
 """Time for Ray to start an agent's process after its runtime_env is made."""
 
 
+class AgentState(enum.Enum):
+    """States of an agent, as its driver knows them."""
+
+    NEW = "has never answered"
+    MET = "has answered"
+    GONE = "is dead, frozen or cut off: a call would wait for seconds without an answer"
+
+
 @dataclass(eq=False)
 class PooledAgent:
     """A living agent actor. `calls` is the actor's handle."""
@@ -78,11 +87,9 @@ class PooledAgent:
     calls: Any
     connection: Connection
     starts_within_s: float | None
-    is_new: bool = True
+    state: AgentState = AgentState.NEW
     claims: int = 0
     """Number of runs that have claimed the agent."""
-    is_gone: bool = False
-    """True if the agent is dead, frozen or cut off. A call to it would wait for seconds without an answer."""
     fault: str = ""
     """Reason why a resting agent was given up, as the rest of a sentence about the agent."""
     rests_until: float = 0
@@ -97,24 +104,25 @@ class PooledAgent:
         Raises RayError or TimeoutError if a new agent did not start.
         """
         self.claims += 1
+        is_new = self.state is AgentState.NEW
         meeting = asyncio.create_task(self.connection.ask(self.calls.meet, self.claims, listen))
         try:
-            await (self._until_met(meeting) if self.is_new else self._until_met_or_frozen(meeting))
+            await (self._until_met(meeting) if is_new else self._until_met_or_frozen(meeting))
             met: Met = meeting.result()
         except (RayError, TimeoutError):
-            if self.is_new:
+            if is_new:
                 raise
             return None
         finally:
             meeting.cancel()
             del meeting  # an exception refers to this frame, and must not wait for Python's gc
-        self.is_new = False
+        self.state = AgentState.MET
         return None if met.leaving else met
 
     async def _until_met(self, meeting: "asyncio.Task[Any]") -> None:
         await asyncio.wait({meeting}, timeout=self.starts_within_s)
         if not meeting.done():
-            self.is_gone = True
+            self.state = AgentState.GONE
             raise TimeoutError(
                 f"it has not answered within {self.starts_within_s:g} s: Ray has not started its process, or the "
                 "process is frozen, or cannot be reached"
@@ -129,7 +137,7 @@ class PooledAgent:
             is_late = time.monotonic() >= gives_up_at
             answers = await self._answers()
             if not meeting.done() and (is_late or not answers):
-                self.is_gone = True
+                self.state = AgentState.GONE
                 self.fault = _NEVER_READY.format(_READY_S) if answers else _NO_ANSWER
                 raise TimeoutError
 
@@ -150,7 +158,7 @@ class PooledAgent:
         Ends the agent instead if `linger` is 0, if the agent has never answered or is gone, or if the
         driver has left its cluster.
         """
-        if linger <= 0 or self.is_new or self.is_gone or not self.connection.is_ours():
+        if linger <= 0 or self.state is not AgentState.MET or not self.connection.is_ours():
             await self.end()
             return
         self.connection.tell(self.calls.rest, self.claims, linger)
@@ -166,8 +174,9 @@ class PooledAgent:
             return  # Ray has ended it with this driver's other actors
         # If the agent cannot end its processes, its keeper and template do so when it is killed.
         with contextlib.suppress(RayError, TimeoutError, ClusterLeft):
-            if not self.is_gone:
-                async with asyncio.timeout(_CLOSING_UNMET_S if self.is_new else _CLOSING_S):
+            if self.state is not AgentState.GONE:
+                closing_s = _CLOSING_UNMET_S if self.state is AgentState.NEW else _CLOSING_S
+                async with asyncio.timeout(closing_s):
                     await self.connection.ask(self.calls.close)
         await clean_up(self._kill(), "ending an agent")
 

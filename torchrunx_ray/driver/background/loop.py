@@ -180,10 +180,10 @@ def waker(future: "concurrent.futures.Future[Any]") -> "asyncio.Future[None]":
     return woken
 
 
-async def to_the_end(work: Awaitable[T]) -> T:
+async def to_the_end(work: Awaitable[T], on_cancelled: Callable[[], None] | None = None) -> T:
     """Await work that must be completed, such as giving resources back.
 
-    A cancellation during the work is raised after it.
+    A cancellation during the work is raised after it; `on_cancelled` may make the work shorter.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -192,11 +192,16 @@ async def to_the_end(work: Awaitable[T]) -> T:
             await asyncio.shield(task)
         except asyncio.CancelledError as error:
             cancelled = error
+            if on_cancelled is not None:
+                on_cancelled()
         except Exception:
             break  # task.result() below raises it
-    if cancelled is not None:
-        raise cancelled
-    return task.result()
+    try:
+        if cancelled is not None:
+            raise cancelled
+        return task.result()
+    finally:
+        del cancelled, task  # an exception refers to this frame, and must not wait for Python's gc
 
 
 def running() -> asyncio.AbstractEventLoop:

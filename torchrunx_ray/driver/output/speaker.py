@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+from torchrunx_ray.driver.output.lines import Cut
 from torchrunx_ray.driver.terminal.screen import TextStream
 from torchrunx_ray.wire.records import WorkerRecord
 
@@ -54,18 +55,10 @@ class Speaker:
 class Sink(Protocol):
     """A destination of output, called in one thread per run."""
 
-    def chunk(
-        self,
-        who: Speaker,
-        stream: TextStream,
-        text: str,  # noqa: ARG002
-        lines: str,
-        drawn: str,  # noqa: ARG002
-        time_s: float,
-    ) -> None:
-        """Take a piece of text, the lines that the piece completes, and the unfinished line that is redrawn."""
-        if lines:
-            self.text(who, stream, lines, time_s)
+    def chunk(self, who: Speaker, stream: TextStream, cut: Cut, time_s: float) -> None:
+        """Take a piece of a stream."""
+        if cut.lines:
+            self.text(who, stream, cut.lines, time_s)
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
         """Take whole lines."""

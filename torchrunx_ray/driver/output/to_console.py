@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from torchrunx_ray.driver.output.lines import Cut
 from torchrunx_ray.driver.output.speaker import LEVELS, Sink, Speaker, TextStream
 from torchrunx_ray.driver.report.progress import living
 from torchrunx_ray.driver.terminal.screen import screen
@@ -26,17 +27,15 @@ class ToConsole(Sink):
         self._in_line: dict[tuple[Speaker, TextStream], bool] = {}
         """Streams in the middle of a line, and whether that line is shown verbatim."""
 
-    def chunk(
-        self, who: Speaker, stream: TextStream, text: str, lines: str, drawn: str, time_s: float
-    ) -> None:
-        """Write a single rank's output as it arrives, including parts of lines."""
+    def chunk(self, who: Speaker, stream: TextStream, cut: Cut, time_s: float) -> None:
+        """Write a single rank's output verbatim, including a line that is redrawn."""
         is_verbatim = self._in_line.pop((who, stream), self._is_verbatim(who))
-        if text and not text.endswith("\n"):
+        if cut.verbatim and not cut.verbatim.endswith("\n"):
             self._in_line[who, stream] = is_verbatim
         if not is_verbatim:
-            super().chunk(who, stream, text, lines, drawn, time_s)
+            super().chunk(who, stream, cut, time_s)
         elif self._takes(who) and LEVELS[stream] >= who.logger_level():
-            screen.write_verbatim(self, stream, text, lines, drawn)
+            screen.write_verbatim(self, stream, cut.verbatim, cut.lines, cut.drawn)
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:  # noqa: ARG002
         if self._takes(who) and LEVELS[stream] >= who.logger_level():

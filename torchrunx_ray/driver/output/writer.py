@@ -105,14 +105,15 @@ class Writer:
             for sink in self._takers():
                 self._try(sink.host_line, said.who, said.data.decode(), said.time_s)
             return
-        cutter = self._source.cutters[said.who, said.stream]
-        text = cutter.decode(said.data)
-        lines = cutter.cut(text)
+        cut = self._source.cutters[said.who, said.stream].cut(said.data)
+        if not cut.verbatim:
+            return
         for sink in self._takers():
             if said.stream == "records":
-                self._write_records(sink, said, lines)
+                self._write_records(sink, said, cut.lines)
             else:
-                self._try(sink.chunk, said.who, said.stream, text, lines, cutter.drawn, said.time_s)
+                stream = "stderr" if said.stream == "stacks" else said.stream
+                self._try(sink.chunk, said.who, stream, cut, said.time_s)
 
     def _takers(self) -> Iterator[Sink]:
         for sink in self._sinks:

@@ -26,6 +26,8 @@ class Ledger:
         self._clocks = clocks
         self._failed: list[tuple[int | None, Failure]] = []
         """Each with the index of the host on whose clock its time is; None for the driver's clock."""
+        self._before_cancellation: int | None = None
+        """Number of failures that were known when the run was cancelled; None if it was not cancelled."""
         self._cause_is_known = asyncio.Event()
 
     def __len__(self) -> int:
@@ -62,7 +64,19 @@ class Ledger:
             async with asyncio.timeout(_CAUSE_S):
                 await self._cause_is_known.wait()
 
-    def first(self, count: int | None) -> list[Failure]:
+    def note_cancellation(self) -> None:
+        """Note that later failures may be the consequence of a cancellation."""
+        self._before_cancellation = len(self._failed)
+
+    def all(self) -> list[Failure]:
+        """Return all failures."""
+        return self._first(None)
+
+    def before_cancellation(self) -> list[Failure]:
+        """Return the failures from before the cancellation; all if there was none."""
+        return self._first(self._before_cancellation)
+
+    def _first(self, count: int | None) -> list[Failure]:
         """Return the first failures, or all, with their times on the driver's clock.
 
         The times are converted late, since the clocks may not have been compared when a failure arrived.

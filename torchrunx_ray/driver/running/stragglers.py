@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver.agents.pool import PooledAgent
+from torchrunx_ray.driver.agents.pool import AgentState, PooledAgent
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
 from torchrunx_ray.driver.report.stacks import Stacks, in_words
 from torchrunx_ray.wire.messages import AttemptId, StacksWanted
@@ -42,7 +42,7 @@ class Stragglers:
         asked = [
             asyncio.create_task(self._stacks_of(i, agent, wanted))
             for i, agent in enumerate(self._agents)
-            if agent.connection.is_ours() and not agent.is_gone
+            if agent.connection.is_ours() and agent.state is not AgentState.GONE
         ]
         if asked:
             # If a worker does not answer, its agent waits the whole time before it answers.

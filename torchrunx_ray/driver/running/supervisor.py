@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from torchrunx_ray.driver.background.loop import to_the_end
@@ -11,12 +10,11 @@ from torchrunx_ray.driver.call.pack_call import Call
 from torchrunx_ray.driver.cluster.connection import Connection
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output.run_logs import RunLogs
-from torchrunx_ray.driver.output.speaker import Speaker
 from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult, Value
 from torchrunx_ray.driver.report.stacks import Stacks
-from torchrunx_ray.driver.running.attempt import STUCK_KILLED_S, Attempt
+from torchrunx_ray.driver.running.attempt import Attempt
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import AttemptId
@@ -59,21 +57,22 @@ class Supervisor:
 
         `is_fresh`: the room was taken a moment ago, and nobody can have taken it away.
         """
-        progress, timeline = self._progress, self._progress.timeline
+        call, progress, timeline = self._call, self._progress, self._progress.timeline
         progress.waits_for_turn = self._hosts.turn.locked()
         async with self._hosts.turn:
             progress.waits_for_turn = False
-            await references.wait_for(self._call.inserted, Connection())
+            await references.wait_for(call.inserted, Connection())
             timeline.placed_ns = now_ns()
-            crew, backend = await self._hosts.assemble(
-                self._call.template, progress, is_fresh=is_fresh
-            )
+            crew, backend = await self._hosts.assemble(call.template, progress, is_fresh=is_fresh)
             timeline.met_ns = now_ns()
-            id_ = AttemptId(self._call.run_name, 0)
-            attempt = self._attempt = Attempt(id_, self._options, crew, backend, timeline)
+            logs = self._logs = RunLogs(
+                call.run_name, self._options, call.log_handlers, call.files, crew.speakers
+            )
+            id_ = AttemptId(call.run_name, 0)
+            attempt = self._attempt = Attempt(id_, self._options, crew, backend, timeline, logs)
             progress.supervisor = self
             try:
-                outcome = await self._outcome_of(attempt, crew.speakers)
+                outcome = await self._outcome_of(attempt, logs)
             finally:
                 # Other threads read these as soon as there is no supervisor.
                 progress.log_directory = self.log_directory
@@ -86,38 +85,17 @@ class Supervisor:
         hostnames = [host.label for host in crew.hosts]
         return LaunchResult(hostnames, outcome, timeline, progress.log_directory)
 
-    async def _outcome_of(
-        self, attempt: Attempt, speakers: Sequence[Speaker]
-    ) -> list[list[Value]] | Failures:
-        call = self._call
-        logs = self._logs = RunLogs(
-            call.run_name, self._options, call.log_handlers, call.files, speakers
-        )
+    async def _outcome_of(self, attempt: Attempt, logs: RunLogs) -> list[list[Value]] | Failures:
         try:
-            await attempt.go(call, logs)
+            await attempt.go(self._call)
         finally:
-            await self._drain(logs, attempt)
-        return await attempt.outcome()
-
-    async def _drain(self, logs: RunLogs, attempt: Attempt) -> None:
-        """Wait until all output is written; not for long if the run is cancelled."""
-        draining = asyncio.ensure_future(logs.drain())
-        loop = asyncio.get_running_loop()
-        telling = loop.call_later(_TELL_AFTER_S, self._tell_of_last_lines, attempt)
-        cancelled: asyncio.CancelledError | None = None
-        while not draining.done():
+            loop = asyncio.get_running_loop()
+            telling = loop.call_later(_TELL_AFTER_S, self._tell_of_last_lines, attempt)
             try:
-                await asyncio.shield(draining)
-            except asyncio.CancelledError as error:
-                if not attempt.note_cancellation():
-                    logs.hurry(STUCK_KILLED_S)
-                cancelled = error
-        telling.cancel()
-        try:
-            if cancelled is not None:
-                raise cancelled
-        finally:
-            del cancelled  # it refers to this frame
+                await to_the_end(logs.drain(), attempt.note_cancellation)
+            finally:
+                telling.cancel()
+        return await attempt.outcome()
 
     def _tell_of_last_lines(self, attempt: Attempt) -> None:
         """Warn of the failure while the last output waits for a terminal or a handler."""
