@@ -14,7 +14,7 @@ import pytest
 import torchrunx_ray as trx
 from tests.conftest import RunScript
 from tests.soon import SOON_S, raised_soon
-from torchrunx_ray.agent import memory_group
+from torchrunx_ray.agent.machine import memory_group
 
 MIB = 2**20
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.clusters.two_hosts import namespaces_are_possible
-from torchrunx_ray.agent.network import interface_of
+from torchrunx_ray.agent.machine.network import interface_of
 
 FURTHER = "198.51.100.77"
 

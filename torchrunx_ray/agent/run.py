@@ -8,9 +8,9 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from torchrunx_ray.agent import gpus, memory_group
+from torchrunx_ray.agent.machine import gpus, memory_group
+from torchrunx_ray.agent.machine.network import interface_of
 from torchrunx_ray.agent.mailbox import Mailbox
-from torchrunx_ray.agent.network import interface_of
 from torchrunx_ray.agent.template import Death, Template
 from torchrunx_ray.agent.worker import Worker
 from torchrunx_ray.errors import OomKills, describe_exit

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torchrunx_ray.agent.keeper import Keeper
+from torchrunx_ray.agent.machine.sweep import kill_marked
 from torchrunx_ray.agent.mailbox import Slot
 from torchrunx_ray.agent.output import Output
-from torchrunx_ray.agent.sweep import kill_marked
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from typing import IO, Any
 
-from torchrunx_ray.agent.sweep import kill_marked
+from torchrunx_ray.agent.machine.sweep import kill_marked
 from torchrunx_ray.wire import environment, process_tree
 from torchrunx_ray.wire.messages import TemplateWanted
 

@@ -1,0 +1,1 @@
+"""The agent's questions to its machine: GPUs, memory, network, processes."""
