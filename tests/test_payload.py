@@ -63,9 +63,9 @@ def as_a_file(value: object) -> Any:
 def hold(values: list[Packed], start_method: StartMethod) -> HeldCall:
     call = HeldCall(transfer.Layout.of(values), start_method)
     if call.address is None:
-        transfer.place_in_file(call.fd, values)
+        transfer.write_file(call.fd, values)
     else:
-        transfer.place(Remote(os.getpid(), call.fd, always), call.address, values)
+        transfer.write_memory(Remote(os.getpid(), call.fd, always), call.address, values)
     return call
 
 

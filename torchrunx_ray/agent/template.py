@@ -100,10 +100,10 @@ class Template:
             return _as_refused(reply)
         try:
             if reply.address is None:
-                await asyncio.to_thread(transfer.place_in_file, fds[0], values)
+                await asyncio.to_thread(transfer.write_file, fds[0], values)
             else:
                 remote = Remote(reply.pid, fds[0], is_wanted)
-                await asyncio.to_thread(transfer.place, remote, reply.address, values)
+                await asyncio.to_thread(transfer.write_memory, remote, reply.address, values)
         finally:
             os.close(fds[0])
 

@@ -71,9 +71,9 @@ def search_path(
     own = list(sys.path)
     brought = _brought(runtime_env)
     agents = set(_folders(os.environ.get("PYTHONPATH"), os.getcwd())).difference(brought)
-    places = (i for i, each in enumerate(own) if each in agents or _is_standard(each))
-    place = next(places, len(own))
-    before, after = own[:place], own[place:]
+    of_agent = (i for i, each in enumerate(own) if each in agents or _is_standard(each))
+    first_of_agent = next(of_agent, len(own))
+    before, after = own[:first_of_agent], own[first_of_agent:]
     first = [each for each in _folders(made.get("PYTHONPATH"), cwd) if each not in before]
     found = before + first + [each for each in after if each not in first]
     if sys.executable == wanted.driver_executable:

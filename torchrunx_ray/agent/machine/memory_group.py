@@ -63,8 +63,8 @@ def _mounts(mountinfo: str, is_v2: bool) -> list[tuple[str, str]]:
     """Return the root and the mount point of each mount of the memory controller, or of cgroup v2."""
     found: list[tuple[str, str]] = []
     for line in mountinfo.splitlines():
-        place, _, kind = line.partition(" - ")
-        root, mount_point = place.split()[3:5]
+        mount, _, kind = line.partition(" - ")
+        root, mount_point = mount.split()[3:5]
         fields = kind.split()
         is_memory = "memory" in fields[-1].split(",")
         if (is_v2 and fields[0] == "cgroup2") or (

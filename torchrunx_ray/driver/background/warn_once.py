@@ -10,12 +10,12 @@ logger = logging.getLogger("torchrunx_ray")
 class WarnOnce:
     """A warning that is logged once, however often its error occurs. It never raises.
 
-    The last %s of `words` is for the error. With `tells_place` the error is followed by its place.
+    The last %s of `words` is for the error. With `tells_line` the error is followed by the line that raised it.
     """
 
-    def __init__(self, words: str, *args: object, tells_place: bool = True) -> None:
+    def __init__(self, words: str, *args: object, tells_line: bool = True) -> None:
         self._words, self._args = words, args
-        self._tells_place = tells_place
+        self._tells_line = tells_line
         self._was_told = False
 
     def tell(self, error: BaseException | None) -> None:
@@ -23,11 +23,11 @@ class WarnOnce:
             return
         self._was_told = True
         with contextlib.suppress(BaseException):  # a logging handler may fail on this, too
-            what = _with_place(error) if self._tells_place else error
+            what = _with_line(error) if self._tells_line else error
             logger.warning(self._words, *self._args, what)
 
 
-def _with_place(error: BaseException | None) -> str:
+def _with_line(error: BaseException | None) -> str:
     said = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(None if error is None else error.__traceback__)
     if not frames:

@@ -72,7 +72,7 @@ def _what_was_sent() -> str:
 
 
 def _source() -> str | None:
-    """Return the place where Ray finds this process's token, or None if there is none."""
+    """Return the name of the variable or file in which Ray finds this process's token, or None if there is none."""
     named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
     if named:
         return named[0]

@@ -39,7 +39,7 @@ class ToFiles(Sink):
         self._warn_once = WarnOnce(
             "The log files of this launch cannot be written, or not all: %s. It goes on; set "
             f'{_DIRECTORY} to a directory that can be, or to "" for no files.',
-            tells_place=False,
+            tells_line=False,
         )
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:

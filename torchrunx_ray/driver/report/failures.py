@@ -101,7 +101,7 @@ class Failures:
     @property
     def in_brief(self) -> str:
         first = self._in_order()[0]
-        return f"{first.who}: {_summary(first.report)}{_place(first.report)}"
+        return f"{first.who}: {_summary(first.report)}{_where(first.report)}"
 
     @property
     def in_brief_with_logs(self) -> str:
@@ -351,7 +351,7 @@ def _in_one_line(failures: Sequence[Failure]) -> str:
     return f"{who}: {said} (much the same on {others})" if others else f"{who}: {said}"
 
 
-def _place(report: Report) -> str:
+def _where(report: Report) -> str:
     """Return the innermost line of the traceback. For an exception group, the members' tracebacks do not count."""
     trace = report.traceback.partition("+-+-")[0] if isinstance(report, messages.Failed) else ""
     lines = _FRAME.findall(trace)

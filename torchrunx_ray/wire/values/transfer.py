@@ -77,7 +77,7 @@ def take(remote: Remote, spans: Spans) -> Packed | None:
     return layout.values_in(taken)[0] if remote.read(moves) else None
 
 
-def place(remote: Remote, base: int, values: Sequence[Packed]) -> None:
+def write_memory(remote: Remote, base: int, values: Sequence[Packed]) -> None:
     """Copy values to `base` in another process's memory, in their `Layout`.
 
     The end of that process is not reported here.
@@ -85,7 +85,7 @@ def place(remote: Remote, base: int, values: Sequence[Packed]) -> None:
     remote.write(_moves(base, values))
 
 
-def place_in_file(fd: int, values: Sequence[Packed]) -> None:
+def write_file(fd: int, values: Sequence[Packed]) -> None:
     """Copy values into a file, in their `Layout`."""
     memory.write_file(fd, _moves(0, values))
 

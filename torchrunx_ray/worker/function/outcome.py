@@ -102,7 +102,7 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
 def _as_file(packed: Packed) -> tuple[Layout, int]:
     layout = Layout.of([packed])
     fd = transfer.new_file(layout)
-    transfer.place_in_file(fd, [packed])
+    transfer.write_file(fd, [packed])
     return layout, fd
 
 
