@@ -20,7 +20,7 @@ import pytest
 import torchrunx_ray as trx
 from tests.processes import wait_until
 from tests.soon import SOON_S
-from torchrunx_ray.driver.terminal.screen import Screen
+from torchrunx_ray.driver.terminal.console import Console
 
 pytestmark = pytest.mark.usefixtures("joined")
 
@@ -466,8 +466,8 @@ def _shown_of_the_drivers_own(terminal: int) -> bytes:
             shown += os.read(terminal, 2**16)
         return text in shown
 
-    screen = Screen()
-    screen.add_status("a run", lambda: "00:01 train: running")
+    console = Console()
+    console.add_status("a run", lambda: "00:01 train: running")
     try:
         for percent in range(100):
             sys.stderr.write(f"\rbar {percent}%")
@@ -480,7 +480,7 @@ def _shown_of_the_drivers_own(terminal: int) -> bytes:
         assert wait_until(lambda: shows(b"no newline yet, but now\r\n"), 20)
     finally:
         shown = b""
-        screen.remove_status("a run")
+        console.remove_status("a run")
     print("end of test")
     assert wait_until(lambda: shows(b"end of test"), 20)
     return shown

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torchrunx_ray.driver.output.lines import Cut
-from torchrunx_ray.driver.terminal.screen import TextStream
+from torchrunx_ray.driver.terminal.console import TextStream
 from torchrunx_ray.wire.records import WorkerRecord
 
 ROOT = "torchrunx_ray"

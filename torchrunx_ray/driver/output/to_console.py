@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torchrunx_ray.driver.output.lines import Cut
 from torchrunx_ray.driver.output.speaker import LEVELS, Sink, Speaker, TextStream
 from torchrunx_ray.driver.report.progress import living
-from torchrunx_ray.driver.terminal.screen import screen
+from torchrunx_ray.driver.terminal.console import console
 from torchrunx_ray.wire.records import WorkerRecord
 
 _COLOURS = (36, 33, 32, 35, 34, 31)
@@ -35,18 +35,18 @@ class ToConsole(Sink):
         if not is_verbatim:
             super().chunk(who, stream, cut, time_s)
         elif self._takes(who) and LEVELS[stream] >= who.logger_level():
-            screen.write_verbatim(self, stream, cut.verbatim, cut.lines, cut.drawn)
+            console.write_verbatim(self, stream, cut.verbatim, cut.lines, cut.drawn)
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:  # noqa: ARG002
         if self._takes(who) and LEVELS[stream] >= who.logger_level():
-            screen.write(stream, self._headed(who, stream, lines))
+            console.write(stream, self._headed(who, stream, lines))
 
     def record(self, who: Speaker, record: WorkerRecord) -> None:
         if self._takes(who) and record.least_level >= who.record_level:
             text = record.text
             if not record.is_configured:
                 text = f"{record.level_name}:{record.logger}:{text}"
-            screen.write("stderr", self._headed(who, "stderr", text + "\n"))
+            console.write("stderr", self._headed(who, "stderr", text + "\n"))
 
     def close(self) -> None:
         """Do nothing: the streams belong to the driver."""
@@ -58,6 +58,6 @@ class ToConsole(Sink):
         if self._is_verbatim(who):
             return lines
         head = f"[{self._run_name} {who.label}]" if len(living) > 1 else f"[{who.label}]"
-        if screen.has_colours(stream) and who.rank is not None:
+        if console.has_colours(stream) and who.rank is not None:
             head = f"\x1b[{_COLOURS[who.rank % len(_COLOURS)]}m{head}\x1b[0m"
         return f"{head} " + lines[:-1].replace("\n", f"\n{head} ") + "\n"

@@ -13,7 +13,7 @@ from torchrunx_ray.driver.background.loop import in_thread_only, to_the_end
 from torchrunx_ray.driver.background.own_lines import driver_has_configured_logging
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.report.progress import Progress
-from torchrunx_ray.driver.terminal.screen import can_be_live, has_rich, screen
+from torchrunx_ray.driver.terminal.console import can_be_live, console, has_rich
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -58,7 +58,7 @@ async def _live(progress: Progress) -> AsyncGenerator[None, None]:
         nonlocal is_shown
         if not over.wait(_LIVE_AFTER_S):
             is_shown = True
-            screen.add_status(progress, lambda: progress.status)
+            console.add_status(progress, lambda: progress.status)
 
     showing = asyncio.ensure_future(in_thread_only(show))
 
@@ -66,7 +66,7 @@ async def _live(progress: Progress) -> AsyncGenerator[None, None]:
         with contextlib.suppress(Exception):  # a lost terminal must not change the run's outcome
             await showing
         with contextlib.suppress(Exception):
-            await in_thread_only(screen.remove_status, progress)
+            await in_thread_only(console.remove_status, progress)
         if is_shown:
             await _say_last(progress)
 
@@ -97,7 +97,7 @@ async def _at_most_for_a_while(work: Coroutine[Any, Any, None]) -> None:
 async def _say_last(progress: Progress) -> None:
     if progress.ended:  # not set when a session has only been opened
         with contextlib.suppress(Exception):  # the terminal is gone
-            await in_thread_only(screen.write, "stderr", f"{progress.last_line}\n")
+            await in_thread_only(console.write, "stderr", f"{progress.last_line}\n")
 
 
 def _summary_is_seen() -> bool:
@@ -116,7 +116,7 @@ async def _say_phases(progress: Progress, has_said: asyncio.Event) -> None:
             said, said_at = phase, now()
             has_said.set()
             with contextlib.suppress(Exception):  # the terminal is gone
-                await in_thread_only(screen.write, "stderr", f"{progress.status}\n")
+                await in_thread_only(console.write, "stderr", f"{progress.status}\n")
         await asyncio.sleep(_LOOK_S)
 
 

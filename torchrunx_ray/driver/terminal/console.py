@@ -16,8 +16,8 @@ _LONGEST = 2**16
 """Limit of an unfinished line that the driver itself prints. A longer line is shown in pieces."""
 
 
-class Screen:
-    """The terminal, shared by all runs of this process.
+class Console:
+    """The driver's stdout and stderr, shared by all runs of this process.
 
     A method may block as long as the terminal does, so that none is called in the event loop.
     """
@@ -92,10 +92,10 @@ class Screen:
         self.__init__()
 
     def _begin_live(self) -> None:
-        from rich.console import Console
+        from rich.console import Console as RichConsole
         from rich.live import Live
 
-        console = Console(file=_file("stderr"))
+        on_stderr = RichConsole(file=_file("stderr"))
         # The driver's own output must also go above the status lines.
         streams: tuple[TextStream, ...] = ("stdout", "stderr")
         self._proxies = {
@@ -106,7 +106,7 @@ class Screen:
         for stream, proxy in self._proxies.items():
             setattr(sys, stream, proxy)
         self._live = Live(
-            console=console,
+            console=on_stderr,
             get_renderable=self._text,
             transient=True,
             redirect_stdout=False,
@@ -144,9 +144,9 @@ class _Above:
     A caller may keep the proxy after the status lines are gone. The proxy then only forwards.
     """
 
-    def __init__(self, screen: Screen, stream: TextStream, file: TextIO) -> None:
+    def __init__(self, console: Console, stream: TextStream, file: TextIO) -> None:
         self.file = file
-        self._screen = screen
+        self._console = console
         self._stream: TextStream = stream
         self._rest = ""
         self._is_let_go = False
@@ -159,10 +159,10 @@ class _Above:
             lines, newline, rest = lines + newline + rest, "\n", ""
         self._rest = _from_last_redraw(rest)
         # An unfinished line, such as a progress bar, is shown as a status line.
-        self._screen.draw(self, self._stream, self._rest.strip("\r").rpartition("\r")[2])
+        self._console.draw(self, self._stream, self._rest.strip("\r").rpartition("\r")[2])
         if newline:
             # Written to its own file: the driver's replacement of the stream may write to this proxy.
-            self._screen.write(self._stream, lines + newline, self.file)
+            self._console.write(self._stream, lines + newline, self.file)
         return len(text)
 
     def let_go(self) -> None:
@@ -220,7 +220,7 @@ def _writable(text: str, target: TextIO) -> str:
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
-screen = Screen()
-"""The screen of this process."""
+console = Console()
+"""The console of this process."""
 
-in_child(screen.forget)
+in_child(console.forget)
