@@ -70,7 +70,7 @@ class Phase(enum.IntEnum):
 
 
 class Asked(enum.IntEnum):
-    """What the user has asked of a run."""
+    """The last order of the user to a run."""
 
     TO_GO_ON = 0
     TO_STOP = 1
