@@ -134,12 +134,19 @@ def run_twice(hosts: int, workers: int, actors: list[Any]) -> Mapping[str, float
     node = Node(ray.get_runtime_context().get_node_id(), "host", "127.0.0.1", {}, {})
     wanted: Any = None
     agents = [
-        PooledAgent(f"node{i}", wanted, "", Calls(actors[i % len(actors)], i), Connection())
+        PooledAgent(
+            f"node{i}",
+            wanted,
+            "",
+            Calls(actors[i % len(actors)], i),
+            Connection(),
+            starts_within_s=None,
+        )
         for i in range(hosts)
     ]
     met = messages.Met("127.0.0.1", 29500, False, versions.of_this_process(), None, None)
     crew = Crew(
-        [Host(node, f"host{i}", workers, 0) for i in range(hosts)],
+        [Host(node, f"host{i}", workers, {}, 0) for i in range(hosts)],
         agents,
         [met] * hosts,
         [()] * hosts,
@@ -153,9 +160,9 @@ def run(which: str, crew: Crew) -> Mapping[str, float]:
 
     async def go() -> object:
         id_ = messages.AttemptId(call.run_name, 0)
-        attempt = Attempt(id_, options, crew, "gloo", Timeline())
         logs = RunLogs(call.run_name, options, call.log_handlers, call.files, crew.speakers)
-        await attempt.go(call, logs)
+        attempt = Attempt(id_, options, crew, "gloo", Timeline(), logs)
+        await attempt.go(call)
         await logs.drain()
         return await attempt.outcome()
 

@@ -70,3 +70,19 @@ def test_bar_is_taken_now_and_then_and_not_twice_at_its_end(
     cut = cutter.cut(b"\r1%\r2%")
     assert (cut.lines, cut.drawn) == ("", "2%")
     assert cutter.cut(b"\r3%\n").lines == "3%\n"
+
+
+def test_bar_that_has_just_begun_is_no_line_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "_REDRAWN_S", 0.0)
+    cutter = LineCutter()
+    assert cutter.cut(b"epoch 2\n\r  0%|").lines == "epoch 2\n"
+
+
+def test_part_of_a_character_completes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "_REDRAWN_S", 1000.0)
+    cutter = LineCutter()
+    assert cutter.cut(b"\r50%").lines == ""
+    monkeypatch.setattr(lines, "_REDRAWN_S", 0.0)
+    cut = cutter.cut("█".encode()[:1])
+    assert (cut.verbatim, cut.lines, cut.drawn) == ("", "", "50%")
+    assert cutter.cut("█".encode()[1:]).lines == "50%█\n"

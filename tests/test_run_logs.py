@@ -34,6 +34,16 @@ async def test_record_that_cannot_be_read_ends_neither_the_output_nor_the_run(ke
     assert "after it" in [text for _, text in kept.said]
 
 
+async def test_line_without_an_end_is_written_at_the_end_of_the_run(kept: Kept) -> None:
+    """A template that prints half a line lives on, and does not end the line."""
+    who = Speaker("vm", None, None, is_first_host=True)
+    logs = RunLogs("run", trx.Launcher(log_handlers=[kept]), [kept], None, [who])
+    logs.put(who, "stdout", b"loading...", time.time())
+    await logs.drain()
+
+    assert kept.said == [("INFO", "loading...")]
+
+
 def test_run_that_cannot_begin_leaves_no_thread(
     one: trx.Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
-from torchrunx_ray.agent.template import Death, Template
+from torchrunx_ray.agent.template import Template
 from torchrunx_ray.wire import linux, messages, versions
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.values.payload import Packed, carry_values_packed
@@ -179,8 +179,7 @@ class Agent:
         self._claim = self._rested = claim
         self._forget_last_claim()
         self._run = None
-        loop = asyncio.get_running_loop()
-        self._rest_ends = loop.call_later(linger_s, self._leave)
+        self._rest_ends = asyncio.get_running_loop().call_later(linger_s, self._leave)
 
     def _serves(self, claim: int) -> bool:
         """Return True for the newest claim, unless its run is over."""
@@ -281,7 +280,7 @@ class Agent:
         if self._run is not None:
             self._run.has_exited(exited)
 
-    def _template_gone(self, death: Death) -> None:
+    def _template_gone(self, death: messages.AgentFailed) -> None:
         if self._run is not None:
             self._run.template_is_gone(death)
 

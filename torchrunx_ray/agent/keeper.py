@@ -47,8 +47,19 @@ class Keeper:
             self.alive_fd, alive = _pipe(ours, theirs)
             self.stdout_fd, stdout = _pipe(ours, theirs)
             self.stderr_fd, stderr = _pipe(ours, theirs)
-            self.process = _start(
-                environment, cwd, self.mark, channel.fileno(), alive, stdout, stderr
+            module = "torchrunx_ray.worker.keeper"
+            # With -P and this PYTHONPATH the process finds this package and nothing else. The template later sets
+            # sys.path (the agent's, with the worker's PYTHONPATH) and restores the variable.
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(channel.fileno()), str(alive), PADDING],
+                env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=[channel.fileno(), alive],
+                # Ray kills a dead agent's group. In that group, the keeper would die before it has cleaned up.
+                process_group=0,
             )
             try:
                 self.channel.send(setup)
@@ -66,28 +77,3 @@ def _pipe(readers: contextlib.ExitStack, writers: contextlib.ExitStack) -> tuple
     readers.callback(os.close, reader)
     writers.callback(os.close, writer)
     return reader, writer
-
-
-def _start(
-    environment: Mapping[str, str],
-    cwd: str,
-    mark: str,
-    channel: int,
-    alive: int,
-    stdout: int,
-    stderr: int,
-) -> "subprocess.Popen[bytes]":
-    # With -P and this PYTHONPATH the process finds this package and nothing else. The template later sets
-    # sys.path (the agent's, with the worker's PYTHONPATH) and restores the variable.
-    module = "torchrunx_ray.worker.keeper"
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, str(channel), str(alive), PADDING],
-        env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: mark},
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
-        pass_fds=[channel, alive],
-        # Ray kills a dead agent's group. In that group, the keeper would die before it has cleaned up.
-        process_group=0,
-    )

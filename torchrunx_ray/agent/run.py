@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torchrunx_ray.agent.machine import gpus, memory_group
 from torchrunx_ray.agent.machine.network import interface_of
 from torchrunx_ray.agent.mailbox import Mailbox
-from torchrunx_ray.agent.template import Death, Template
+from torchrunx_ray.agent.template import Template
 from torchrunx_ray.agent.worker import Worker
 from torchrunx_ray.errors import OomKills, describe_exit
 from torchrunx_ray.wire import messages
@@ -53,8 +53,9 @@ class HostRun:
         ip: str,
     ) -> None:
         self._wanted = wanted
+        self.attempt = wanted.worker.attempt
         self._template = template
-        self._mailbox = mailbox.of(wanted.worker.attempt)
+        self._mailbox = mailbox.of(self.attempt)
         self._listening = listening
         self._ip = ip
         self._workers: dict[int, Worker] = {
@@ -68,10 +69,6 @@ class HostRun:
         """True while this host must keep the store for workers of other hosts, even if its own have ended."""
         self._may_fork = asyncio.Event()
 
-    @property
-    def attempt(self) -> messages.AttemptId:
-        return self._wanted.worker.attempt
-
     async def start(self, function: Packed, inserted: Sequence[Packed]) -> None:
         """Fork the workers. Return once every worker is forked, or the run has stopped before that."""
         refused = await self._unless_stopped(self._template.ready())
@@ -84,7 +81,9 @@ class HostRun:
             self._mailbox.put(self._template.loaded)
         if self._listening is not None:
             if self._state is State.STARTING:
-                self._check(await self._template.fork_store(self.attempt, self._listening))
+                port: int = self._listening.getsockname()[1]
+                store = messages.ForkStore(self.attempt, port)
+                self._check(await self._template.fork(store, [self._listening.fileno()]))
             self._listening.close()
         if self._state is State.STARTING:
             self._check(await self._template.hold_call((function, *inserted), self._is_starting))
@@ -127,8 +126,7 @@ class HostRun:
         self._fork_no_more()
         if grace_s > 0:
             self._signal(signal.SIGTERM, spare_failed=True)
-            loop = asyncio.get_running_loop()
-            loop.call_later(grace_s, self._kill)
+            asyncio.get_running_loop().call_later(grace_s, self._kill)
         else:
             self._kill()
 
@@ -145,11 +143,10 @@ class HostRun:
             how = describe_exit(exited.exit_code, exited.signal)
             self._fail(f"the process that serves the store (pid {exited.pid}) {how}", "")
 
-    def template_is_gone(self, death: Death) -> None:
+    def template_is_gone(self, death: messages.AgentFailed) -> None:
         """Note that the template died. The kernel killed the workers with it, and nobody will report their exits."""
         if self._state is not State.ENDING:
-            what = "the template process, from which workers are forked, died"
-            self._mailbox.put(messages.AgentFailed(death.time_ns, what, death.evidence))
+            self._mailbox.put(death)
             self.everything_is_gone()
 
     def everything_is_gone(self) -> None:
@@ -201,7 +198,7 @@ class HostRun:
             wanted.gpu_ids, wanted.gpus_per_worker, place.local_rank
         )
         variables = place.variables(wanted.master_addr, wanted.master_port, self.attempt.run_id)
-        answer = await self._template.fork_worker(
+        answer = await self._template.fork(
             messages.ForkWorker(
                 worker=wanted.worker,
                 place=place,

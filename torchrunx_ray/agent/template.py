@@ -4,9 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.machine.sweep import kill_marked
@@ -23,14 +21,6 @@ from torchrunx_ray.wire.values.transfer import Layout
 _Reply = messages.CallHeld | messages.Forked | messages.ForkFailed | messages.RunEnded
 
 
-@dataclass(frozen=True)
-class Death:
-    """Time and evidence of a template's unexpected end."""
-
-    time_ns: int
-    evidence: str
-
-
 class Template:
     """Handle on a template process. `on_gone` is called if the template ends unexpectedly."""
 
@@ -39,7 +29,7 @@ class Template:
         keeper: Keeper,
         mailbox: Slot,
         on_exited: Callable[[messages.Exited], None],
-        on_gone: Callable[[Death], None],
+        on_gone: Callable[[messages.AgentFailed], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._keeper = keeper.process
@@ -52,7 +42,7 @@ class Template:
         self._replies: asyncio.Queue[tuple[_Reply, list[int]]] = asyncio.Queue()
         self._asking = asyncio.Lock()
         self._closing = False
-        self.death: Death | None = None
+        self.death: messages.AgentFailed | None = None
         """Evidence of an unexpected end, if there was one."""
         self._gone_at_ns = 0
         self._keepers_ended = asyncio.Event()
@@ -82,11 +72,11 @@ class Template:
         """Wait until the template can fork; return its refusal if it cannot."""
         return await asyncio.shield(self._ready)
 
-    async def fork_store(
-        self, attempt: messages.AttemptId, listening: socket.socket
+    async def fork(
+        self, wanted: messages.ForkStore | messages.ForkWorker, fds: Sequence[int]
     ) -> messages.Forked | messages.ForkFailed:
-        port: int = listening.getsockname()[1]
-        return await self._fork(messages.ForkStore(attempt, port), [listening.fileno()])
+        reply, _ = await self._ask(wanted, fds)
+        return reply if isinstance(reply, messages.Forked) else _as_refused(reply)
 
     async def hold_call(
         self, values: Sequence[Packed], is_wanted: Callable[[], bool]
@@ -111,11 +101,6 @@ class Template:
         """Let the template free the function and its arguments, after the last worker is forked."""
         self._tell(messages.DropCall())
 
-    async def fork_worker(
-        self, wanted: messages.ForkWorker, fds: Sequence[int]
-    ) -> messages.Forked | messages.ForkFailed:
-        return await self._fork(wanted, fds)
-
     def signal_workers(self, local_ranks: Sequence[int], signum: int) -> None:
         self._tell(messages.SignalWorkers(tuple(local_ranks), signum))
 
@@ -135,12 +120,6 @@ class Template:
         self._keeper.send_signal(signal.SIGTERM)  # works even if the template does not listen
         self._channel.say_no_more()  # ends a template whose outer keeper was killed
         await self._gone.wait()
-
-    async def _fork(
-        self, message: object, fds: Sequence[int]
-    ) -> messages.Forked | messages.ForkFailed:
-        reply, _ = await self._ask(message, fds)
-        return reply if isinstance(reply, messages.Forked) else _as_refused(reply)
 
     async def _ask(self, message: object, fds: Sequence[int] = ()) -> tuple[_Reply, list[int]]:
         """Send one message at a time and return the reply: the channel's buffer is small, and a fork is quick."""
@@ -200,7 +179,8 @@ class Template:
         if not self._closing and not refused:
             how, said = _evidence(exit_code), self._stderr.last_lines
             lines = [f"{how}. Its last lines of stderr:", *said] if said else [how]
-            self.death = Death(self._gone_at_ns, "\n  ".join(lines))
+            what = "the template process, from which workers are forked, died"
+            self.death = messages.AgentFailed(self._gone_at_ns, what, "\n  ".join(lines))
             self._on_gone(self.death)
         self._closing = True
         self._replies.put_nowait((messages.RunEnded(()), []))

@@ -36,7 +36,7 @@ class Launcher(Options):
         """Start a run in the background. Wait with the run's `result()`, or await the run."""
         with short_traceback:
             call = put_call(func, args, kwargs, self)
-            progress = Progress(call.run_name)
+            progress = Progress(call.run_name, call.files)
             life = follow(lambda: run_once(self, call, progress), progress, self)
             return Run(life, progress, self.shutdown_timeout)
 

@@ -226,9 +226,9 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         if self._asked_to == "die":
             return
         self._asked_to = "die"
+        self._cancel_task()  # first, since a log handler of the driver may fail while the workers are killed
         if self._progress.supervisor is not None:
             self._progress.supervisor.kill()
-        self._cancel_task()
 
     def _cancel_task(self) -> None:
         if self._task is not None:

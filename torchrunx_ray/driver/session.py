@@ -1,7 +1,6 @@
 """A placement that is kept for several runs."""
 
 import asyncio
-import types
 from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -23,7 +22,7 @@ from torchrunx_ray.driver.running.supervisor import Supervisor
 from torchrunx_ray.driver.terminal.status_line import shown
 from torchrunx_ray.driver.terminal.summary import follow
 from torchrunx_ray.driver.tracebacks import short_traceback
-from torchrunx_ray.errors import LaunchError
+from torchrunx_ray.errors import LaunchError, counted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,7 +68,7 @@ class Session:
         with short_traceback:
             self._check_usable()
             call = put_call(func, args, kwargs, self._options)
-            progress = Progress(call.run_name)
+            progress = Progress(call.run_name, call.files)
             life = follow(lambda: self._run(call, progress), progress, self._options)
             run: Run[R] = Run(life, progress, self._options.shutdown_timeout)
             self._running.add(run)
@@ -125,14 +124,14 @@ class Session:
         if self._hosts.is_closed:
             return "<Session: closed>"
         runs = sum(not run.done() for run in list(self._running))
-        state = f"{runs} {'run' if runs == 1 else 'runs'} under way" if runs else "idle"
+        state = f"{counted(runs, 'run')} under way" if runs else "idle"
         return f"<Session on {', '.join(self._hosts.names) or 'no hosts'}: {state}>"
 
     async def _open(self) -> None:
         progress = Progress(self._name)
         async with shown(progress, self._options):
             await self._hosts.open(progress)
-        own_sessions.note_open(self._name, self._hosts)
+        own_sessions.note_open(self._name, lambda: self._hosts.held)
         await own_lines.written()
 
     async def _run(self, call: Call, progress: Progress) -> LaunchResult[Any] | Failures:
@@ -169,12 +168,7 @@ class Session:
             self._wait_until_open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         with short_traceback:
             if error is None:
                 self._close(("cancel", "kill"))
@@ -193,12 +187,7 @@ class Session:
                 raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._cluster.is_inherited:
             return
         if error is not None:

@@ -109,7 +109,7 @@ class Met:
 class Printed:
     """Output of a worker, or of its template (`local_rank` None), to one of its streams.
 
-    `data` may begin and end anywhere in a line. The last line of a stream always has an end.
+    `data` may begin and end anywhere in a line.
     """
 
     local_rank: int | None
@@ -330,7 +330,7 @@ class TemplateRefused:
 
     problem: str
     advice: str
-    evidence: str
+    evidence: str = ""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
     uninterruptible sleep.
     """
     begun = time.monotonic()
-    while _has_children():
+    while has_child():
         children = [pid for pid in _children_of_this_process() if not ends_by_itself(pid)]
         if not children:
             break
@@ -95,10 +95,11 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
     return []
 
 
-def _has_children() -> bool:
-    """Return True if this process has children. This is cheaper than a scan of all processes."""
+def has_child(pid: int | None = None) -> bool:
+    """Return True if this process has this child, or any. This is cheaper than a scan of all processes."""
+    kind, which = (os.P_ALL, 0) if pid is None else (os.P_PID, pid)
     try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.waitid(kind, which, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return False
     return True

@@ -91,18 +91,10 @@ def _keep(
     exit_code = os.waitstatus_to_exitcode(status)
     if heir_fd is not None and exit_code < 0 and not is_asked:
         said = os.read(heir_fd, 32)
-        if said and _is_child(int(said)):
+        if said and process_tree.has_child(int(said)):
             return _keep(int(said), agent_fd, signal.SIGKILL)
     process_tree.kill_children()
     return exit_code if exit_code >= 0 else 128 - exit_code
-
-
-def _is_child(pid: int) -> bool:
-    try:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
 
 
 def _shed_what_ray_gave() -> None:

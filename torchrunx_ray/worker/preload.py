@@ -32,11 +32,7 @@ _SPAWN = "Take it out of preload, or pass start_method='spawn'."
 
 
 class Refusal(Exception):
-    """The template cannot be forked from. Holds the problem, advice and evidence as text."""
-
-    def __init__(self, problem: str, advice: str, evidence: str = "") -> None:
-        super().__init__(problem)
-        self.problem, self.advice, self.evidence = problem, advice, evidence
+    """The template cannot be forked from. Its arguments are those of TemplateRefused."""
 
 
 def load(modules: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ def main(channel: Channel) -> NoReturn:
         channel.send(messages.TemplateReady())
         _Template(channel, setup).serve()
     except preload.Refusal as refusal:
-        channel.send(messages.TemplateRefused(refusal.problem, refusal.advice, refusal.evidence))
+        channel.send(messages.TemplateRefused(*refusal.args))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the agent is gone
     finally:

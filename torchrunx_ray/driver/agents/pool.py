@@ -5,7 +5,6 @@ import contextlib
 import enum
 import logging
 import math
-import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torchrunx_ray.agent.actor import VALUES
 from torchrunx_ray.agent.actor import Agent as _AgentActor
 from torchrunx_ray.driver.call import references
 from torchrunx_ray.driver.call.template_wanted import differences
-from torchrunx_ray.driver.cluster.clean_up import clean_up
+from torchrunx_ray.driver.cluster.clean_up import clean_up, in_background
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.wire.messages import Met, TemplateWanted
@@ -116,7 +115,8 @@ class PooledAgent:
         finally:
             meeting.cancel()
             del meeting  # an exception refers to this frame, and must not wait for Python's gc
-        self.state = AgentState.MET
+        if is_new:
+            self.state = AgentState.MET
         return None if met.leaving else met
 
     async def _until_met(self, meeting: "asyncio.Task[Any]") -> None:
@@ -164,9 +164,7 @@ class PooledAgent:
         self.connection.tell(self.calls.rest, self.claims, linger)
         self.rests_until = time.monotonic() + linger
         for surplus in _resting.put(self):
-            ending = asyncio.create_task(surplus.end())  # nobody waits for this
-            _ending.add(ending)
-            ending.add_done_callback(_has_ended)
+            in_background(surplus.end(), "an agent that rested could not be ended: %s")
 
     async def end(self) -> None:
         """Wait until the agent's processes are gone. The actor itself ends a moment later."""
@@ -185,40 +183,36 @@ class PooledAgent:
 
 
 class _Resting:
-    """Agents that wait for another run of this driver."""
+    """Agents that wait for another run of this driver. Used only in the background loop."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._agents: list[PooledAgent] = []
 
     def put(self, agent: PooledAgent) -> list[PooledAgent]:
         """Add an agent. Returns the agents that have rested longest if the node has too many."""
-        with self._lock:
-            self._forget_those_that_left()
-            self._agents.append(agent)
-            there = [each for each in self._agents if each.node_id == agent.node_id]
-            surplus = there[:-_MOST_RESTING]
-            self._agents = [each for each in self._agents if each not in surplus]
-            return surplus
+        self._forget_those_that_left()
+        self._agents.append(agent)
+        there = [each for each in self._agents if each.node_id == agent.node_id]
+        surplus = there[:-_MOST_RESTING]
+        self._agents = [each for each in self._agents if each not in surplus]
+        return surplus
 
     def take(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> PooledAgent | None:
-        with self._lock:
-            self._forget_those_that_left()
-            for agent in self._agents:
-                if (agent.node_id, agent.wanted, agent.runtime_env) == (
-                    node_id,
-                    wanted,
-                    runtime_env,
-                ):
-                    self._agents.remove(agent)
-                    return agent
-            return None
+        self._forget_those_that_left()
+        for agent in self._agents:
+            if (agent.node_id, agent.wanted, agent.runtime_env) == (
+                node_id,
+                wanted,
+                runtime_env,
+            ):
+                self._agents.remove(agent)
+                return agent
+        return None
 
     def nearest(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> str | None:
         """Return how the most similar resting agent of the node differs; None if the node has none."""
-        with self._lock:
-            self._forget_those_that_left()
-            there = [agent for agent in self._agents if agent.node_id == node_id]
+        self._forget_those_that_left()
+        there = [agent for agent in self._agents if agent.node_id == node_id]
         found = [
             differences(wanted, agent.wanted)
             + ([] if agent.runtime_env == runtime_env else ["runtime_env"])
@@ -236,14 +230,6 @@ class _Resting:
 
 
 _resting = _Resting()
-
-_ending: set[asyncio.Task[None]] = set()
-
-
-def _has_ended(task: "asyncio.Task[None]") -> None:
-    _ending.discard(task)
-    if not task.cancelled() and task.exception() is not None:
-        logger.debug("an agent that rested could not be ended: %s", task.exception())
 
 
 async def acquire(

@@ -93,14 +93,7 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     Unlike asyncio.to_thread, this uses a daemon thread: a call that never returns does not block the
     interpreter's exit. If the await is cancelled, the call itself goes on.
     """
-    answer: asyncio.Future[T] = _unheard()
-    work = functools.partial(_settle, answer, functools.partial(call, *args, **kwargs))
-    if not start_thread(work):
-        work()
-    try:
-        return await asyncio.shield(answer)
-    finally:
-        del answer, work  # an exception refers to this frame, and must not wait for Python's gc
+    return await _answer(functools.partial(call, *args, **kwargs), is_skippable=False)
 
 
 async def in_thread_only(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -108,24 +101,24 @@ async def in_thread_only(call: Callable[P, object], *args: P.args, **kwargs: P.k
 
     The call is skipped if no thread can be started, since it would block the loop.
     """
-    answer: asyncio.Future[object] = _unheard()
-    work = functools.partial(_settle, answer, functools.partial(call, *args, **kwargs))
-    if not start_thread(work):
-        return
-    try:
-        await asyncio.shield(answer)
-    finally:
-        del answer, work
+    await _answer(functools.partial(call, *args, **kwargs), is_skippable=True)
 
 
-def _unheard() -> "asyncio.Future[Any]":
-    """Return a future whose exception is never reported as unretrieved: its waiter may be gone.
+def _answer(call: Callable[[], T], *, is_skippable: bool) -> "asyncio.Future[T]":
+    """Return the call's outcome, to await at once. If no thread can be started, the call is skipped or blocks.
 
-    asyncio.wrap_future would keep a call's result or exception until Python's gc runs.
+    A waiter that is gone leaves no report of an unretrieved exception. asyncio.wrap_future would keep a call's
+    result or exception until Python's gc runs.
     """
-    future = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return future
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+    work = functools.partial(_settle, answer, call)
+    if not start_thread(work):
+        if is_skippable:
+            answer.set_result(None)
+        else:
+            work()
+    return asyncio.shield(answer)
 
 
 def _settle(answer: "asyncio.Future[T]", call: Callable[[], T]) -> None:
@@ -187,16 +180,16 @@ async def to_the_end(work: Awaitable[T], on_cancelled: Callable[[], None] | None
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            cancelled = error
-            if on_cancelled is not None:
-                on_cancelled()
-        except Exception:
-            break  # task.result() below raises it
     try:
+        while not task.done():
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError as error:
+                cancelled = error
+                if on_cancelled is not None:
+                    on_cancelled()
+            except Exception:
+                break  # task.result() below raises it
         if cancelled is not None:
             raise cancelled
         return task.result()

@@ -32,6 +32,19 @@ async def clean_up(work: Coroutine[Any, Any, object], what: str) -> None:
     await to_the_end(_wait_for_a_while(task, what))
 
 
+def in_background(work: Coroutine[Any, Any, None], failed: str) -> None:
+    """Begin work that nobody waits for. `failed` is the text of the debug message if it fails."""
+
+    def has_ended(task: "asyncio.Task[None]") -> None:
+        _under_way.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug(failed, error)
+
+    task = asyncio.create_task(work)
+    _under_way.add(task)
+    task.add_done_callback(has_ended)
+
+
 async def _wait_for_a_while(task: "asyncio.Task[None]", what: str) -> None:
     _, late = await asyncio.wait({task}, timeout=_PATIENCE_S)
     if late:

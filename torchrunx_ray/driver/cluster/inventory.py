@@ -9,7 +9,6 @@ from typing import Any
 import ray._raylet
 
 from torchrunx_ray.driver.cluster.connection import (
-    Connection,
     is_remote_client,
     untyped_ray,
     was_begun_by_launch,
@@ -93,11 +92,10 @@ def live_nodes() -> list[Node]:
 
 
 def left_nodes() -> list[Node]:
-    """Return the nodes that left the cluster and are not back, if Ray's head still knows them."""
-    return Connection().inside(_left_nodes)
+    """Return the nodes that left the cluster and are not back, if Ray's head still knows them.
 
-
-def _left_nodes() -> list[Node]:
+    Called inside the cluster, like `free_by_node`.
+    """
     # Ray's public table has neither the time at which a node left nor its resources.
     gcs = _raylet.GcsClient(address=context().gcs_address)
     infos = list(gcs.get_all_node_info(timeout=5).values())
@@ -134,22 +132,8 @@ def _when_it_left(info: Any) -> int:
     return info.end_time_ms
 
 
-def total_resources() -> dict[str, float]:
-    """Return the total resources of the cluster."""
-    return untyped_ray.cluster_resources()
-
-
-def free_resources() -> dict[str, float]:
-    """Return the free resources of the cluster, as Ray's head knows them."""
-    return untyped_ray.available_resources()
-
-
 def free_by_node() -> dict[str, dict[str, float]]:
     """Return the free resources of each node, by node id."""
-    return Connection().inside(_free_by_node)
-
-
-def _free_by_node() -> dict[str, dict[str, float]]:
     # Ray has no public function for this that works without the dashboard.
     return untyped_ray._private.state.available_resources_per_node()
 

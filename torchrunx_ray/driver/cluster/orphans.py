@@ -4,7 +4,6 @@ Ray removes the placement groups of a driver or an actor that has ended, but not
 These would hold their CPUs and GPUs until the job ends, and would block the task's own retry.
 """
 
-import asyncio
 import logging
 from typing import Any
 
@@ -13,14 +12,13 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from torchrunx_ray.driver.cluster import inventory
+from torchrunx_ray.driver.cluster.clean_up import in_background
 from torchrunx_ray.driver.cluster.connection import Connection, is_in_rays_worker, untyped_ray
 
 logger = logging.getLogger("torchrunx_ray")
 
 _SHORT = 12
 """Number of characters that identify one of Ray's ids."""
-
-_sweeping: set[asyncio.Task[None]] = set()
 
 
 def group_name(name: str) -> str:
@@ -34,15 +32,8 @@ def group_name(name: str) -> str:
 def sweep() -> None:
     """Begin to remove the groups of launches whose process has died, on any node."""
     connection = Connection()
-    task = asyncio.create_task(connection.call(connection.inside, _sweep))
-    _sweeping.add(task)
-    task.add_done_callback(_has_swept)
-
-
-def _has_swept(task: "asyncio.Task[None]") -> None:
-    _sweeping.discard(task)
-    if not task.cancelled() and task.exception() is not None:
-        logger.debug("no look for placement groups of dead launches: %s", task.exception())
+    sweeping = connection.call(connection.inside, _sweep)
+    in_background(sweeping, "no look for placement groups of dead launches: %s")
 
 
 def _sweep() -> None:

@@ -40,6 +40,8 @@ class LineCutter:
     def cut(self, data: bytes) -> Cut:
         """Add a piece. Bytes that are not UTF-8 are escaped, and a character may span two pieces."""
         text = self._decoder.decode(data)
+        if not text:
+            return Cut("", "", self._drawn)
         whole, newline, rest = text.rpartition("\n")
         verbatim = lines = ""
         if newline:
@@ -54,8 +56,16 @@ class LineCutter:
             verbatim += "" if self._is_redrawn else line
             lines += _drawn_last(line) + "\n"
             self._begin_line()
-        drawn = _drawn_last("".join(self._rest)) if self._is_redrawn else ""
-        return Cut(verbatim, lines + self._taken_now(drawn, has_lines=bool(lines)), drawn)
+        return Cut(verbatim, lines or self._taken_now(), self._drawn)
+
+    @property
+    def is_in_line(self) -> bool:
+        """True if the last line has not ended."""
+        return bool(self._rest)
+
+    @property
+    def _drawn(self) -> str:
+        return _drawn_last("".join(self._rest)) if self._is_redrawn else ""
 
     def _begin_line(self) -> None:
         self._rest, self._size, self._is_redrawn = [], 0, False
@@ -79,17 +89,19 @@ class LineCutter:
         if "\r" in text:
             text = "\n".join(map(_drawn_last, text.split("\n")))
         lines = f"{text}\n"
+        self._taken_at = time.monotonic()
         if self._taken is not None:
             lines = lines.removeprefix(f"{self._taken}\n")
             self._taken = None
         return lines
 
-    def _taken_now(self, drawn: str, *, has_lines: bool) -> str:
+    def _taken_now(self) -> str:
         """Return the redrawn line, as a line, if it is due to be passed on; else ""."""
-        is_time = time.monotonic() >= self._taken_at + _REDRAWN_S
-        if has_lines or is_time:
-            self._taken_at = time.monotonic()
-        if not (is_time and drawn and drawn != self._taken):
+        if time.monotonic() < self._taken_at + _REDRAWN_S:
+            return ""
+        self._taken_at = time.monotonic()
+        drawn = self._drawn
+        if not drawn or drawn == self._taken:
             return ""
         self._taken = drawn
         return f"{drawn}\n"

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from typing import Any
 
 from torchrunx_ray.driver.output.speaker import Speaker
 from torchrunx_ray.wire.records import WorkerRecord
@@ -16,13 +15,13 @@ def new_record(
     record.created = created
     record.msecs = float(int(created % 1 * 1000))
     record.levelname = level_name
-    fields: dict[str, Any] = vars(record)
-    fields["hostname"], fields["local_rank"], fields["rank"] = (
-        who.hostname,
-        who.local_rank,
-        who.rank,
+    vars(record).update(
+        hostname=who.hostname,
+        local_rank=who.local_rank,
+        rank=who.rank,
+        is_first_host=who.is_first_host,
+        run_name=run_name,
     )
-    fields["is_first_host"], fields["run_name"] = who.is_first_host, run_name
     return record
 
 
@@ -37,6 +36,5 @@ def as_log_record(run_name: str, who: Speaker, record: WorkerRecord) -> logging.
     made.funcName = record.function or ""
     made.filename = os.path.basename(made.pathname)
     made.module = os.path.splitext(made.filename)[0]
-    fields: dict[str, Any] = vars(made)
-    fields["worker_logger"], fields["is_formatted"] = record.logger, record.is_configured
+    vars(made).update(worker_logger=record.logger, is_formatted=record.is_configured)
     return made

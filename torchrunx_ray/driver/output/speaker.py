@@ -69,4 +69,5 @@ class Sink(Protocol):
     def host_line(self, who: Speaker, line: str, time_s: float) -> None:
         """Take a line about an event on a host. Only files and handlers for a host use this."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back what the sink has opened. Most have opened nothing."""

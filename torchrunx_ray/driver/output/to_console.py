@@ -48,9 +48,6 @@ class ToConsole(Sink):
                 text = f"{record.level_name}:{record.logger}:{text}"
             console.write("stderr", self._headed(who, "stderr", text + "\n"))
 
-    def close(self) -> None:
-        """Do nothing: the streams belong to the driver."""
-
     def _is_verbatim(self, who: Speaker) -> bool:
         return not self._shows_many and who.rank is not None and len(living) <= 1
 

@@ -67,9 +67,6 @@ class ToFiles(Sink):
         except OSError as error:
             self._warn_once.tell(error)
 
-    def close(self) -> None:
-        """Do nothing: no file is open."""
-
     def _new_directory(self) -> Path:
         if self._run_name is None:
             return new_directory(self.parent)

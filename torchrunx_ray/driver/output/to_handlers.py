@@ -23,14 +23,13 @@ class ToHandlers(Sink):
         self, run_name: str, handlers: Sequence[logging.Handler], *, are_ours: bool
     ) -> None:
         self._run_name = run_name
-        self._handlers = list(handlers)
         self._are_ours = are_ours
         self._reporters = [_Reporter.of(handler) for handler in handlers]
 
     @property
     def level(self) -> int:
         """Lowest level of a worker's `logging` that some handler takes."""
-        return min((handler.level or logging.INFO for handler in self._handlers), default=100)
+        return min((each.handler.level or logging.INFO for each in self._reporters), default=100)
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:
         level = LEVELS[stream]
@@ -46,41 +45,41 @@ class ToHandlers(Sink):
             self._hand(as_log_record(self._run_name, who, record), takers)
 
     def host_line(self, who: Speaker, line: str, time_s: float) -> None:
-        takers = [i for i in self._takers(who, logging.INFO) if self._wants_hosts(i)]
+        takers = [each for each in self._takers(who, logging.INFO) if _wants_hosts(each.handler)]
         if takers:
             self._hand(new_record(self._run_name, who, logging.INFO, "INFO", time_s, line), takers)
 
     def close(self) -> None:
         """Flush the handlers, and close them if a function made them for this launch."""
-        for handler, reporter in zip(self._handlers, self._reporters, strict=True):
+        for reporter in self._reporters:
             try:
-                handler.flush()
+                reporter.handler.flush()
                 if self._are_ours:
-                    handler.close()
+                    reporter.handler.close()
             except BaseException as error:
-                reporter.report(error)
+                reporter.warn_once.tell(error)
             reporter.release()
 
-    def _takers(self, who: Speaker, level: int) -> list[int]:
+    def _takers(self, who: Speaker, level: int) -> "list[_Reporter]":
         if level < who.logger_level():
             return []
         return [
-            i
-            for i, handler in enumerate(self._handlers)
-            if level >= (handler.level or logging.INFO)
-            and all(each.takes(who) for each in handler.filters if isinstance(each, Only))
+            each
+            for each in self._reporters
+            if level >= (each.handler.level or logging.INFO)
+            and all(only.takes(who) for only in each.handler.filters if isinstance(only, Only))
         ]
 
-    def _wants_hosts(self, i: int) -> bool:
-        filters = self._handlers[i].filters
-        return any(isinstance(each, Only) and each.is_for_hosts for each in filters)
-
-    def _hand(self, record: logging.LogRecord, takers: Sequence[int]) -> None:
-        for i in takers:
+    def _hand(self, record: logging.LogRecord, takers: "Sequence[_Reporter]") -> None:
+        for taker in takers:
             try:
-                self._handlers[i].handle(record)
+                taker.handler.handle(record)
             except BaseException as error:  # including sys.exit
-                self._reporters[i].report(error)
+                taker.warn_once.tell(error)
+
+
+def _wants_hosts(handler: logging.Handler) -> bool:
+    return any(isinstance(each, Only) and each.is_for_hosts for each in handler.filters)
 
 
 class _Reporter:
@@ -94,10 +93,10 @@ class _Reporter:
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, handler: logging.Handler) -> None:
-        self._handler = handler
+        self.handler = handler
         self._had = vars(handler).get("handleError")
         self._runs = 0
-        self._warn_once = WarnOnce(
+        self.warn_once = WarnOnce(
             "%r of log_handlers failed, and is not reported again; the launch goes on: %s", handler
         )
         vars(handler)["handleError"] = self._handle_error
@@ -115,13 +114,10 @@ class _Reporter:
         with self._lock:
             self._runs -= 1
             if not self._runs:
-                del self._living[id(self._handler)]
-                vars(self._handler).pop("handleError")
+                del self._living[id(self.handler)]
+                vars(self.handler).pop("handleError")
                 if self._had is not None:
-                    vars(self._handler)["handleError"] = self._had
+                    vars(self.handler)["handleError"] = self._had
 
     def _handle_error(self, _record: logging.LogRecord) -> None:
-        self.report(sys.exc_info()[1])
-
-    def report(self, error: BaseException | None) -> None:
-        self._warn_once.tell(error)
+        self.warn_once.tell(sys.exc_info()[1])

@@ -40,9 +40,6 @@ class ToLoggers(Sink):
         if self._takes(who) and self._is_enabled(who, record.least_level):
             self._hand(who, iter([as_log_record(self._run_name, who, record)]))
 
-    def close(self) -> None:
-        """Do nothing: the loggers belong to the driver."""
-
     def _is_enabled(self, who: Speaker, level: int) -> bool:
         return level >= who.record_level and level > logging.root.manager.disable
 

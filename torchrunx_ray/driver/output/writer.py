@@ -3,9 +3,10 @@
 import contextvars
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torchrunx_ray.driver.background.warn_once import WarnOnce
 from torchrunx_ray.driver.output.lines import LineCutter
@@ -29,17 +30,13 @@ class Said:
         return 0 if self.stream is None else len(self.data)
 
 
-def _no_cutters() -> defaultdict[tuple[Speaker, Stream], LineCutter]:
-    return defaultdict(LineCutter)
-
-
-@dataclass
 class Source:
     """The queue and the line cutters that the writers of one run share."""
 
-    said: queue.SimpleQueue[Said | None] = field(default_factory=queue.SimpleQueue[Said | None])
-    """The queue. None marks its end."""
-    cutters: defaultdict[tuple[Speaker, Stream], LineCutter] = field(default_factory=_no_cutters)
+    def __init__(self) -> None:
+        self.said = queue.SimpleQueue[Said | None]()
+        """The queue. None marks its end."""
+        self.cutters = defaultdict[tuple[Speaker, Stream], LineCutter](LineCutter)
 
 
 class Writer:
@@ -93,6 +90,9 @@ class Writer:
                         return
                     self._in_hand = None
                 self._was_written(said.size)
+            for (who, stream), cutter in self._source.cutters.items():
+                if cutter.is_in_line:
+                    self._try(self._write, Said(who, stream, b"\n", time.time()))
             for sink in self._sinks:
                 self._try(sink.close)
         finally:

@@ -61,7 +61,7 @@ def why_impossible(
         total = sum(node.resources.get(name, 0) for node in nodes)
         if total < needed:
             return f"its hosts need {needed:g} {name} together; the cluster has {total:g}"
-    fitting = sum(any(_fits(bundle, node) for bundle in wanted) for node in nodes)
+    fitting = sum(any(is_in(bundle, node.resources) for bundle in wanted) for node in nodes)
     if is_apart and fitting < len(wanted):
         return f"{len(wanted)} hosts are wanted, {apart}, and only {fitting} could hold one"
     return None
@@ -116,10 +116,6 @@ def _has_labels(node: Node, options: Options) -> bool:
         _selects(wanted, node.labels.get(key))
         for key, wanted in (options.label_selector or {}).items()
     )
-
-
-def _fits(bundle: Mapping[str, float], node: Node) -> bool:
-    return is_in(bundle, node.resources)
 
 
 def is_in(bundle: Mapping[str, float], resources: Mapping[str, float]) -> bool:

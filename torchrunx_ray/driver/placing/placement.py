@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
@@ -18,8 +17,7 @@ from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing import placement_group, queue, reminders
 from torchrunx_ray.driver.placing.gpu_question import GpuQuestion
-from torchrunx_ray.driver.placing.own_sessions import Held
-from torchrunx_ray.driver.placing.plan import Plan
+from torchrunx_ray.driver.placing.plan import Host, Plan
 from torchrunx_ray.driver.placing.returning import resolve_when_back
 from torchrunx_ray.driver.placing.shortage import HostLeft
 from torchrunx_ray.driver.placing.waiting import Waiting
@@ -35,16 +33,6 @@ _HEAD_S = 5.0
 """Time beyond `placement_timeout` that a launch waits for an answer from Ray's head."""
 
 
-@dataclass(frozen=True)
-class Host:
-    """One host of a placed session."""
-
-    node: Node
-    label: str
-    workers: int
-    gpus_per_worker: float
-
-
 class Placement:
     """Resources that are reserved until `remove`."""
 
@@ -53,24 +41,17 @@ class Placement:
     ) -> None:
         self.hosts = hosts
         self.backend = plan.backend
-        bundles = [host.bundle for host in plan.hosts]
-        self._held = [
-            Held(host.node.node_id, host.label, bundle)
-            for host, bundle in zip(hosts, bundles, strict=True)
-        ]
         self._group = group
         self._cluster = Connection()
         queue.hold(group, plan.needed)
         # Asked while agents start, since Ray has to start a process for the answer.
-        gpus = (float(host.bundle.get("GPU", 0)) for host in plan.hosts)
-        labels = (host.label for host in hosts)
-        wanted = list(zip(labels, gpus, strict=True))
+        wanted = [(host.label, float(host.bundle.get("GPU", 0))) for host in hosts]
         self._gpu_question = GpuQuestion(group, wanted, options.runtime_env)
 
     @property
-    def held(self) -> list[Held]:
-        """Resources held on each host; none after the driver has left the cluster, which frees them."""
-        return self._held if self._cluster.is_ours() else []
+    def held(self) -> list[Host]:
+        """Hosts whose resources are held; none after the driver has left the cluster, which frees them."""
+        return self.hosts if self._cluster.is_ours() else []
 
     async def gpu_ids(self) -> list[tuple[str, ...]]:
         """Return the GPUs of each host's bundle. Raises AgentFailedError if Ray cannot answer."""
@@ -171,7 +152,9 @@ async def _hosts_of(group: PlacementGroup, plan: Plan, connection: Connection) -
         return None
     hostnames = _labels([(nodes[n].hostname, nodes[n].ip) for n in node_ids])
     return [
-        Host(nodes[node_id], host.label or hostname, host.workers, plan.gpus_per_worker)
+        Host(
+            nodes[node_id], host.label or hostname, host.workers, host.bundle, plan.gpus_per_worker
+        )
         for node_id, host, hostname in zip(node_ids, plan.hosts, hostnames, strict=True)
     ]
 
@@ -207,7 +190,7 @@ def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:
 def _in_words(plan: Plan, hosts: Sequence[Host], nodes: Sequence[Node]) -> str:
     """Return the launch's plan in words, for the launch's first log line."""
     workers = sum(host.workers for host in hosts)
-    gpus = sum(host.bundle.get("GPU", 0) for host in plan.hosts)
+    gpus = sum(host.bundle.get("GPU", 0) for host in hosts)
     text = (
         f"launching on {counted(len(hosts), 'host')} ({', '.join(host.label for host in hosts)}): "
         f"{counted(workers, 'worker')}, {counted(gpus, 'GPU')}, backend {plan.backend}"

@@ -30,13 +30,6 @@ _at_ray = asyncio.Lock()
 
 async def create(options: Options, plan: Plan, name: str, connection: Connection) -> PlacementGroup:
     """Request a placement group with one bundle per host. The caller must remove the group."""
-    async with _at_ray:
-        return await _create(options, plan, name, connection)
-
-
-async def _create(
-    options: Options, plan: Plan, name: str, connection: Connection
-) -> PlacementGroup:
     global _last_asked
     selectors = [
         {
@@ -45,35 +38,29 @@ async def _create(
         }
         for host in plan.hosts
     ]
-    created: list[PlacementGroup] = []
-
-    def make() -> None:
-        group = placement_group(
+    async with _at_ray:
+        creating = connection.call(
+            placement_group,
             [host.bundle for host in plan.hosts],
             strategy=options.placement_strategy,
             name=name,
             bundle_label_selector=selectors,
         )
-        created.append(group)
-
-    making = asyncio.create_task(connection.call(make))
-    try:
-        await asyncio.shield(making)
-    except asyncio.CancelledError:  # Ray creates the group anyway
-        removing = _remove_once_made(making, created, connection)
-        await clean_up(removing, f"removing the placement group {name}")
-        raise
-    finally:
-        _last_asked = time.monotonic()
-    return created[0]
+        making = asyncio.create_task(creating)
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:  # Ray creates the group anyway
+            removing = _remove_once_made(making, connection)
+            await clean_up(removing, f"removing the placement group {name}")
+            raise
+        finally:
+            _last_asked = time.monotonic()
 
 
-async def _remove_once_made(
-    making: "asyncio.Task[None]", created: list[PlacementGroup], connection: Connection
-) -> None:
+async def _remove_once_made(making: "asyncio.Task[PlacementGroup]", connection: Connection) -> None:
     await asyncio.wait({making})
-    for group in created:
-        await _remove_settled(group, connection)
+    if making.exception() is None:
+        await _remove_settled(making.result(), connection)
 
 
 async def remove(group: PlacementGroup, connection: Connection) -> None:

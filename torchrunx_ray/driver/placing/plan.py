@@ -1,7 +1,7 @@
 """The plan of a launch, made from its options and the live nodes: hosts, workers and bundles."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -25,6 +25,17 @@ class HostWanted:
     node: Node | None
     label: str
     """The user's name for the host; empty if there is none."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host of a placed launch, with the resources of its bundle."""
+
+    node: Node
+    label: str
+    workers: int
+    bundle: Mapping[str, float]
+    gpus_per_worker: float
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 
 from torchrunx_ray.driver.background.forks import in_child
-from torchrunx_ray.driver.cluster import inventory
-from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection, untyped_ray
 from torchrunx_ray.driver.placing.feasibility import is_in
 
 logger = logging.getLogger("torchrunx_ray")
@@ -101,7 +100,7 @@ class _Queue:
         try:
             connection = Connection()
             while release_is_recent() and self._unserved():
-                free = await connection.call(inventory.free_resources)
+                free: dict[str, float] = await connection.call(untyped_ray.available_resources)
                 chosen = list(self._who_fits(free))
                 await asyncio.gather(*(waiter.offer(self.releases) for waiter in chosen))
                 await asyncio.sleep(0 if chosen else _POLL_S)
@@ -173,10 +172,11 @@ def release(group: PlacementGroup) -> None:
 
 async def until_head_knows(connection: Connection) -> None:
     """Wait until Ray's head shows the released resources as free, or the release is no longer recent."""
-    total = await connection.call(inventory.total_resources)
+    total: dict[str, float] = await connection.call(untyped_ray.cluster_resources)
     while release_is_recent():
         known = Counter[str]()
-        for amounts in (await connection.call(inventory.free_resources), *_queue.held.values()):
+        free: dict[str, float] = await connection.call(untyped_ray.available_resources)
+        for amounts in (free, *_queue.held.values()):
             known.update(amounts)
         if all(known[name] >= total.get(name, 0) for name in ("CPU", "GPU")):
             return

@@ -30,7 +30,7 @@ _NODES_SHOWN = 4
 async def nodes_that_left(connection: Connection) -> list[Node]:
     """Return the nodes that may soon return, with their former resources."""
     try:
-        left = await connection.call(inventory.left_nodes)
+        left = await connection.call(connection.inside, inventory.left_nodes)
     except ClusterLeft:
         raise
     except Exception as error:  # the call is not public, and the head may be slow

@@ -22,7 +22,7 @@ from torchrunx_ray.driver.placing.feasibility import (
 )
 from torchrunx_ray.driver.placing.plan import Plan
 from torchrunx_ray.driver.placing.reminders import For
-from torchrunx_ray.errors import PlacementError, amounts_in_words, room_table
+from torchrunx_ray.errors import PlacementError, amounts_in_words, counted, room_table
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -61,7 +61,7 @@ class Shortage:
             plan,
             await connection.call(inventory.live_nodes),
             await returning.nodes_that_left(connection),
-            await connection.call(inventory.free_by_node),
+            await connection.call(connection.inside, inventory.free_by_node),
             await connection.call(placement_group.scheduling_state, group),
             await connection.call(outlook, untyped_group.id.hex()),
         )
@@ -111,7 +111,11 @@ class Shortage:
 
     def _own_sessions(self) -> str:
         """Return lines that name this script's sessions that hold the missing resources."""
-        names = {name for bundle in self._missing() for name in self._short_of(bundle)}
+        names = {
+            name
+            for bundle in self._without_room(self.free_by_node)
+            for name in self._short_of(bundle)
+        }
         pinned = [host.node for host in self.plan.hosts if host.node is not None]
         usable = pinned if len(pinned) == len(self.plan.hosts) else self.nodes
         return own_sessions.holding(names, {node.node_id for node in usable})
@@ -128,9 +132,6 @@ class Shortage:
         if not self._without_room(without_sessions):
             return sessions
         return f"{sessions}\nThat is not enough. {self._what_to_try()}"
-
-    def _missing(self) -> Sequence[Mapping[str, float]]:
-        return self._without_room(self.free_by_node)
 
     def _without_room(
         self, free_by_node: Mapping[str, Mapping[str, float]]
@@ -190,7 +191,7 @@ class Shortage:
         text = f"{len(wanted) - len(missing)}/{len(wanted)} hosts"
         if not missing:
             return text  # the free resources are fragmented, or were freed just now
-        more = "1 more host" if len(missing) == 1 else f"{len(missing)} more hosts"
+        more = counted(len(missing), "more host")
         return f"{text}, waiting for {amounts_in_words(missing[0])} on {more}"
 
     def _host_that_left(self) -> str | None:

@@ -8,13 +8,17 @@ from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.timeline import Timeline
+from torchrunx_ray.errors import counted
+
+
+class HasDirectory(Protocol):
+    """The run's default files."""
+
+    directory: Path | None
 
 
 class GoesOn(Protocol):
     """The part of a supervisor that its run's user may call."""
-
-    @property
-    def log_directory(self) -> Path | None: ...
 
     async def stacks(self) -> Stacks: ...
 
@@ -27,14 +31,14 @@ class Progress:
     Written only in the background loop.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, files: HasDirectory | None = None) -> None:
         self.name = name
+        self._files = files
         self.timeline = Timeline()
         self.supervisor: GoesOn | None = None
         self.waits_for_turn = False
         self.waiting_for = ""
         """Words for the reason of the wait while the run waits for room."""
-        self._log_directory: Path | None = None
         self.ended = ""
         """Words for the run's end."""
         self.stacks_at_stop = Stacks({})
@@ -48,14 +52,7 @@ class Progress:
     @property
     def log_directory(self) -> Path | None:
         """Directory of the run's default files, once something was written to them."""
-        supervisor = (
-            self.supervisor
-        )  # read once, since the background loop may reset it at any moment
-        return self._log_directory if supervisor is None else supervisor.log_directory
-
-    @log_directory.setter
-    def log_directory(self, directory: Path | None) -> None:
-        self._log_directory = directory
+        return None if self._files is None else self._files.directory
 
     @property
     def phase(self) -> str:
@@ -71,11 +68,11 @@ class Progress:
             return "starting agents"
         ranks = len(timeline.places)
         if timeline.is_stopping:
-            return f"stopping {ranks} {_workers(ranks)}"
+            return f"stopping {counted(ranks, 'worker')}"
         if len(timeline.started) < ranks:
-            return f"starting {ranks} {_workers(ranks)}"
+            return f"starting {counted(ranks, 'worker')}"
         if len(timeline.finished) < ranks:
-            return f"running {ranks} {_workers(ranks)}"
+            return f"running {counted(ranks, 'worker')}"
         return "collecting results"
 
     @property
@@ -83,14 +80,12 @@ class Progress:
         """The current phase with counts and times."""
         timeline = self.timeline
         ranks, returned = len(timeline.places), len(timeline.finished)
-        if self.ended or timeline.is_stopping:
-            text = self.phase
-        elif timeline.met_ns is not None and len(timeline.started) < ranks:
-            text = f"starting {len(timeline.started)}/{ranks} workers"
-        elif 0 < returned < ranks:
-            text = f"{self.phase}, {returned} returned"
-        else:
-            text = self.phase
+        text = self.phase
+        if not (self.ended or timeline.is_stopping):
+            if timeline.met_ns is not None and len(timeline.started) < ranks:
+                text = f"starting {len(timeline.started)}/{ranks} workers"
+            elif 0 < returned < ranks:
+                text += f", {returned} returned"
         return f"{self._begin_of_line}{text}"
 
     @property
@@ -102,10 +97,6 @@ class Progress:
     @property
     def _begin_of_line(self) -> str:
         return f"{_clock(time.time() - self.timeline.begun_ns / 1e9)} {self.name}: "
-
-
-def _workers(count: int) -> str:
-    return "worker" if count == 1 else "workers"
 
 
 def _clock(seconds: float) -> str:

@@ -14,10 +14,6 @@ from torchrunx_ray.wire.ranks import Place
 PHASES = ("place", "agents", "template import", "process group", "run", "results")
 
 
-def _times() -> dict[int, int]:
-    return {}
-
-
 @dataclass
 class Timeline:
     """Times of a run, in ns since the epoch. Written in the background loop during the run."""
@@ -31,11 +27,11 @@ class Timeline:
     places: Sequence[Place] = ()
     loaded: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
     """Begin and end of the template's import, by host. The import may belong to an earlier run."""
-    joined: dict[int, int] = field(default_factory=_times)
+    joined: dict[int, int] = field(default_factory=dict[int, int])
     """Times by rank, as in the next three fields."""
-    started: dict[int, int] = field(default_factory=_times)
-    finished: dict[int, int] = field(default_factory=_times)
-    exited: dict[int, int] = field(default_factory=_times)
+    started: dict[int, int] = field(default_factory=dict[int, int])
+    finished: dict[int, int] = field(default_factory=dict[int, int])
+    exited: dict[int, int] = field(default_factory=dict[int, int])
 
     def hear(self, host_index: int, rank: int | None, event: messages.Event, ahead_ns: int) -> None:
         """Note an event of a host whose clock is `ahead_ns` ahead of the driver's."""

@@ -4,8 +4,8 @@ import asyncio
 import enum
 import functools
 import logging
-from collections.abc import Sequence
 
+from torchrunx_ray.driver.agents.agent_link import AgentLink
 from torchrunx_ray.driver.agents.clocks import Clocks
 from torchrunx_ray.driver.agents.pool import AgentState
 from torchrunx_ray.driver.background.chores import Chores
@@ -106,10 +106,9 @@ class Attempt:
         self._stragglers = Stragglers(id_, crew.agents, crew.layout)
         self._ledger = Ledger(crew, self._clocks)
         self._shares = [
-            Share(i, host.label, crew.agents[i], id_, logs, self._hear)
-            for i, host in enumerate(crew.hosts)
+            Share(i, host.label, crew.agents[i], id_) for i, host in enumerate(crew.hosts)
         ]
-        self._stopping = Stopping(self._shares, logs, self._chores, self._lose)
+        self._stopping = Stopping(self._shares, logs, self._chores)
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
         self._sizes: dict[tuple[int, int], int] = {}
@@ -193,7 +192,7 @@ class Attempt:
         self._ask(Asked.TO_DIE if self.was_cancelled else Asked.TO_STOP)
 
     def kill(self) -> None:
-        """Kill the workers, and wait no longer for their last output than a moment."""
+        """Kill the workers, and wait only a moment for their last output."""
         self._ask(Asked.TO_DIE)
 
     def _ask(self, asked: Asked) -> None:
@@ -209,7 +208,7 @@ class Attempt:
             return
         if self._phase is not Phase.ENDED:
             self._stop(0)
-            self._stopping.give_up_deaf()
+            self._stopping.give_up_deaf(self._lose)
         self._logs.hurry(_STUCK_KILLED_S)
 
     def _bound_last_lines(self) -> None:
@@ -238,11 +237,14 @@ class Attempt:
         )
 
     async def _watch(self, share: Share, call: Call) -> None:
+        hear = functools.partial(self._hear, share)
+        link = AgentLink(share.agent, share.label, self._logs, share.ranks_by_pid, hear)
         try:
-            failed = await share.link.hold(self._wanted(share, call), call)
+            failed = await link.hold(self._wanted(share, call), call)
         except Exception as error:
             failed = DriverFailed("talked with an agent", error)
         finally:
+            share.values = link.values
             self._share_becomes(share, ShareState.LOST)
         if failed is not None:
             self._fail(share, None, None, failed)
@@ -289,7 +291,11 @@ class Attempt:
             case messages.HostEnded():
                 self._share_becomes(share, ShareState.OVER)
                 if event.left:
-                    _tell_of_left(share, event.left)
+                    logger.warning(
+                        "%s: processes %s are left; the kernel holds them, SIGKILL did not end them",
+                        share.label,
+                        ", ".join(map(str, event.left)),
+                    )
             case messages.OutputEnded():
                 self._share_becomes(share, ShareState.DONE)
             case _:
@@ -368,11 +374,14 @@ class Attempt:
 
     def _check_joined(self) -> None:
         """Tell who is missing, also if those who waited for them have just given up."""
-        waits = self._phase in (Phase.JOINING, Phase.SETTLING) and not self._ledger.cause_is_known
+        waits = (
+            self._phase in (Phase.JOINING, Phase.SETTLING)
+            and not self._ledger.cause_is_known.is_set()
+        )
         if not waits or self.was_cancelled:
             return
         missing = {
-            place.rank: self._crew.label_of(place)
+            place.rank: self._shares[place.host_index].label
             for place in self._crew.places
             if place.rank not in self._timeline.joined
         }
@@ -430,18 +439,10 @@ class Attempt:
     def _stop(self, grace_s: float) -> None:
         self._become(Phase.STOPPING)
         self._timeline.is_stopping = True
-        for share in self._stopping.stop(grace_s):
+        for share in self._stopping.stop(grace_s, self._lose):
             who = self._crew.speaker(share.index, None)
             self._logs.tell(who, host_story.stop(grace_s), now_ns() / 1e9)
 
     def _become(self, phase: Phase) -> None:
         """Enter a phase, unless the attempt is past it."""
         self._phase = max(phase, self._phase)
-
-
-def _tell_of_left(share: Share, pids: Sequence[int]) -> None:
-    logger.warning(
-        "%s: processes %s are left; the kernel holds them, SIGKILL did not end them",
-        share.label,
-        ", ".join(map(str, pids)),
-    )

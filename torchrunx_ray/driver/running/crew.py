@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.output.speaker import Speaker
-from torchrunx_ray.driver.placing.placement import Host
+from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.ranks import Place, lay_out
 
@@ -32,10 +32,6 @@ class Crew:
 
     def rank(self, host_index: int, local_rank: int) -> int:
         return self.layout[host_index][local_rank].rank
-
-    def label_of(self, place: Place) -> str:
-        """Return the name of a rank's host."""
-        return self.hosts[place.host_index].label
 
     def speaker(self, host_index: int, local_rank: int | None) -> Speaker:
         """Return a rank as a source of output; without a local rank, the host's template."""

@@ -13,8 +13,8 @@ from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster import inventory, token
 from torchrunx_ray.driver.options.options import Options
-from torchrunx_ray.driver.placing.own_sessions import Held
-from torchrunx_ray.driver.placing.placement import Host, Placement, reserve
+from torchrunx_ray.driver.placing.placement import Placement, reserve
+from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.errors import AgentFailedError, LaunchError
@@ -42,7 +42,7 @@ class Hosts:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._placement: Placement | None = None
-        self._is_closed = False
+        self.is_closed = False
         self._agents: dict[int, PooledAgent] = {}
         self.turn = asyncio.Lock()
         """Held by one run at a time, and while the hosts are taken or given back."""
@@ -54,25 +54,21 @@ class Hosts:
         return () if placement is None else tuple(host.label for host in placement.hosts)
 
     @property
-    def held(self) -> list[Held]:
+    def held(self) -> list[Host]:
         placement = self._placement
         return [] if placement is None else placement.held
-
-    @property
-    def is_closed(self) -> bool:
-        return self._is_closed
 
     async def open(self, progress: Progress) -> None:
         """Reserve room in the cluster. `close` waits until this has ended, or its cancellation has cleaned up."""
         async with self.turn:
-            if self._is_closed:
+            if self.is_closed:
                 raise RuntimeError("the session is closed")
             self._placement = await reserve(self._options, progress)
 
     async def close(self) -> None:
         """Let the agents rest or end, and give the room back. Safe to call again."""
         async with self.turn:
-            self._is_closed = True
+            self.is_closed = True
             agents, self._agents = list(self._agents.values()), {}
             placement, self._placement = self._placement, None
             releasing = [agent.release(self._options.linger) for agent in agents]
@@ -88,7 +84,7 @@ class Hosts:
     ) -> tuple[Crew, str | None]:
         """Return the hosts with an agent on each. If a node has died, place the hosts again first."""
         while True:
-            if self._is_closed:
+            if self.is_closed:
                 raise RuntimeError("the session is closed")
             if self._placement is None:  # the last attempt to place the hosts again found no room
                 self._placement = await reserve(self._options, progress)

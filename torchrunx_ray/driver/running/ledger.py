@@ -28,15 +28,11 @@ class Ledger:
         """Each with the index of the host on whose clock its time is; None for the driver's clock."""
         self._before_cancellation: int | None = None
         """Number of failures that were known when the run was cancelled; None if it was not cancelled."""
-        self._cause_is_known = asyncio.Event()
+        self.cause_is_known = asyncio.Event()
+        """Set if some failure is no error in a collective, or if each rank has failed or returned."""
 
     def __len__(self) -> int:
         return len(self._failed)
-
-    @property
-    def cause_is_known(self) -> bool:
-        """True if some failure is no error in a collective, or if each rank has failed or returned."""
-        return self._cause_is_known.is_set()
 
     def add(
         self, host_index: int, local_rank: int | None, time_ns: int | None, report: Report
@@ -49,20 +45,20 @@ class Ledger:
         else:
             self._failed.append((host_index, Failure(time_ns, label, rank, report)))
         if not (isinstance(report, messages.Failed) and report.in_collective):
-            self._cause_is_known.set()
+            self.cause_is_known.set()
 
     def look_for_others(self, finished: Collection[int]) -> None:
         """Stop the wait for a cause if each rank has failed or returned."""
         failed = {failure.rank for _, failure in self._failed}
         if all(place.rank in failed or place.rank in finished for place in self._crew.places):
-            self._cause_is_known.set()
+            self.cause_is_known.set()
 
     async def settle(self) -> None:
         """Wait until earlier failures, and the cause of errors in collectives, may have arrived."""
         await asyncio.sleep(_SETTLING_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CAUSE_S):
-                await self._cause_is_known.wait()
+                await self.cause_is_known.wait()
 
     def note_cancellation(self) -> None:
         """Note that later failures may be the consequence of a cancellation."""

@@ -3,16 +3,14 @@
 import asyncio
 import contextlib
 import enum
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver.agents.agent_link import AgentLink
 from torchrunx_ray.driver.agents.pool import AgentState, PooledAgent
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
-from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.wire import messages
 
 
@@ -32,7 +30,11 @@ class ShareState(enum.IntEnum):
 
 
 class Share:
-    """One host's share of an attempt: its state, its workers, and the link to its agent."""
+    """One host's share of an attempt: its state, its workers, and the calls to its agent.
+
+    A share refers neither to its attempt nor to finished tasks. It would otherwise keep the values until Python's
+    gc runs.
+    """
 
     def __init__(
         self,
@@ -40,20 +42,19 @@ class Share:
         label: str,
         agent: PooledAgent,
         attempt: messages.AttemptId,
-        logs: RunLogs,
-        hear: Callable[["Share", messages.Event], None],
     ) -> None:
         self.index = index
         self.label = label
         self.agent = agent
         self.state = ShareState.STARTING
         self.ranks_by_pid: dict[int, int] = {}
-        self.link = AgentLink(
-            agent, label, logs, self.ranks_by_pid, lambda event: hear(self, event)
-        )
+        self.values: list[ray.ObjectRef[Any]] = []
+        """References to the values by local rank, once the link has ended."""
         self._attempt = attempt
         self._watching: asyncio.Task[None] | None = None
-        self._stopping: asyncio.Task[bool] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self.is_deaf = False
+        """True if the agent has not answered the last call to stop its workers."""
 
     @property
     def is_over(self) -> bool:
@@ -63,18 +64,6 @@ class Share:
     @property
     def is_watched(self) -> bool:
         return self._watching is not None and not self._watching.done()
-
-    @property
-    def values(self) -> "list[ray.ObjectRef[Any]]":
-        """References to the values by local rank."""
-        return self.link.values
-
-    @property
-    def is_deaf(self) -> bool:
-        """True if the agent has not answered the last call to stop its workers."""
-        told = self._stopping
-        has_answered = told is not None and told.done() and not told.cancelled() and told.result()
-        return told is not None and not has_answered
 
     def become(self, state: ShareState) -> None:
         """Enter a state, unless the share is past it."""
@@ -89,6 +78,7 @@ class Share:
         """Tell the agent to stop its workers."""
         if self._stopping is not None:
             self._stopping.cancel()
+        self.is_deaf = True
         self._stopping = asyncio.create_task(self._tell_to_stop(grace_s))
 
     def give_up(self) -> None:
@@ -100,10 +90,9 @@ class Share:
         for task in (self._watching, self._stopping):
             if task is not None:
                 task.cancel()
+        self._watching = self._stopping = None
 
-    async def _tell_to_stop(self, grace_s: float) -> bool:
-        """Return True if the agent has answered."""
+    async def _tell_to_stop(self, grace_s: float) -> None:
         with contextlib.suppress(RayError, ClusterLeft):  # the link reports the reason
             await self.agent.connection.ask(self.agent.calls.stop, self._attempt, grace_s)
-            return True
-        return False
+            self.is_deaf = False

@@ -28,6 +28,9 @@ The agents have twice this time to send the output.
 _STUCK_S = 2.0
 """Time that a handler or terminal may take for one piece of output after that."""
 
+Lose = Callable[[Share, str, str], None]
+"""A function to call before a host is given up, with the host, what happened, and the evidence."""
+
 
 @dataclass(frozen=True)
 class StopOrder:
@@ -38,25 +41,15 @@ class StopOrder:
 
 
 class Stopping:
-    """Tells the hosts of an attempt to stop, and gives up those that do not.
+    """Tells the hosts of an attempt to stop, and gives up those that do not."""
 
-    `lose` is called with a host, what happened, and the evidence, before the host is given up.
-    """
-
-    def __init__(
-        self,
-        shares: Sequence[Share],
-        logs: RunLogs,
-        chores: Chores,
-        lose: Callable[[Share, str, str], None],
-    ) -> None:
+    def __init__(self, shares: Sequence[Share], logs: RunLogs, chores: Chores) -> None:
         self._shares = shares
         self._logs = logs
         self._chores = chores
-        self._lose = lose
         self.order: StopOrder | None = None
 
-    def stop(self, grace_s: float) -> list[Share]:
+    def stop(self, grace_s: float, lose: Lose) -> list[Share]:
         """Send SIGTERM, and SIGKILL after the grace time. Returns the hosts that are told.
 
         A later call does nothing, unless its grace time ends earlier or is 0.
@@ -72,7 +65,7 @@ class Stopping:
         told = [s for s in self._shares if s.is_watched and s.agent.connection.is_ours()]
         for share in told:
             share.stop(grace_s)
-        self._chores.later(self.longest_s(grace_s), self._give_up)
+        self._chores.later(self.longest_s(grace_s), self._give_up, lose)
         return told
 
     @staticmethod
@@ -88,9 +81,9 @@ class Stopping:
             return asyncio.get_running_loop().time() >= self.order.kills_at
         return signal_number == signal.SIGTERM
 
-    def give_up_deaf(self) -> None:
+    def give_up_deaf(self, lose: Lose) -> None:
         """Give up the agents that do not confirm the last order soon."""
-        self._chores.later(_DEAF_S, self._give_up_deaf)
+        self._chores.later(_DEAF_S, self._give_up_deaf, lose)
 
     def bound_last_lines(self) -> None:
         """Limit the wait for the last output, which a blocked handler or a stopped terminal may not take."""
@@ -98,7 +91,7 @@ class Stopping:
         asyncio.get_running_loop().call_later(_LAST_LINES_S, self._logs.hurry, _STUCK_S)
         self._chores.later(2 * _LAST_LINES_S, self._give_up_silent)
 
-    def _give_up(self) -> None:
+    def _give_up(self, lose: Lose) -> None:
         """Give up the hosts that have not reported the end of their killed workers.
 
         A host that has reported the end is kept: its output may wait for the driver's terminal.
@@ -107,15 +100,15 @@ class Stopping:
         evidence = "the machine is too busy, or it is frozen, or cut off, or a process is stuck in the kernel"
         for share in self._shares:
             if share.is_watched and not share.is_over:
-                self._lose(share, what, evidence)
+                lose(share, what, evidence)
                 share.give_up()
 
-    def _give_up_deaf(self) -> None:
+    def _give_up_deaf(self, lose: Lose) -> None:
         what = f"{_DEAF_S:g} s after it was told to kill the workers the agent has not answered"
         evidence = "the machine is too busy, or it is frozen, swapping or cut off"
         for share in self._shares:
             if share.is_watched and share.is_deaf and not share.is_over:
-                self._lose(share, what, evidence)
+                lose(share, what, evidence)
                 share.give_up()
 
     def _give_up_silent(self) -> None:

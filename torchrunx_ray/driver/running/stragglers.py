@@ -34,7 +34,6 @@ class Stragglers:
         self._agents = agents
         self._layout = layout
         self._returned: set[int] = set()
-        self._last_return: asyncio.TimerHandle | None = None
         self._saying: asyncio.Task[None] | None = None
 
     async def stacks(self, wanted: StacksWanted = _ASKED) -> Stacks:
@@ -56,23 +55,18 @@ class Stragglers:
         return Stacks(stacks)
 
     def has_returned(self, rank: int) -> None:
-        """Note that a rank has returned, and restart the timer for the warning about the others."""
+        """Note that a rank has returned, and begin again to wait for the others."""
         self._returned.add(rank)
         self.close()
-        loop = asyncio.get_running_loop()
-        self._last_return = loop.call_later(_RETURNED_S, self._look_for_others)
+        self._saying = asyncio.create_task(self._name_others())
 
     def close(self) -> None:
-        """Cancel the timer, and a warning in preparation."""
-        if self._last_return is not None:
-            self._last_return.cancel()
+        """Cancel the warning."""
         if self._saying is not None:
             self._saying.cancel()
 
-    def _look_for_others(self) -> None:
-        self._saying = asyncio.create_task(self._name_others())
-
     async def _name_others(self) -> None:
+        await asyncio.sleep(_RETURNED_S)
         stacks = await self.stacks()
         running = stacks.without(self._returned)
         if running:

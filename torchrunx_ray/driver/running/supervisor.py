@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from pathlib import Path
 
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.call import references
@@ -35,20 +34,14 @@ class Supervisor:
         self._options = options
         self._call = call
         self._progress = progress
-        self._logs: RunLogs | None = None
         self._attempt: Attempt | None = None
-
-    @property
-    def log_directory(self) -> Path | None:
-        """Directory of the default files, once something was written to them."""
-        return None if self._logs is None else self._logs.directory
 
     async def stacks(self) -> Stacks:
         """Return the stacks of the workers that live."""
         return Stacks({}) if self._attempt is None else await self._attempt.stacks()
 
     def kill(self) -> None:
-        """Let the next cancellation kill the workers."""
+        """Kill the workers that live."""
         if self._attempt is not None:
             self._attempt.kill()
 
@@ -65,7 +58,7 @@ class Supervisor:
             timeline.placed_ns = now_ns()
             crew, backend = await self._hosts.assemble(call.template, progress, is_fresh=is_fresh)
             timeline.met_ns = now_ns()
-            logs = self._logs = RunLogs(
+            logs = RunLogs(
                 call.run_name, self._options, call.log_handlers, call.files, crew.speakers
             )
             id_ = AttemptId(call.run_name, 0)
@@ -75,7 +68,6 @@ class Supervisor:
                 outcome = await self._outcome_of(attempt, logs)
             finally:
                 # Other threads read these as soon as there is no supervisor.
-                progress.log_directory = self.log_directory
                 progress.stacks_at_stop = attempt.stacks_at_stop
                 progress.failures_before_stop = attempt.failures_before_stop
                 progress.supervisor = None

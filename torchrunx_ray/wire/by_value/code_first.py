@@ -9,6 +9,7 @@ import enum
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, cast
 
@@ -198,28 +199,24 @@ def steps(
     return _Code(order, kind, attributes, first, last), _Data(order)
 
 
+@dataclass(eq=False)
 class _Code:
-    def __init__(
-        self,
-        order: Order,
-        kind: type,
-        attributes: dict[str, Any],
-        first: tuple[Any, ...],
-        last: Step | None,
-    ) -> None:
-        self._order, self._kind, self._attributes = order, kind, attributes
-        self._first, self._last = first, last
+    order: Order
+    kind: type
+    attributes: dict[str, Any]
+    first: tuple[Any, ...]
+    last: Step | None
 
     def __reduce__(self) -> Any:
-        self._order.begin()
-        code, stand_ins = self._order.divide(self._attributes, self._later, ATTRIBUTE)
-        if self._last is not None:
-            self._order.put_off(OF_THE_SCRIPT, self._last, ATTRIBUTE)
-        function, *arguments = self._first
-        return function, (self._kind, *arguments, code | stand_ins)
+        self.order.begin()
+        code, stand_ins = self.order.divide(self.attributes, self._later, ATTRIBUTE)
+        if self.last is not None:
+            self.order.put_off(OF_THE_SCRIPT, self.last, ATTRIBUTE)
+        function, *arguments = self.first
+        return function, (self.kind, *arguments, code | stand_ins)
 
     def _later(self, name: str, value: object) -> Step:
-        return Step(set_class_state, self._kind, None, {name: value})
+        return Step(set_class_state, self.kind, None, {name: value})
 
 
 class _Data:

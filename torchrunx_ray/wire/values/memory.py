@@ -173,21 +173,9 @@ def _io_vectors(pieces: Iterable[tuple[int, int]]) -> Any:
 
 
 class _Buffer(ctypes.Structure):
-    """CPython's Py_buffer."""
+    """CPython's Py_buffer, of which only the first field is read. The structure may be larger than CPython's."""
 
-    _fields_ = (
-        ("address", ctypes.c_void_p),
-        ("owner", ctypes.py_object),
-        ("size", ctypes.c_ssize_t),
-        ("item_size", ctypes.c_ssize_t),
-        ("is_readonly", ctypes.c_int),
-        ("dimensions", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("sub_offsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
+    _fields_ = (("address", ctypes.c_void_p), ("others", ctypes.c_void_p * 10))
 
 
 _libc: Any = ctypes.CDLL(None)
