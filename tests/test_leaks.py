@@ -17,6 +17,7 @@ import torchrunx_ray as trx
 from tests import processes
 from tests.memory import MIB, megabytes, shared_memory, status
 from tests.traces import objects_in_store
+from torchrunx_ray.driver.running.attempt import Attempt
 
 
 def test_session_does_not_keep_the_values_of_its_runs(cluster: None) -> None:
@@ -73,8 +74,13 @@ def test_what_ended_leaves_rays_store_before_python_collects_garbage(
                 run.result(timeout=30)
             del run
             assert processes.wait_until(lambda: objects_in_store() <= before)
+            assert processes.wait_until(lambda: not any(map(is_attempt, gc.get_objects())), 10)
         finally:
             gc.enable()
+
+
+def is_attempt(each: object) -> bool:
+    return type(each) is Attempt
 
 
 @pytest.mark.slow
