@@ -109,7 +109,7 @@ def test_launch_result_and_run_are_refused_with_what_to_pass(launcher: trx.Launc
     """A worker said that the driver had left its cluster; the path led to a lock of the run's."""
     run = launcher.submit(os.getpid)
     result = run.result()
-    of_result = "it is a LaunchResult, whose values only the driver can fetch; pass result.ref(i), the reference"
+    of_result = "it is a LaunchResult, and only the driver can fetch its values; pass result.ref(i), the reference"
     of_run = "it is a Run, which belongs to the process that started it; pass run.result().ref(i), the reference"
     for launch, path, said in (
         (lambda: launcher.submit(print, [result]), "args[0][0]", of_result),

@@ -70,7 +70,10 @@ def test_ray_that_the_launch_started_ends_with_the_script(
     assert done.returncode == 0, done.stderr
     assert "Started a local Ray instance" in done.stderr
     assert done.stdout.startswith("[(0, '"), done.stdout
-    assert done.stdout.count("This Ray was started by the launch itself, since it found none") == 3
+    assert (
+        done.stdout.count("The launch itself started this Ray, because it found no Ray to join")
+        == 3
+    )
     assert wait_until(lambda: not mentioning(mark), 10), mentioning(mark)
 
 
@@ -359,7 +362,10 @@ print(trx.launch(lambda: "well", workers_per_host=1, backend=None, preload=()).r
     )
 
     assert done.stdout == "well\n", done.stderr
-    assert "the driver's folder (deleted) cannot be used here; the function runs in" in done.stderr
+    assert (
+        "the driver's folder (deleted) cannot be used on this host; the function runs in"
+        in done.stderr
+    )
 
 
 @pytest.mark.slow

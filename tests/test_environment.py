@@ -161,9 +161,9 @@ def test_launch_that_no_warm_template_fits_says_what_differs(
     with caplog.at_level(logging.INFO, "torchrunx_ray"):
         dataclasses.replace(warm, preload=("json",)).run(os.getpid)
 
-    (said,) = [text for text in caplog.messages if "no warm one fits" in text]
+    (said,) = [text for text in caplog.messages if "no warm template fits" in text]
     assert said.endswith(
-        "The nearest differs in: the driver's variable NCCL_DEBUG; the folder "
+        "The most similar one differs in: the driver's variable NCCL_DEBUG; the folder "
         f"{str(tmp_path)!r} instead of {folder!r}; preload ('json',) instead of ()"
     )
 
@@ -183,8 +183,8 @@ def test_name_that_the_driver_does_not_have_is_warned_of_once(
         template_wanted(options)
 
     assert caplog.messages == [
-        "extra_env_vars: the driver has no variable NOT_IN_THE_DRIVER to send, so that workers have it "
-        "only where their host or env_file sets it. Set it in the driver, or give its value: "
+        "extra_env_vars: the driver has no variable NOT_IN_THE_DRIVER to send. Workers have this variable "
+        "only if their host or env_file sets it. Set it in the driver, or give its value: "
         "'NOT_IN_THE_DRIVER=...'."
     ]
 
@@ -284,7 +284,7 @@ def test_relative_env_file_is_in_the_functions_folder(
 def test_env_file_that_leaves_something_behind_is_not_waited_for(
     cluster: None, tmp_path: Path
 ) -> None:
-    """It held the pipe of bash's stderr: "bash had not sourced it after 60 s"."""
+    """It held the pipe of bash's stderr: "bash did not finish sourcing the file within 60 s"."""
     (tmp_path / "env").write_text(f"sleep 1000 & echo $! > {tmp_path}/pid\nexport A=1\n")
     launcher = trx.Launcher(workers_per_host=1, backend=None, env_file=tmp_path / "env", linger=0)
     begun = time.monotonic()

@@ -67,7 +67,7 @@ def tell_of_stop(interruption: BaseException, progress: Progress) -> None:
         interruption.add_note(f"All output of this launch: {progress.log_directory}")
     if isinstance(interruption, SystemExit):  # Python prints nothing for SystemExit
         logger.warning(
-            "%s was stopped: the driver is to end (SystemExit: %s, as Ray makes of SIGTERM).\n%s",
+            "%s was stopped, because the driver is exiting (SystemExit: %s, which Ray raises on SIGTERM).\n%s",
             progress.name,
             interruption,
             "\n".join(getattr(interruption, "__notes__", ())),

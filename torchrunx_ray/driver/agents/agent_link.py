@@ -114,8 +114,8 @@ class AgentLink:
     def _say_silent(self) -> None:
         logger.warning(
             "%s has not answered for %.0f s: the machine is too busy to run its agent, or is swapping, or "
-            "the agent is frozen or cut off. The run goes on when it answers, and fails if Ray gives the "
-            "node up.",
+            "the agent is frozen or cut off. The run continues when the agent answers. It fails if Ray declares "
+            "the node dead.",
             self._hostname,
             _SILENT_S,
         )

@@ -56,11 +56,11 @@ _ANSWER_S = 5.0
 """Time for a living agent to answer a simple call."""
 
 _NEVER_READY = (
-    "answers, but was not ready after {:g} s: its old template does not end, or a new one cannot be started. "
-    "Does a file system hang there, such as that of the env_file?"
+    "answers, but was not ready after {:g} s: its old template does not end, or a new template cannot be started. "
+    "Does a file system hang on that host, such as the file system of the env_file?"
 )
 
-_NO_ANSWER = "does not answer: the machine is too busy to run it, or is swapping, or the agent is frozen or cut off."
+_NO_ANSWER = "does not answer: the machine is too busy to run the agent, or is swapping, or the agent is frozen or cut off."
 
 _RUNTIME_ENV_S = 600.0
 """Longest time that Ray takes for a runtime_env, unless its config says otherwise."""
@@ -124,7 +124,7 @@ class PooledAgent:
         if not meeting.done():
             self.state = AgentState.GONE
             raise TimeoutError(
-                f"it has not answered within {self.starts_within_s:g} s: Ray has not started its process, or the "
+                f"the agent has not answered within {self.starts_within_s:g} s: Ray has not started its process, or the "
                 "process is frozen, or cannot be reached"
             )
 
@@ -243,7 +243,7 @@ _ending: set[asyncio.Task[None]] = set()
 def _has_ended(task: "asyncio.Task[None]") -> None:
     _ending.discard(task)
     if not task.cancelled() and task.exception() is not None:
-        logger.debug("an agent that rested could not be ended: %s", task.exception())
+        logger.debug("an idle agent could not be ended: %s", task.exception())
 
 
 async def acquire(
@@ -255,7 +255,7 @@ async def acquire(
     if agent is None:
         if difference := _resting.nearest(node_id, wanted, runtime_env):
             logger.info(
-                "a new template is started on %s, since no warm one fits. The nearest differs in: %s",
+                "starting a new template on %s, because no warm template fits. The most similar one differs in: %s",
                 label,
                 difference,
             )

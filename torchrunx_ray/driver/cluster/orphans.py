@@ -42,7 +42,7 @@ def sweep() -> None:
 def _has_swept(task: "asyncio.Task[None]") -> None:
     _sweeping.discard(task)
     if not task.cancelled() and task.exception() is not None:
-        logger.debug("no look for placement groups of dead launches: %s", task.exception())
+        logger.debug("could not look for placement groups of dead launches: %s", task.exception())
 
 
 def _sweep() -> None:
@@ -62,4 +62,4 @@ def _sweep() -> None:
         if len(node) == len(worker) == _SHORT and not (node in nodes and worker in workers):
             # Removed by id: a lookup by name works only in the namespace of the group's job.
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
-            logger.info("removed the placement group of a launch that has died: %s", name)
+            logger.info("removed the placement group of a launch whose driver has died: %s", name)

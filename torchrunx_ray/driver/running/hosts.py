@@ -139,7 +139,7 @@ class Hosts:
             if met is None:
                 if agent.fault:
                     logger.warning(
-                        "%s: the agent that rested there %s A new one takes its place.",
+                        "%s: the idle agent there %s A new agent takes its place.",
                         host.label,
                         agent.fault,
                     )
