@@ -371,7 +371,7 @@ def test_host_that_is_not_there_is_named_with_those_that_are(cluster: None) -> N
         trx.Launcher(hostnames=["nowhere"]).run(os.getpid)
 
     (node,) = ray.nodes()
-    assert "'nowhere' is no live node" in str(caught.value)
+    assert "'nowhere' is not a live node" in str(caught.value)
     assert node["NodeManagerHostname"] in str(caught.value)
 
 

@@ -197,8 +197,8 @@ def test_killed_run_has_its_end_in_the_log_files(
     with pytest.raises(concurrent.futures.CancelledError):
         run.result(timeout=60)
     (story,) = tmp_path.glob("2*/*[!]].log")
-    assert "the workers that live are being stopped: SIGKILL" in story.read_text()
-    assert "the run has ended here" in story.read_text()
+    assert "stopping the workers that still run: SIGKILL" in story.read_text()
+    assert "the run has ended on this host" in story.read_text()
 
 
 def test_failure_is_told_while_output_is_waited_for_and_again_with_ctrl_c(

@@ -51,7 +51,7 @@ class ClusterLeft(LaunchError):
             "ray.shutdown(), or the driver could not reach the head for longer than "
             "RAY_CLIENT_RECONNECT_GRACE_PERIOD (30 s)"
             if through_client
-            else "the driver called ray.shutdown() before the run ended"
+            else "the driver left the Ray cluster before the run ended: the script called ray.shutdown()"
         )
 
 
