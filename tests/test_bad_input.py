@@ -161,7 +161,7 @@ def test_argument_that_cannot_be_pickled_is_named_by_its_path(
 
     assert caught.value.path == "kwargs['cfg'].lock"
     assert str(caught.value).startswith("kwargs['cfg'].lock cannot be pickled: TypeError: ")
-    assert "Make it inside the function instead" in str(caught.value)
+    assert "Create it inside the function instead" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_argument_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
     with pytest.raises(
         trx.PayloadError,
         match=r"cannot be unpickled on .*: ValueError: invalid literal.*\n"
-        r"The class's own code raised that there\.",
+        r"The class's own code raised this error\.",
     ):
         launcher.run(print, Poison())
 

@@ -274,7 +274,7 @@ run.result()
     )
     asked, launched, session, parent = done.stdout.splitlines()
     assert asked.startswith("RuntimeError sleep-")
-    assert asked.endswith("belongs to the process that this one was forked from")
+    assert asked.endswith("belongs to the process from which this process was forked")
     assert launched == session
     assert "was forked from a process that was already connected to Ray" in launched
     assert parent == "7 False", done.stderr

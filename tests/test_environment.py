@@ -496,11 +496,11 @@ def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
 
     told = notes(lambda: one.run(importlib.import_module, "of_driver"))
     assert (
-        f"The driver has of_driver in {package}. Where the hosts have that folder: PYTHONPATH={package.parent}"
+        f"The driver has of_driver in {package}. If the hosts have that folder, run PYTHONPATH={package.parent}"
     ) in told
     assert (
-        "To send it instead, before the launch: ray.init(runtime_env="
-        f"{{'py_modules': ['{package}']}}), or {{'working_dir': '{package.parent}'}}"
+        "To send the code instead, call before the launch: ray.init(runtime_env="
+        f"{{'py_modules': ['{package}']}}), or use {{'working_dir': '{package.parent}'}}"
     ) in told
     installed = notes(lambda: one.run(fail, ModuleNotFoundError, "cloudpickle.deep"))
     assert f"The driver has cloudpickle installed, in {cloudpickle.__path__[0]}." in installed
@@ -508,7 +508,7 @@ def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
     assert f"in /old/of_driver/__init__.py, and the driver has it in {package}." in other
     monkeypatch.setenv("PYTHONPATH", "src")
     searched = notes(lambda: one.run(fail, ModuleNotFoundError, "of_driver"))
-    assert "That folder is in the driver's PYTHONPATH, which workers search too" in searched
+    assert "That folder is in the driver's PYTHONPATH. Workers search it too" in searched
 
 
 def test_advice_never_takes_the_place_of_the_workers_error(
@@ -531,7 +531,7 @@ def test_advice_never_takes_the_place_of_the_workers_error(
     for name in (5, "that_breaks_a_finder"):
         assert "Raised by rank 0" in notes(lambda name=name: one.run(fail, name))
     told = notes(lambda: one.run(fail, "of_cwd"))
-    assert f"The driver has of_cwd in {tmp_path / 'of_cwd.py'}. Where the hosts have that" in told
+    assert f"The driver has of_cwd in {tmp_path / 'of_cwd.py'}. If the hosts have that" in told
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_exception_is_what_result_would_raise(one: trx.Launcher) -> None:
 
 def test_exception_waits_no_longer_than_told(one: trx.Launcher, tmp_path: Path) -> None:
     run = one.submit(wait_for, tmp_path / "gate")
-    with pytest.raises(TimeoutError, match=r"the run goes on after 0\.1 s"):
+    with pytest.raises(TimeoutError, match=r"the run continues after 0\.1 s"):
         run.exception(timeout=0.1)
     (tmp_path / "gate").touch()
     assert run.exception() is None

@@ -214,7 +214,7 @@ def test_failure_is_told_while_output_is_waited_for_and_again_with_ctrl_c(
     monkeypatch.setattr(stopping, "_LAST_LINES_S", 0.5)
     monkeypatch.setattr(supervisor, "_TELL_AFTER_S", 0.3)
     run = dataclasses.replace(one, log_handlers=[blocked]).submit(say_and_fail)
-    told = "does not take what the workers said: rank 0 on .*ValueError: found out"
+    told = "does not accept the output of the workers: rank 0 on .*ValueError: found out"
     assert wait_until(lambda: re.search(told, caplog.text) is not None, 30)
     with pytest.raises(KeyboardInterrupt) as caught:
         result_with_one_ctrl_c(run)

@@ -227,7 +227,7 @@ def test_allocation_without_gpus_and_without_a_count_of_cpus_says_which_are_set(
 
     with pytest.raises(RuntimeError) as caught:
         slurm.workers_per_host(2)
-    assert "it has no GPUs (SLURM_GPUS_ON_NODE='0')" in str(caught.value)
+    assert "This allocation has no GPUs (SLURM_GPUS_ON_NODE='0')" in str(caught.value)
     assert "SLURM_JOB_CPUS_PER_NODE is not set" in str(caught.value)
 
 

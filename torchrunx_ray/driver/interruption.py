@@ -60,7 +60,7 @@ def wait_after(
 def tell_of_stop(interruption: BaseException, progress: Progress) -> None:
     """Add notes to an interruption that say what the stopped run was doing."""
     if (failures := progress.failures_before_stop) is not None:
-        interruption.add_note(f"Before that it had failed: {failures.in_brief}")
+        interruption.add_note(f"Before that, the run had failed: {failures.in_brief}")
     if stacks := progress.stacks_at_stop:
         interruption.add_note(f"When it was interrupted:\n{stacks.summary}")
     if progress.log_directory is not None:

@@ -44,7 +44,7 @@ def missing_package(evidence: str, drivers: Versions) -> str | None:
     here = drivers.get(name)
     return (
         f"{name} is not installed in the Python that Ray runs there; the driver has {here}. Install "
-        "the same there, or have Ray do it: ray.init(runtime_env={'pip': [...]})."
+        "the same version there, or let Ray install it: ray.init(runtime_env={'pip': [...]})."
     )
 
 

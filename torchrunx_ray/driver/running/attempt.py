@@ -356,7 +356,7 @@ class Attempt:
                 continue
             what = f"{waited_s:g} s after the run began no worker can be forked"
             if share.index in self._timeline.loaded:
-                why = "the function and its arguments are still on their way to its template"
+                why = "the function and its arguments are still on their way to the template"
             else:  # an agent gets the run only together with its arguments
                 preload = ", ".join(self._options.preload)
                 of_template = f"still imports {preload}" if preload else "is still being started"
@@ -403,7 +403,7 @@ class Attempt:
         """Warn of the failure while workers stop, which `shutdown_timeout` may make slow."""
         assert self.failures is not None
         logger.warning(
-            "%s has failed, and stops what is left of it, for %g s at most: %s",
+            "%s has failed, and is stopping its workers, for %g s at most: %s",
             self._id.run_id,
             self._stopping.longest_s(self._options.shutdown_timeout),
             self.failures.in_brief,
@@ -424,7 +424,9 @@ class Attempt:
         try:
             return await self._stragglers.stacks(wanted)
         except Exception as error:
-            logger.warning("%s: no stacks of its workers", self._id.run_id, exc_info=error)
+            logger.warning(
+                "%s: could not get the stacks of its workers", self._id.run_id, exc_info=error
+            )
             return Stacks({})
 
     def _stop(self, grace_s: float) -> None:
@@ -441,7 +443,7 @@ class Attempt:
 
 def _tell_of_left(share: Share, pids: Sequence[int]) -> None:
     logger.warning(
-        "%s: processes %s are left; the kernel holds them, SIGKILL did not end them",
+        "%s: SIGKILL did not end the processes %s, which are blocked in the kernel",
         share.label,
         ", ".join(map(str, pids)),
     )
