@@ -163,7 +163,7 @@ def test_launch_that_no_warm_template_fits_says_what_differs(
 
     (said,) = [text for text in caplog.messages if "no warm template fits" in text]
     assert said.endswith(
-        "The most similar one differs in: the driver's variable NCCL_DEBUG; the folder "
+        "The most similar one differs in: the driver's variable NCCL_DEBUG; the working directory "
         f"{str(tmp_path)!r} instead of {folder!r}; preload ('json',) instead of ()"
     )
 

@@ -193,8 +193,9 @@ def test_accelerator_type_that_no_node_has(three_raylets: Cluster) -> None:
     with pytest.raises(trx.PlacementError) as caught:
         launcher.run(place)
     assert "no node has accelerator_type='TPU-V9000'; there are: H100, T4." in str(caught.value)
-    assert "Ask for what a node has, or add a node that has what you asked for." in str(
-        caught.value
+    assert (
+        "Change label_selector or accelerator_type to what a node has, or add a matching node."
+        in str(caught.value)
     )
     assert "fewer hosts" not in str(caught.value)
 
@@ -221,8 +222,9 @@ def test_label_that_no_node_has(three_raylets: Cluster) -> None:
         f"no node matches label_selector={selector!r}; the nodes have: zone a, b; planet (none)."
         in str(caught.value)
     )
-    assert "Ask for what a node has, or add a node that has what you asked for." in str(
-        caught.value
+    assert (
+        "Change label_selector or accelerator_type to what a node has, or add a matching node."
+        in str(caught.value)
     )
 
 

@@ -257,7 +257,7 @@ print(len(launcher.run(os.getpid)))
 
     assert driver.returncode == 0, said
     # test_ctrl_c.py has the ranks' stacks; on a busy machine they may come too late for this.
-    assert "INTERRUPTED When it was interrupted:\nrank" in said
+    assert "INTERRUPTED When the run was interrupted:\nrank" in said
     assert said.endswith("2\n")
     assert "Traceback" not in said, said
     assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 10)

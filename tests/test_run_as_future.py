@@ -86,7 +86,7 @@ def test_handler_of_the_drivers_that_fails_keeps_no_run_from_ending(
 
     class Broken(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "ended by this" in record.getMessage():
+            if "ended with this error" in record.getMessage():
                 said.set()
                 raise ValueError("a handler of the driver's")
 

@@ -62,7 +62,7 @@ def tell_of_stop(interruption: BaseException, progress: Progress) -> None:
     if (failures := progress.failures_before_stop) is not None:
         interruption.add_note(f"Before that, the run had failed: {failures.in_brief}")
     if stacks := progress.stacks_at_stop:
-        interruption.add_note(f"When it was interrupted:\n{stacks.summary}")
+        interruption.add_note(f"When the run was interrupted:\n{stacks.summary}")
     if progress.log_directory is not None:
         interruption.add_note(f"All output of this launch: {progress.log_directory}")
     if isinstance(interruption, SystemExit):  # Python prints nothing for SystemExit

@@ -259,7 +259,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         finally:
             _living.pop(self, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.debug("%s ended by this", self.name, exc_info=error)
+            logger.debug("%s ended with this error", self.name, exc_info=error)
 
     def _settle(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
         if task.cancelled():

@@ -130,7 +130,7 @@ def _evidence(error: RayError) -> str:
         return str(error)
     # If only the agent died, its raylet reports the death within milliseconds.
     return (
-        f"{error}\nRay does not say why. The raylet, Ray's process for the node, or the machine may have ended, or "
+        f"{error}\nRay does not say why. The machine or the raylet (Ray's process for the node) may have ended, or "
         "the network may be cut."
     )
 

@@ -83,7 +83,7 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
         if now - reported >= _REPORT_EVERY_S:
             logger.warning(
                 "waiting for %d of %d ObjectRefs in the arguments, %.0f s so far; the run begins when the tasks "
-                "that compute them have ended",
+                "that compute them end",
                 len(missing),
                 len(refs),
                 now - begun,

@@ -62,7 +62,7 @@ def differences(wanted: TemplateWanted, other: TemplateWanted) -> list[str]:
 
 
 _SHOWN = {
-    "driver_cwd": "the folder",
+    "driver_cwd": "the working directory",
     "env_file": "env_file",
     "preload": "preload",
     "start_method": "start_method",

@@ -73,7 +73,7 @@ async def resolve_when_back(
                     error.add_note(f"The launch waited for the return of {_names(awaited)}.")
                 raise
         awaited = left
-        progress.waiting_for = f"when {_names(left)} is back"
+        progress.waiting_for = f"after the return of {_names(left)}"
         if reminders.is_due(progress.name, For.RETURN):
             others = reminders.others_than(progress.name)
             logger.warning("%s is waiting: %s%s", progress.name, in_words(left), others)

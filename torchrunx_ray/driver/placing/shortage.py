@@ -105,7 +105,9 @@ class Shortage:
             return advice
         if what_no_node_is(self.nodes, self.options) is None:
             return "Ask for fewer hosts or workers, or for less per worker."
-        return "Ask for what a node has, or add a node that has what you asked for."
+        return (
+            "Change label_selector or accelerator_type to what a node has, or add a matching node."
+        )
 
     def _own_sessions(self) -> str:
         """Return lines that name this script's sessions that hold the missing resources."""
