@@ -257,7 +257,8 @@ class LaunchTimeoutError(LaunchError):
         who = ", ".join(f"rank {rank} on {host}" for rank, host in self.missing.items())
         super().__init__(
             f"after {timeout:g} s the process group is still without {who}. Does something block "
-            "there before the function starts (an import, a mount)? Does a firewall block connections between the hosts?"
+            "there before the function starts (an import, a mount)? Does a firewall block connections between the "
+            "hosts?"
         )
 
 

@@ -173,7 +173,8 @@ def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
     refused = {name for name in sourced if environment.forbidden(name)} - base.keys()
     if refused:
         raise ValueError(
-            f"env_file={path!r} sets {', '.join(sorted(refused))}, which the launch itself sets. Remove them from the file."
+            f"env_file={path!r} sets {', '.join(sorted(refused))}, which the launch itself sets. Remove them from "
+            "the file."
         )
     return sourced | {name: base[name] for name in _BASHS_OWN & base.keys()}
 

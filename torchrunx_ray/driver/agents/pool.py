@@ -124,8 +124,8 @@ class PooledAgent:
         if not meeting.done():
             self.state = AgentState.GONE
             raise TimeoutError(
-                f"the agent has not answered within {self.starts_within_s:g} s: Ray has not started its process, or the "
-                "process is frozen, or cannot be reached"
+                f"the agent has not answered within {self.starts_within_s:g} s: Ray has not started its process, or "
+                "the process is frozen, or cannot be reached"
             )
 
     async def _until_met_or_frozen(self, meeting: "asyncio.Task[Any]") -> None:

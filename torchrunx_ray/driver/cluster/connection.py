@@ -224,8 +224,8 @@ def _no_longer_connected() -> LaunchError:
     A launch does not call ray.init() here: that would start a Ray on the user's laptop, and launch there.
     """
     return LaunchError(
-        "this process was connected to its Ray cluster through ray://, and the connection has ended. Connect again before "
-        'the launch: ray.init("ray://<head>:10001"). If the connection was lost, call ray.shutdown() first.'
+        "this process was connected to its Ray cluster through ray://, and the connection has ended. Connect again "
+        'before the launch: ray.init("ray://<head>:10001"). If the connection was lost, call ray.shutdown() first.'
     )
 
 

@@ -45,8 +45,8 @@ async def until_stored(
 
 def _say_missing(run_name: str, hostnames: Sequence[str]) -> None:
     logger.warning(
-        "%s: its workers have ended, but after %.0f s Ray does not have all values from: %s. The values are large, or the "
-        "machine is too busy or swapping, or the agent is frozen or cut off. The run ends when Ray has all values.",
+        "%s: its workers have ended, but after %.0f s Ray does not have all values from: %s. The values are large, or "
+        "the machine is too busy or swapping, or the agent is frozen or cut off. The run ends when Ray has all values.",
         run_name,
         _SILENT_S,
         ", ".join(hostnames),
