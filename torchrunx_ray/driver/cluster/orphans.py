@@ -62,4 +62,4 @@ def _sweep() -> None:
         if len(node) == len(worker) == _SHORT and not (node in nodes and worker in workers):
             # Removed by id: a lookup by name works only in the namespace of the group's job.
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
-            logger.info("removed the placement group of a launch whose driver has died: %s", name)
+            logger.info("removed the placement group of a launch whose process has died: %s", name)
