@@ -75,4 +75,4 @@ if __name__ == "__main__":
     )
     losses, right, sequences = result.rank(0)
     print("losses:", *(f"{loss:.6f}" for loss in losses))
-    print(f"right: {right} of {sequences}")
+    print(f"correct: {right} of {sequences}")

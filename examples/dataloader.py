@@ -51,6 +51,6 @@ if __name__ == "__main__":
         every = sorted(index for indices, _ in of_ranks for index in indices)
         print(
             f"epoch {epoch}: {read_by} samples, read by {len(processes)} processes;",
-            "each once:",
+            "each sample once:",
             every == list(range(SAMPLES)),
         )

@@ -40,4 +40,4 @@ if __name__ == "__main__":
     evaluated = trx.launch(
         evaluate, func_args=(trained.ref(0),), hostnames=1, workers_per_host=1, backend="gloo"
     )
-    print(f"mean squared error on points that it has not seen: {evaluated.rank(0):.6f}")
+    print(f"mean squared error on points that the model has not seen: {evaluated.rank(0):.6f}")

@@ -107,4 +107,4 @@ except trx.PlacementError as error:
 """,
     )
 
-    assert "its autoscaler may start no nodes that would do" in out
+    assert "its autoscaler may not start any suitable nodes" in out

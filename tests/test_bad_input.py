@@ -109,7 +109,7 @@ def test_launch_result_and_run_are_refused_with_what_to_pass(launcher: trx.Launc
     """A worker said that the driver had left its cluster; the path led to a lock of the run's."""
     run = launcher.submit(os.getpid)
     result = run.result()
-    of_result = "it is a LaunchResult, whose values only the driver can fetch; pass result.ref(i), the reference"
+    of_result = "it is a LaunchResult, and only the driver can fetch its values; pass result.ref(i), the reference"
     of_run = "it is a Run, which belongs to the process that started it; pass run.result().ref(i), the reference"
     for launch, path, said in (
         (lambda: launcher.submit(print, [result]), "args[0][0]", of_result),
@@ -161,7 +161,7 @@ def test_argument_that_cannot_be_pickled_is_named_by_its_path(
 
     assert caught.value.path == "kwargs['cfg'].lock"
     assert str(caught.value).startswith("kwargs['cfg'].lock cannot be pickled: TypeError: ")
-    assert "Make it inside the function instead" in str(caught.value)
+    assert "Create it inside the function instead" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_argument_that_cannot_be_unpickled(launcher: trx.Launcher) -> None:
     with pytest.raises(
         trx.PayloadError,
         match=r"cannot be unpickled on .*: ValueError: invalid literal.*\n"
-        r"The class's own code raised that there\.",
+        r"The class's own code raised this error\.",
     ):
         launcher.run(print, Poison())
 
@@ -371,7 +371,7 @@ def test_host_that_is_not_there_is_named_with_those_that_are(cluster: None) -> N
         trx.Launcher(hostnames=["nowhere"]).run(os.getpid)
 
     (node,) = ray.nodes()
-    assert "'nowhere' is no live node" in str(caught.value)
+    assert "'nowhere' is not a live node" in str(caught.value)
     assert node["NodeManagerHostname"] in str(caught.value)
 
 

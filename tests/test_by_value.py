@@ -313,8 +313,8 @@ def test_enum_whose_data_cannot_be_made_again_is_refused_with_what_to_do() -> No
     with pytest.raises(PayloadError) as caught:
         pack([("kind", kind)])
     assert str(caught.value) == (
-        "kind.A cannot be pickled: the members of the enum Kind are of the type list, which cannot be made "
-        "again without Kind's own code; put Kind into a module beside the script, and import it"
+        "kind.A cannot be pickled: the members of the enum Kind are of the type list, which cannot be "
+        "recreated without Kind's own code; put Kind into a module beside the script, and import it"
     )
 
 

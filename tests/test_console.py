@@ -132,7 +132,7 @@ def test_ranks_that_there_are_not_are_no_silence(
 
     said = capfd.readouterr()
     assert said.out == ""
-    assert "this launch has ranks 0 to 1 only" in said.err
+    assert "this launch has only ranks 0 to 1" in said.err
 
 
 @pytest.mark.slow

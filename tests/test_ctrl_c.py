@@ -105,7 +105,9 @@ def test_ctrl_c_shows_what_the_ranks_were_doing(
     with pytest.raises(KeyboardInterrupt) as caught:
         patient.run(save_when_stopped, tmp_path)
     (note, *_) = caught.value.__notes__
-    assert note.startswith("When it was interrupted:\nrank 0: save_when_stopped (test_ctrl_c.py:")
+    assert note.startswith(
+        "When the run was interrupted:\nrank 0: save_when_stopped (test_ctrl_c.py:"
+    )
 
 
 def test_second_ctrl_c_of_asyncio_run_kills(patient: trx.Launcher, tmp_path: Path) -> None:

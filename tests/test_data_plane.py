@@ -126,7 +126,9 @@ def test_reference_whose_task_failed_is_told(launcher: trx.Launcher) -> None:
 
 def test_reference_inside_of_anothers_value_is_refused(launcher: trx.Launcher) -> None:
     """It arrived as a reference that nobody could resolve."""
-    with pytest.raises(trx.PayloadError, match="it is an ObjectRef inside of another's value"):
+    with pytest.raises(
+        trx.PayloadError, match="it is an ObjectRef inside the value of another ObjectRef"
+    ):
         launcher.run(print, ray.put([ray.put(1)]))
 
 

@@ -189,7 +189,7 @@ except trx.AgentFailedError as error:
     )
 
     assert "said Ray's memory monitor killed the agent on " in done.stdout, done.stderr
-    assert "Ray ends its own first. The workers had: rank 1 (pid " in done.stdout
+    assert "Ray kills its own processes first. Memory of the workers: rank 1 (pid " in done.stdout
     assert "RAY_memory_usage_threshold" in done.stdout
 
 

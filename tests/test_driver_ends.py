@@ -160,7 +160,7 @@ def test_workers_may_save_their_work_when_their_driver_ends(
     assert (done.returncode, done.stderr.count("nobody asked")) == (code, 0), done.stderr
     assert {path.name for path in tmp_path.glob("saved *")} == {"saved 0", "saved 1"}, done.stderr
     if code == 15 and "asyncio" not in script:
-        assert "was stopped: the driver is to end (SystemExit: 15" in done.stderr
+        assert "was stopped, because the driver is exiting (SystemExit: 15" in done.stderr
         # Each may be at another line.
         assert re.search(r"ranks? 0(-1)?: train \(script.py:", done.stderr), done.stderr
 
@@ -274,9 +274,9 @@ run.result()
     )
     asked, launched, session, parent = done.stdout.splitlines()
     assert asked.startswith("RuntimeError sleep-")
-    assert asked.endswith("belongs to the process that this one was forked from")
+    assert asked.endswith("belongs to the process from which this process was forked")
     assert launched == session
-    assert "was forked from one that was connected to Ray already" in launched
+    assert "was forked from a process that was already connected to Ray" in launched
     assert parent == "7 False", done.stderr
 
 
@@ -302,7 +302,7 @@ with trx.Launcher(workers_per_host=1, backend=None).session() as session:
 """
     )
     launched, parent, again = done.stdout.splitlines()
-    assert "was forked from one that was connected to Ray already" in launched
+    assert "was forked from a process that was already connected to Ray" in launched
     assert (parent, again) == ("7 False", "1"), done.stderr
 
 

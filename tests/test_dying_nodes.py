@@ -136,7 +136,7 @@ def test_launch_is_placed_again_when_a_node_dies_before_its_agent_begins(
         signal_raylet(placed["bundles_to_node_id"][0], signal.SIGKILL)
 
         assert len(run.result(timeout=100)) == 2
-    assert "a node died before the run began; it is placed again" in caplog.text
+    assert "a node died before the run began; placing the run again" in caplog.text
 
 
 def test_session_goes_on_elsewhere_when_its_node_dies(nodes: Cluster) -> None:

@@ -161,9 +161,9 @@ def test_launch_that_no_warm_template_fits_says_what_differs(
     with caplog.at_level(logging.INFO, "torchrunx_ray"):
         dataclasses.replace(warm, preload=("json",)).run(os.getpid)
 
-    (said,) = [text for text in caplog.messages if "no warm one fits" in text]
+    (said,) = [text for text in caplog.messages if "no warm template fits" in text]
     assert said.endswith(
-        "The nearest differs in: the driver's variable NCCL_DEBUG; the folder "
+        "The most similar one differs in: the driver's variable NCCL_DEBUG; the working directory "
         f"{str(tmp_path)!r} instead of {folder!r}; preload ('json',) instead of ()"
     )
 
@@ -183,8 +183,8 @@ def test_name_that_the_driver_does_not_have_is_warned_of_once(
         template_wanted(options)
 
     assert caplog.messages == [
-        "extra_env_vars: the driver has no variable NOT_IN_THE_DRIVER to send, so that workers have it "
-        "only where their host or env_file sets it. Set it in the driver, or give its value: "
+        "extra_env_vars: the driver has no variable NOT_IN_THE_DRIVER to send. Workers have this variable "
+        "only if their host or env_file sets it. Set it in the driver, or give its value: "
         "'NOT_IN_THE_DRIVER=...'."
     ]
 
@@ -284,7 +284,7 @@ def test_relative_env_file_is_in_the_functions_folder(
 def test_env_file_that_leaves_something_behind_is_not_waited_for(
     cluster: None, tmp_path: Path
 ) -> None:
-    """It held the pipe of bash's stderr: "bash had not sourced it after 60 s"."""
+    """It held the pipe of bash's stderr: "bash did not finish sourcing the file within 60 s"."""
     (tmp_path / "env").write_text(f"sleep 1000 & echo $! > {tmp_path}/pid\nexport A=1\n")
     launcher = trx.Launcher(workers_per_host=1, backend=None, env_file=tmp_path / "env", linger=0)
     begun = time.monotonic()
@@ -496,11 +496,11 @@ def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
 
     told = notes(lambda: one.run(importlib.import_module, "of_driver"))
     assert (
-        f"The driver has of_driver in {package}. Where the hosts have that folder: PYTHONPATH={package.parent}"
+        f"The driver has of_driver in {package}. If the hosts have that folder, run PYTHONPATH={package.parent}"
     ) in told
     assert (
-        "To send it instead, before the launch: ray.init(runtime_env="
-        f"{{'py_modules': ['{package}']}}), or {{'working_dir': '{package.parent}'}}"
+        "To send the code instead, call before the launch: ray.init(runtime_env="
+        f"{{'py_modules': ['{package}']}}), or use {{'working_dir': '{package.parent}'}}"
     ) in told
     installed = notes(lambda: one.run(fail, ModuleNotFoundError, "cloudpickle.deep"))
     assert f"The driver has cloudpickle installed, in {cloudpickle.__path__[0]}." in installed
@@ -508,7 +508,7 @@ def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
     assert f"in /old/of_driver/__init__.py, and the driver has it in {package}." in other
     monkeypatch.setenv("PYTHONPATH", "src")
     searched = notes(lambda: one.run(fail, ModuleNotFoundError, "of_driver"))
-    assert "That folder is in the driver's PYTHONPATH, which workers search too" in searched
+    assert "That folder is in the driver's PYTHONPATH. Workers search it too" in searched
 
 
 def test_advice_never_takes_the_place_of_the_workers_error(
@@ -531,7 +531,7 @@ def test_advice_never_takes_the_place_of_the_workers_error(
     for name in (5, "that_breaks_a_finder"):
         assert "Raised by rank 0" in notes(lambda name=name: one.run(fail, name))
     told = notes(lambda: one.run(fail, "of_cwd"))
-    assert f"The driver has of_cwd in {tmp_path / 'of_cwd.py'}. Where the hosts have that" in told
+    assert f"The driver has of_cwd in {tmp_path / 'of_cwd.py'}. If the hosts have that" in told
 
 
 @pytest.mark.slow

@@ -193,7 +193,10 @@ def test_accelerator_type_that_no_node_has(three_raylets: Cluster) -> None:
     with pytest.raises(trx.PlacementError) as caught:
         launcher.run(place)
     assert "no node has accelerator_type='TPU-V9000'; there are: H100, T4." in str(caught.value)
-    assert "Ask for one that is there, or add a node that has it." in str(caught.value)
+    assert (
+        "Change label_selector or accelerator_type to what a node has, or add a matching node."
+        in str(caught.value)
+    )
     assert "fewer hosts" not in str(caught.value)
 
 
@@ -216,10 +219,13 @@ def test_label_that_no_node_has(three_raylets: Cluster) -> None:
     with pytest.raises(trx.PlacementError) as caught:
         trx.Launcher(hostnames=1, workers_per_host=1, label_selector=selector).run(place)
     assert (
-        f"no node matches label_selector={selector!r}; there are: zone a, b; planet (none)."
+        f"no node matches label_selector={selector!r}; the nodes have: zone a, b; planet (none)."
         in str(caught.value)
     )
-    assert "Ask for one that is there, or add a node that has it." in str(caught.value)
+    assert (
+        "Change label_selector or accelerator_type to what a node has, or add a matching node."
+        in str(caught.value)
+    )
 
 
 def test_accelerator_that_only_nodes_without_the_label_have(three_raylets: Cluster) -> None:
@@ -291,13 +297,15 @@ def test_impossible_is_said_at_once_with_the_numbers(three_raylets: Cluster) -> 
 
 def test_more_hosts_than_nodes_is_impossible(three_raylets: Cluster) -> None:
     with pytest.raises(
-        trx.PlacementError, match=r"5 hosts are wanted, each on another node .* has 3 nodes"
+        trx.PlacementError, match=r"5 hosts are wanted, each on a separate node .* has 3 nodes"
     ):
         trx.Launcher(hostnames=5, workers_per_host=1).run(place)
     in_a = {"label_selector": {"zone": "a"}}
     with pytest.raises(trx.PlacementError, match=r"2 hosts are wanted, .* 1 node that matches"):
         trx.Launcher(hostnames=2, workers_per_host=4, **in_a).run(place)
-    with pytest.raises(trx.PlacementError, match=r"3 hosts are wanted, .* only 2 could hold one"):
+    with pytest.raises(
+        trx.PlacementError, match=r"3 hosts are wanted, .* only 2 nodes could hold one"
+    ):
         trx.Launcher(hostnames=3, workers_per_host=1, gpus_per_worker=1).run(place)
 
 
@@ -475,7 +483,7 @@ def test_node_that_left_a_moment_ago_is_waited_for(
     assert processes.wait_until(lambda: "waiting for room" in caplog.text, 10)
 
     three_raylets.remove_node(node, allow_graceful=True)
-    with pytest.raises(trx.PlacementError, match="is no live node"):
+    with pytest.raises(trx.PlacementError, match="is not a live node"):
         by_id.run(os.getpid)  # its successor has another id
     with monkeypatch.context() as patched:
         patched.setattr(returning, "WAIT_S", 0)
@@ -484,7 +492,7 @@ def test_node_that_left_a_moment_ago_is_waited_for(
                 launcher.run(os.getpid)
     caplog.clear()
     runs += [session.submit(os.getpid), *(launcher.submit(os.getpid) for launcher in launchers)]
-    left = r"127\.0\.0\.2, \w+\) left the cluster \d+ s ago\. A node that left is waited for"
+    left = r"127\.0\.0\.2, \w+\) left the cluster \d+ s ago\. The launch waits for such a node"
     assert processes.wait_until(lambda: re.search(left, caplog.text) is not None, 20), caplog.text
     assert not any(run.done() for run in runs)
 
@@ -554,7 +562,7 @@ def test_question_for_gpus_that_is_not_answered_is_named_and_asked_again(
     with launcher.session() as session:
         with monkeypatch.context() as patched:
             patched.setattr(gpu_question, "_ANSWER_S", 1.0)
-            with pytest.raises(trx.AgentFailedError, match=r"which GPUs .* not answered for 1 s"):
+            with pytest.raises(trx.AgentFailedError, match=r"GPU ids has not answered for 1 s"):
                 session.submit(gpus).result(timeout=60)
         assert (tmp_path / "held").exists()
         assert list(session.submit(gpus).result(timeout=60)) == ["0,1", "0,1"]
@@ -590,7 +598,9 @@ def test_failed_question_for_gpus_fails_its_run_only(
         linger=0,
     )
     with launcher.session() as session:
-        with pytest.raises(trx.AgentFailedError, match="which GPUs the launch has there"):
+        with pytest.raises(
+            trx.AgentFailedError, match="the task that asks Ray for the launch's GPU ids failed"
+        ):
             session.run(gpus)
         (tmp_path / "broken").unlink()
         assert list(session.run(gpus)) == ["0,1", "0,1"]

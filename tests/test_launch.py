@@ -87,7 +87,7 @@ def test_rank_that_was_not_there(launcher: trx.Launcher, rank: int) -> None:
 def test_place_that_was_not_there(launcher: trx.Launcher) -> None:
     result = launcher.run(os.getpid)
 
-    with pytest.raises(KeyError, match="'elsewhere' is no host of this launch"):
+    with pytest.raises(KeyError, match="'elsewhere' is not a host of this launch"):
         result.index("elsewhere", 0)
     with pytest.raises(IndexError, match="had local ranks 0 to 1, not 2"):
         result.index(result.hostnames[0], 2)

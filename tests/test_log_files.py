@@ -109,21 +109,21 @@ def test_hosts_file_tells_what_happened_there(cluster: None, logs: Path) -> None
     pids = list(launcher.run(os.getpid))
     story = HostStory(logs)
     story.tells("run .*, attempt 0: ranks 0-1 of 2 on this host")
-    story.tells(r"the template .* imported in \d+\.\d\d s")
+    story.tells(r"the template .* its imports took \d+\.\d\d s")
     for rank, pid in enumerate(pids):
         story.tells(rf"rank {rank} \(local rank {rank}, pid {pid}\) calls the function")
         story.tells(f"rank {rank} has returned")
         story.tells(rf"rank {rank} .*, pid {pid}\) ended with exit code 0")
-    story.ends_with("the run has ended here.*")
+    story.ends_with("the run has ended on this host.*")
 
     with pytest.raises(trx.WorkerFailedError):
         launcher.run(live, "killed")
     story = HostStory(logs)
-    story.tells(r"the template is a warm one: it imported in .* s, at \d{4}.*")
+    story.tells(r"the template is warm; its imports took .* s, until \d{4}.*")
     story.tells(r"rank 0 \(local rank 0, pid \d+\) was killed by SIGKILL, without an outcome")
-    story.tells("the workers that live are being stopped: SIGTERM, and SIGKILL after 5 s")
+    story.tells("stopping the workers that still run: SIGTERM, and SIGKILL after 5 s")
     story.tells("rank 1 .* was killed by SIGTERM, without an outcome")
-    story.ends_with("the run has ended here.*")
+    story.ends_with("the run has ended on this host.*")
 
     with pytest.raises(ValueError, match="shard 17"):
         launcher.run(live, "fails")
@@ -266,7 +266,7 @@ def test_file_that_cannot_be_written_costs_no_other(
     (hostname,) = launcher.run(speak).hostnames
 
     assert texts(run_dir(logs) / f"{hostname}[0].log", "INFO") == ["first", "second"]
-    assert "cannot be written, or not all" in caplog.text
+    assert "Some or all log files of this launch cannot be written" in caplog.text
 
 
 def test_failure_says_where_the_output_is(cluster: None, logs: Path) -> None:

@@ -182,7 +182,7 @@ def test_function_that_closes_what_its_worker_reports_through_is_told_of_it(
     assert type(arrived) is trx.WorkerFailedError
     message = arrived.args[0]
     assert "before its function returned or raised" not in message
-    assert "ended with exit code 1 without a report of what its function did" in message
+    assert "ended with exit code 1 without reporting the outcome of its function" in message
     assert "Did the function close descriptors that it had not opened" in message
     if func is raise_unheard:
         assert "KeyError: 'nobody hears'" in message

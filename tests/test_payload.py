@@ -429,7 +429,7 @@ class Config:
         return {"parts": self.parts}
 
 
-MADE_INSIDE = "Make it inside the function instead."
+MADE_INSIDE = "Create it inside the function instead."
 
 
 def object_of_a_script() -> object:
@@ -452,21 +452,21 @@ def object_of_a_script() -> object:
             Config,
             ".parts[0]",
             "TypeError: cannot pickle '_thread.lock' object",
-            "Make it inside the function instead, or give Config a __getstate__ that leaves it out.",
+            "Create it inside the function instead, or give Config a __getstate__ that leaves it out.",
         ),
         (
             RaisesInReduce,
             "",
             "RuntimeError: in reduce",
-            "Make it inside the function instead, or give RaisesInReduce a __reduce__ or __getstate__ "
+            "Create it inside the function instead, or give RaisesInReduce a __reduce__ or __getstate__ "
             "that works.",
         ),
         (
             object_of_a_script,
             ".__class__.lock",
             "TypeError: cannot pickle '_thread.lock' object",
-            "Put the class Locked into a module beside the script, and import it: of a module's class "
-            "only the name travels.",
+            "Put the class Locked into a module beside the script, and import it: the class of "
+            "a module is sent only by its name.",
         ),
     ],
 )

@@ -388,12 +388,12 @@ def test_failure_is_told_while_the_others_take_long_to_stop(
     says = lambda words: [  # noqa: E731
         record for record in caplog.records if re.search(words, record.getMessage())
     ]
-    assert wait_until(lambda: says(f"has failed, and stops what is left of it.*{failure}"), 30)
+    assert wait_until(lambda: says(f"has failed, and is stopping its workers.*{failure}"), 30)
     with caplog.at_level(logging.INFO, "torchrunx_ray"):
         caught = interrupted(run)
 
-    assert re.search(f"Before that it had failed: {failure}", "\n".join(caught.__notes__))
-    assert says(f"stopped after .*; before that it had failed: {failure}")
+    assert re.search(f"Before that, the run had failed: {failure}", "\n".join(caught.__notes__))
+    assert says(f"stopped after .*; before that, the run had failed: {failure}")
 
 
 def test_what_an_interrupt_makes_fail_is_not_told_as_its_reason(

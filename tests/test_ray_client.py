@@ -201,7 +201,9 @@ except trx.LaunchError as error:
     )
 
     assert "env_file='/of/the/laptop/env': No such file or directory" in done.stdout, done.stderr
-    assert "It is read on every host of the launch, not where the driver is" in done.stdout
+    assert (
+        "The file is read on every host of the launch, not on the driver's machine" in done.stdout
+    )
 
 
 SLEEPING = """
@@ -255,7 +257,7 @@ print(len(launcher.run(os.getpid)))
 
     assert driver.returncode == 0, said
     # test_ctrl_c.py has the ranks' stacks; on a busy machine they may come too late for this.
-    assert "INTERRUPTED When it was interrupted:\nrank" in said
+    assert "INTERRUPTED When the run was interrupted:\nrank" in said
     assert said.endswith("2\n")
     assert "Traceback" not in said, said
     assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 10)
@@ -337,7 +339,7 @@ with ray.init({head.address!r}, allow_multiple=True):
 """
     )
 
-    assert "allow_multiple=True) connects one thread only" in done.stdout, done.stderr
+    assert "allow_multiple=True) connects only one thread" in done.stdout, done.stderr
 
 
 def test_connection_that_is_lost_ends_the_run_with_words(head: ClientServer) -> None:
@@ -364,9 +366,7 @@ except trx.LaunchError as error:
 
         assert "LOST" in said, said
         assert "ray:// connection to the Ray cluster ended before the run did" in said
-        not_at_home = (
-            "this process reached its Ray cluster through ray://, and is not connected any more"
-        )
+        not_at_home = "this process was connected to its Ray cluster through ray://, and the connection has ended"
         assert f"AGAIN {not_at_home}" in said
         assert f"AFTER SHUTDOWN {not_at_home}" in said, (driver.returncode, said)
         assert "Callback error" not in said
@@ -389,8 +389,8 @@ def test_driver_with_a_token_on_a_cluster_without_one_is_told_so(
 
     assert "AgentFailedError: the agent could not be started on" in done.stderr
     assert done.stderr.strip().endswith(
-        "This driver has a token (from ~/.ray/auth_token), and the cluster may have been started without one. Start "
-        "the cluster again, so that it uses the token, or set RAY_AUTH_MODE=disabled for this script."
+        "This driver has a token (from ~/.ray/auth_token), and the cluster may have been started without a token. "
+        "Restart the cluster with the token, or set RAY_AUTH_MODE=disabled for this script."
     )
 
 

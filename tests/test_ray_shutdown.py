@@ -112,5 +112,9 @@ say()
     assert len(lines) == 5, done.stderr
     assert lines[2] == "False"
     assert lines[:2] == lines[3:]
-    assert lines[0].startswith("the value that rank 0 returned went with the Ray cluster")
-    assert lines[1].startswith("the session's hosts went with the Ray cluster")
+    assert lines[0].startswith(
+        "the value that rank 0 returned is gone, because the driver has left the Ray cluster"
+    )
+    assert lines[1].startswith(
+        "the session's hosts are gone, because the driver has left the Ray cluster"
+    )

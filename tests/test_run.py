@@ -237,7 +237,7 @@ while "running" not in repr(run) or "running" not in repr(other):
     )
     assert (done.returncode, done.stdout) == (0, "both have ended\n"), done.stderr
     assert "the script ended while <Run left-" in done.stderr
-    assert ": running 1 worker>; it is being stopped, " in done.stderr
+    assert ": running 1 worker>; the run is being stopped, " in done.stderr
 
 
 def test_run_says_who_it_is_and_how_it_ended(launcher: trx.Launcher) -> None:

@@ -46,7 +46,7 @@ def test_exception_is_what_result_would_raise(one: trx.Launcher) -> None:
 
 def test_exception_waits_no_longer_than_told(one: trx.Launcher, tmp_path: Path) -> None:
     run = one.submit(wait_for, tmp_path / "gate")
-    with pytest.raises(TimeoutError, match=r"the run goes on after 0\.1 s"):
+    with pytest.raises(TimeoutError, match=r"the run continues after 0\.1 s"):
         run.exception(timeout=0.1)
     (tmp_path / "gate").touch()
     assert run.exception() is None
@@ -86,7 +86,7 @@ def test_handler_of_the_drivers_that_fails_keeps_no_run_from_ending(
 
     class Broken(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "ended by this" in record.getMessage():
+            if "ended with this error" in record.getMessage():
                 said.set()
                 raise ValueError("a handler of the driver's")
 

@@ -36,7 +36,7 @@ def test_example_trains_and_evaluates(joined: None, tmp_path: Path) -> None:
         check=False,
     )
 
-    assert "that it has not seen: 0.000" in done.stdout, done.stderr
+    assert "that the model has not seen: 0.000" in done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")

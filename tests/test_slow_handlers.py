@@ -197,8 +197,8 @@ def test_killed_run_has_its_end_in_the_log_files(
     with pytest.raises(concurrent.futures.CancelledError):
         run.result(timeout=60)
     (story,) = tmp_path.glob("2*/*[!]].log")
-    assert "the workers that live are being stopped: SIGKILL" in story.read_text()
-    assert "the run has ended here" in story.read_text()
+    assert "stopping the workers that still run: SIGKILL" in story.read_text()
+    assert "the run has ended on this host" in story.read_text()
 
 
 def test_failure_is_told_while_output_is_waited_for_and_again_with_ctrl_c(
@@ -214,7 +214,7 @@ def test_failure_is_told_while_output_is_waited_for_and_again_with_ctrl_c(
     monkeypatch.setattr(stopping, "_LAST_LINES_S", 0.5)
     monkeypatch.setattr(supervisor, "_TELL_AFTER_S", 0.3)
     run = dataclasses.replace(one, log_handlers=[blocked]).submit(say_and_fail)
-    told = "does not take what the workers said: rank 0 on .*ValueError: found out"
+    told = "does not accept the output of the workers: rank 0 on .*ValueError: found out"
     assert wait_until(lambda: re.search(told, caplog.text) is not None, 30)
     with pytest.raises(KeyboardInterrupt) as caught:
         result_with_one_ctrl_c(run)

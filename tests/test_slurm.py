@@ -96,8 +96,8 @@ def test_node_of_the_allocation_without_ray_is_named(launched: Launched) -> None
     out = launched("node1", "node2", "node3")
 
     assert out.startswith(
-        'hostnames="slurm": node3 of the allocation is no live node of this Ray cluster.\n'
-        "Live are: node1.cluster (10.77.0.11, "
+        'hostnames="slurm": this Ray cluster has no live node for node3 of the allocation.\n'
+        "Live nodes: node1.cluster (10.77.0.11, "
     )
     assert "--address node1:6379 --min-nodes 3 -- python train.py" in out
 
@@ -122,7 +122,7 @@ def test_where_no_ray_runs_the_error_shows_the_command_that_starts_it(
     done = run_script(script, own_ray={})
 
     assert done.returncode == 0, done.stderr
-    assert "joined no Ray in this allocation, but started one of its own" in done.stdout
+    assert "found no Ray in this allocation. It started its own Ray" in done.stdout
     assert "does not have node1, node2" in done.stdout
     (command,) = re.findall(r"^  (srun .*)$", done.stdout, re.M)
     assert command == (
@@ -215,7 +215,7 @@ def test_count_that_cannot_be_read_is_shown_with_its_variable(
     allocation(**variables)
     ((name, value),) = variables.items()
 
-    with pytest.raises(RuntimeError, match=rf"{name}={re.escape(repr(value))} is no count"):
+    with pytest.raises(RuntimeError, match=rf"{name}={re.escape(repr(value))} is not a count"):
         slurm.workers_per_host(2)
 
 
@@ -227,7 +227,7 @@ def test_allocation_without_gpus_and_without_a_count_of_cpus_says_which_are_set(
 
     with pytest.raises(RuntimeError) as caught:
         slurm.workers_per_host(2)
-    assert "it has no GPUs (SLURM_GPUS_ON_NODE='0')" in str(caught.value)
+    assert "This allocation has no GPUs (SLURM_GPUS_ON_NODE='0')" in str(caught.value)
     assert "SLURM_JOB_CPUS_PER_NODE is not set" in str(caught.value)
 
 

@@ -272,7 +272,9 @@ def test_ranks_that_go_on_long_after_others_are_named(
         launcher.run(straggle)
 
     said, *_ = [text for text in caplog.messages if "returned at least" in text]
-    assert said.startswith("rank 0 returned at least 0 s ago; the launch goes on with:\nrank 1: ")
+    assert said.startswith(
+        "rank 0 returned at least 0 s ago; these ranks are still running:\nrank 1: "
+    )
     assert "straggle (test_stacks.py:" in said
 
 
@@ -290,7 +292,7 @@ def test_rank_that_returned_and_does_not_end_is_named(
         launcher.run(leave_a_thread)
 
     *_, said = [text for text in caplog.messages if "returned at least" in text]
-    waits = "rank 1: is past the function, and waits for threads that it started: "
+    waits = "rank 1: has left the function, and waits for threads that the function started: "
     assert f"the launch waits for their processes to end:\n{waits}" in said
 
 

@@ -107,7 +107,7 @@ def test_agent_that_froze_while_it_rested_is_replaced(
 
     assert before[0] == after[0]
     assert before[1] != after[1]
-    assert "the agent that rested there does not answer" in caplog.text
+    assert "the idle agent there does not answer" in caplog.text
     assert processes.wait_until(lambda: not processes.is_alive(before[1]), 20)
 
 
@@ -207,6 +207,6 @@ def test_agent_that_answers_but_is_never_ready_is_replaced_for_that_reason(
             gate.touch()
 
     assert before != after
-    said = "the agent that rested there answers, but was not ready after 0.5 s: "
+    said = "the idle agent there answers, but was not ready after 0.5 s: "
     assert said in caplog.text
     assert "frozen" not in caplog.text

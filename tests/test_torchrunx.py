@@ -147,12 +147,12 @@ def test_options_that_mean_nothing_are_told_of_in_one_warning(
 ) -> None:
     launcher.ssh_config_file = "~/.ssh/other"
     launcher.agent_timeout = 5
-    with pytest.warns(UserWarning, match="mean nothing") as caught:
+    with pytest.warns(UserWarning, match="have no effect") as caught:
         launcher.run(os.getpid)
 
     (warning,) = caught
     assert str(warning.message).startswith(
-        "ssh_config_file='~/.ssh/other' and agent_timeout=5 mean nothing to torchrunx_ray: Ray"
+        "ssh_config_file='~/.ssh/other' and agent_timeout=5 have no effect in torchrunx_ray: Ray"
     )
     assert warning.filename == __file__
 
@@ -293,8 +293,8 @@ def test_argparse_options_become_the_launchers() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--workers-per-host many", "'many' is no number, nor 'gpu' or 'cpu'"),
-        ("--extra-env-vars NAME", "'NAME' is no NAME=VALUE"),
+        ("--workers-per-host many", "'many' is not a number, 'gpu' or 'cpu'"),
+        ("--extra-env-vars NAME", "'NAME' is not NAME=VALUE"),
         ("--backend smoke", "invalid choice: 'smoke'"),
     ],
 )

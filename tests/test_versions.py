@@ -56,7 +56,10 @@ def test_build_of_torch_makes_no_difference() -> None:
 def test_python_may_differ_in_its_last_number_only() -> None:
     assert versions.problem_between(HERE, {**HERE, "Python": "3.11.2"}) is None
     problem = versions.problem_between(HERE, {**HERE, "Python": "3.12.7"})
-    assert problem == "Python is 3.12.7 there and 3.11.7 in the driver: functions cannot travel."
+    assert (
+        problem
+        == "Python is 3.12.7 there and 3.11.7 in the driver; install the same minor version."
+    )
 
 
 def test_package_that_is_missing_is_named() -> None:

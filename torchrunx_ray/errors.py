@@ -138,30 +138,30 @@ class PayloadError(LaunchError):
 
 def _travel_advice(step: str, reason: str, is_value: bool, missing_module: str | None) -> str:
     if step == "fetch":
-        return "The task that makes it failed, or Ray has lost it with the node that held it."
+        return "The task that computes the value failed, or Ray lost the value with the node that held it."
     if step == "store":
         return (
-            "Send less at once, or give the node more: object_store_memory of ray.init or `ray start`, "
-            "and room on the disk that Ray falls back to."
+            "Send less data at once, or give the node more room: raise object_store_memory of ray.init or "
+            "`ray start`, and free space on the disk that Ray falls back to."
         )
     if step == "pickle":
         return ""
     if "process group" in reason:
         instead = "Return" if is_value else "Pass"
         return (
-            "A DistributedDataParallel model, and whatever else holds a process group, arrives only where such "
-            f"a group is. {instead} model.module or its state_dict() instead."
+            "A DistributedDataParallel model, or another object that holds a process group, can be unpickled only in a "
+            f"process that has such a group. {instead} model.module or its state_dict() instead."
         )
     if not reason.startswith(("ModuleNotFoundError", "ImportError", "AttributeError")):
         return (
-            "The class's own code raised that there. Does the class need something that only the sending "
+            "The class's own code raised this error. Does the class need something that only the sending "
             "process has, or another version of its module?"
         )
     if missing_module is None:
-        return "Is the module it was defined in importable there, in the same version?"
+        return "Is the module that defines it importable there, in the same version?"
     if is_value:
         return f"Make {missing_module} importable in the driver, in the same version."
-    return f"Workers import {missing_module} by themselves: it must be on every host."
+    return f"Workers import {missing_module} themselves, so every host must have it."
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,13 @@ class OomKills:
         if self.after == self.before:
             return (
                 f"Nothing shows a lack of memory: {where} counts as many out-of-memory kills as before "
-                f"({self.before}). Who sent the signal, the kernel does not tell: a person, a batch "
+                f"({self.before}). The kernel does not say who sent the signal: a person, a batch "
                 "system, a watchdog?"
             )
         return (
             f"Out of memory: the kernel's count of out-of-memory kills in {where} rose from "
-            f"{self.before} to {self.after} during the run. Use less (fewer workers on a host, smaller "
-            "batches), or give the host or its container more."
+            f"{self.before} to {self.after} during the run. Use less memory (fewer workers on a host, "
+            "smaller batches), or give the host or its container more memory."
         )
 
 
@@ -256,8 +256,9 @@ class LaunchTimeoutError(LaunchError):
         self.missing = dict(missing)
         who = ", ".join(f"rank {rank} on {host}" for rank, host in self.missing.items())
         super().__init__(
-            f"after {timeout:g} s the process group is still without {who}. Does something there "
-            "block before the function starts (an import, a mount), or a firewall between the hosts?"
+            f"after {timeout:g} s the process group is still without {who}. Does something block "
+            "there before the function starts (an import, a mount)? Does a firewall block connections between the "
+            "hosts?"
         )
 
 
@@ -320,7 +321,7 @@ def room_table(
         kinds = [_named(name) for name in names if name in amounts and _is_accelerator(name)]
         lines.append(f"  {node}: {', '.join([shown + ' free' * (node in free), *kinds])}")
     if len(total) > _NODES_SHOWN:
-        lines.append(f"  and {len(total) - _NODES_SHOWN} nodes more")
+        lines.append(f"  and {len(total) - _NODES_SHOWN} more nodes")
     return "\n".join(lines)
 
 

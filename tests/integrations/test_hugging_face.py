@@ -31,4 +31,4 @@ def test_accelerate_has_the_losses_of_one_process_with_the_whole_batch(
     assert [float(text) for text in losses.split()[1:]] == pytest.approx(expected, abs=1e-3)
     assert expected[-1] < expected[0] / 1.5
     assert sequences == 101  # not a multiple of what the workers take at a time
-    assert right == f"right: {expected_right} of 101"
+    assert right == f"correct: {expected_right} of 101"

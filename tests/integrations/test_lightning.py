@@ -110,7 +110,7 @@ def test_other_numbers_than_the_launchs_are_refused_with_those_to_pass(
     with pytest.raises(ValueError, match="devices=2, num_nodes=1") as caught:
         launcher.run(fit, "lightning", devices=3)
 
-    assert "devices=3, num_nodes=1 make 3 processes, and this launch has 2" in str(caught.value)
+    assert "devices=3, num_nodes=1 make 3 processes, but this launch has 2" in str(caught.value)
 
 
 def test_rank_zero_is_told_although_lightning_was_imported_before_there_were_ranks(

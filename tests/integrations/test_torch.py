@@ -77,6 +77,6 @@ def test_compiled_model_trains_as_the_eager_one(run_example: Run) -> None:
 
 def test_data_loaders_processes_read_every_sample_once(run_example: Run) -> None:
     assert run_example("dataloader") == [
-        f"epoch {epoch}: [50, 50] samples, read by 4 processes; each once: True"
+        f"epoch {epoch}: [50, 50] samples, read by 4 processes; each sample once: True"
         for epoch in range(2)
     ]

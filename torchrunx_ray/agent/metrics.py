@@ -18,12 +18,16 @@ class Metrics:
     def __init__(self) -> None:
         self._runs = Counter("torchrunx_ray_runs", "Runs that began on this host.")
         self._failures = Counter(
-            "torchrunx_ray_failures", "What failed: exception, death, agent or preload.", ("kind",)
+            "torchrunx_ray_failures",
+            "Failures by kind: exception, death, agent or preload.",
+            ("kind",),
         )
-        self._running = Gauge("torchrunx_ray_workers_running", "Workers in their function.")
+        self._running = Gauge(
+            "torchrunx_ray_workers_running", "Workers that are running their function."
+        )
         self._seconds = Counter(
             "torchrunx_ray_seconds",
-            "Of this host's workers and template: template import, process group, run.",
+            "Seconds of this host's workers and template, by phase: template import, process group, run.",
             ("phase",),
         )
         self._began_ns = 0

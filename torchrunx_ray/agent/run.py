@@ -222,7 +222,7 @@ class HostRun:
         if isinstance(answer, messages.ForkFailed) and self._state is State.STARTING:
             self._fork_no_more()
             what = "no process could be forked"
-            self._fail(what, f"{answer.reason}; see the host's limits of processes and of memory")
+            self._fail(what, f"{answer.reason}; check the host's limits on processes and memory")
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)

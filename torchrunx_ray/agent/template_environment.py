@@ -130,7 +130,7 @@ def working_directory(wanted: TemplateWanted, in_job_working_dir: bool) -> tuple
     if os.path.isdir(wanted.driver_cwd) and os.access(wanted.driver_cwd, os.X_OK):
         return wanted.driver_cwd, None
     return here, (
-        f"the driver's folder {wanted.driver_cwd} cannot be used here; the function runs in {here}"
+        f"the driver's folder {wanted.driver_cwd} cannot be used on this host; the function runs in {here}"
     )
 
 
@@ -150,12 +150,14 @@ def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that bash exports after it has sourced the file, starting from `base`."""
     if not os.path.exists(path):
         raise ValueError(
-            f"env_file={path!r}: No such file or directory. It is read on every host of the launch, not where "
-            "the driver is: put it on all of them, or pass its values as extra_env_vars."
+            f"env_file={path!r}: No such file or directory. The file is read on every host of the launch, not on the "
+            "driver's machine. Put the file on all hosts, or pass its values as extra_env_vars."
         )
     code, output, errors = _run_bash(path, base)
     if code is None:
-        raise ValueError(f"env_file={path!r}: bash had not sourced it after {_SOURCING_S} s.")
+        raise ValueError(
+            f"env_file={path!r}: bash did not finish sourcing the file within {_SOURCING_S} s."
+        )
     said = errors.decode(errors="replace").strip()
     # A last line such as `[ -f x ] && export A=1` may fail silently, although nothing is wrong.
     if code != 0 and said:
@@ -163,13 +165,16 @@ def _source(path: str, base: Mapping[str, str]) -> dict[str, str]:
             f"env_file={path!r} could not be sourced by bash (exit code {code}):\n{said}"
         )
     if not output:
-        raise ValueError(f"env_file={path!r} ends the shell that sources it: use return, not exit.")
+        raise ValueError(
+            f"env_file={path!r} ends the shell that sources the file: use return, not exit."
+        )
     pairs = (entry.partition("=") for entry in output.decode(errors="surrogateescape").split("\0"))
     sourced = {name: value for name, _, value in pairs if name and name not in _BASHS_OWN}
     refused = {name for name in sourced if environment.forbidden(name)} - base.keys()
     if refused:
         raise ValueError(
-            f"env_file={path!r} sets {', '.join(sorted(refused))}, which the launch itself sets."
+            f"env_file={path!r} sets {', '.join(sorted(refused))}, which the launch itself sets. Remove them from "
+            "the file."
         )
     return sourced | {name: base[name] for name in _BASHS_OWN & base.keys()}
 
@@ -212,7 +217,7 @@ def _start_bash(
         if error.errno == errno.E2BIG:  # too large for every process, not only for bash
             raise
         raise ValueError(
-            f"env_file={path!r} is sourced by bash, which could not be started: {error}. The PATH of workers is "
+            f"env_file={path!r}: bash, which sources the file, could not be started: {error}. The PATH of workers is "
             f"{made.get('PATH')!r}. Install bash in one of these folders, or pass the file's values as "
             "extra_env_vars."
         ) from None

@@ -133,7 +133,7 @@ class Worker:
                 self._hang_up()
                 return
             except Exception as error:
-                what = "the agent could not receive what a worker sent"
+                what = "the agent could not receive a worker's message"
                 evidence = f"{type(error).__name__}: {error}"
                 self._mailbox.put(messages.AgentFailed(now_ns(), what, evidence))
                 self._hang_up()
@@ -190,7 +190,7 @@ class Worker:
 
     def _cannot_take(self, error: Exception) -> None:
         if self._is_wanted():
-            what = f"the agent could not copy what local rank {self.local_rank} returned"
+            what = f"the agent could not copy the return value of local rank {self.local_rank}"
             evidence = f"{type(error).__name__}: {error}"
             self._mailbox.put(messages.AgentFailed(now_ns(), what, evidence))
 

@@ -60,14 +60,14 @@ def wait_after(
 def tell_of_stop(interruption: BaseException, progress: Progress) -> None:
     """Add notes to an interruption that say what the stopped run was doing."""
     if (failures := progress.failures_before_stop) is not None:
-        interruption.add_note(f"Before that it had failed: {failures.in_brief}")
+        interruption.add_note(f"Before that, the run had failed: {failures.in_brief}")
     if stacks := progress.stacks_at_stop:
-        interruption.add_note(f"When it was interrupted:\n{stacks.summary}")
+        interruption.add_note(f"When the run was interrupted:\n{stacks.summary}")
     if progress.log_directory is not None:
         interruption.add_note(f"All output of this launch: {progress.log_directory}")
     if isinstance(interruption, SystemExit):  # Python prints nothing for SystemExit
         logger.warning(
-            "%s was stopped: the driver is to end (SystemExit: %s, as Ray makes of SIGTERM).\n%s",
+            "%s was stopped, because the driver is exiting (SystemExit: %s, which Ray raises on SIGTERM).\n%s",
             progress.name,
             interruption,
             "\n".join(getattr(interruption, "__notes__", ())),

@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher(Options):
-    """Launches functions with these options. It holds nothing alive; runs and sessions do."""
+    """Launches functions with these options. Only runs and sessions hold processes and resources."""
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> LaunchResult[R]:
         """Call the function on every worker, and wait for all workers.

@@ -182,7 +182,9 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
                 interruption.tell_of_stop(error, self._progress)
             raise
         if not self.done():
-            raise TimeoutError(f"the run goes on after {seconds:g} s; result() waits for it again")
+            raise TimeoutError(
+                f"the run continues after {seconds:g} s; call result() to wait for it again"
+            )
         self._was_asked = True
 
     def _stop_and_wait(self, first: BaseException) -> None:
@@ -257,7 +259,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         finally:
             _living.pop(self, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.debug("%s ended by this", self.name, exc_info=error)
+            logger.debug("%s ended with this error", self.name, exc_info=error)
 
     def _settle(self, task: "asyncio.Task[LaunchResult[Any] | Failures]") -> None:
         if task.cancelled():
@@ -300,13 +302,13 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         super().__init__()
         self._was_asked = True
         self.set_exception(
-            RuntimeError(f"{self.name} belongs to the process that this one was forked from")
+            RuntimeError(f"{self.name} belongs to the process from which this process was forked")
         )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             f"{self.name} cannot be copied or pickled: a run belongs to the process that started it. "
-            "Pass on what its `result()` holds: `result().ref(rank)` is the reference to one value."
+            "Pass its values instead: `result().ref(rank)` is the reference to one value."
         )
 
     def __repr__(self) -> str:
@@ -349,8 +351,8 @@ def _stop_living() -> None:
         for shown in living.values():  # after the cancellations, since a log handler may block
             with contextlib.suppress(Exception, SystemExit):  # raised by a log handler of the user
                 logger.warning(
-                    "the script ended while %s; it is being stopped, for shutdown_timeout and some seconds at "
-                    "most. `result()` waits for a run.",
+                    "the script ended while %s; the run is being stopped, for shutdown_timeout and some seconds at "
+                    "most. To wait for a run, call its `result()`.",
                     shown,
                 )
         for run in living:

@@ -159,8 +159,8 @@ class Session:
             raise connection.forked()
         if not self._cluster.is_ours():
             raise LaunchError(
-                "the session's hosts went with the Ray cluster that it was opened in, which the driver has "
-                "left, by ray.shutdown() or as its ray:// connection was lost: open a new session."
+                "the session's hosts are gone, because the driver has left the Ray cluster of the session: by "
+                "ray.shutdown(), or because its ray:// connection was lost. Open a new session."
             )
 
     def __enter__(self) -> "Session":

@@ -93,11 +93,11 @@ class TorchrunxClusterEnvironment(_ClusterEnvironment):
         )
         said = (
             f"devices={num_devices}, num_nodes={num_nodes} make {num_devices * num_nodes} processes, "
-            f"and this launch has {world_size} on {hosts} hosts, {workers} of them on this one."
+            f"but this launch has {world_size} on {hosts} hosts, {workers} of them on this host."
         )
         advice = (
             f"Pass devices={workers}, num_nodes={hosts} to the Trainer."
             if workers * hosts == world_size
-            else "Lightning needs as many workers on every host: give workers_per_host one number."
+            else "Lightning needs the same number of workers on every host: give workers_per_host one number."
         )
         raise ValueError(f"{said} {advice}")

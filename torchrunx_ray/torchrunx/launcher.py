@@ -34,17 +34,17 @@ class Launcher:
     """Launches functions on the hosts of a Ray cluster, with the options of torchrunx 0.4."""
 
     hostnames: Literal["auto", "slurm"] | list[str] = "auto"
-    """Hosts to launch on: these nodes, all of the Ray cluster ("auto"), or those of the Slurm allocation ("slurm")."""
+    """Hosts to launch on: these nodes, all nodes of the Ray cluster ("auto"), or the nodes of the Slurm allocation ("slurm")."""
     workers_per_host: Literal["cpu", "gpu"] | int | list[int] = "gpu"
     """Workers on each host: a number, one number per host, or one per CPU or GPU."""
     ssh_config_file: str | Path | None = None
-    """Means nothing here: Ray starts the agents."""
+    """Has no effect: Ray starts the agents."""
     backend: Literal["nccl", "gloo", "mpi", "ucc"] | None = "nccl"
     """Backend of the process group; None for no process group."""
     worker_timeout: int = 600
     """Timeout of the process group, in seconds."""
     agent_timeout: int = 60
-    """Means nothing here: Ray watches the agents."""
+    """Has no effect: Ray watches the agents."""
     copy_env_vars: tuple[str, ...] = DEFAULT_ENV_VARS_FOR_COPY
     """Patterns of environment variables that are copied to workers."""
     extra_env_vars: dict[str, str] | None = None
@@ -52,7 +52,7 @@ class Launcher:
     env_file: str | Path | None = None
     """A file on each host that bash sources for the workers' environment."""
     handler_factory: HandlerFactory | Literal["auto"] | None = field(default="auto", init=False)
-    """Makes the handlers of `logging` for what workers say; set by `set_logging_handlers`."""
+    """Makes the logging handlers for the workers' output; set by `set_logging_handlers`."""
 
     def set_logging_handlers(
         self, handler_factory: HandlerFactory | Literal["auto"] | None
@@ -98,9 +98,9 @@ class Launcher:
             and getattr(self, each.name) != each.default
         ]
         if given:
-            mean, them = ("means", "it") if len(given) == 1 else ("mean", "them")
+            have, them = ("has", "it") if len(given) == 1 else ("have", "them")
             warnings.warn(
-                f"{' and '.join(given)} {mean} nothing to torchrunx_ray: Ray starts the agents, not "
+                f"{' and '.join(given)} {have} no effect in torchrunx_ray: Ray starts the agents, not "
                 f"SSH, and Ray watches them. Leave {them} out.",
                 stacklevel=3,
             )
@@ -121,7 +121,7 @@ def _log_handlers(factory: Any) -> Callable[[], Sequence[logging.Handler]] | Non
         return lambda: named_as_there(default_handlers_of_any_hosts())
     if not callable(factory):
         raise TypeError(
-            f'handler_factory={factory!r}: expected "auto", None, or a function that makes a list of '
-            "handlers of logging."
+            f'handler_factory={factory!r}: expected "auto", None, or a function that returns a list of '
+            "logging handlers."
         )
     return lambda: named_as_there(factory())

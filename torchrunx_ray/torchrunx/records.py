@@ -15,7 +15,7 @@ def named_as_there(handlers: Any) -> list[logging.Handler]:
     """Make handlers of a launch see torchrunx's logger names; a handler without a level takes every level."""
     if not _is_list(handlers):
         raise TypeError(
-            f"handler_factory returned {handlers!r}: expected a list of handlers of logging."
+            f"handler_factory returned {handlers!r}: expected a list of logging handlers."
         )
     made: list[logging.Handler] = list(handlers)  # the launch checks the items
     for handler in made:

@@ -206,7 +206,7 @@ class Started:
     time_ns: int
 
 
-NOT_REPORTED = "torchrunx_ray: the agent cannot be told what became of the function"
+NOT_REPORTED = "torchrunx_ray: cannot report the outcome of the function to the agent"
 """Start of a worker's last line on stderr if it cannot use its channel."""
 
 

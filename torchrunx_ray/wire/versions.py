@@ -30,7 +30,9 @@ def problem_between(drivers: Versions, hosts: Versions) -> str | None:
         if there is None:
             return f"{name} is not installed there; the driver has {here}."
         if name == "Python" and _minor(here) != _minor(there):
-            return f"Python is {there} there and {here} in the driver: functions cannot travel."
+            return (
+                f"Python is {there} there and {here} in the driver; install the same minor version."
+            )
         if name in ("ray", "torchrunx-ray") and here != there:
             return f"{name} is {there} there and {here} in the driver; install the same version."
     return None
@@ -44,7 +46,7 @@ def missing_package(evidence: str, drivers: Versions) -> str | None:
     here = drivers.get(name)
     return (
         f"{name} is not installed in the Python that Ray runs there; the driver has {here}. Install "
-        "the same there, or have Ray do it: ray.init(runtime_env={'pip': [...]})."
+        "the same version there, or let Ray install it: ray.init(runtime_env={'pip': [...]})."
     )
 
 

@@ -28,7 +28,7 @@ _NOT_SETTINGS = ("TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
 
 _settings_of_template: dict[str, str] = {}
 
-_SPAWN = "Take it out of preload, or pass start_method='spawn'."
+_SPAWN = "Take the module out of preload, or pass start_method='spawn'."
 
 
 class Refusal(Exception):
@@ -122,7 +122,7 @@ def _import(module: str) -> None:
     except BaseException as error:
         raise Refusal(
             f"preload={module!r} cannot be imported: {type(error).__name__}: {error}.",
-            "Is it installed there, and spelled as in an import statement?",
+            "Is the module installed there, and spelled as in an import statement?",
             "" if isinstance(error, ModuleNotFoundError) else traceback.format_exc(),
         ) from error
     if _cuda_was_touched():

@@ -114,8 +114,8 @@ class AgentLink:
     def _say_silent(self) -> None:
         logger.warning(
             "%s has not answered for %.0f s: the machine is too busy to run its agent, or is swapping, or "
-            "the agent is frozen or cut off. The run goes on when it answers, and fails if Ray gives the "
-            "node up.",
+            "the agent is frozen or cut off. The run continues when the agent answers. It fails if Ray declares "
+            "the node dead.",
             self._hostname,
             _SILENT_S,
         )
@@ -130,7 +130,7 @@ def _evidence(error: RayError) -> str:
         return str(error)
     # If only the agent died, its raylet reports the death within milliseconds.
     return (
-        f"{error}\nRay does not say why. The raylet, Ray's process for the node, or the machine may have ended, or "
+        f"{error}\nRay does not say why. The machine or the raylet (Ray's process for the node) may have ended, or "
         "the network may be cut."
     )
 

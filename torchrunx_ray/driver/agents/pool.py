@@ -55,11 +55,11 @@ _ANSWER_S = 5.0
 """Time for a living agent to answer a simple call."""
 
 _NEVER_READY = (
-    "answers, but was not ready after {:g} s: its old template does not end, or a new one cannot be started. "
-    "Does a file system hang there, such as that of the env_file?"
+    "answers, but was not ready after {:g} s: its old template does not end, or a new template cannot be started. "
+    "Does a file system hang on that host, such as the file system of the env_file?"
 )
 
-_NO_ANSWER = "does not answer: the machine is too busy to run it, or is swapping, or the agent is frozen or cut off."
+_NO_ANSWER = "does not answer: the machine is too busy to run the agent, or is swapping, or the agent is frozen or cut off."
 
 _RUNTIME_ENV_S = 600.0
 """Longest time that Ray takes for a runtime_env, unless its config says otherwise."""
@@ -124,8 +124,8 @@ class PooledAgent:
         if not meeting.done():
             self.state = AgentState.GONE
             raise TimeoutError(
-                f"it has not answered within {self.starts_within_s:g} s: Ray has not started its process, or the "
-                "process is frozen, or cannot be reached"
+                f"the agent has not answered within {self.starts_within_s:g} s: Ray has not started its process, or "
+                "the process is frozen, or cannot be reached"
             )
 
     async def _until_met_or_frozen(self, meeting: "asyncio.Task[Any]") -> None:
@@ -164,7 +164,7 @@ class PooledAgent:
         self.connection.tell(self.calls.rest, self.claims, linger)
         self.rests_until = time.monotonic() + linger
         for surplus in _resting.put(self):
-            in_background(surplus.end(), "an agent that rested could not be ended: %s")
+            in_background(surplus.end(), "an idle agent could not be ended: %s")
 
     async def end(self) -> None:
         """Wait until the agent's processes are gone. The actor itself ends a moment later."""
@@ -241,7 +241,7 @@ async def acquire(
     if agent is None:
         if difference := _resting.nearest(node_id, wanted, runtime_env):
             logger.info(
-                "a new template is started on %s, since no warm one fits. The nearest differs in: %s",
+                "starting a new template on %s, because no warm template fits. The most similar one differs in: %s",
                 label,
                 difference,
             )

@@ -211,7 +211,9 @@ def running() -> asyncio.AbstractEventLoop:
 
 def _tell(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log an unhandled error with this package's logger: handlers of asyncio's logger would run in the loop."""
-    logger.error("in the background: %s", context["message"], exc_info=context.get("exception"))
+    logger.error(
+        "error in the background thread: %s", context["message"], exc_info=context.get("exception")
+    )
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -7,7 +7,7 @@ import multiprocessing
 from collections.abc import Iterable
 
 _REFUSAL = (
-    "A launch was called by a process that multiprocessing starts, while it imports your script. "
+    "A process that multiprocessing started tried to launch while it imported your script. "
     'Put the launch under `if __name__ == "__main__":`.'
 )
 

@@ -39,7 +39,7 @@ class OwnLines(logging.Filter):
         self._put = self._written = self._dropped = 0
         self._was_written = threading.Condition()
         self._warn_once = WarnOnce(
-            "A handler of logging failed on a line of torchrunx_ray's own, and is not reported again: %s"
+            "A logging handler failed on a log message of torchrunx_ray. Further failures are not reported: %s"
         )
 
     def divert_this_thread(self) -> None:
@@ -100,7 +100,8 @@ class OwnLines(logging.Filter):
         if dropped:
             with contextlib.suppress(BaseException):
                 logging.getLogger("torchrunx_ray").warning(
-                    "%d lines are missing here: a handler of logging took none for long", dropped
+                    "%d log messages were dropped here, because a logging handler blocked for too long",
+                    dropped,
                 )
 
 

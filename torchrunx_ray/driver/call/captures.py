@@ -37,9 +37,9 @@ def tell_of_large(name: str, func: object, replace: Replace) -> None:
         if path not in _told:
             _told.add(path)
             logger.warning(
-                "%s has %s, which every launch of the function sends to the cluster anew. Load it in the "
-                "function; or make it an argument and pass the ref that ray.put gave for it, once: the "
-                "function gets the value.",
+                "%s has %s, which every launch of the function sends to the cluster again. Load the data in the "
+                "function. Or call ray.put once, and pass the reference that it returns as an argument: "
+                "the function gets the value.",
                 path,
                 bytes_in_words(size),
             )

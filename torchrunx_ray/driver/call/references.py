@@ -38,7 +38,7 @@ def stays_in_driver(kind: type, advice: str) -> None:
 
 stays_in_driver(
     LaunchResult,
-    "it is a LaunchResult, whose values only the driver can fetch; pass result.ref(i), the "
+    "it is a LaunchResult, and only the driver can fetch its values; pass result.ref(i), the "
     "reference to one rank's value.",
 )
 
@@ -82,8 +82,8 @@ async def wait_for(refs: "Sequence[ray.ObjectRef[Any]]", connection: Connection)
         now = time.monotonic()
         if now - reported >= _REPORT_EVERY_S:
             logger.warning(
-                "waiting for %d of %d ObjectRefs in the arguments, whose tasks have not ended, %.0f s "
-                "so far; the run begins after them",
+                "waiting for %d of %d ObjectRefs in the arguments, %.0f s so far; the run begins when the tasks "
+                "that compute them end",
                 len(missing),
                 len(refs),
                 now - begun,
@@ -110,8 +110,8 @@ def _pack(value: object) -> Packed:
 def _refuse(value: Any) -> Any:
     if isinstance(value, _ObjectRef):
         raise UnfitError(
-            "it is an ObjectRef inside of another's value, and a worker is no process of Ray's; pass "
-            "it by itself"
+            "it is an ObjectRef inside the value of another ObjectRef, and a worker is not a Ray process; pass "
+            "it as a separate argument"
         )
     _refuse_handle(value)
     return _writable(value)
@@ -128,6 +128,6 @@ def _writable(value: Any) -> Any:
 def _refuse_handle(value: Any) -> None:
     if isinstance(value, _ActorHandle) or type(value).__name__ == "ClientActorHandle":
         raise UnfitError(
-            "it is a handle of a Ray actor, and a worker is no process of Ray's; call the actor in "
-            "the driver, or have the function call ray.init(namespace=...) and look it up by name"
+            "it is a handle of a Ray actor, and a worker is not a Ray process; call the actor in "
+            "the driver, or call ray.init(namespace=...) in the function and look up the actor by name"
         )

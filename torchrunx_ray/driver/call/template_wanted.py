@@ -57,12 +57,12 @@ def differences(wanted: TemplateWanted, other: TemplateWanted) -> list[str]:
         if getattr(wanted, field) != getattr(other, field)
     ]
     if wanted.one_worker != other.one_worker:
-        found.append("one worker on the host instead of several, or several instead of one")
+        found.append("one worker on the host instead of several, or several workers instead of one")
     return found
 
 
 _SHOWN = {
-    "driver_cwd": "the folder",
+    "driver_cwd": "the working directory",
     "env_file": "env_file",
     "preload": "preload",
     "start_method": "start_method",
@@ -72,7 +72,7 @@ _SHOWN = {
 @functools.cache  # once per name and process
 def _warn_of_missing(name: str) -> None:
     logger.warning(
-        "extra_env_vars: the driver has no variable %s to send, so that workers have it only where their "
+        "extra_env_vars: the driver has no variable %s to send. Workers have this variable only if their "
         "host or env_file sets it. Set it in the driver, or give its value: '%s=...'.",
         name,
         name,

@@ -49,8 +49,8 @@ async def _wait_for_a_while(task: "asyncio.Task[None]", what: str) -> None:
     _, late = await asyncio.wait({task}, timeout=_PATIENCE_S)
     if late:
         logger.warning(
-            "%s takes more than %g s: Ray's head does not answer, or its machine is very busy. It goes on "
-            "in the background.",
+            "%s takes more than %g s: Ray's head does not answer, or its machine is very busy. The clean-up "
+            "continues in the background.",
             what,
             _PATIENCE_S,
         )

@@ -47,10 +47,11 @@ class ClusterLeft(LaunchError):
 
     def __init__(self, *, through_client: bool) -> None:
         super().__init__(
-            "the driver's ray:// connection to the Ray cluster ended before the run did: by ray.shutdown(), "
-            "or the head could not be reached for longer than RAY_CLIENT_RECONNECT_GRACE_PERIOD (30 s)"
+            "the driver's ray:// connection to the Ray cluster ended before the run did. The script called "
+            "ray.shutdown(), or the driver could not reach the head for longer than "
+            "RAY_CLIENT_RECONNECT_GRACE_PERIOD (30 s)"
             if through_client
-            else "the driver left the Ray cluster by ray.shutdown() before the run ended"
+            else "the driver left the Ray cluster before the run ended: the script called ray.shutdown()"
         )
 
 
@@ -198,8 +199,8 @@ def connect() -> None:
             _joined_by_launch = _membership()
         elif not untyped_ray.util.client.ray.is_default():
             raise LaunchError(
-                "ray.init(..., allow_multiple=True) connects one thread only, and launches go on in another. "
-                "Call ray.init without it."
+                "ray.init(..., allow_multiple=True) connects only one thread, and launches run in another thread. "
+                "Call ray.init without allow_multiple."
             )
         elif _membership() in _inherited:
             raise forked()
@@ -211,9 +212,9 @@ def connect() -> None:
 def forked() -> LaunchError:
     """Return the error of a launch in a forked child."""
     return LaunchError(
-        f"this process (pid {os.getpid()}) was forked from one that was connected to Ray already, and "
+        f"this process (pid {os.getpid()}) was forked from a process that was already connected to Ray, and "
         "Ray's connection does not survive a fork. Launch in the process that called ray.init(), or start "
-        "this one by multiprocessing's method 'spawn'."
+        "this process by multiprocessing's method 'spawn'."
     )
 
 
@@ -223,8 +224,8 @@ def _no_longer_connected() -> LaunchError:
     A launch does not call ray.init() here: that would start a Ray on the user's laptop, and launch there.
     """
     return LaunchError(
-        "this process reached its Ray cluster through ray://, and is not connected any more. Connect again before "
-        'the launch: ray.init("ray://<head>:10001"), after ray.shutdown() where the connection was lost.'
+        "this process was connected to its Ray cluster through ray://, and the connection has ended. Connect again "
+        'before the launch: ray.init("ray://<head>:10001"). If the connection was lost, call ray.shutdown() first.'
     )
 
 

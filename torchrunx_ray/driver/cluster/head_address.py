@@ -26,8 +26,8 @@ def check() -> None:
     while (problem := _problem(parts["host"], int(parts["port"]))) is not None:
         if time.monotonic() - begun >= _PATIENCE_S:
             raise LaunchError(
-                f"RAY_ADDRESS={address}: nobody answers there ({problem}). Does the head of the cluster run, is this "
-                "its address, and can this machine reach the port? Without RAY_ADDRESS a launch joins the "
+                f"RAY_ADDRESS={address}: nobody answers there ({problem}). Is the head of the cluster running, is this "
+                "its address, and can this machine reach the port? Without RAY_ADDRESS, a launch joins the "
                 "Ray that runs on this machine, or starts one."
             )
         time.sleep(_PAUSE_S)

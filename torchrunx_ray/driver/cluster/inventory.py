@@ -66,12 +66,12 @@ def other_hosts() -> str:
     if not (was_started_here() and was_begun_by_launch()):
         return ""
     why = (
-        "as RAY_ADDRESS=local asks"
+        "because RAY_ADDRESS=local is set"
         if os.environ.get("RAY_ADDRESS") == "local"
-        else "since it found none to join"
+        else "because it found no Ray to join"
     )
     return (
-        f"This Ray was started by the launch itself, {why}: set RAY_ADDRESS=<head>:6379, or run the script on a node "
+        f"The launch itself started this Ray, {why}. Set RAY_ADDRESS=<head>:6379, or run the script on a node "
         'of the cluster. To try several hosts on one machine: hostnames=2, placement_strategy="PACK".'
     )
 

@@ -17,11 +17,13 @@ def evidence(report: str, ranks: Mapping[int, int]) -> str:
         for pid, rank in ranks.items()
         if pid in memory
     ]
-    workers = ", ".join(of_workers) or "none of them is among the largest processes"
+    workers = (
+        ", ".join(of_workers) or "unknown, because none of them is among the largest processes"
+    )
     said = "\n".join(report.strip().splitlines()[:2])
     return (
-        "the node ran short of memory, and of its processes Ray ends its own first. The workers had: "
-        f"{workers}.\nUse less (fewer workers on a host, smaller batches), or give the node more; the "
-        "monitor's threshold is RAY_memory_usage_threshold, in the environment that Ray is started in."
+        "the node ran short of memory, and Ray kills its own processes first. Memory of the workers: "
+        f"{workers}.\nUse less memory (fewer workers on a host, smaller batches), or give the node more. The "
+        "monitor's threshold is RAY_memory_usage_threshold, in the environment in which Ray is started."
         f"\nRay says: {said}"
     )

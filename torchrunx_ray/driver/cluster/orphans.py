@@ -33,7 +33,7 @@ def sweep() -> None:
     """Begin to remove the groups of launches whose process has died, on any node."""
     connection = Connection()
     sweeping = connection.call(connection.inside, _sweep)
-    in_background(sweeping, "no look for placement groups of dead launches: %s")
+    in_background(sweeping, "could not look for placement groups of dead launches: %s")
 
 
 def _sweep() -> None:
@@ -53,4 +53,4 @@ def _sweep() -> None:
         if len(node) == len(worker) == _SHORT and not (node in nodes and worker in workers):
             # Removed by id: a lookup by name works only in the namespace of the group's job.
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
-            logger.info("removed the placement group of a launch that has died: %s", name)
+            logger.info("removed the placement group of a launch whose process has died: %s", name)

@@ -25,7 +25,7 @@ def refusal(error: Exception) -> LaunchError | None:
     if not reason:
         return None
     return LaunchError(
-        f"The Ray cluster{f' at {address}' * bool(address)} {_what_was_sent()}. Ray's words: {reason}. {_HOW_TO_GIVE_IT}"
+        f"The Ray cluster{f' at {address}' * bool(address)} {_what_was_sent()}. Ray says: {reason}. {_HOW_TO_GIVE_IT}"
     )
 
 
@@ -39,8 +39,8 @@ def doubt(evidence: str) -> str:
     if source is None:
         return ""
     return (
-        f"This driver has a token (from {source}), and the cluster may have been started without one. Start the "
-        "cluster again, so that it uses the token, or set RAY_AUTH_MODE=disabled for this script."
+        f"This driver has a token (from {source}), and the cluster may have been started without a token. Restart the "
+        "cluster with the token, or set RAY_AUTH_MODE=disabled for this script."
     )
 
 

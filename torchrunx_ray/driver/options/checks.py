@@ -92,9 +92,7 @@ def check_given_by_name(values: Sequence[Any], face: str) -> None:
 
 def check_handlers(handlers: Any) -> None:
     """Check log_handlers, or the value that a function given as log_handlers returned."""
-    expected = (
-        '"auto", None, a list of handlers of logging, or a function that returns one of these'
-    )
+    expected = '"auto", None, a list of logging handlers, or a function that returns one of these'
     if isinstance(handlers, str):
         _require(handlers == "auto", "log_handlers", handlers, expected)
     elif handlers is not None:
@@ -151,7 +149,7 @@ def _check_amounts(given: Mapping[str, Any]) -> None:
         if given[option] is not None:
             _require_number(option, given[option], EXPECTED[option])
     gpus = given["gpus_per_worker"] or 0
-    expected = "a part of one GPU, or a whole number of them"
+    expected = "a fraction of one GPU, or a whole number of GPUs"
     _require(gpus <= 1 or gpus == int(gpus), "gpus_per_worker", gpus, expected)
     expected = EXPECTED["resources_per_host"]
     _require_mapping("resources_per_host", given["resources_per_host"], expected)
@@ -160,7 +158,7 @@ def _check_amounts(given: Mapping[str, Any]) -> None:
         _require(isinstance(name, str), "resources_per_host", name, expected, TypeError)
         if name in ("CPU", "GPU"):
             raise ValueError(
-                f"resources_per_host={resources!r}: {name}s are reserved by {name.lower()}s_per_worker."
+                f"resources_per_host={resources!r}: reserve {name}s with {name.lower()}s_per_worker."
             )
         _require_number("resources_per_host", amount, expected)
 
@@ -209,7 +207,7 @@ def _check_extra_variables(extra: Any) -> None:
         for name, entry in zip(names, extra, strict=True):
             _require(name, "extra_env_vars", entry, "NAME=value, or a pattern such as WANDB_*")
     for text in texts:
-        _require("\0" not in text, "extra_env_vars", text, "text without NUL")
+        _require("\0" not in text, "extra_env_vars", text, "a string without NUL characters")
     pairs = (
         extra
         if _is_mapping(extra)
@@ -227,14 +225,18 @@ def _check_extra_variables(extra: Any) -> None:
 def _require_strings_by_name(extra: Any) -> None:
     for name, value in extra.items():
         if not isinstance(name, str):
-            raise TypeError(f"extra_env_vars: the name {name!r} is no string; write {str(name)!r}.")
+            raise TypeError(
+                f"extra_env_vars: the name {name!r} is not a string; write {str(name)!r}."
+            )
         if not isinstance(value, str):
             instead = "leave it out" if value is None else f"write {str(value)!r}"
-            raise TypeError(f"extra_env_vars: {name} is {value!r}, which is no string: {instead}.")
+            raise TypeError(
+                f"extra_env_vars: {name} is {value!r}, which is not a string: {instead}."
+            )
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
-    expected = 'None, or a text such as "A100"'
+    expected = 'None, or a string such as "A100"'
     kind = given["accelerator_type"]
     is_name = kind is None or isinstance(kind, str)
     _require(is_name, "accelerator_type", kind, expected, TypeError)
@@ -250,7 +252,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
     _require_mapping("runtime_env", given["runtime_env"], expected)
     _check_runtime_env(given["runtime_env"] or {})
     name = given["name"]
-    expected = "None, or a text that is not empty"
+    expected = "None, or a non-empty string"
     _require(name is None or isinstance(name, str), "name", name, expected, TypeError)
     _require(name != "", "name", name, expected)
 
@@ -266,9 +268,9 @@ def _check_runtime_env(given: Any) -> None:
         for uri in uris:
             if uri is not None and "://" not in str(uri):
                 raise ValueError(
-                    f"runtime_env: {option} {str(uri)!r} is no URI. Ray uploads local code once, when the "
-                    f"driver joins the cluster: give it there, ray.init(runtime_env={{{option!r}: ...}}) before the "
-                    f"launch, or by `ray job submit`. Here it can be a URI, such as 's3://bucket/code.zip'."
+                    f"runtime_env: {option} {str(uri)!r} is not a URI. Ray uploads local code only when the "
+                    f"driver joins the cluster. Call ray.init(runtime_env={{{option!r}: ...}}) before the "
+                    f"launch, or use `ray job submit`. A launch accepts only URIs, such as 's3://bucket/code.zip'."
                 )
 
 
@@ -282,8 +284,8 @@ def _check_keys_of_runtime_env(given: Any) -> None:
             meant = f" Did you mean {near!r}?" if near else ""
             public = ", ".join(sorted(each for each in known if not each.startswith("_")))
             raise ValueError(
-                f"runtime_env: Ray knows no key {name!r}, and would ignore it.{meant} The keys are {public}. For "
-                f"the key of a plug-in set {_PLUGINS} in the driver, too."
+                f"runtime_env: Ray has no key {name!r}, and would ignore it.{meant} The keys are {public}. For "
+                f"the key of a plug-in, set {_PLUGINS} in the driver, too."
             )
 
 

@@ -41,34 +41,34 @@ class Options:
     hostnames: Annotated[
         int | Sequence[str] | Literal["auto", "slurm"], written_as("hostnames", hosts)
     ] = "auto"
-    """Hosts to launch on: every node that can hold workers ("auto"), that many nodes, these nodes (name, IP, node id, "localhost" for the driver's), or those of the Slurm allocation ("slurm")."""
+    """Hosts to launch on: every node that can hold workers ("auto"), that many nodes, these nodes (name, IP, node id, "localhost" for the driver's), or the nodes of the Slurm allocation ("slurm")."""
     workers_per_host: Annotated[
         int | Sequence[int] | Literal["auto", "gpu", "cpu", "slurm"],
         written_as("workers_per_host", workers),
     ] = "auto"
-    """Workers on each host: a number, one number per host, one per GPU, one per CPU, or as the Slurm allocation has GPUs, else CPUs ("slurm"). "auto" is "gpu" if any chosen host has GPUs, else "cpu"."""
+    """Workers on each host: a number, one number per host, one per GPU, one per CPU, or one per GPU of the Slurm allocation, else per CPU ("slurm"). "auto" is "gpu" if any chosen host has GPUs, else "cpu"."""
     gpus_per_worker: Annotated[float | None, written_as("gpus_per_worker", number_or_none)] = None
-    """GPUs that each worker pins. None: 1 if every host is there already and has as many GPUs as workers, else 0 on all of them; 0 with workers_per_host="cpu"."""
+    """GPUs that each worker pins. None: 1 if every host already exists and has at least as many GPUs as workers, else 0 on all hosts; 0 with workers_per_host="cpu"."""
     cpus_per_worker: Annotated[float | None, written_as("cpus_per_worker", number_or_none)] = None
-    """CPUs that each worker reserves. None: 1, or less where a host has fewer CPUs than workers."""
+    """CPUs that each worker reserves. None: 1, or less if a host has fewer CPUs than workers."""
     accelerator_type: Annotated[str | None, written_as("accelerator_type", string_or_none)] = None
-    """Type of the hosts' GPUs, in Ray's words, such as "A100"."""
+    """Ray's name for the type of the hosts' GPUs, such as "A100"."""
     label_selector: Annotated[Mapping[str, str] | None, written_as("label_selector", pairs)] = None
-    """Ray's labels that every host must have, each with its value, such as region "in(us, eu)"; in Python a mapping."""
+    """Ray labels that every host must have, each with its value, such as region "in(us, eu)"; in Python, a mapping."""
     resources_per_host: Annotated[
         Mapping[str, float] | None, written_as("resources_per_host", amounts)
     ] = None
-    """Further Ray resources to reserve on each host."""
+    """Other Ray resources to reserve on each host."""
     placement_strategy: Literal["STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK"] = "STRICT_SPREAD"
-    """STRICT_SPREAD: every host of the launch is another node. SPREAD, PACK: preferably apart, together. STRICT_PACK: all on one node."""
+    """STRICT_SPREAD: every host of the launch is a different node. SPREAD: different nodes if possible. PACK: the same node if possible. STRICT_PACK: all hosts on one node."""
     backend: Annotated[str | None, written_as("backend", string_or_none)] = "auto"
-    """Backend of the process group: "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl". "auto": nccl where each worker has a GPU of its own, else gloo. None: no process group. With nccl collectives take CUDA tensors only; "cpu:gloo,cuda:nccl" takes both."""
+    """Backend of the process group: "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl". "auto": nccl if each worker has its own GPU, else gloo. None: no process group. With nccl, collectives take CUDA tensors only; "cpu:gloo,cuda:nccl" takes both."""
     timeout: Annotated[float, written_as("timeout", number)] = 600
-    """Timeout of the process group, in seconds: for ranks to join, from when all hosts can fork, and for every collective that waits for a slow rank. Workers that import torch themselves (start_method "spawn", or a preload without torch) do so within the time to join."""
+    """Timeout of the process group, in seconds: for ranks to join, from when all hosts can fork, and for every collective that waits for a slow rank. If workers import torch themselves (start_method "spawn", or a preload without torch), the import is part of the time to join."""
     placement_timeout: Annotated[float | None, written_as("placement_timeout", number_or_none)] = (
         600
     )
-    """Time to wait for room in the cluster, in seconds; None: for ever."""
+    """Time to wait for room in the cluster, in seconds; None: without limit."""
     shutdown_timeout: Annotated[float, written_as("shutdown_timeout", number)] = 5
     """Time from SIGTERM to SIGKILL for workers that must stop, in seconds."""
     linger: Annotated[float, written_as("linger", number)] = 60
@@ -76,7 +76,7 @@ class Options:
     default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", strings)] = (
         DEFAULT_ENV_VARS
     )
-    """Patterns of the driver's environment variables that travel to workers."""
+    """Patterns of the driver's environment variables that are sent to workers."""
     extra_env_vars: Annotated[
         Sequence[str] | Mapping[str, str] | Literal["all"],
         written_as("extra_env_vars", variables),
@@ -95,7 +95,7 @@ class Options:
     )
     """Ranks whose output reaches your console or loggers, unless log_handlers says otherwise: a list, or "all"."""
     progress: bool | None = None
-    """Show how far a run is. None: on a terminal, in a notebook and in a job's log."""
+    """Show the progress of a run. None: on a terminal, in a notebook and in a job's log."""
     preload: Annotated[Sequence[str], written_as("preload", strings)] = (
         "torch",
         "torch.distributed",

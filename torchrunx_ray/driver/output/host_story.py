@@ -18,7 +18,7 @@ def begin(run_name: str, ranks: Sequence[int], world_size: int) -> str:
 
 def stop(grace_s: float) -> str:
     how = f"SIGTERM, and SIGKILL after {grace_s:g} s" if grace_s > 0 else "SIGKILL"
-    return f"the workers that live are being stopped: {how}"
+    return f"stopping the workers that still run: {how}"
 
 
 def line_of(
@@ -50,7 +50,7 @@ def line_of(
         case messages.AgentFailed():
             return ": ".join(filter(None, (event.what, event.evidence))), on_ours(event.time_ns)
         case messages.HostEnded():
-            return "the run has ended here: none of its workers lives", now_ns()
+            return "the run has ended on this host: none of its workers is left", now_ns()
         case _:
             return _of_the_whole_host(event), now_ns()
 
@@ -58,9 +58,9 @@ def line_of(
 def _of_the_whole_host(event: HostEvent) -> str:
     match event:
         case messages.TemplateRefused():
-            return f"no template: {event.problem}"
+            return f"the template cannot be used: {event.problem}"
         case NotJoined():
-            return f"after {event.timeout:g} s not in the process group: {in_words(event.missing)}"
+            return f"not in the process group after {event.timeout:g} s: {in_words(event.missing)}"
         case ArgumentLost():
             return f"an argument was lost: {event.evidence}"
         case DriverFailed():
@@ -72,9 +72,9 @@ def _of_the_whole_host(event: HostEvent) -> str:
 def _loaded(loaded: messages.TemplateLoaded, until_ns: int, begun_ns: int) -> str:
     took_s = (loaded.loaded_ns - loaded.begun_ns) / 1e9
     if until_ns >= begun_ns:
-        return f"the template was started, and has imported in {took_s:.2f} s"
+        return f"the template was started; its imports took {took_s:.2f} s"
     then = datetime.fromtimestamp(until_ns / 1e9)
-    return f"the template is a warm one: it imported in {took_s:.2f} s, at {then:%Y-%m-%d %H:%M:%S}"
+    return f"the template is warm; its imports took {took_s:.2f} s, until {then:%Y-%m-%d %H:%M:%S}"
 
 
 def _worker(event: messages.Started | messages.Failed | messages.Exited, rank: int | None) -> str:

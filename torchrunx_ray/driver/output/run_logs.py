@@ -111,7 +111,9 @@ class RunLogs:
             self._taking = "files"
             if self._waiting_bytes:
                 has_files = "" if self._files is None else "; it is still written to the log files"
-                logger.warning("interrupted: what the workers said last is not shown%s", has_files)
+                logger.warning(
+                    "interrupted: the last output of the workers is not shown%s", has_files
+                )
         self._loop.call_later(stuck_s, self._give_up_if_stuck, stuck_s, self._steps)
 
     def _give_up_if_stuck(self, stuck_s: float, steps: int) -> None:
@@ -138,7 +140,7 @@ class RunLogs:
     def _give_up(self) -> None:
         """Write nothing more. `drain` returns at once, even if a handler blocks."""
         if self._waiting_bytes and self._files is not None:
-            logger.warning("interrupted: the log files do not have all that the workers said last")
+            logger.warning("interrupted: the log files do not have all of the workers' last output")
         self._taking = "nowhere"
         self._done.set()
         self._has_room.set()
@@ -182,7 +184,7 @@ class RunLogs:
         shown = [who for who in workers if who.rank in wanted]
         if wanted and not shown:
             logger.warning(
-                "console_ranks=%r: this launch has ranks 0 to %d only, so that none is shown",
+                "console_ranks=%r: this launch has only ranks 0 to %d, so no rank is shown",
                 wanted,
                 len(workers) - 1,
             )

@@ -37,8 +37,8 @@ class ToFiles(Sink):
         self.level = _level()
         self.directory: Path | None = None
         self._warn_once = WarnOnce(
-            "The log files of this launch cannot be written, or not all: %s. It goes on; set "
-            f'{_DIRECTORY} to a directory that can be, or to "" for no files.',
+            "Some or all log files of this launch cannot be written: %s. The launch continues. Set "
+            f'{_DIRECTORY} to a writable directory, or to "" for no log files.',
             tells_line=False,
         )
 
@@ -94,7 +94,7 @@ def _level() -> int:
     name = os.environ.get(_LEVEL, "") or "INFO"
     level = int(name) if name.isdigit() else logging.getLevelNamesMapping().get(name.upper())
     if level is None:
-        logger.warning("%s=%s is no level of logging, such as DEBUG; INFO is used", _LEVEL, name)
+        logger.warning("%s=%s is not a logging level such as DEBUG; using INFO", _LEVEL, name)
         return logging.INFO
     return level
 
@@ -114,7 +114,7 @@ def new_directory(parent: Path, suffix: str = "") -> Path:
         except FileExistsError:
             continue
         return directory
-    raise FileExistsError(f"{parent} has a million directories of this second")
+    raise FileExistsError(f"{parent} already has a million directories for this second")
 
 
 def _lead_to(directory: Path) -> None:

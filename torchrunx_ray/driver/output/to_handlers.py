@@ -97,7 +97,8 @@ class _Reporter:
         self._had = vars(handler).get("handleError")
         self._runs = 0
         self.warn_once = WarnOnce(
-            "%r of log_handlers failed, and is not reported again; the launch goes on: %s", handler
+            "%r of log_handlers failed. The launch continues, and further failures are not reported: %s",
+            handler,
         )
         vars(handler)["handleError"] = self._handle_error
 

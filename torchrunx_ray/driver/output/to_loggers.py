@@ -20,8 +20,8 @@ class ToLoggers(Sink):
         self._run_name = run_name
         self._takes = takes
         self._warn_once = WarnOnce(
-            "A handler of logging failed on what workers say, and is not reported again; the launch "
-            "goes on: %s"
+            "A logging handler failed on the output of workers. The launch continues, and further failures "
+            "are not reported: %s"
         )
 
     def text(self, who: Speaker, stream: TextStream, lines: str, time_s: float) -> None:

@@ -57,7 +57,7 @@ class Writer:
         self._was_written = was_written
         self._has_ended = has_ended
         self._warn_once = WarnOnce(
-            "What the workers say cannot be shown here; the launch goes on: %s"
+            "The output of the workers cannot be shown here. The launch continues: %s"
         )
         self._lock = threading.Lock()
         self._in_hand: Said | None = None

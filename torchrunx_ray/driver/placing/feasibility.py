@@ -43,7 +43,7 @@ def why_impossible(
     if unknown is not None:
         return unknown
     nodes = [node for node in nodes if _has_labels(node, options)]
-    apart = "each on another node (placement_strategy='STRICT_SPREAD')"
+    apart = "each on a separate node (placement_strategy='STRICT_SPREAD')"
     is_apart = options.placement_strategy == "STRICT_SPREAD"
     if is_apart and len(nodes) < len(wanted):
         count = counted(len(nodes), "node")
@@ -63,7 +63,7 @@ def why_impossible(
             return f"its hosts need {needed:g} {name} together; the cluster has {total:g}"
     fitting = sum(any(is_in(bundle, node.resources) for bundle in wanted) for node in nodes)
     if is_apart and fitting < len(wanted):
-        return f"{len(wanted)} hosts are wanted, {apart}, and only {fitting} could hold one"
+        return f"{len(wanted)} hosts are wanted, {apart}, and only {counted(fitting, 'node')} could hold one"
     return None
 
 
@@ -76,7 +76,7 @@ def what_no_node_is(nodes: Sequence[Node], options: Options) -> str | None:
     matching = [node for node in nodes if _has_labels(node, options)]
     if not matching:
         there = [f"{key} {_in_words({n.labels.get(key) for n in nodes})}" for key in selector]
-        return f"no node matches label_selector={selector!r}; there are: {'; '.join(there)}"
+        return f"no node matches label_selector={selector!r}; the nodes have: {'; '.join(there)}"
     kinds = {
         name.removeprefix(_ACCELERATOR)
         for node in matching

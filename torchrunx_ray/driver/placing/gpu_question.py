@@ -13,7 +13,7 @@ from torchrunx_ray.driver.cluster.clean_up import clean_up
 from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
 from torchrunx_ray.errors import AgentFailedError
 
-_WHAT = "the task that asks Ray which GPUs the launch has there"
+_WHAT = "the task that asks Ray for the launch's GPU ids"
 
 _ANSWER_S = 120.0
 """Time for the tasks to answer after all agents have started, when their runtime_env is already made."""
@@ -116,7 +116,7 @@ def _late(hostname: str) -> AgentFailedError:
     return AgentFailedError(
         hostname=hostname,
         what=f"{_WHAT} has not answered for {_ANSWER_S:g} s",
-        evidence="it waits for its runtime_env or for a process of Ray's on that host, or is frozen or cut off. "
+        evidence="the task waits for its runtime_env or for a Ray process on that host, or it is frozen or cut off. "
         "`ray list tasks` shows its state. Launch again, or leave that host out.",
     )
 

@@ -70,8 +70,7 @@ class Placement:
         if table.get("state", "REMOVED") == "REMOVED":
             raise PlacementError(
                 "the placement group of the session was removed, by ray.util.remove_placement_group or "
-                "by a head of Ray that was started anew. What it held may be others' by now: open a "
-                "new session."
+                "by a restart of Ray's head. Others may hold its resources now. Open a new session."
             )
 
     async def remove(self) -> None:
@@ -98,9 +97,9 @@ async def reserve(options: Options, progress: Progress) -> Placement:
         if options.hostnames == "slurm":
             head = 'Ray\'s head, or with hostnames="slurm" the scontrol or name server, has not answered'
         raise PlacementError(
-            f"{head}: {limit_s:g} s (placement_timeout) and {_HEAD_S:g} s more after the "
-            "launch the driver still waits for what it has asked. Is the head's machine frozen, overloaded or cut "
-            "off? `ray status` there would tell. Launch again, or with a longer placement_timeout."
+            f"{head}: the driver has waited for {limit_s:g} s (placement_timeout) and {_HEAD_S:g} s more. "
+            "Is the head's machine frozen, overloaded or cut off? Check with `ray status` on that machine. "
+            "Launch again, or use a longer placement_timeout."
         ) from None
     finally:
         reminders.forget(progress.name)
@@ -167,9 +166,10 @@ def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
         cpus = int(host.node.cpus)
         if cpus and host.workers > cpus:
             said = (
-                f"{host.workers} workers share {counted(cpus, 'CPU')}, up to {math.ceil(host.workers / cpus)} on "
-                f"each, on {host.label}: they take turns. If that is meant, cpus_per_worker="
-                f"{math.floor(100 * cpus / host.workers) / 100:g} says so; else give fewer workers_per_host."
+                f"{host.workers} workers share {counted(cpus, 'CPU')} on {host.label}, up to "
+                f"{math.ceil(host.workers / cpus)} on each CPU, so they take turns. If you want this, set "
+                f"cpus_per_worker={math.floor(100 * cpus / host.workers) / 100:g}. Otherwise use fewer "
+                "workers_per_host."
             )
             if said not in _said:
                 _said.add(said)

@@ -102,7 +102,7 @@ async def withdraw(group: PlacementGroup, connection: Connection) -> bool:
         try:
             return await asyncio.shield(removing)
         except asyncio.CancelledError:
-            await clean_up(asyncio.wait({removing}), "removing a placement group that waited")
+            await clean_up(asyncio.wait({removing}), "removing a waiting placement group")
             raise
 
 

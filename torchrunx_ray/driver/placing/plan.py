@@ -98,8 +98,7 @@ def _choose(
             why_impossible(wanted, nodes, options) or f"{len(candidates)} of the live nodes match"
         )
         raise PlacementError(
-            f"hostnames={hosts!r} with workers_per_host={workers!r} is decided by the nodes that "
-            f"are live: {reason}.",
+            f"hostnames={hosts!r} with workers_per_host={workers!r} depends on the live nodes: {reason}.",
             wanted=wanted,
             total={node.name: node.resources for node in nodes},
             advice=other_hosts() or _numbers_for_an_autoscaler().strip(),
@@ -120,10 +119,10 @@ def _of_allocation(names: Sequence[str], nodes: Sequence[Node], driver_node_id: 
     missing = ", ".join(name for name, node in by_name.items() if node is None)
     if missing:
         problem = (
-            "the driver's ray.init() joined no Ray in this allocation, but started one of its own, "
+            "the driver's ray.init() found no Ray in this allocation. It started its own Ray, "
             f"which does not have {missing}."
             if was_started_here()
-            else f"{missing} of the allocation is no live node of this Ray cluster."
+            else f"this Ray cluster has no live node for {missing} of the allocation."
         )
         advice = f"{_live(nodes)}\n{slurm.how_to_start_ray(names)}"
         raise PlacementError(f'hostnames="slurm": {problem}', advice=advice)
@@ -134,7 +133,7 @@ def _find(name: str, nodes: Sequence[Node], driver_node_id: str) -> Node:
     node = _node_called(name, nodes, driver_node_id)
     if node is None:
         raise PlacementError(
-            f"hostnames: {name!r} is no live node of this Ray cluster.",
+            f"hostnames: {name!r} is not a live node of this Ray cluster.",
             advice=f"{_live(nodes)}\n{other_hosts()}".rstrip(),
         )
     return node
@@ -166,7 +165,7 @@ def _addresses(name: str) -> set[str]:
 
 
 def _live(nodes: Sequence[Node]) -> str:
-    return f"Live are: {', '.join(sorted(node.name for node in nodes))}."
+    return f"Live nodes: {', '.join(sorted(node.name for node in nodes))}."
 
 
 def _refuse_twins(names: Sequence[str], found: Sequence[Node]) -> None:
@@ -223,8 +222,8 @@ def _numbers_for_an_autoscaler() -> str:
     if was_started_here():
         return ""
     return (
-        " To have an autoscaler start nodes give numbers, as in hostnames=2, workers_per_host=8, "
-        "gpus_per_worker=1: without the last, a node that is not there yet counts as one without GPUs."
+        " If an autoscaler should start nodes, give numbers, as in hostnames=2, workers_per_host=8, "
+        "gpus_per_worker=1. Without gpus_per_worker, a node that does not exist yet counts as a node without GPUs."
     )
 
 
@@ -259,7 +258,7 @@ def _backend(options: Options, gpus: float) -> str | None:
         return "nccl" if gpus >= 1 else "gloo"
     if options.backend == "nccl" and gpus < 1:
         raise ValueError(
-            f"backend='nccl' needs a GPU for every worker, and gpus_per_worker comes to {gpus:g} "
-            "here; nccl refuses two ranks on one GPU. Ask for GPUs, or use backend='gloo'."
+            f"backend='nccl' needs a GPU for every worker, but gpus_per_worker is {gpus:g} here. nccl "
+            "refuses two ranks on one GPU. Ask for GPUs, or use backend='gloo'."
         )
     return options.backend

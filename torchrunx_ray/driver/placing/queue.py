@@ -107,7 +107,7 @@ class _Queue:
         except ClusterLeft:
             pass
         except Exception as error:  # the launches still wait for Ray's own retries
-            logger.debug("launches that wait are not told of room: %s", error)
+            logger.debug("could not tell waiting launches about free resources: %s", error)
 
     def _unserved(self) -> list[Waiter]:
         """Return the launches without an offer since the last release.

@@ -34,7 +34,7 @@ async def nodes_that_left(connection: Connection) -> list[Node]:
     except ClusterLeft:
         raise
     except Exception as error:  # the call is not public, and the head may be slow
-        logger.debug("Ray does not tell which nodes left the cluster", exc_info=error)
+        logger.debug("Ray did not say which nodes left the cluster", exc_info=error)
         return []
     # The head's clock may differ from this one.
     return [node for node in left if node.left_s is not None and abs(node.left_s) < WAIT_S]
@@ -44,7 +44,9 @@ def in_words(left: Sequence[Node]) -> str:
     """Return a text that names the awaited nodes, and how long they are awaited."""
     names = [f"{node.name} left the cluster {max(0, node.left_s or 0):.0f} s ago" for node in left]
     shown = ", ".join([*names[:_NODES_SHOWN], *(["..."] if names[_NODES_SHOWN:] else [])])
-    return f"{shown}. A node that left is waited for until it has been away for {WAIT_S:.0f} s"
+    return (
+        f"{shown}. The launch waits for such a node until the node has been away for {WAIT_S:.0f} s"
+    )
 
 
 async def resolve_when_back(
@@ -68,10 +70,10 @@ async def resolve_when_back(
             is_over = time.monotonic() - begun >= limit_s
             if is_over or not left or not await _would_do(options, [*nodes, *left], here):
                 if awaited:
-                    error.add_note(f"It was waited for the return of {_names(awaited)}.")
+                    error.add_note(f"The launch waited for the return of {_names(awaited)}.")
                 raise
         awaited = left
-        progress.waiting_for = f"when {_names(left)} is back"
+        progress.waiting_for = f"after the return of {_names(left)}"
         if reminders.is_due(progress.name, For.RETURN):
             others = reminders.others_than(progress.name)
             logger.warning("%s is waiting: %s%s", progress.name, in_words(left), others)

@@ -84,9 +84,7 @@ class Shortage:
         """Raise HostLeft, or PlacementError if waiting is useless or the time is over."""
         gone = self._host_that_left()
         if gone is not None:
-            problem = (
-                f"{gone}, chosen as one of the launch's hosts, left the cluster while it waited."
-            )
+            problem = f"{gone}, chosen as one of the launch's hosts, left the cluster while the launch waited."
             raise HostLeft(self._error(problem, "Bring it back, or leave it out of hostnames."))
         never = self._why_never()
         if never is not None and self.waits_for is not For.RETURN:
@@ -107,7 +105,9 @@ class Shortage:
             return advice
         if what_no_node_is(self.nodes, self.options) is None:
             return "Ask for fewer hosts or workers, or for less per worker."
-        return "Ask for one that is there, or add a node that has it."
+        return (
+            "Change label_selector or accelerator_type to what a node has, or add a matching node."
+        )
 
     def _own_sessions(self) -> str:
         """Return lines that name this script's sessions that hold the missing resources."""
@@ -131,7 +131,7 @@ class Shortage:
         }
         if not self._without_room(without_sessions):
             return sessions
-        return f"{sessions}\nThat is not enough. {self._what_to_try()}"
+        return f"{sessions}\nThese resources are not enough. {self._what_to_try()}"
 
     def _without_room(
         self, free_by_node: Mapping[str, Mapping[str, float]]
@@ -158,13 +158,13 @@ class Shortage:
         if self.outlook.can_grow:
             return (
                 "Has the autoscaler reached its max_workers, and does it know a node type that is large "
-                "enough? `ray status` tells. Wait longer, or ask for less."
+                "enough? Check with `ray status`. Wait longer, or ask for less."
             )
         if not unplaced(self._wanted(), list(self.free_by_node.values())):
-            return "It is free by now: launch again."
+            return "The missing resources are free now: launch again."
         return (
-            "Others hold what is missing: `ray list placement-groups`, "
-            "`ray list actors` and `ray list tasks` tell. Wait longer, or ask for less."
+            "Others hold the missing resources: see `ray list placement-groups`, "
+            "`ray list actors` and `ray list tasks`. Wait longer, or ask for less."
         )
 
     def report(self, name: str, waited_s: float, limit_s: float, others: str) -> None:
@@ -207,10 +207,12 @@ class Shortage:
             # While no node may be added, the autoscaler also refuses groups that only wait for others.
             if not self.outlook.refused or (reason is None and not self.infeasible):
                 return None
-            refusal = "its autoscaler may start no nodes that would do"
+            refusal = "its autoscaler may not start any suitable nodes"
             return f"{refusal}; {reason}" if reason else refusal
         if reason is None and self.infeasible:
-            return "Ray finds no way to place the hosts as placement_strategy and labels ask"
+            return (
+                "Ray finds no way to place the hosts with this placement_strategy and these labels"
+            )
         return reason
 
     @property
@@ -229,7 +231,9 @@ class Shortage:
             return ""
         nodes = ", ".join(f"{count} x {kind}" for kind, count in self.outlook.starting.items())
         return (
-            f"the autoscaler is starting {nodes}" if nodes else "the autoscaler starts no node now"
+            f"the autoscaler is starting {nodes}"
+            if nodes
+            else "the autoscaler is not starting any node"
         )
 
     def _wanted(self) -> list[dict[str, float]]:

@@ -21,7 +21,7 @@ def hosts() -> list[str]:
         raise RuntimeError('hostnames="slurm": there is no scontrol on the PATH.') from error
     except OSError as error:
         raise RuntimeError(
-            f'hostnames="slurm": scontrol cannot be run: {error.strerror}. Mend the one on the PATH, or '
+            f'hostnames="slurm": scontrol cannot be run: {error.strerror}. Fix the scontrol on the PATH, or '
             "name the hosts."
         ) from error
     except subprocess.CalledProcessError as error:
@@ -29,8 +29,8 @@ def hosts() -> list[str]:
     names = list(dict.fromkeys(done.stdout.split()))
     if not names:
         raise RuntimeError(
-            f"`{' '.join(command)}` shows no node of the allocation. Is SLURM_JOB_NODELIST that of a job? "
-            "Else name the hosts."
+            f"`{' '.join(command)}` shows no node of the allocation. Does SLURM_JOB_NODELIST belong to a job? "
+            "Otherwise name the hosts."
         )
     return names
 
@@ -39,10 +39,10 @@ def how_to_start_ray(nodes: Sequence[str]) -> str:
     """Return advice for an allocation where Ray does not run on all nodes."""
     count = len(nodes)
     return (
-        "Start Ray on all of them, and your script on the first, by\n"
+        "Start Ray on all nodes of the allocation, and your script on the first node:\n"
         f"  srun --nodes={count} --ntasks={count} --ntasks-per-node=1 ray symmetric-run "
         f"--address {nodes[0]}:6379 --min-nodes {count} -- python train.py\n"
-        "or, where Ray runs already, let the driver join it: RAY_ADDRESS=<its first node>:<its port>."
+        "If Ray runs there already, let the driver join it: RAY_ADDRESS=<its first node>:<its port>."
     )
 
 
@@ -70,12 +70,13 @@ def _cpus() -> list[int]:
             return _counts(variable, text)
     if gpus := os.environ.get("SLURM_GPUS_ON_NODE"):
         raise RuntimeError(
-            'workers_per_host="slurm" counts the allocation\'s GPUs, else its CPUs: it has no GPUs '
-            f"(SLURM_GPUS_ON_NODE={gpus!r}), and SLURM_JOB_CPUS_PER_NODE is not set. Give a number."
+            'workers_per_host="slurm" counts the GPUs of the allocation, or its CPUs if it has no GPUs. This '
+            f"allocation has no GPUs (SLURM_GPUS_ON_NODE={gpus!r}), and SLURM_JOB_CPUS_PER_NODE is not set. "
+            "Give a number."
         )
     raise RuntimeError(
-        'workers_per_host="slurm" outside of a Slurm allocation: neither its GPUs '
-        "(SLURM_GPUS_ON_NODE) nor its CPUs (SLURM_JOB_CPUS_PER_NODE) are set."
+        'workers_per_host="slurm" outside of a Slurm allocation: neither SLURM_GPUS_ON_NODE '
+        "nor SLURM_JOB_CPUS_PER_NODE is set."
     )
 
 
@@ -89,7 +90,7 @@ def _counts(variable: str, text: str) -> list[int]:
         match = re.fullmatch(r"(?:[^():]+:)*(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
             raise RuntimeError(
-                f'workers_per_host="slurm": {variable}={text!r} is no count such as 4, a100:4 or '
+                f'workers_per_host="slurm": {variable}={text!r} is not a count such as 4, a100:4 or '
                 "72(x2),36. Give workers_per_host as a number, or one for each host."
             )
         counts += [int(match[1])] * int(match[2] or 1)

@@ -114,8 +114,8 @@ class Waiting:
         except Exception as error:  # Ray has no exception type for this
             self._connection.check()
             raise PlacementError(
-                f"Ray no longer knows the launch's placement group (somebody removed it, or its head was "
-                f"started anew): {error}. Launch again."
+                f"Ray no longer knows the launch's placement group (somebody removed the group, or Ray's "
+                f"head was restarted): {error}. Launch again."
             ) from None
 
     async def _look(self, group: PlacementGroup) -> None:

@@ -231,7 +231,7 @@ def _exception(failure: Failure) -> BaseException:
             return PayloadError(path=path, reason=report.evidence, step="fetch")
         case DriverFailed():
             error = LaunchError(
-                f"{report.what} (host {failure.hostname}). This is a bug of torchrunx_ray: please report it "
+                f"{report.what} (host {failure.hostname}). This is a bug in torchrunx_ray: please report it "
                 "with this traceback."
             )
             error.__cause__ = report.error
@@ -264,7 +264,7 @@ def _how_it_died(died: messages.Died) -> str:
     if died.exited.signal is not None:
         return how
     if any(line.startswith(messages.NOT_REPORTED) for line in died.last_lines):
-        return f"{how} without a report of what its function did"
+        return f"{how} without reporting the outcome of its function"
     return f"{how} before its function returned or raised"
 
 

@@ -56,7 +56,7 @@ def _of_variable(name: str) -> str | None:
 
 def _of_unknown_module(name: str) -> str:
     return (
-        f"The driver itself does not find {name} now. Install it on the hosts, or have Ray do that: "
+        f"The driver does not find {name} either. Install it on the hosts, or let Ray install it: "
         "ray.init(runtime_env={'pip': [...]})."
     )
 
@@ -69,24 +69,24 @@ def _of_module(name: str) -> str | None:
         return None
     if _is_installed(path):
         return (
-            f"The driver has {top} installed, in {path}. Install it on the hosts as well, or have Ray do "
-            "that: ray.init(runtime_env={'pip': [...]})."
+            f"The driver has {top} installed, in {path}. Install it on the hosts as well, or let Ray "
+            "install it: ray.init(runtime_env={'pip': [...]})."
         )
     module, root = str(path), str(path.parent)
     if path.parent in _python_path():
         first = (
-            "That folder is in the driver's PYTHONPATH, which workers search too, where their host has the "
-            "folder. To send it"
+            "That folder is in the driver's PYTHONPATH. Workers search it too, if their host has the "
+            "folder. To send the code"
         )
     else:
         first = (
-            f"Where the hosts have that folder: {_with_python_path(root)}; what a script puts on sys.path "
-            "itself is not passed on. To send it instead"
+            f"If the hosts have that folder, run {_with_python_path(root)}: folders that a script adds to "
+            "sys.path are not passed on. To send the code instead"
         )
     return (
-        f"The driver has {top} in {path}. {first}, before the launch: "
-        f"ray.init(runtime_env={{'py_modules': [{module!r}]}}), or {{'working_dir': {root!r}}} for all of its "
-        f"folder; in a job the same by `ray job submit --runtime-env-json`."
+        f"The driver has {top} in {path}. {first}, call before the launch: "
+        f"ray.init(runtime_env={{'py_modules': [{module!r}]}}), or use {{'working_dir': {root!r}}} for the whole "
+        f"folder. In a job, pass the same to `ray job submit --runtime-env-json`."
     )
 
 

@@ -79,7 +79,9 @@ class LaunchResult(Generic[R]):
     def index(self, hostname: str, local_rank: int) -> R:
         """Return the value of the worker with this hostname and local rank."""
         if hostname not in self._hostnames:
-            raise KeyError(f"{hostname!r} is no host of this launch; those are {self._hostnames}")
+            raise KeyError(
+                f"{hostname!r} is not a host of this launch; its hosts are {self._hostnames}"
+            )
         host_index = self._hostnames.index(hostname)
         workers = len(self._values[host_index])
         if not 0 <= local_rank < workers:
@@ -154,6 +156,6 @@ class LaunchResult(Generic[R]):
 
 def _gone(rank: int) -> LaunchError:
     return LaunchError(
-        f"the value that rank {rank} returned went with the Ray cluster, which the driver has left, by "
-        "ray.shutdown() or as its ray:// connection was lost. Fetch what you want to keep before that."
+        f"the value that rank {rank} returned is gone, because the driver has left the Ray cluster: by "
+        "ray.shutdown(), or because its ray:// connection was lost. Fetch the values that you need before that."
     )

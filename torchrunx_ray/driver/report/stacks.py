@@ -10,8 +10,8 @@ _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<fu
 _OURS = "/torchrunx_ray/worker/"
 _AFTER_THE_FUNCTION = {
     "_hand_over": "has returned, and its value is being copied",
-    "_join_threads": "is past the function, and waits for threads that it started",
-    "_end": "is past the function, and is ending",
+    "_join_threads": "has left the function, and waits for threads that the function started",
+    "_end": "has left the function, and is ending",
 }
 """Words for functions of torchrunx_ray.worker that a worker calls after the user's function."""
 
@@ -114,7 +114,7 @@ def _where(frames: tuple[Frame, ...]) -> str:
     For example: "train (train.py:7), in select".
     """
     if not frames:
-        return "no answer (it has not begun, has ended just now, or is held by the kernel)"
+        return "no answer (the worker has not started, has just ended, or is blocked in the kernel)"
     if _OURS in frames[-1].file and frames[-1].function in _AFTER_THE_FUNCTION:
         return f"{_AFTER_THE_FUNCTION[frames[-1].function]}: {frames[0].function} ({frames[0].position})"
     own = next((frame for frame in frames if not _NOT_THE_USERS.search(frame.file)), frames[0])

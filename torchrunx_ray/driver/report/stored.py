@@ -36,8 +36,8 @@ async def until_stored(
     except RayError as error:
         # Raised by the task that waits through ray://. The values are still in the agents.
         logger.warning(
-            "%s has ended, but whether its values have left the agents is not known: the task that "
-            "waits for them failed (%s). Fetch the values before their hosts may go.",
+            "%s has ended, but it is not known if Ray has stored all of its values: the task that "
+            "waits for them failed (%s). Fetch the values before their hosts leave the cluster.",
             run_name,
             error,
         )
@@ -45,8 +45,8 @@ async def until_stored(
 
 def _say_missing(run_name: str, hostnames: Sequence[str]) -> None:
     logger.warning(
-        "%s: its workers have ended, and for %.0f s Ray has not got all values from: %s. They are large, or the "
-        "machine is too busy or swapping, or the agent is frozen or cut off. The run ends when Ray has them.",
+        "%s: its workers have ended, but after %.0f s Ray does not have all values from: %s. The values are large, or "
+        "the machine is too busy or swapping, or the agent is frozen or cut off. The run ends when Ray has all values.",
         run_name,
         _SILENT_S,
         ", ".join(hostnames),

@@ -292,7 +292,7 @@ class Attempt:
                 self._share_becomes(share, ShareState.OVER)
                 if event.left:
                     logger.warning(
-                        "%s: processes %s are left; the kernel holds them, SIGKILL did not end them",
+                        "%s: SIGKILL did not end the processes %s, which are blocked in the kernel",
                         share.label,
                         ", ".join(map(str, event.left)),
                     )
@@ -362,7 +362,7 @@ class Attempt:
                 continue
             what = f"{waited_s:g} s after the run began no worker can be forked"
             if share.index in self._timeline.loaded:
-                why = "the function and its arguments are still on their way to its template"
+                why = "the function and its arguments are still on their way to the template"
             else:  # an agent gets the run only together with its arguments
                 preload = ", ".join(self._options.preload)
                 of_template = f"still imports {preload}" if preload else "is still being started"
@@ -412,7 +412,7 @@ class Attempt:
         """Warn of the failure while workers stop, which `shutdown_timeout` may make slow."""
         assert self.failures is not None
         logger.warning(
-            "%s has failed, and stops what is left of it, for %g s at most: %s",
+            "%s has failed, and is stopping its workers, for %g s at most: %s",
             self._id.run_id,
             self._stopping.longest_s(self._options.shutdown_timeout),
             self.failures.in_brief,
@@ -433,7 +433,9 @@ class Attempt:
         try:
             return await self._stragglers.stacks(wanted)
         except Exception as error:
-            logger.warning("%s: no stacks of its workers", self._id.run_id, exc_info=error)
+            logger.warning(
+                "%s: could not get the stacks of its workers", self._id.run_id, exc_info=error
+            )
             return Stacks({})
 
     def _stop(self, grace_s: float) -> None:

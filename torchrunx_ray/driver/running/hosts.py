@@ -99,7 +99,7 @@ class Hosts:
             except (AgentFailedError, RayError) as error:
                 if await _is_whole(placement):
                     raise
-                logger.warning("a node died before the run began; it is placed again: %s", error)
+                logger.warning("a node died before the run began; placing the run again: %s", error)
                 await self.drop(set(self._agents))
                 self._placement = None
                 await placement.remove()
@@ -135,7 +135,7 @@ class Hosts:
             if met is None:
                 if agent.fault:
                     logger.warning(
-                        "%s: the agent that rested there %s A new one takes its place.",
+                        "%s: the idle agent there %s A new agent takes its place.",
                         host.label,
                         agent.fault,
                     )
@@ -167,8 +167,9 @@ def _why_not_started(error: Exception) -> str:
 
 def _say_silent(hostname: str) -> None:
     logger.warning(
-        "%s: its agent has not answered for %.0f s: Ray still makes its runtime_env, or the machine is too busy "
-        "to run it, or is swapping, or the agent is frozen or cut off. The launch goes on when it answers.",
+        "%s: its agent has not answered for %.0f s: Ray is still creating the runtime_env, or the machine is too "
+        "busy to run the agent, or is swapping, or the agent is frozen or cut off. The launch continues when the "
+        "agent answers.",
         hostname,
         _SILENT_S,
     )
@@ -192,8 +193,8 @@ async def _answered(question: Awaitable[T]) -> T:
         if not limit.expired():
             raise
         raise LaunchError(
-            f"Ray has not told for {_ANSWER_S:g} s what it knows of the placement of the launch. Is the head's "
-            "machine frozen, overloaded or cut off? `ray status` there would tell. Launch again."
+            f"Ray has not answered a query about the placement of the launch for {_ANSWER_S:g} s. Is the head's "
+            "machine frozen, overloaded or cut off? Check with `ray status` on that machine. Launch again."
         ) from None
     finally:
         del limit  # it refers to the task, whose exception refers to this frame

@@ -96,16 +96,18 @@ class Stopping:
 
         A host that has reported the end is kept: its output may wait for the driver's terminal.
         """
-        what = f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end"
-        evidence = "the machine is too busy, or it is frozen, or cut off, or a process is stuck in the kernel"
+        what = (
+            f"{_LAST_WORDS_S:g} s after SIGKILL the agent has not reported the end of its workers"
+        )
+        evidence = "the machine is too busy, frozen or cut off, or a process is stuck in the kernel"
         for share in self._shares:
             if share.is_watched and not share.is_over:
                 lose(share, what, evidence)
                 share.give_up()
 
     def _give_up_deaf(self, lose: Lose) -> None:
-        what = f"{_DEAF_S:g} s after it was told to kill the workers the agent has not answered"
-        evidence = "the machine is too busy, or it is frozen, swapping or cut off"
+        what = f"{_DEAF_S:g} s after the request to kill the workers the agent has not answered"
+        evidence = "the machine is too busy, swapping, frozen or cut off"
         for share in self._shares:
             if share.is_watched and share.is_deaf and not share.is_over:
                 lose(share, what, evidence)

@@ -70,7 +70,7 @@ class Stragglers:
         stacks = await self.stacks()
         running = stacks.without(self._returned)
         if running:
-            _warn(self._returned, "the launch goes on with", running)
+            _warn(self._returned, "these ranks are still running", running)
         elif stacks:
             _warn(self._returned, "the launch waits for their processes to end", stacks)
 

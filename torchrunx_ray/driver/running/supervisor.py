@@ -93,8 +93,8 @@ class Supervisor:
         """Warn of the failure while the last output waits for a terminal or a handler."""
         if attempt.failures is not None and not attempt.was_cancelled:
             logger.warning(
-                "%s has failed, and still waits for a terminal or a handler of logging that does not take what "
-                "the workers said: %s",
+                "%s has failed, and still waits for a terminal or a logging handler that does not accept the "
+                "output of the workers: %s",
                 self._call.run_name,
                 attempt.failures.in_brief,
             )

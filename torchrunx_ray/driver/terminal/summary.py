@@ -33,7 +33,7 @@ async def follow(
         return outcome
     except asyncio.CancelledError:
         if progress.failures_before_stop is not None:
-            why = f"; before that it had failed: {progress.failures_before_stop.in_brief}"
+            why = f"; before that, the run had failed: {progress.failures_before_stop.in_brief}"
         raise
     finally:
         living.discard(progress)

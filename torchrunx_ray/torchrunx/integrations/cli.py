@@ -19,7 +19,7 @@ def add_torchrunx_argument_group(parser: ArgumentParser) -> None:
         "--hostnames",
         nargs="+",
         default="auto",
-        help="nodes of the Ray cluster, 'auto' for all of them, or 'slurm' for those of the "
+        help="nodes of the Ray cluster, 'auto' for all nodes, or 'slurm' for the nodes of the "
         "allocation (default: auto)",
     )
     add(
@@ -29,20 +29,20 @@ def add_torchrunx_argument_group(parser: ArgumentParser) -> None:
         default="gpu",
         help="a number, one number per host, 'gpu' or 'cpu' (default: gpu)",
     )
-    add("--ssh-config-file", help="means nothing here: Ray starts the agents")
+    add("--ssh-config-file", help="has no effect: Ray starts the agents")
     add(
         "--backend",
         choices=["nccl", "gloo", "mpi", "ucc", "None"],
         default="nccl",
-        help="of the process group; 'None' for no group (default: nccl)",
+        help="backend of the process group; 'None' for no group (default: nccl)",
     )
     add(
         "--worker-timeout",
         type=int,
         default=600,
-        help="of the process group, in seconds (default: 600)",
+        help="timeout of the process group, in seconds (default: 600)",
     )
-    add("--agent-timeout", type=int, default=60, help="means nothing here: Ray watches the agents")
+    add("--agent-timeout", type=int, default=60, help="has no effect: Ray watches the agents")
     add(
         "--copy-env-vars",
         nargs="+",
@@ -81,12 +81,12 @@ def _workers(text: str) -> str | int:
     try:
         return int(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is no number, nor 'gpu' or 'cpu'") from None
+        raise ArgumentTypeError(f"{text!r} is not a number, 'gpu' or 'cpu'") from None
 
 
 def _assignment(text: str) -> str:
     if "=" not in text:
-        raise ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+        raise ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return text
 
 

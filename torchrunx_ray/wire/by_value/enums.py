@@ -136,7 +136,7 @@ def _data_of(kind: Any, made_by: Any, member: Any) -> tuple[Any, ...]:
         return made_by.__reduce__(member)[1]
     raise UnfitError(
         f"the members of the enum {kind.__qualname__} are of the type {made_by.__qualname__}, which cannot be "
-        f"made again without {kind.__qualname__}'s own code; put {kind.__qualname__} into a module beside the "
+        f"recreated without {kind.__qualname__}'s own code; put {kind.__qualname__} into a module beside the "
         "script, and import it"
     )
 

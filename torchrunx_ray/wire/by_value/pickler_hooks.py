@@ -87,7 +87,7 @@ def reduce(obj: Any, order: code_first.Order) -> Any:
 def _refuse_class_of_msgspec(metaclass: type) -> None:
     if any(each.__module__.partition(".")[0] == "msgspec" for each in metaclass.__mro__):
         raise UnfitError(
-            "msgspec keeps what it knows of a Struct class out of Python's reach; put the class into a "
+            "msgspec keeps the definition of a Struct class where Python cannot read it; put the class into a "
             "module beside the script, and import it"
         )
 

@@ -30,12 +30,14 @@ def advice_on(culprit: Culprit, *, is_returned: bool) -> str:
     for part in reversed(culprit.chain):
         if isinstance(part, type):
             return (
-                f"Put the class {part.__qualname__} into a module beside the script, and import it: of a "
-                "module's class only the name travels."
+                f"Put the class {part.__qualname__} into a module beside the script, and import it: the class of "
+                "a module is sent only by its name."
             )
     if is_returned and culprit.chain and _is_of_torch_distributed(type(culprit.chain[-1])):
         return "Return tensors or a state_dict instead: process groups end with the workers."
-    instead = "Return what can be pickled" if is_returned else "Make it inside the function"
+    instead = (
+        "Return something that can be pickled" if is_returned else "Create it inside the function"
+    )
     return f"{instead} instead{_what_a_class_could_do(culprit)}."
 
 

@@ -45,7 +45,7 @@ def _dump(error: BaseException, replace: pickling.Replace) -> bytes:
     data = pickling.dumps(error, replace)
     loaded = pickler_hooks.loads(data)
     if type(loaded) is not type(error):
-        raise TypeError(f"it comes back as {type(loaded).__qualname__}")
+        raise TypeError(f"it is unpickled as {type(loaded).__qualname__}")
     return data
 
 

@@ -25,15 +25,15 @@ from torchrunx_ray.wire.values.transfer import Layout, Spans
 from torchrunx_ray.worker.function import exits
 
 _TWICE_NOTE = (
-    "torchrunx_ray made a process group before it called the function; launch with backend=None "
-    "to make your own, or destroy_process_group() first."
+    "torchrunx_ray made a process group before it called the function. To make your own, launch with "
+    "backend=None, or call destroy_process_group() first."
 )
 
 _NO_STDIN_NOTE = (
-    "If breakpoint() or pdb raised this: a worker has no stdin, so a debugger that reads it ends at once. Call the function by itself in one "
-    "process, or let the worker wait for a debugger that attaches: debugpy.listen(...), then "
-    "debugpy.wait_for_client(). PYTHONBREAKPOINT=0 makes breakpoint() do nothing; run.stacks() shows what "
-    "every rank is doing."
+    "If breakpoint() or pdb raised this: a worker has no stdin, so a debugger that reads stdin ends at once. Call "
+    "the function directly in one process, or let the worker wait for a debugger that attaches: "
+    "debugpy.listen(...), then debugpy.wait_for_client(). PYTHONBREAKPOINT=0 makes breakpoint() do nothing. "
+    "run.stacks() shows what every rank is doing."
 )
 
 _NOT_REPORTED_ADVICE = (
@@ -161,7 +161,7 @@ def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) 
 def _as_text(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
     kind = _full_name(error)
     text, trace = text_of(error), _remote_traceback(error)
-    unraisable = f"raised {kind}: {text} (shown as text, since the exception itself cannot travel)"
+    unraisable = f"raised {kind}: {text} (shown as text, since the exception itself cannot be sent)"
     return messages.Failed(
         wanted.place.local_rank,
         os.getpid(),
