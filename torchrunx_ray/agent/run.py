@@ -97,7 +97,7 @@ class HostRun:
         self._template.drop_call()
         self._become(State.RUNNING if self._state is State.STARTING else State.STOPPING)
         for worker in self._workers.values():
-            if not worker.is_forked:
+            if worker.pid is None:
                 worker.abandon()
         self._end_if_over()
 
@@ -210,7 +210,7 @@ class HostRun:
         )
         worker.give_fds_away()
         if isinstance(answer, messages.Forked):
-            worker.was_forked(answer.pid)
+            worker.pid = answer.pid
         self._check(answer)
 
     def _default_variables(self, place: Place) -> dict[str, str]:

@@ -19,6 +19,9 @@ from torchrunx_ray.wire.values.memory import Remote
 from torchrunx_ray.wire.values.payload import Packed
 from torchrunx_ray.wire.values.transfer import Layout
 
+_PIPES: tuple[messages.Stream, ...] = ("stdout", "stderr", "records")
+"""Streams that have a pipe, in the order of `ForkWorker`."""
+
 
 class Worker:
     """Handle on one worker: turns its messages, its output and its exit into events."""
@@ -35,41 +38,26 @@ class Worker:
         self._channel, self._theirs = Channel.pair()
         self._channel.set_blocking(False)
         self._loop.add_reader(self._channel.fileno(), self._listen)
-        stdout, self._stdout_theirs = os.pipe()
-        stderr, self._stderr_theirs = os.pipe()
-        records, self._records_theirs = os.pipe()
+        self._outputs: dict[messages.Stream, Output] = {}
+        self._pipes_theirs: list[int] = []
+        for stream in _PIPES:
+            ours, theirs = os.pipe()
+            self._pipes_theirs.append(theirs)
+            self._outputs[stream] = Output(ours, local_rank, stream, mailbox)
         self._stacks = StackReader(local_rank, mailbox)
-        self._pid: int | None = None
-        self._stdout = Output(stdout, local_rank, "stdout", mailbox)
-        self._stderr = Output(stderr, local_rank, "stderr", mailbox)
-        self._records = Output(records, local_rank, "records", mailbox)
-
-    @property
-    def is_forked(self) -> bool:
-        return self._pid is not None
+        self.pid: int | None = None
+        """None until the worker is forked."""
 
     @property
     def fds(self) -> list[int]:
         """The worker's ends of its channel, pipes and socket, in the order of `ForkWorker`."""
-        return [
-            self._theirs.fileno(),
-            self._stdout_theirs,
-            self._stderr_theirs,
-            self._records_theirs,
-            self._stacks.theirs,
-        ]
-
-    def was_forked(self, pid: int) -> None:
-        self._pid = pid
+        return [self._theirs.fileno(), *self._pipes_theirs, self._stacks.theirs]
 
     def give_fds_away(self) -> None:
         """Close our copies of the worker's ends, so that its death closes the last ones. Safe to repeat."""
         if self._theirs.fileno() >= 0:
             self._theirs.close()
-            os.close(self._stdout_theirs)
-            os.close(self._stderr_theirs)
-            os.close(self._records_theirs)
-            os.close(self._stacks.theirs)
+            _close_all([*self._pipes_theirs, self._stacks.theirs])
 
     async def value(self) -> Packed | None:
         """Return the function's value, once; None if the worker ended without a value.
@@ -83,7 +71,7 @@ class Worker:
 
     async def stacks(self, wanted: messages.StacksWanted) -> str:
         """Return the worker's Python stacks; empty if the worker does not answer."""
-        return "" if self._pid is None else await self._stacks.ask(self._pid, wanted)
+        return "" if self.pid is None else await self._stacks.ask(self.pid, wanted)
 
     async def until_taken(self) -> None:
         """Wait until a pending copy of the worker's value is done."""
@@ -91,9 +79,8 @@ class Worker:
             await asyncio.wait([self._taking])
 
     def resume_output(self) -> None:
-        self._stdout.resume()
-        self._stderr.resume()
-        self._records.resume()
+        for output in self._outputs.values():
+            output.resume()
 
     def ended(self, exited: messages.Exited, oom_kills: OomKills | None) -> None:
         """Note that the worker was reaped and its group killed. No more messages will come."""
@@ -101,7 +88,7 @@ class Worker:
         if self.has_outcome:
             self._mailbox.put(exited)
         else:
-            self._mailbox.put(messages.Died(exited, self._stderr.last_lines, oom_kills))
+            self._mailbox.put(messages.Died(exited, self._outputs["stderr"].last_lines, oom_kills))
 
     def abandon(self) -> None:
         """Give up a worker whose exit nobody will report: it was never forked, or died with its template."""
@@ -116,9 +103,8 @@ class Worker:
         if self._channel.fileno() >= 0:
             self._hang_up()
         self._stacks.close()
-        self._stdout.drain_and_close()
-        self._stderr.drain_and_close()
-        self._records.drain_and_close()
+        for output in self._outputs.values():
+            output.drain_and_close()
         if not self._value.done():
             self._value.set_result(None)
 
@@ -146,8 +132,8 @@ class Worker:
                     self._taking = asyncio.ensure_future(self._take_value(message, fds[0]))
                 case messages.Failed():
                     self.has_outcome = self.has_failed = True
-                    self._stderr.drain()
-                    lines = self._stderr.last_lines
+                    self._outputs["stderr"].drain()
+                    lines = self._outputs["stderr"].last_lines
                     self._mailbox.put(dataclasses.replace(message, last_lines=lines))
                 case messages.Joined() | messages.Started():
                     self._mailbox.put(message)

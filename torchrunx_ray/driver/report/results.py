@@ -44,6 +44,8 @@ class LaunchResult(Generic[R]):
     ) -> None:
         self._hostnames = tuple(hostnames)
         self._values = values
+        self._by_rank = [(i, k) for i, host in enumerate(values) for k in range(len(host))]
+        """Host index and local rank of each rank."""
         self._timeline = timeline
         self._log_directory = log_directory
 
@@ -98,7 +100,7 @@ class LaunchResult(Generic[R]):
         }
 
     def __len__(self) -> int:
-        return sum(map(len, self._values))
+        return len(self._by_rank)
 
     def __iter__(self) -> Iterator[R]:
         return (self.rank(rank) for rank in range(len(self)))
@@ -109,12 +111,7 @@ class LaunchResult(Generic[R]):
     def _find(self, rank: int) -> tuple[int, int]:
         if not 0 <= rank < len(self):
             raise IndexError(f"this launch had ranks 0 to {len(self) - 1}, not {rank}")
-        local_rank = rank
-        for host_index, values in enumerate(self._values):
-            if local_rank < len(values):
-                return host_index, local_rank
-            local_rank -= len(values)
-        raise AssertionError(rank)
+        return self._by_rank[rank]
 
     def _fetch(self, rank: int, host_index: int, local_rank: int) -> R:
         hostname = self._hostnames[host_index]

@@ -37,8 +37,11 @@ class Console:
                 return  # closed, as in `python train.py >&-`; Python's print ignores this, too
             text = _writable(lines, target)
             if self._live is not None and _is_terminal(target):
+                from rich.segment import Segment, Segments
+
                 # Written above the status lines, without rich's markup.
-                self._live.console.print(_Raw(text), end="", soft_wrap=True)
+                raw = Segments([Segment(text)])
+                self._live.console.print(raw, end="", soft_wrap=True)
             else:
                 target.write(text)
                 target.flush()
@@ -55,9 +58,7 @@ class Console:
             if self._live is None or not _is_terminal(_file(stream)):
                 self.write(stream, text)
                 return
-            self._drawn.pop((whose, stream), None)
-            if drawn:
-                self._drawn[whose, stream] = drawn
+            self.draw(whose, stream, drawn)
             if lines:
                 self.write(stream, lines)
 
@@ -171,18 +172,6 @@ class _Above:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
-
-
-class _Raw:
-    """Text that rich prints unchanged."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __rich_console__(self, _console: object, _options: object) -> Any:
-        from rich.segment import Segment
-
-        yield Segment(self._text)
 
 
 def _from_last_redraw(rest: str) -> str:
