@@ -228,7 +228,7 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         if self._asked_to == "die":
             return
         self._asked_to = "die"
-        self._cancel_task()  # first, since a log handler of the driver may fail while the workers are killed
+        self._cancel_task()  # first, so that the run is cancelled even if the kill fails
         if self._progress.supervisor is not None:
             self._progress.supervisor.kill()
 
