@@ -93,9 +93,13 @@ class PooledAgent:
     """Reason why a resting agent was given up, as the rest of a sentence about the agent."""
     rests_until: float = 0
     ahead_ns: int = 0
-    """Lead of the host's clock over the driver's, once `Clocks` has compared them."""
+    """Lead of the host's clock over the driver's, once `clocks.compare` has asked for it."""
     compared_at: float = -math.inf
     """Time of the last comparison, on the driver's monotonic clock."""
+
+    def on_ours(self, time_ns: int) -> int:
+        """Return a time of the host on the driver's clock."""
+        return time_ns - self.ahead_ns
 
     async def meet(self, *, listen: bool) -> Met | None:
         """Claim the agent for a run. Returns None if the agent ended or froze while it rested.
