@@ -43,13 +43,11 @@ class GpuQuestion:
         # If this wait is cancelled, the tasks go on for the next call.
         await asyncio.wait(asked, timeout=_ANSWER_S, return_when=asyncio.FIRST_EXCEPTION)
         try:
-            for task in asked:
-                if task.done():
-                    task.result()
+            answers = [task.result() for task in asked if task.done()]
             for (hostname, _), task in zip(self._hosts, asked, strict=True):
                 if not task.done():
                     raise _late(hostname)
-            return [task.result() for task in asked]
+            return answers
         except Exception:
             self.drop()
             raise
