@@ -103,7 +103,5 @@ class Only(logging.Filter):
     def _passes(self, hostname: str, local_rank: int | None, rank: int | None) -> bool:
         if self._rank is not None:
             return rank == self._rank
-        return self._hostname is None or (hostname, local_rank) == (
-            self._hostname,
-            self._local_rank,
-        )
+        wanted = self._hostname, self._local_rank
+        return self._hostname is None or (hostname, local_rank) == wanted
