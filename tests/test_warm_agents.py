@@ -65,7 +65,7 @@ def test_agent_that_is_let_rest_when_it_serves_the_next_run_already_stays(
 
     launcher = own_agent("a late rest")
     launcher.run(os.getpid)
-    agent = pool._resting._agents[-1]
+    agent = pool._resting[-1]
     run = launcher.submit(wait_for_go)
     assert processes.wait_until((tmp_path / "runs").exists, 60)
     late_claim, linger_s = agent.claims - 1, 0.1
@@ -134,7 +134,7 @@ def taken_agent(env_file: Path) -> tuple[pool.PooledAgent, dict[str, int]]:
     """Return an agent that no other launch takes, and its processes."""
     launcher = trx.Launcher(workers_per_host=1, backend=None, env_file=str(env_file))
     pids = launcher.run(lambda: processes.above(os.getpid())).rank(0)
-    return pool._resting._agents.pop(), pids
+    return pool._resting.pop(), pids
 
 
 def children(parent: int) -> list[int]:

@@ -271,9 +271,8 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
             self.set_exception(error)
         elif isinstance(outcome := task.result(), Failures):
             self._failures = outcome
-            self.set_exception(
-                LaunchError(outcome.in_brief)
-            )  # a placeholder: `_error` makes the real exception
+            # A placeholder: `_error` makes the real exception.
+            self.set_exception(LaunchError(outcome.in_brief))
         else:
             self.set_result(outcome)
 

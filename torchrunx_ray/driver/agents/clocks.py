@@ -17,24 +17,14 @@ _GOOD_FOR_S = 60.0
 """Time until the clocks are compared again. They drift apart by some 10 microseconds per second."""
 
 
-class Clocks:
-    """Offsets of the hosts' clocks against the driver's. Unknown until `compare` has asked for them."""
+async def compare(agents: Sequence[PooledAgent]) -> None:
+    """Ask the agents on other machines for their clocks, unless the last comparison is recent.
 
-    def __init__(self, agents: Sequence[PooledAgent]) -> None:
-        self._agents = agents
-
-    async def compare(self) -> None:
-        """Ask the agents on other machines for their clocks, unless the last comparison is recent.
-
-        Ignores an agent that just died; its death is reported elsewhere.
-        """
-        stale = time.monotonic() - _GOOD_FOR_S
-        asked = [a for a in self._agents if a.compared_at < stale and not is_here(a.node_id)]
-        await asyncio.gather(*map(_compare, asked))
-
-    def on_ours(self, host_index: int, time_ns: int) -> int:
-        """Return a host's time on the driver's clock."""
-        return time_ns - self._agents[host_index].ahead_ns
+    Ignores an agent that just died; its death is reported elsewhere.
+    """
+    stale = time.monotonic() - _GOOD_FOR_S
+    asked = [a for a in agents if a.compared_at < stale and not is_here(a.node_id)]
+    await asyncio.gather(*map(_compare, asked))
 
 
 async def _compare(agent: PooledAgent) -> None:

@@ -93,9 +93,13 @@ class PooledAgent:
     """Reason why a resting agent was given up, as the rest of a sentence about the agent."""
     rests_until: float = 0
     ahead_ns: int = 0
-    """Lead of the host's clock over the driver's, once `Clocks` has compared them."""
+    """Lead of the host's clock over the driver's, once `clocks.compare` has asked for it."""
     compared_at: float = -math.inf
     """Time of the last comparison, on the driver's monotonic clock."""
+
+    def on_ours(self, time_ns: int) -> int:
+        """Return a time of the host on the driver's clock."""
+        return time_ns - self.ahead_ns
 
     async def meet(self, *, listen: bool) -> Met | None:
         """Claim the agent for a run. Returns None if the agent ended or froze while it rested.
@@ -163,7 +167,10 @@ class PooledAgent:
             return
         self.connection.tell(self.calls.rest, self.claims, linger)
         self.rests_until = time.monotonic() + linger
-        for surplus in _resting.put(self):
+        _resting.append(self)
+        there = [agent for agent in _still_resting() if agent.node_id == self.node_id]
+        for surplus in there[:-_MOST_RESTING]:
+            _resting.remove(surplus)
             in_background(surplus.end(), "an idle agent could not be ended: %s")
 
     async def end(self) -> None:
@@ -182,54 +189,17 @@ class PooledAgent:
         await self.connection.call(untyped_ray.kill, self.calls)
 
 
-class _Resting:
-    """Agents that wait for another run of this driver. Used only in the background loop."""
-
-    def __init__(self) -> None:
-        self._agents: list[PooledAgent] = []
-
-    def put(self, agent: PooledAgent) -> list[PooledAgent]:
-        """Add an agent. Returns the agents that have rested longest if the node has too many."""
-        self._forget_those_that_left()
-        self._agents.append(agent)
-        there = [each for each in self._agents if each.node_id == agent.node_id]
-        surplus = there[:-_MOST_RESTING]
-        self._agents = [each for each in self._agents if each not in surplus]
-        return surplus
-
-    def take(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> PooledAgent | None:
-        self._forget_those_that_left()
-        for agent in self._agents:
-            if (agent.node_id, agent.wanted, agent.runtime_env) == (
-                node_id,
-                wanted,
-                runtime_env,
-            ):
-                self._agents.remove(agent)
-                return agent
-        return None
-
-    def nearest(self, node_id: str, wanted: TemplateWanted, runtime_env: str) -> str | None:
-        """Return how the most similar resting agent of the node differs; None if the node has none."""
-        self._forget_those_that_left()
-        there = [agent for agent in self._agents if agent.node_id == node_id]
-        found = [
-            differences(wanted, agent.wanted)
-            + ([] if agent.runtime_env == runtime_env else ["runtime_env"])
-            for agent in there
-        ]
-        return "; ".join(min(found, key=len)) if found else None
-
-    def _forget_those_that_left(self) -> None:
-        now = time.monotonic()
-        self._agents = [
-            agent
-            for agent in self._agents
-            if agent.rests_until > now and agent.connection.is_ours()
-        ]
+_resting: list[PooledAgent] = []
+"""Agents that wait for another run of this driver. Used only in the background loop."""
 
 
-_resting = _Resting()
+def _still_resting() -> list[PooledAgent]:
+    """Forget the agents that have left, and return the others, first those that have rested longest."""
+    now = time.monotonic()
+    _resting[:] = [
+        agent for agent in _resting if agent.rests_until > now and agent.connection.is_ours()
+    ]
+    return _resting
 
 
 async def acquire(
@@ -237,19 +207,25 @@ async def acquire(
 ) -> PooledAgent:
     """Return a fitting agent that rests on the node, or a new agent."""
     runtime_env = repr(options.runtime_env)
-    agent = _resting.take(node_id, wanted, runtime_env)
-    if agent is None:
-        if difference := _resting.nearest(node_id, wanted, runtime_env):
-            logger.info(
-                "starting a new template on %s, because no warm template fits. The most similar one differs in: %s",
-                label,
-                difference,
-            )
-        connection = Connection()
-        calls = await connection.call(_create, node_id, label, wanted, options)
-        starts_within_s = _starts_within_s(options.runtime_env or {})
-        agent = PooledAgent(node_id, wanted, runtime_env, calls, connection, starts_within_s)
-    return agent
+    found: list[list[str]] = []
+    for agent in _still_resting():
+        if agent.node_id != node_id:
+            continue
+        if (agent.wanted, agent.runtime_env) == (wanted, runtime_env):
+            _resting.remove(agent)
+            return agent
+        other = [] if agent.runtime_env == runtime_env else ["runtime_env"]
+        found.append(differences(wanted, agent.wanted) + other)
+    if nearest := min(found, key=len, default=None):
+        logger.info(
+            "starting a new template on %s, because no warm template fits. The most similar one differs in: %s",
+            label,
+            "; ".join(nearest),
+        )
+    connection = Connection()
+    calls = await connection.call(_create, node_id, label, wanted, options)
+    starts_within_s = _starts_within_s(options.runtime_env or {})
+    return PooledAgent(node_id, wanted, runtime_env, calls, connection, starts_within_s)
 
 
 def _starts_within_s(runtime_env: Mapping[str, Any]) -> float | None:

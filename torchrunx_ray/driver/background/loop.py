@@ -154,9 +154,8 @@ def is_called_in_one() -> bool:
         asyncio.get_running_loop()
     except RuntimeError:
         return False
-    kernel = sys.modules.get(
-        "ipykernel.kernelapp"
-    )  # a script may import ipykernel, too, through other libraries
+    # A script may import ipykernel, too, through other libraries.
+    kernel = sys.modules.get("ipykernel.kernelapp")
     return kernel is None or not kernel.IPKernelApp.initialized()
 
 

@@ -101,12 +101,8 @@ class Connection:
             if leaving.has_begun() or not untyped_ray.is_initialized():
                 return False
             membership = _membership()
-        except (
-            RayError,
-            RuntimeError,
-            AttributeError,
-        ):  # another thread is shutting Ray down at this moment
-            return False
+        except (RayError, RuntimeError, AttributeError):
+            return False  # another thread is shutting Ray down at this moment
         return self._membership == membership and membership not in _lost | _inherited
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

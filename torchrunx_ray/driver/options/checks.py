@@ -22,8 +22,10 @@ _BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
 """Backends of torch, and of the accelerators that torch knows by name."""
 
 _STRATEGIES = ("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK")
+_METHODS = ("fork", "spawn")
 
 EXPECTED = {
+    "func_kwargs": "None, or a mapping from names to values",
     "hostnames": '"auto", "slurm", a number of hosts of at least 1, or a list of distinct names such as ["localhost"]',
     "workers_per_host": '"auto", "gpu", "cpu", "slurm", a number of at least 1, or a list of such numbers, one per host',
     "gpus_per_worker": "None, or a number of at least 0",
@@ -35,6 +37,18 @@ EXPECTED = {
     "shutdown_timeout": "seconds, at least 0",
     "linger": "seconds, at least 0",
     "console_ranks": '"all", or a list of ranks such as (0, 1)',
+    "accelerator_type": 'None, or a string such as "A100"',
+    "placement_strategy": " or ".join(_STRATEGIES),
+    "backend": '"auto", "nccl", "gloo", "mpi", "ucc", one per device such as "cpu:gloo,cuda:nccl", or None',
+    "default_env_vars": "patterns such as WANDB_*",
+    "extra_env_vars": 'patterns such as WANDB_*, NAME=value strings, a mapping from names to strings, or "all"',
+    "env_file": "None, or a path on the hosts",
+    "preload": 'names of modules, such as ("torch", "torch.distributed")',
+    "start_method": '"fork" or "spawn"',
+    "runtime_env": "None, or a mapping as for Ray's runtime_env",
+    "log_handlers": '"auto", None, a list of logging handlers, or a function that returns one of these',
+    "progress": "None, True or False",
+    "name": "None, or a non-empty string",
 }
 """Values that options accept, for error messages in Python and on a command line."""
 
@@ -92,45 +106,39 @@ def check_given_by_name(values: Sequence[Any], face: str) -> None:
 
 def check_handlers(handlers: Any) -> None:
     """Check log_handlers, or the value that a function given as log_handlers returned."""
-    expected = '"auto", None, a list of logging handlers, or a function that returns one of these'
     if isinstance(handlers, str):
-        _require(handlers == "auto", "log_handlers", handlers, expected)
+        _require(handlers == "auto", "log_handlers", handlers)
     elif handlers is not None:
-        _require(_is_sequence(handlers), "log_handlers", handlers, expected, TypeError)
-        for handler in handlers:
-            is_one = isinstance(handler, logging.Handler)
-            _require(is_one, "log_handlers", handlers, expected, TypeError)
+        _require(_is_sequence(handlers), "log_handlers", handlers, kind=TypeError)
+        are_handlers = all(isinstance(handler, logging.Handler) for handler in handlers)
+        _require(are_handlers, "log_handlers", handlers, kind=TypeError)
 
 
 def check_arguments(args: Any, kwargs: Any) -> None:
     are_many = _is_sequence(args) and not isinstance(args, str)
     _require(are_many, "func_args", args, f"a list or tuple, such as ({args!r},)", TypeError)
-    _require_mapping("func_kwargs", kwargs, "None, or a mapping from names to values")
+    _require_mapping("func_kwargs", kwargs)
 
 
 def _check_hosts(hosts: Any) -> None:
-    expected = EXPECTED["hostnames"]
     if isinstance(hosts, str):
-        _require(hosts in ("auto", "slurm"), "hostnames", hosts, expected)
+        _require(hosts in ("auto", "slurm"), "hostnames", hosts)
     elif _is_sequence(hosts):
-        _require_strings("hostnames", hosts, expected)
+        _require_strings("hostnames", hosts)
         names: list[str] = list(hosts)
-        distinct = len(set(names)) == len(names) > 0 and all(names)
-        _require(distinct, "hostnames", names, expected)
+        _require(len(set(names)) == len(names) > 0 and all(names), "hostnames", names)
     else:
-        _require_int("hostnames", hosts, 1, expected)
+        _require_int("hostnames", hosts, 1)
 
 
 def _check_workers(workers: Any, hosts: Any) -> None:
-    expected = EXPECTED["workers_per_host"]
     if isinstance(workers, str):
-        known = workers in ("auto", "gpu", "cpu", "slurm")
-        _require(known, "workers_per_host", workers, expected)
+        _require(workers in ("auto", "gpu", "cpu", "slurm"), "workers_per_host", workers)
     elif _is_sequence(workers):
         counts: list[Any] = list(workers)
-        _require(bool(counts), "workers_per_host", counts, expected)
+        _require(bool(counts), "workers_per_host", counts)
         for count in counts:
-            _require_int("workers_per_host", count, 1, expected)
+            _require_int("workers_per_host", count, 1)
         wanted = hosts if isinstance(hosts, int) else None if isinstance(hosts, str) else len(hosts)
         if wanted not in (None, len(counts)):
             raise ValueError(
@@ -138,58 +146,49 @@ def _check_workers(workers: Any, hosts: Any) -> None:
                 f"stands for {counted(wanted, 'host')}; give one number per host."
             )
     else:
-        _require_int("workers_per_host", workers, 1, expected)
+        _require_int("workers_per_host", workers, 1)
 
 
 def _check_amounts(given: Mapping[str, Any]) -> None:
     for option in ("timeout", "shutdown_timeout", "linger"):
-        _require_number(option, given[option], EXPECTED[option])
-    _require(given["timeout"] > 0, "timeout", given["timeout"], EXPECTED["timeout"])
+        _require_number(option, given[option])
+    _require(given["timeout"] > 0, "timeout", given["timeout"])
     for option in ("gpus_per_worker", "cpus_per_worker", "placement_timeout"):
         if given[option] is not None:
-            _require_number(option, given[option], EXPECTED[option])
+            _require_number(option, given[option])
     gpus = given["gpus_per_worker"] or 0
     expected = "a fraction of one GPU, or a whole number of GPUs"
     _require(gpus <= 1 or gpus == int(gpus), "gpus_per_worker", gpus, expected)
-    expected = EXPECTED["resources_per_host"]
-    _require_mapping("resources_per_host", given["resources_per_host"], expected)
+    _require_mapping("resources_per_host", given["resources_per_host"])
     resources: dict[Any, Any] = dict(given["resources_per_host"] or {})
     for name, amount in resources.items():
-        _require(isinstance(name, str), "resources_per_host", name, expected, TypeError)
+        _require(isinstance(name, str), "resources_per_host", name, kind=TypeError)
         if name in ("CPU", "GPU"):
             raise ValueError(
                 f"resources_per_host={resources!r}: reserve {name}s with {name.lower()}s_per_worker."
             )
-        _require_number("resources_per_host", amount, expected)
+        _require_number("resources_per_host", amount)
 
 
 def _check_choices(given: Mapping[str, Any]) -> None:
-    strategy = given["placement_strategy"]
-    _require(strategy in _STRATEGIES, "placement_strategy", strategy, " or ".join(_STRATEGIES))
-    method = given["start_method"]
-    _require(method in ("fork", "spawn"), "start_method", method, '"fork" or "spawn"')
-    backend = given["backend"]
-    expected = (
-        '"auto", "nccl", "gloo", "mpi", "ucc", one per device such as "cpu:gloo,cuda:nccl", or None'
-    )
-    gpus = given["gpus_per_worker"]
+    for option, choices in (("placement_strategy", _STRATEGIES), ("start_method", _METHODS)):
+        _require(given[option] in choices, option, given[option])
+    backend, gpus = given["backend"], given["gpus_per_worker"]
     if backend == "nccl" and gpus is not None and gpus < 1:
         raise ValueError(
             f"backend='nccl' with gpus_per_worker={gpus!r}: nccl refuses two ranks on one GPU. Give "
             "each worker a GPU of its own, or use backend='gloo'."
         )
+    _require_kind("backend", backend, str)
     if backend is not None:
-        _require(isinstance(backend, str), "backend", backend, expected, TypeError)
         names = [part.rpartition(":")[2] for part in backend.split(",")]
-        _require(all(name in _BACKENDS for name in names), "backend", backend, expected)
+        _require(all(name in _BACKENDS for name in names), "backend", backend)
 
 
 def _check_environment(given: Mapping[str, Any]) -> None:
-    _require_strings("default_env_vars", given["default_env_vars"], "patterns such as WANDB_*")
+    _require_strings("default_env_vars", given["default_env_vars"])
     _check_extra_variables(given["extra_env_vars"])
-    file = given["env_file"]
-    is_path = file is None or _is_path(file)
-    _require(is_path, "env_file", file, "None, or a path on the hosts", TypeError)
+    _require_kind("env_file", given["env_file"], str | os.PathLike)
 
 
 def _check_extra_variables(extra: Any) -> None:
@@ -201,8 +200,7 @@ def _check_extra_variables(extra: Any) -> None:
         for name in names:
             _require(name and "=" not in name, "extra_env_vars", name, "a name without =")
     else:
-        expected = 'patterns such as WANDB_*, NAME=value strings, a mapping from names to strings, or "all"'
-        _require_strings("extra_env_vars", extra, expected)
+        _require_strings("extra_env_vars", extra)
         names, texts = [entry.partition("=")[0] for entry in extra], extra
         for name, entry in zip(names, extra, strict=True):
             _require(name, "extra_env_vars", entry, "NAME=value, or a pattern such as WANDB_*")
@@ -236,25 +234,17 @@ def _require_strings_by_name(extra: Any) -> None:
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
-    expected = 'None, or a string such as "A100"'
-    kind = given["accelerator_type"]
-    is_name = kind is None or isinstance(kind, str)
-    _require(is_name, "accelerator_type", kind, expected, TypeError)
+    _require_kind("accelerator_type", given["accelerator_type"], str)
     selector = given["label_selector"]
-    expected = EXPECTED["label_selector"]
-    _require_mapping("label_selector", selector, expected)
+    _require_mapping("label_selector", selector)
     texts: dict[Any, Any] = dict(selector or {})
     for text in [*texts, *texts.values()]:
-        _require(isinstance(text, str), "label_selector", selector, expected, TypeError)
-    expected = 'names of modules, such as ("torch", "torch.distributed")'
-    _require_strings("preload", given["preload"], expected)
-    expected = "None, or a mapping as for Ray's runtime_env"
-    _require_mapping("runtime_env", given["runtime_env"], expected)
+        _require(isinstance(text, str), "label_selector", selector, kind=TypeError)
+    _require_strings("preload", given["preload"])
+    _require_mapping("runtime_env", given["runtime_env"])
     _check_runtime_env(given["runtime_env"] or {})
-    name = given["name"]
-    expected = "None, or a non-empty string"
-    _require(name is None or isinstance(name, str), "name", name, expected, TypeError)
-    _require(name != "", "name", name, expected)
+    _require_kind("name", given["name"], str)
+    _require(given["name"] != "", "name", given["name"])
 
 
 def _check_runtime_env(given: Any) -> None:
@@ -293,53 +283,51 @@ def _check_output(given: Mapping[str, Any]) -> None:
     if not callable(given["log_handlers"]):
         check_handlers(given["log_handlers"])
     ranks = given["console_ranks"]
-    expected = EXPECTED["console_ranks"]
     if isinstance(ranks, str):
-        _require(ranks == "all", "console_ranks", ranks, expected)
+        _require(ranks == "all", "console_ranks", ranks)
     else:
-        _require(_is_sequence(ranks), "console_ranks", ranks, expected, TypeError)
+        _require(_is_sequence(ranks), "console_ranks", ranks, kind=TypeError)
         for rank in ranks:
-            _require_int("console_ranks", rank, 0, expected)
-    progress = given["progress"]
-    is_switch = progress is None or isinstance(progress, bool)
-    _require(is_switch, "progress", progress, "None, True or False", TypeError)
+            _require_int("console_ranks", rank, 0)
+    _require_kind("progress", given["progress"], bool)
 
 
 def _require(
-    ok: bool, option: str, value: object, expected: str, kind: type[Exception] = ValueError
+    ok: bool, option: str, value: object, expected: str = "", kind: type[Exception] = ValueError
 ) -> None:
+    """Raise an exception of this kind if a value is not ok. `expected` replaces the option's EXPECTED."""
     if not ok:
-        raise kind(f"{option}={value!r}: expected {expected}.")
+        raise kind(f"{option}={value!r}: expected {expected or EXPECTED[option]}.")
 
 
-def _require_int(option: str, value: Any, least: int, expected: str) -> None:
+def _require_int(option: str, value: Any, least: int) -> None:
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    _require(is_int, option, value, expected, TypeError)
-    _require(value >= least, option, value, expected)
+    _require(is_int, option, value, kind=TypeError)
+    _require(value >= least, option, value)
 
 
-def _require_number(option: str, value: Any, expected: str) -> None:
+def _require_number(option: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    expected += _of_timedelta(value)
+    expected = EXPECTED[option]
+    given: object = value  # isinstance would narrow Any
+    if isinstance(given, timedelta):
+        expected += f"; a timedelta has .total_seconds(), here {given.total_seconds():g}"
     _require(is_number, option, value, expected, TypeError)
-    _require(0 <= value < math.inf, option, value, expected)
+    _require(0 <= value < math.inf, option, value)
 
 
-def _of_timedelta(value: object) -> str:
-    if not isinstance(value, timedelta):
-        return ""
-    return f"; a timedelta has .total_seconds(), here {value.total_seconds():g}"
-
-
-def _require_strings(option: str, values: Any, expected: str) -> None:
+def _require_strings(option: str, values: Any) -> None:
     are_many = _is_sequence(values) and not isinstance(values, str)
-    _require(are_many, option, values, expected, TypeError)
-    for value in values:
-        _require(isinstance(value, str), option, values, expected, TypeError)
+    are_strings = are_many and all(isinstance(value, str) for value in values)
+    _require(are_strings, option, values, kind=TypeError)
 
 
-def _require_mapping(option: str, value: Any, expected: str) -> None:
-    _require(value is None or _is_mapping(value), option, value, expected, TypeError)
+def _require_kind(option: str, value: Any, accepted: Any) -> None:
+    _require(value is None or isinstance(value, accepted), option, value, kind=TypeError)
+
+
+def _require_mapping(option: str, value: Any) -> None:
+    _require_kind(option, value, Mapping)
 
 
 # Predicates, since a direct isinstance would narrow Any to containers of unknown types.
@@ -351,7 +339,3 @@ def _is_sequence(value: Any) -> bool:
 
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike)

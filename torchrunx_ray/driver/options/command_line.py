@@ -101,14 +101,9 @@ def integers(texts: list[str]) -> tuple[int, ...]:
     return tuple(map(int, texts))
 
 
-def strings(texts: list[str]) -> tuple[str, ...]:
-    """Return the words."""
-    return tuple(texts)
-
-
 def variables(texts: list[str]) -> str | tuple[str, ...]:
     """Return "all", or patterns and assignments."""
-    return "all" if texts == ["all"] else strings(texts)
+    return "all" if texts == ["all"] else tuple(texts)
 
 
 def number(texts: list[str]) -> float:

@@ -8,11 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
-from torchrunx_ray.driver.options.checks import (
-    check_given_by_name,
-    check_option_names,
-    check_options,
-)
+from torchrunx_ray.driver.options import checks
 from torchrunx_ray.driver.options.command_line import (
     amounts,
     hosts,
@@ -21,7 +17,6 @@ from torchrunx_ray.driver.options.command_line import (
     pairs,
     ranks,
     string_or_none,
-    strings,
     variables,
     workers,
     written_as,
@@ -73,7 +68,7 @@ class Options:
     """Time from SIGTERM to SIGKILL for workers that must stop, in seconds."""
     linger: Annotated[float, written_as("linger", number)] = 60
     """Time that agents stay warm after a run, holding no resources, in seconds."""
-    default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", strings)] = (
+    default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", tuple)] = (
         DEFAULT_ENV_VARS
     )
     """Patterns of the driver's environment variables that are sent to workers."""
@@ -96,7 +91,7 @@ class Options:
     """Ranks whose output reaches your console or loggers, unless log_handlers says otherwise: a list, or "all"."""
     progress: bool | None = None
     """Show the progress of a run. None: on a terminal, in a notebook and in a job's log."""
-    preload: Annotated[Sequence[str], written_as("preload", strings)] = (
+    preload: Annotated[Sequence[str], written_as("preload", tuple)] = (
         "torch",
         "torch.distributed",
     )
@@ -113,20 +108,19 @@ class Options:
         known: Mapping[str, Field[Any]] = vars(cls).get("__dataclass_fields__", {})
         if known and vars(cls)["__dataclass_params__"].init:  # else a subclass has its own __init__
             if all(field.kw_only for field in known.values()):
-                check_given_by_name(values, cls.__name__)
-            check_option_names(options, known, f"{cls.__name__}()")
+                checks.check_given_by_name(values, cls.__name__)
+            checks.check_option_names(options, known, f"{cls.__name__}()")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before anything starts."""
-        check_options({f.name: getattr(self, f.name) for f in fields(Options)})
+        checks.check_options({f.name: getattr(self, f.name) for f in fields(Options)})
 
     def explicit_variables(self) -> dict[str, str]:
         """Return the variables of `extra_env_vars` that have a value."""
         if isinstance(self.extra_env_vars, Mapping):
             return dict(self.extra_env_vars)
-        pairs = (entry.partition("=") for entry in self._extra() if "=" in entry)
-        return {name: value for name, _, value in pairs}
+        return dict(entry.split("=", 1) for entry in self._extra() if "=" in entry)
 
     def variable_patterns(self) -> list[str]:
         """Return the patterns of the driver's variables that are sent to workers."""

@@ -6,6 +6,9 @@ import sys
 
 from torchrunx_ray.driver.output.speaker import Speaker
 
+_STREAM_FORMAT = logging.Formatter(
+    "%(asctime)s:%(levelname)s:%(hostname)s[%(local_rank)s]: %(message)s", "%Y-%m-%d %H:%M:%S"
+)
 LINE_FORMAT = logging.Formatter("%(asctime)s:%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
@@ -51,8 +54,7 @@ def file_handler(
         file_path, delay=True, encoding="utf-8", errors="backslashreplace"
     )
     handler.setFormatter(LINE_FORMAT)
-    add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
-    return handler
+    return add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
 
 
 def stream_handler(
@@ -67,14 +69,8 @@ def stream_handler(
     Name the worker as for `add_filter_to_handler`.
     """
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        logging.Formatter(
-            "%(asctime)s:%(levelname)s:%(hostname)s[%(local_rank)s]: %(message)s",
-            "%Y-%m-%d %H:%M:%S",
-        )
-    )
-    add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
-    return handler
+    handler.setFormatter(_STREAM_FORMAT)
+    return add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
 
 
 class Only(logging.Filter):
@@ -107,7 +103,5 @@ class Only(logging.Filter):
     def _passes(self, hostname: str, local_rank: int | None, rank: int | None) -> bool:
         if self._rank is not None:
             return rank == self._rank
-        return self._hostname is None or (hostname, local_rank) == (
-            self._hostname,
-            self._local_rank,
-        )
+        wanted = self._hostname, self._local_rank
+        return self._hostname is None or (hostname, local_rank) == wanted

@@ -51,22 +51,17 @@ def line_of(
             return ": ".join(filter(None, (event.what, event.evidence))), on_ours(event.time_ns)
         case messages.HostEnded():
             return "the run has ended on this host: none of its workers is left", now_ns()
-        case _:
-            return _of_the_whole_host(event), now_ns()
-
-
-def _of_the_whole_host(event: HostEvent) -> str:
-    match event:
         case messages.TemplateRefused():
-            return f"the template cannot be used: {event.problem}"
+            return f"the template cannot be used: {event.problem}", now_ns()
         case NotJoined():
-            return f"not in the process group after {event.timeout:g} s: {in_words(event.missing)}"
+            missing = in_words(event.missing)
+            return f"not in the process group after {event.timeout:g} s: {missing}", now_ns()
         case ArgumentLost():
-            return f"an argument was lost: {event.evidence}"
+            return f"an argument was lost: {event.evidence}", now_ns()
         case DriverFailed():
-            return event.what
+            return event.what, now_ns()
         case _:
-            return ""
+            return "", now_ns()
 
 
 def _loaded(loaded: messages.TemplateLoaded, until_ns: int, begun_ns: int) -> str:

@@ -43,6 +43,7 @@ class RunLogs:
     ) -> None:
         self._run_name = run_name
         self._speakers = speakers
+        self._workers = [who for who in speakers if who.rank is not None]
         self._sinks: list[Sink] = []
         self._taking: Taking = "everywhere"
         self._files = files
@@ -146,14 +147,15 @@ class RunLogs:
         self._has_room.set()
 
     def _begin_stories(self) -> None:
-        workers = [who for who in self._speakers if who.rank is not None]
         for host in (who for who in self._speakers if who.rank is None):
             ranks = [
                 who.rank
-                for who in workers
+                for who in self._workers
                 if who.hostname == host.hostname and who.rank is not None
             ]
-            self.tell(host, host_story.begin(self._run_name, ranks, len(workers)), time.time())
+            self.tell(
+                host, host_story.begin(self._run_name, ranks, len(self._workers)), time.time()
+            )
 
     def _open_sinks(self, options: Options, handlers: LogHandlers) -> None:
         if handlers is None:
@@ -178,15 +180,15 @@ class RunLogs:
         self._levels += [who.record_level for who in taken]
 
     def _shown_ranks(self, options: Options) -> list[Speaker]:
-        wanted, workers = options.console_ranks, [w for w in self._speakers if w.rank is not None]
+        wanted = options.console_ranks
         if isinstance(wanted, str):
-            return workers
-        shown = [who for who in workers if who.rank in wanted]
+            return self._workers
+        shown = [who for who in self._workers if who.rank in wanted]
         if wanted and not shown:
             logger.warning(
                 "console_ranks=%r: this launch has only ranks 0 to %d, so no rank is shown",
                 wanted,
-                len(workers) - 1,
+                len(self._workers) - 1,
             )
         return shown
 
@@ -199,13 +201,12 @@ class RunLogs:
             if isinstance(wanted, Only) and not any(map(wanted.takes, self._speakers))
         ]
         if missing:
-            workers = [who for who in self._speakers if who.rank is not None]
             logger.warning(
                 "log_handlers: %s is not in this launch, which has ranks 0 to %d on %s; its handler "
                 "gets nothing",
                 ", ".join(missing),
-                len(workers) - 1,
-                ", ".join(dict.fromkeys(who.hostname for who in workers)),
+                len(self._workers) - 1,
+                ", ".join(dict.fromkeys(who.hostname for who in self._workers)),
             )
 
     def _new_writer(self) -> Writer:

@@ -28,13 +28,11 @@ class ToLoggers(Sink):
         level = LEVELS[stream]
         if self._takes(who) and self._is_enabled(who, level):
             name = logging.getLevelName(level)
-            self._hand(
-                who,
-                (
-                    new_record(self._run_name, who, level, name, time_s, line)
-                    for line in lines[:-1].split("\n")
-                ),
+            records = (
+                new_record(self._run_name, who, level, name, time_s, line)
+                for line in lines[:-1].split("\n")
             )
+            self._hand(who, records)
 
     def record(self, who: Speaker, record: WorkerRecord) -> None:
         if self._takes(who) and self._is_enabled(who, record.least_level):

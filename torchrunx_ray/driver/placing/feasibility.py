@@ -14,9 +14,7 @@ _VALUES_SHOWN = 20
 
 def could_be_host(node: Node, options: Options) -> bool:
     """Return True if, by the options alone, a node could hold a host's workers."""
-    has_enough = all(
-        node.resources.get(name, 0) >= amount for name, amount in least_needs(options).items()
-    )
+    has_enough = is_in(least_needs(options), node.resources)
     return bool(node.cpus or node.gpus) and has_enough and _has_labels(node, options)
 
 

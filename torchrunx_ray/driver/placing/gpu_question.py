@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
@@ -19,19 +20,16 @@ _ANSWER_S = 120.0
 """Time for the tasks to answer after all agents have started, when their runtime_env is already made."""
 
 
+@dataclass(eq=False, repr=False)
 class GpuQuestion:
     """Asks Ray for the GPUs by a task on each host. The answers stay valid while the placement lives."""
 
-    def __init__(
-        self,
-        group: PlacementGroup,
-        hosts: Sequence[tuple[str, float]],
-        runtime_env: Mapping[str, Any] | None,
-    ) -> None:
-        """`hosts` has a hostname and a number of GPUs for each of the group's bundles, in order."""
-        self._group = group
-        self._hosts = hosts
-        self._runtime_env = dict(runtime_env) if runtime_env else None
+    group: PlacementGroup
+    hosts: Sequence[tuple[str, float]]
+    """A hostname and a number of GPUs for each of the group's bundles, in order."""
+    runtime_env: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
         self._asked = self._ask()
 
     async def answer(self) -> list[tuple[str, ...]]:
@@ -43,13 +41,11 @@ class GpuQuestion:
         # If this wait is cancelled, the tasks go on for the next call.
         await asyncio.wait(asked, timeout=_ANSWER_S, return_when=asyncio.FIRST_EXCEPTION)
         try:
-            for task in asked:
-                if task.done():
-                    task.result()
-            for (hostname, _), task in zip(self._hosts, asked, strict=True):
+            answers = [task.result() for task in asked if task.done()]
+            for (hostname, _), task in zip(self.hosts, asked, strict=True):
                 if not task.done():
                     raise _late(hostname)
-            return [task.result() for task in asked]
+            return answers
         except Exception:
             self.drop()
             raise
@@ -63,7 +59,7 @@ class GpuQuestion:
     def _ask(self) -> "list[asyncio.Task[tuple[str, ...]]]":
         asked = [
             asyncio.create_task(self._ask_on(i, hostname, amount))
-            for i, (hostname, amount) in enumerate(self._hosts)
+            for i, (hostname, amount) in enumerate(self.hosts)
         ]
         for task in asked:  # a launch that fails early never retrieves their exceptions
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -77,9 +73,9 @@ class GpuQuestion:
                 num_cpus=0,
                 num_gpus=amount,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=index
+                    self.group, placement_group_bundle_index=index
                 ),
-                runtime_env=self._runtime_env,
+                runtime_env=dict(self.runtime_env) if self.runtime_env else None,
             )(_own_gpu_ids)
         )
         connection = Connection()

@@ -149,12 +149,10 @@ async def _hosts_of(group: PlacementGroup, plan: Plan, connection: Connection) -
     nodes = {node.node_id: node for node in await connection.call(inventory.live_nodes)}
     if not nodes.keys() >= set(node_ids):
         return None
-    hostnames = _labels([(nodes[n].hostname, nodes[n].ip) for n in node_ids])
+    placed = [nodes[node_id] for node_id in node_ids]
     return [
-        Host(
-            nodes[node_id], host.label or hostname, host.workers, host.bundle, plan.gpus_per_worker
-        )
-        for node_id, host, hostname in zip(node_ids, plan.hosts, hostnames, strict=True)
+        Host(node, host.label or label, host.workers, host.bundle, plan.gpus_per_worker)
+        for node, host, label in zip(placed, plan.hosts, _labels(placed), strict=True)
     ]
 
 
@@ -176,10 +174,10 @@ def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
                 logger.warning(said)
 
 
-def _labels(hosts: Sequence[tuple[str, str]]) -> list[str]:
+def _labels(nodes: Sequence[Node]) -> list[str]:
     """Return the hostnames if they are distinct, else the IPs, with an index if several hosts share an IP."""
-    names = [name for name, _ in hosts]
-    ips = [ip for _, ip in hosts]
+    names = [node.hostname for node in nodes]
+    ips = [node.ip for node in nodes]
     if len(set(names)) == len(names):
         return names
     if len(set(ips)) == len(ips):

@@ -31,13 +31,9 @@ _at_ray = asyncio.Lock()
 async def create(options: Options, plan: Plan, name: str, connection: Connection) -> PlacementGroup:
     """Request a placement group with one bundle per host. The caller must remove the group."""
     global _last_asked
-    selectors = [
-        {
-            **(options.label_selector or {}),
-            **({"ray.io/node-id": host.node.node_id} if host.node else {}),
-        }
-        for host in plan.hosts
-    ]
+    labels = dict(options.label_selector or {})
+    nodes = [host.node for host in plan.hosts]
+    selectors = [labels | ({"ray.io/node-id": node.node_id} if node else {}) for node in nodes]
     async with _at_ray:
         creating = connection.call(
             placement_group,

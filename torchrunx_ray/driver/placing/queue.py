@@ -117,8 +117,7 @@ class _Queue:
         return [waiter for waiter in self.waiters if waiter.offered_release < self.releases]
 
     def _who_fits(self, free: Amounts) -> Iterable[Waiter]:
-        left = Counter[str]()
-        left.update(free)
+        left = Counter[str](free)
         unserved = self._unserved()
         for waiter in self.waiters:
             if is_in(waiter.needed, left):

@@ -89,8 +89,7 @@ class Shortage:
         never = self._why_never()
         if never is not None and self.waits_for is not For.RETURN:
             raise self._error(
-                f"The Ray cluster can never hold this launch: {never}.",
-                self._instead(),
+                f"The Ray cluster can never hold this launch: {never}.", self._instead()
             )
         if waited_s >= limit_s:
             starting = self._news()
@@ -251,9 +250,5 @@ class Shortage:
 
     def _error(self, problem: str, advice: str) -> PlacementError:
         return PlacementError(
-            problem,
-            wanted=self._wanted(),
-            free=self._free(),
-            total=self._total(),
-            advice=advice,
+            problem, wanted=self._wanted(), free=self._free(), total=self._total(), advice=advice
         )

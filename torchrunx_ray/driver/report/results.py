@@ -76,44 +76,6 @@ class LaunchResult(Generic[R]):
     def rank(self, rank: int) -> R:
         """Return one rank's value."""
         host_index, local_rank = self._find(rank)
-        return self._fetch(rank, host_index, local_rank)
-
-    def index(self, hostname: str, local_rank: int) -> R:
-        """Return the value of the worker with this hostname and local rank."""
-        if hostname not in self._hostnames:
-            raise KeyError(
-                f"{hostname!r} is not a host of this launch; its hosts are {self._hostnames}"
-            )
-        host_index = self._hostnames.index(hostname)
-        workers = len(self._values[host_index])
-        if not 0 <= local_rank < workers:
-            raise IndexError(f"{hostname} had local ranks 0 to {workers - 1}, not {local_rank}")
-        rank = sum(map(len, self._values[:host_index])) + local_rank
-        return self._fetch(rank, host_index, local_rank)
-
-    @property
-    def results(self) -> dict[str, list[R]]:
-        """All values, by host and local rank."""
-        return {
-            hostname: [self.index(hostname, i) for i in range(len(values))]
-            for hostname, values in zip(self._hostnames, self._values, strict=True)
-        }
-
-    def __len__(self) -> int:
-        return len(self._by_rank)
-
-    def __iter__(self) -> Iterator[R]:
-        return (self.rank(rank) for rank in range(len(self)))
-
-    def __repr__(self) -> str:
-        return f"<LaunchResult of {len(self)} ranks on {', '.join(self._hostnames)}>"
-
-    def _find(self, rank: int) -> tuple[int, int]:
-        if not 0 <= rank < len(self):
-            raise IndexError(f"this launch had ranks 0 to {len(self) - 1}, not {rank}")
-        return self._by_rank[rank]
-
-    def _fetch(self, rank: int, host_index: int, local_rank: int) -> R:
         hostname = self._hostnames[host_index]
         value = self._values[host_index][local_rank]
         if not ray.is_initialized():
@@ -149,6 +111,40 @@ class LaunchResult(Generic[R]):
                 step="unpickle",
                 missing_module=error.name if isinstance(error, ModuleNotFoundError) else None,
             ) from users_part(error)
+
+    def index(self, hostname: str, local_rank: int) -> R:
+        """Return the value of the worker with this hostname and local rank."""
+        if hostname not in self._hostnames:
+            raise KeyError(
+                f"{hostname!r} is not a host of this launch; its hosts are {self._hostnames}"
+            )
+        host_index = self._hostnames.index(hostname)
+        workers = len(self._values[host_index])
+        if not 0 <= local_rank < workers:
+            raise IndexError(f"{hostname} had local ranks 0 to {workers - 1}, not {local_rank}")
+        return self.rank(sum(map(len, self._values[:host_index])) + local_rank)
+
+    @property
+    def results(self) -> dict[str, list[R]]:
+        """All values, by host and local rank."""
+        return {
+            hostname: [self.index(hostname, i) for i in range(len(values))]
+            for hostname, values in zip(self._hostnames, self._values, strict=True)
+        }
+
+    def __len__(self) -> int:
+        return len(self._by_rank)
+
+    def __iter__(self) -> Iterator[R]:
+        return (self.rank(rank) for rank in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"<LaunchResult of {len(self)} ranks on {', '.join(self._hostnames)}>"
+
+    def _find(self, rank: int) -> tuple[int, int]:
+        if not 0 <= rank < len(self):
+            raise IndexError(f"this launch had ranks 0 to {len(self) - 1}, not {rank}")
+        return self._by_rank[rank]
 
 
 def _gone(rank: int) -> LaunchError:

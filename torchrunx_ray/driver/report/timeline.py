@@ -35,19 +35,16 @@ class Timeline:
 
     def hear(self, host_index: int, rank: int | None, event: messages.Event, ahead_ns: int) -> None:
         """Note an event of a host whose clock is `ahead_ns` ahead of the driver's."""
-        match event:
-            case messages.TemplateLoaded():
-                self.loaded[host_index] = (event.begun_ns - ahead_ns, event.loaded_ns - ahead_ns)
-            case messages.Joined() if rank is not None:
-                self.joined[rank] = event.time_ns - ahead_ns
-            case messages.Started() if rank is not None:
-                self.started[rank] = event.time_ns - ahead_ns
-            case messages.Finished() if rank is not None:
-                self.finished[rank] = event.time_ns - ahead_ns
-            case messages.Exited() if rank is not None:
-                self.exited[rank] = event.time_ns - ahead_ns
-            case _:
-                pass
+        if isinstance(event, messages.TemplateLoaded):
+            self.loaded[host_index] = (event.begun_ns - ahead_ns, event.loaded_ns - ahead_ns)
+        for kind, times in (
+            (messages.Joined, self.joined),
+            (messages.Started, self.started),
+            (messages.Finished, self.finished),
+            (messages.Exited, self.exited),
+        ):
+            if isinstance(event, kind) and rank is not None:
+                times[rank] = event.time_ns - ahead_ns
 
     @property
     def seconds(self) -> dict[str, float]:

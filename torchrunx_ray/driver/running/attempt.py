@@ -5,8 +5,8 @@ import enum
 import functools
 import logging
 
+from torchrunx_ray.driver.agents import clocks
 from torchrunx_ray.driver.agents.agent_link import AgentLink
-from torchrunx_ray.driver.agents.clocks import Clocks
 from torchrunx_ray.driver.agents.pool import AgentState
 from torchrunx_ray.driver.background.chores import Chores
 from torchrunx_ray.driver.background.loop import to_the_end
@@ -102,9 +102,8 @@ class Attempt:
         self._phase = Phase.STARTING
         self._asked = Asked.TO_GO_ON
         self._chores = Chores()
-        self._clocks = Clocks(crew.agents)
-        self._stragglers = Stragglers(id_, crew.agents, crew.layout)
-        self._ledger = Ledger(crew, self._clocks)
+        self._stragglers = Stragglers(id_, crew)
+        self._ledger = Ledger(crew)
         self._shares = [
             Share(i, host.label, crew.agents[i], id_) for i, host in enumerate(crew.hosts)
         ]
@@ -124,7 +123,7 @@ class Attempt:
         A failure or a cancellation stops the workers. A second cancellation kills the workers.
         """
         try:
-            self._chores.begin(self._clocks.compare())
+            self._chores.begin(clocks.compare(self._crew.agents))
             watching = [share.watch(self._watch(share, call)) for share in self._shares]
             for wait_s, is_enough in ((_SLOW_START_S, False), (_START_S, True)):
                 self._chores.later(wait_s, self._check_can_fork, wait_s, is_enough)
@@ -253,10 +252,8 @@ class Attempt:
         """Handle an event. A bug here must not prevent the handling of later events."""
         try:
             self._handle(share, event)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # SystemExit may come from a log handler of the driver
+        except (Exception, SystemExit) as error:
+            # SystemExit may come from a log handler of the driver.
             doing = f"handled {type(event).__name__} of an agent"
             self._fail(share, None, None, DriverFailed(doing, error))
 
@@ -265,8 +262,8 @@ class Attempt:
         match event:
             case messages.Printed():
                 who = self._crew.speaker(share.index, event.local_rank)
-                time_ns = self._clocks.on_ours(share.index, event.time_ns)
-                self._logs.put(who, event.stream, event.data, time_ns / 1e9)
+                time_s = share.agent.on_ours(event.time_ns) / 1e9
+                self._logs.put(who, event.stream, event.data, time_s)
             case messages.CanFork():
                 self._share_becomes(share, ShareState.READY)
             case messages.Joined():
@@ -305,20 +302,20 @@ class Attempt:
         about = event.exited if isinstance(event, messages.Died) else event
         local_rank: int | None = getattr(about, "local_rank", None)
         rank = None if local_rank is None else self._crew.rank(share.index, local_rank)
-        self._timeline.hear(share.index, rank, event, -self._clocks.on_ours(share.index, 0))
+        self._timeline.hear(share.index, rank, event, share.agent.ahead_ns)
         if not isinstance(event, messages.AgentFailed | messages.TemplateRefused):  # see `_fail`
             self._tell_of_host(share, rank, event)
 
     def _tell_of_host(self, share: Share, rank: int | None, event: HostEvent) -> None:
-        on_ours = functools.partial(self._clocks.on_ours, share.index)
-        line, time_ns = host_story.line_of(event, rank, on_ours, self._timeline.begun_ns)
+        begun_ns = self._timeline.begun_ns
+        line, time_ns = host_story.line_of(event, rank, share.agent.on_ours, begun_ns)
         if line:
             self._logs.tell(self._crew.speaker(share.index, None), line, time_ns / 1e9)
 
     def _has_died(self, share: Share, died: messages.Died) -> None:
         exited = died.exited
         assert exited.local_rank is not None
-        died_at_ns = self._clocks.on_ours(share.index, exited.time_ns)
+        died_at_ns = share.agent.on_ours(exited.time_ns)
         if self._stopping.has_sent(exited.signal, died_at_ns):
             self._stopped[self._crew.rank(share.index, exited.local_rank)] = share.label
         else:

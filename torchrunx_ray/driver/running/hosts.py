@@ -126,10 +126,8 @@ class Hosts:
                 missing = versions.missing_package(str(error), versions.of_this_process())
                 if missing is not None:
                     raise LaunchError(f"On {host.label}: {missing}") from None
-                what = "the agent could not be started"
-                raise AgentFailedError(
-                    hostname=host.label, what=what, evidence=_why_not_started(error)
-                ) from None
+                what, why = "the agent could not be started", _why_not_started(error)
+                raise AgentFailedError(hostname=host.label, what=what, evidence=why) from None
             finally:
                 silent.cancel()
             if met is None:
@@ -141,13 +139,12 @@ class Hosts:
                     )
                 await self.drop({index})
                 continue
-            problem = met.problem or versions.problem_between(
-                versions.of_this_process(), met.versions
-            )
+            ours = versions.of_this_process()
+            problem = met.problem or versions.problem_between(ours, met.versions)
             if problem is not None:
                 await self.drop({index})
                 raise LaunchError(f"On {host.label}: {problem}")
-            doubt = versions.doubt_between(versions.of_this_process(), met.versions)
+            doubt = versions.doubt_between(ours, met.versions)
             for warning in filter(None, (met.warning, doubt)):
                 logger.warning("%s: %s", host.label, warning)
             return met

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 from collections.abc import Collection
 
-from torchrunx_ray.driver.agents.clocks import Clocks
 from torchrunx_ray.driver.report.failures import Failure, Report
 from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.wire import messages
@@ -21,9 +20,8 @@ _CAUSE_S = 0.5
 class Ledger:
     """Failures in the order of their arrival."""
 
-    def __init__(self, crew: Crew, clocks: Clocks) -> None:
+    def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._clocks = clocks
         self._failed: list[tuple[int | None, Failure]] = []
         """Each with the index of the host on whose clock its time is; None for the driver's clock."""
         self._before_cancellation: int | None = None
@@ -40,10 +38,8 @@ class Ledger:
         """Add a failure. Its time is on its host's clock; None means now, on the driver's clock."""
         rank = None if local_rank is None else self._crew.rank(host_index, local_rank)
         label = self._crew.hosts[host_index].label
-        if time_ns is None:
-            self._failed.append((None, Failure(now_ns(), label, rank, report)))
-        else:
-            self._failed.append((host_index, Failure(time_ns, label, rank, report)))
+        whose, time_ns = (None, now_ns()) if time_ns is None else (host_index, time_ns)
+        self._failed.append((whose, Failure(time_ns, label, rank, report)))
         if not (isinstance(report, messages.Failed) and report.in_collective):
             self.cause_is_known.set()
 
@@ -65,22 +61,18 @@ class Ledger:
         self._before_cancellation = len(self._failed)
 
     def all(self) -> list[Failure]:
-        """Return all failures."""
-        return self._first(None)
-
-    def before_cancellation(self) -> list[Failure]:
-        """Return the failures from before the cancellation; all if there was none."""
-        return self._first(self._before_cancellation)
-
-    def _first(self, count: int | None) -> list[Failure]:
-        """Return the first failures, or all, with their times on the driver's clock.
+        """Return all failures, with their times on the driver's clock.
 
         The times are converted late, since the clocks may not have been compared when a failure arrived.
         """
-        return [self._on_our_clock(*failure) for failure in self._failed[:count]]
+        return [self._on_our_clock(*failure) for failure in self._failed]
+
+    def before_cancellation(self) -> list[Failure]:
+        """Return the failures from before the cancellation; all if there was none."""
+        return self.all()[: self._before_cancellation]
 
     def _on_our_clock(self, host_index: int | None, failure: Failure) -> Failure:
         if host_index is None:
             return failure
-        time_ns = self._clocks.on_ours(host_index, failure.time_ns)
+        time_ns = self._crew.agents[host_index].on_ours(failure.time_ns)
         return dataclasses.replace(failure, time_ns=time_ns)

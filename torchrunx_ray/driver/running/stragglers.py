@@ -2,15 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver.agents.pool import AgentState, PooledAgent
+from torchrunx_ray.driver.agents.pool import AgentState
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
 from torchrunx_ray.driver.report.stacks import Stacks, in_words
+from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.wire.messages import AttemptId, StacksWanted
-from torchrunx_ray.wire.ranks import Place
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -27,20 +27,17 @@ _RETURNED_S = 60.0
 class Stragglers:
     """Asks the agents for stacks, and warns about ranks that go on long after others have returned."""
 
-    def __init__(
-        self, attempt: AttemptId, agents: Sequence[PooledAgent], layout: Sequence[Sequence[Place]]
-    ) -> None:
+    def __init__(self, attempt: AttemptId, crew: Crew) -> None:
         self._attempt = attempt
-        self._agents = agents
-        self._layout = layout
+        self._crew = crew
         self._returned: set[int] = set()
         self._saying: asyncio.Task[None] | None = None
 
     async def stacks(self, wanted: StacksWanted = _ASKED) -> Stacks:
         """Return the stacks of the living workers that answer in time."""
         asked = [
-            asyncio.create_task(self._stacks_of(i, agent, wanted))
-            for i, agent in enumerate(self._agents)
+            asyncio.create_task(self._stacks_of(host_index, wanted))
+            for host_index, agent in enumerate(self._crew.agents)
             if agent.connection.is_ours() and agent.state is not AgentState.GONE
         ]
         if asked:
@@ -74,17 +71,16 @@ class Stragglers:
         elif stacks:
             _warn(self._returned, "the launch waits for their processes to end", stacks)
 
-    async def _stacks_of(
-        self, host_index: int, agent: PooledAgent, wanted: StacksWanted
-    ) -> dict[int, str]:
+    async def _stacks_of(self, host_index: int, wanted: StacksWanted) -> dict[int, str]:
         """Return a host's stacks by rank; none if its agent cannot be called, which is reported elsewhere."""
+        agent = self._crew.agents[host_index]
         try:
             texts: dict[int, str] = await agent.connection.ask(
                 agent.calls.stacks, self._attempt, wanted
             )
         except (RayError, ClusterLeft):
             return {}
-        return {self._layout[host_index][k].rank: text for k, text in texts.items()}
+        return {self._crew.rank(host_index, k): text for k, text in texts.items()}
 
 
 def _warn(returned: Iterable[int], what: str, stacks: Stacks) -> None:
