@@ -4,27 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-RANK_VARIABLES = frozenset(
-    {
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "GROUP_RANK",
-        "GROUP_WORLD_SIZE",
-        "ROLE_RANK",
-        "ROLE_WORLD_SIZE",
-        "ROLE_NAME",
-        "NODE_RANK",
-        "TORCHELASTIC_RESTART_COUNT",
-        "TORCHELASTIC_MAX_RESTARTS",
-        "TORCHELASTIC_RUN_ID",
-    }
-)
-"""Variables that the launch sets for every worker; nobody else may set them."""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -57,6 +36,10 @@ class Place:
             "TORCHELASTIC_RUN_ID": run_id,
         }
         return {name: str(value) for name, value in values.items()}
+
+
+RANK_VARIABLES = frozenset(Place(0, 0, 1, 1, 0, 1).variables("", 0, ""))
+"""Variables that the launch sets for every worker; nobody else may set them."""
 
 
 def lay_out(workers_per_host: Sequence[int]) -> list[list[Place]]:
