@@ -144,35 +144,30 @@ def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) 
         error.add_note(_NO_STDIN_NOTE)
     exception, unraisable = _dump(error)
     code = error.code if isinstance(error, SystemExit) else None
-    return messages.Failed(
-        wanted.place.local_rank,
-        os.getpid(),
-        time_ns,
-        type(error).__qualname__,
-        text_of(error),
-        _remote_traceback(error),
-        exception,
-        unraisable,
-        int(code) if isinstance(code, int) else None,  # the agent lacks an IntEnum of the script
-        _came_of_a_collective(error),
+    return dataclasses.replace(
+        _as_text(wanted, time_ns, error),
+        kind=type(error).__qualname__,
+        exception=exception,
+        unraisable=unraisable,
+        # The agent lacks an IntEnum of the script.
+        exit_code=int(code) if isinstance(code, int) else None,
     )
 
 
 def _as_text(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
     kind = _full_name(error)
-    text, trace = text_of(error), _remote_traceback(error)
-    unraisable = f"raised {kind}: {text} (shown as text, since the exception itself cannot be sent)"
+    text = text_of(error)
     return messages.Failed(
         wanted.place.local_rank,
         os.getpid(),
         time_ns,
         kind.rpartition(".")[2],
         text,
-        trace,
-        None,
-        unraisable,
-        None,
-        _came_of_a_collective(error),
+        _remote_traceback(error),
+        exception=None,
+        unraisable=f"raised {kind}: {text} (shown as text, since the exception itself cannot be sent)",
+        exit_code=None,
+        in_collective=_came_of_a_collective(error),
     )
 
 
