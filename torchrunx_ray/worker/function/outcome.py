@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from torchrunx_ray import errors
@@ -219,7 +219,8 @@ def _is_one_free() -> bool:
 
 def _dump(error: BaseException) -> tuple[bytes | None, str]:
     if isinstance(error, SystemExit):
-        return None, exits.describe(error, _frames_of_the_function(error))
+        frames = traceback.walk_tb(_frames(error))
+        return None, exits.describe(error, (each for each in frames if not _is_own(each[0])))
     if isinstance(error, KeyboardInterrupt):
         return None, "was interrupted (KeyboardInterrupt)"
     if isinstance(error, GeneratorExit):
@@ -255,12 +256,8 @@ def _is_of_a_collective(error: BaseException) -> bool:
     # In autograd and in Work.wait(), gloo raises a RuntimeError without a frame of torch.distributed.
     if foreign_errors.names_gloo(text_of(error)):
         return True
-    frames = _frames(error)
-    while frames is not None and frames.tb_next is not None:
-        frames = frames.tb_next
-    return frames is not None and f"{os.sep}torch{os.sep}distributed{os.sep}" in (
-        frames.tb_frame.f_code.co_filename
-    )
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(_frames(error))]
+    return bool(files) and f"{os.sep}torch{os.sep}distributed{os.sep}" in files[-1]
 
 
 def _frames(error: BaseException) -> types.TracebackType | None:
@@ -277,24 +274,16 @@ def _full_name(error: BaseException) -> str:
     return type.__repr__(type(error)).removeprefix("<class '").removesuffix("'>")
 
 
-def _is_own(frames: types.TracebackType) -> bool:
-    return frames.tb_frame.f_code.co_filename.startswith(_PACKAGE)
-
-
-def _frames_of_the_function(error: BaseException) -> Iterator[types.TracebackType]:
-    frames = _frames(error)
-    while frames is not None:
-        if not _is_own(frames):
-            yield frames
-        frames = frames.tb_next
+def _is_own(frame: types.FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_PACKAGE)
 
 
 def _remote_traceback(error: BaseException) -> str:
     """Format the traceback without this package's frames around the function."""
     frames = _frames(error)
-    while frames is not None and frames.tb_next is not None and _is_own(frames):
+    while frames is not None and frames.tb_next is not None and _is_own(frames.tb_frame):
         frames = frames.tb_next
-    if type(error) is PayloadError and frames is not None and _is_own(frames):
+    if type(error) is PayloadError and frames is not None and _is_own(frames.tb_frame):
         # The error's text is reported separately, and no line of the function raised it.
         return "" if error.__cause__ is None else _remote_traceback(error.__cause__)
     try:
