@@ -19,7 +19,7 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.values import memory, transfer
 from torchrunx_ray.wire.values.culprit import users_part
-from torchrunx_ray.wire.values.exceptions import dump_exception, text_of
+from torchrunx_ray.wire.values.exceptions import dump_exception, own, text_of
 from torchrunx_ray.wire.values.payload import Packed, pack
 from torchrunx_ray.wire.values.transfer import Layout, Spans
 from torchrunx_ray.worker.function import exits
@@ -242,8 +242,8 @@ def _came_of_a_collective(error: BaseException) -> bool:
     following: BaseException | None = error
     while following is not None and not any(following is each for each in chain):
         chain.append(following)
-        cause = _own(following, "__cause__")  # its class may define __bool__
-        following = _own(following, "__context__") if cause is None else cause
+        cause = own(following, "__cause__")  # its class may define __bool__
+        following = own(following, "__context__") if cause is None else cause
     return any(map(_is_of_a_collective, chain))
 
 
@@ -261,12 +261,7 @@ def _is_of_a_collective(error: BaseException) -> bool:
 
 
 def _frames(error: BaseException) -> types.TracebackType | None:
-    return _own(error, "__traceback__")
-
-
-def _own(error: BaseException, attribute: str) -> Any:
-    """Return an attribute through BaseException, since the exception's class may override attribute access."""
-    return vars(BaseException)[attribute].__get__(error)
+    return own(error, "__traceback__")
 
 
 def _full_name(error: BaseException) -> str:
