@@ -94,7 +94,7 @@ class HostRun:
         for place in self._wanted.places:
             if self._state is State.STARTING:
                 await self._fork(place)
-        self._template.drop_call()
+        self._template.tell(messages.DropCall())
         self._become(State.RUNNING if self._state is State.STARTING else State.STOPPING)
         for worker in self._workers.values():
             if worker.pid is None:
@@ -235,7 +235,7 @@ class HostRun:
             if not (worker.has_exited or (spare_failed and worker.has_failed))
         ]
         if living and self._state is not State.ENDING:
-            self._template.signal_workers(living, signum)
+            self._template.tell(messages.SignalWorkers(tuple(living), signum))
 
     def _end_if_over(self) -> None:
         is_forked = self._state in (State.RUNNING, State.STOPPING)

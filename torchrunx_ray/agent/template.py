@@ -97,13 +97,6 @@ class Template:
         finally:
             os.close(fds[0])
 
-    def drop_call(self) -> None:
-        """Let the template free the function and its arguments, after the last worker is forked."""
-        self._tell(messages.DropCall())
-
-    def signal_workers(self, local_ranks: Sequence[int], signum: int) -> None:
-        self._tell(messages.SignalWorkers(tuple(local_ranks), signum))
-
     async def end_run(self) -> tuple[int, ...]:
         """Kill what is left of the run. Return the pids that SIGKILL did not end.
 
@@ -126,10 +119,11 @@ class Template:
         async with self._asking:
             if self._gone.is_set():
                 return messages.RunEnded(()), []
-            self._tell(message, fds)
+            self.tell(message, fds)
             return await self._replies.get()
 
-    def _tell(self, message: object, fds: Sequence[int] = ()) -> None:
+    def tell(self, message: object, fds: Sequence[int] = ()) -> None:
+        """Send a message that has no reply, or whose reply somebody waits for; nothing if the template is gone."""
         if self._gone.is_set():
             return
         try:
