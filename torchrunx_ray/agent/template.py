@@ -32,10 +32,8 @@ class Template:
         on_gone: Callable[[messages.AgentFailed], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._keeper = keeper.process
+        self._keeper = keeper
         self._channel = keeper.channel
-        self._mark = keeper.mark
-        self._begun_ns = keeper.begun_ns
         self.loaded: messages.TemplateLoaded | None = None
         self._on_exited, self._on_gone = on_exited, on_gone
         self._ready: asyncio.Future[messages.TemplateRefused | None] = self._loop.create_future()
@@ -47,8 +45,7 @@ class Template:
         self._gone_at_ns = 0
         self._keepers_ended = asyncio.Event()
         self._gone = asyncio.Event()
-        self._alive_fd = keeper.alive_fd
-        self._loop.add_reader(self._alive_fd, self._keepers_have_ended)
+        self._loop.add_reader(keeper.alive_fd, self._keepers_have_ended)
         self._stdout = Output(keeper.stdout_fd, None, "stdout", mailbox)
         self._stderr = Output(keeper.stderr_fd, None, "stderr", mailbox)
         self._channel.set_blocking(False)
@@ -61,7 +58,7 @@ class Template:
     @property
     def is_whole(self) -> bool:
         """True if the outer keeper and the template can serve another run."""
-        return not (self._closing or self._gone_at_ns) and self._keeper.poll() is None
+        return not (self._closing or self._gone_at_ns) and self._keeper.process.poll() is None
 
     @property
     def is_ready(self) -> bool:
@@ -110,7 +107,8 @@ class Template:
         self._closing = True
         if self._gone.is_set():
             return
-        self._keeper.send_signal(signal.SIGTERM)  # works even if the template does not listen
+        # A signal works even if the template does not listen.
+        self._keeper.process.send_signal(signal.SIGTERM)
         self._channel.say_no_more()  # ends a template whose outer keeper was killed
         await self._gone.wait()
 
@@ -144,7 +142,7 @@ class Template:
                 return
             match message:
                 case messages.TemplateReady():
-                    self.loaded = messages.TemplateLoaded(self._begun_ns, now_ns())
+                    self.loaded = messages.TemplateLoaded(self._keeper.begun_ns, now_ns())
                     self._ready.set_result(None)
                 case messages.TemplateRefused():
                     self._ready.set_result(message)
@@ -162,9 +160,9 @@ class Template:
 
     async def _has_gone(self) -> None:
         await self._keepers_ended.wait()
-        exit_code = self._keeper.wait()
+        exit_code = self._keeper.process.wait()
         with contextlib.suppress(OSError):  # out of descriptors; the end is reported anyway
-            kill_marked(self._mark)
+            kill_marked(self._keeper.mark)
         self._channel.close()
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
@@ -182,8 +180,8 @@ class Template:
             self._ready.set_result(None)
 
     def _keepers_have_ended(self) -> None:
-        self._loop.remove_reader(self._alive_fd)
-        os.close(self._alive_fd)
+        self._loop.remove_reader(self._keeper.alive_fd)
+        os.close(self._keeper.alive_fd)
         self._keepers_ended.set()
 
 
