@@ -80,15 +80,12 @@ class StackReader:
             return
         answer, end, _ = (self._answer + data).partition(END_OF_STACKS)
         was_owed, self._is_owed = self._is_owed, self._is_owed and not end
-        if self._turn.locked():
-            self._answer = answer
+        is_awaited = self._turn.locked()
+        self._answer = answer if is_awaited else b""
+        if is_awaited:
             self._said_more.set()
-        elif was_owed:
-            self._answer = b""  # nobody waits for it any more
-        else:
-            self._answer = b""
-            if answer:
-                self._mailbox.put(Printed(self._local_rank, "stacks", answer, now_ns()))
+        elif answer and not was_owed:  # what the thread still owed, nobody waits for any more
+            self._mailbox.put(Printed(self._local_rank, "stacks", answer, now_ns()))
 
 
 def handles_usr2(pid: int) -> bool:
