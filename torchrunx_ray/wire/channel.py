@@ -77,9 +77,7 @@ class Channel:
         # subprocess inherits keeps pipes open.
         fds = array.array("i")
         data, ancillary, flags, _address = self._socket.recvmsg(
-            _INLINE_LIMIT + 1,
-            socket.CMSG_SPACE(_MAX_FDS * fds.itemsize),
-            socket.MSG_CMSG_CLOEXEC,
+            _INLINE_LIMIT + 1, socket.CMSG_SPACE(_MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
         )
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -178,14 +178,8 @@ def of_function(function: Any, reduced: Any, order: Order) -> Any:
 def of_class(kind: type, reduced: Any, order: Order, needs: object) -> Any:
     """Return a reduce tuple that sets a class's attributes in steps, and unpickles `needs` with them."""
     make, arguments, (attributes, _), *_ = reduced
-    return (
-        make,
-        arguments,
-        steps(order, kind, attributes, (set_class_state, needs)),
-        None,
-        None,
-        keep,
-    )
+    state = steps(order, kind, attributes, (set_class_state, needs))
+    return make, arguments, state, None, None, keep
 
 
 def steps(

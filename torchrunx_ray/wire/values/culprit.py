@@ -44,9 +44,7 @@ class Culprit:
 
 
 def find_culprit(
-    parts: Iterable[tuple[str, object]],
-    error: Exception,
-    replace: pickling.Replace | None = None,
+    parts: Iterable[tuple[str, object]], error: Exception, replace: pickling.Replace | None = None
 ) -> Culprit:
     """Search the named parts of a value whose pickling raised this error.
 

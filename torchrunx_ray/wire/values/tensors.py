@@ -53,15 +53,8 @@ def _reduce_tensor(torch: Any, tensor: Any) -> Any:
     )
     if not is_plain:
         return NotImplemented
-    shape = tuple(tensor.size()), tensor.stride()
-    offset = tensor.storage_offset()
-    return _tensor, (
-        tensor.untyped_storage(),
-        tensor.dtype,
-        offset,
-        *shape,
-        tensor.requires_grad,
-    )
+    shape = tensor.storage_offset(), tuple(tensor.size()), tensor.stride()
+    return _tensor, (tensor.untyped_storage(), tensor.dtype, *shape, tensor.requires_grad)
 
 
 def _reduce_storage(storage: Any, owners: list[object]) -> Any:
