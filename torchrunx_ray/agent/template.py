@@ -13,8 +13,7 @@ from torchrunx_ray.agent.output import Output
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.values import transfer
-from torchrunx_ray.wire.values.memory import Remote
+from torchrunx_ray.wire.values import memory, transfer
 from torchrunx_ray.wire.values.payload import Packed
 from torchrunx_ray.wire.values.transfer import Layout
 
@@ -87,10 +86,10 @@ class Template:
             return _as_refused(reply)
         try:
             if reply.address is None:
-                await asyncio.to_thread(transfer.write_file, fds[0], values)
-            else:
-                remote = Remote(reply.pid, fds[0], is_wanted)
-                await asyncio.to_thread(transfer.write_memory, remote, reply.address, values)
+                await asyncio.to_thread(memory.write_file, fds[0], transfer.moves(0, values))
+            else:  # if the template ends meanwhile, `_listen` notices
+                write = memory.Remote(reply.pid, fds[0], is_wanted).write
+                await asyncio.to_thread(write, transfer.moves(reply.address, values))
         finally:
             os.close(fds[0])
 

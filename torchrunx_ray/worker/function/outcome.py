@@ -102,7 +102,7 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
 def _as_file(packed: Packed) -> tuple[Layout, int]:
     layout = Layout.of([packed])
     fd = transfer.new_file(layout)
-    transfer.write_file(fd, [packed])
+    memory.write_file(fd, transfer.moves(0, [packed]))
     return layout, fd
 
 
