@@ -123,10 +123,9 @@ class Template:
         """Send a message that has no reply, or whose reply somebody waits for; nothing if the template is gone."""
         if self._gone.is_set():
             return
-        try:
+        # If the template is gone, `_listen` will notice, and a reply is made in its place.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._channel.send(message, fds)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the template is gone; `_listen` will notice, and a reply is made in its place
 
     def _listen(self) -> None:
         while True:

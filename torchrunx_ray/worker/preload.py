@@ -1,5 +1,6 @@
 """Imports of a template before it forks, and the check that forking is still safe."""
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -59,10 +60,8 @@ def load(modules: Sequence[str]) -> None:
 def flush() -> None:
     """Flush Python's and C's buffers, or every fork would print their contents again."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(Exception):  # it was closed, or replaced by another object
             stream.flush()
-        except Exception:  # the stream was closed, or replaced by another object
-            pass
     ctypes.CDLL(None).fflush(None)
 
 

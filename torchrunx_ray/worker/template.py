@@ -5,6 +5,7 @@ because a fork copies only the calling thread. It is a subreaper, so a daemon th
 the run. When the agent is gone, the template kills all its descendants and exits.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -150,10 +151,9 @@ class _Template:
             return
         if local_rank is not None:
             # Parent and child both do this, so that no signal to the group can come too early.
-            try:
+            # PermissionError: the child has done so, and has since executed a fresh interpreter.
+            with contextlib.suppress(PermissionError):
                 os.setpgid(pid, pid)
-            except PermissionError:
-                pass  # the child has done so, and has since executed a fresh interpreter
         self._children[pid] = local_rank
 
     def _let_go(self) -> None:

@@ -110,11 +110,9 @@ def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -
     """Send the value; return the agent's answer, or None if the agent is gone and this process is about to end."""
     channel.send(messages.Returned(os.getpid(), time_ns, value), [fd])
     os.close(fd)
-    try:
-        answer, _ = channel.receive()
-    except (EOFError, ConnectionResetError):
-        return None
-    return answer
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        return channel.receive()[0]
+    return None
 
 
 def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseException) -> None:
