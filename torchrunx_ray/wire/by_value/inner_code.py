@@ -25,19 +25,13 @@ def with_needs(function: Any, reduced: Any, can_be_pickled: Callable[[object], b
     """Add globals that only annotations or class bodies name, and submodules used by annotations and inner code."""
     _, _, (_, slots), *_ = reduced
     if inner := list(_inner_code(function.__code__)):
-        _add_needs_of_inner_code(function, inner, slots)
+        there = function.__globals__
+        names = _names_in_class_bodies(function.__code__)
+        slots["__globals__"] |= {name: there[name] for name in names if name in there}
+        slots["_cloudpickle_submodules"] += _submodules(inner, slots["__globals__"].values())
     if said := annotations.code_of(function):
         _add_needs_of_annotations(function, said, slots, can_be_pickled)
     return reduced
-
-
-def _add_needs_of_inner_code(
-    function: Any, inner: Iterable[types.CodeType], slots: dict[str, Any]
-) -> None:
-    there = function.__globals__
-    names = _names_in_class_bodies(function.__code__)
-    slots["__globals__"] |= {name: there[name] for name in names if name in there}
-    slots["_cloudpickle_submodules"] += _submodules(inner, slots["__globals__"].values())
 
 
 def _add_needs_of_annotations(
