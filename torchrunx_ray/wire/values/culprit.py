@@ -183,12 +183,10 @@ def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
 
 def _globals_named_in(code: types.CodeType) -> Iterator[str]:
     """Yield the globals that code names, including the code of functions inside it."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _GLOBAL_OPERATIONS:
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals_named_in(constant)
+    for each in annotations.with_inner(code):
+        for instruction in dis.get_instructions(each):
+            if instruction.opname in _GLOBAL_OPERATIONS:
+                yield instruction.argval
 
 
 def _attributes(value: Any, path: str) -> Iterator[tuple[str, object]]:
