@@ -48,7 +48,12 @@ def load(modules: Sequence[str]) -> None:
     try:
         for module in modules:
             _import(module)
-        _check_that_it_can_be_forked(modules)
+        if len(os.listdir("/proc/self/task")) > 1 and not _fork_can_compute():
+            raise Refusal(
+                f"importing preload={tuple(modules)!r} started an OpenMP thread pool, and forked workers "
+                "would hang in their first parallel operation.",
+                _SPAWN,
+            )
     finally:
         flush()
     _spare_workers_the_teardown()
@@ -96,23 +101,11 @@ def learn() -> bool:
     except Refusal:
         return False
     finally:
-        _restore(variables)  # the import sets some that a function may want to set
+        # The import sets some that a function may want to set.
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ.update(variables)
     return True
-
-
-def _restore(variables: dict[str, str]) -> None:
-    for name in os.environ.keys() - variables.keys():
-        del os.environ[name]
-    os.environ.update(variables)
-
-
-def _check_that_it_can_be_forked(modules: Sequence[str]) -> None:
-    if len(os.listdir("/proc/self/task")) > 1 and not _fork_can_compute():
-        raise Refusal(
-            f"importing preload={tuple(modules)!r} started an OpenMP thread pool, and forked workers "
-            "would hang in their first parallel operation.",
-            _SPAWN,
-        )
 
 
 def _import(module: str) -> None:
