@@ -144,14 +144,12 @@ class Worker:
         """Copy the value and tell the worker that it may exit, or report why the copy failed."""
         try:
             packed = await asyncio.to_thread(self._copy, returned, fd)
-        except OSError as error:
-            if isinstance(returned.value, Layout) or error.errno == errno.ENOMEM:
-                self._cannot_take(error)
-            else:
+        except Exception as error:
+            is_refused = isinstance(error, OSError) and error.errno != errno.ENOMEM
+            if is_refused and not isinstance(returned.value, Layout):
                 self._answer(messages.NotReadable())
-            return
-        except Exception as error:  # out of memory or of threads
-            self._cannot_take(error)
+            else:  # such as out of memory or of threads
+                self._cannot_take(error)
             return
         if self._channel.fileno() >= 0:
             self._listen()  # a signal handler may have raised in the worker during the copy
