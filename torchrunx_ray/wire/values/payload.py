@@ -76,13 +76,11 @@ def pack(
 ) -> Packed:
     """Pickle one value, or a tuple of several. Raise PayloadError with the part that cannot be pickled."""
     values = tuple(value for _name, value in parts)
+    whole = values[0] if len(values) == 1 else values
     try:
-        pickled = pickling.dumps_with_buffers(values[0] if len(values) == 1 else values, replace)
+        return Packed(*pickling.dumps_with_buffers(whole, replace))
     except Exception as error:
         failed = error
-    else:
-        buffers = tuple(buffer.raw() for buffer in pickled.buffers)
-        return Packed(pickled.stream, buffers, pickled.owners)
     culprit = find_culprit(parts, failed, replace)
     del failed  # its traceback refers to this frame
     raise PayloadError(
