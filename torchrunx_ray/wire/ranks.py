@@ -44,15 +44,12 @@ RANK_VARIABLES = frozenset(Place(0, 0, 1, 1, 0, 1).variables("", 0, ""))
 
 def lay_out(workers_per_host: Sequence[int]) -> list[list[Place]]:
     """Return each host's places. Ranks are contiguous on a host, in the order of the hosts."""
-    world_size = sum(workers_per_host)
+    world_size, hosts = sum(workers_per_host), len(workers_per_host)
     layout: list[list[Place]] = []
     first = 0
-    for host_index, workers in enumerate(workers_per_host):
+    for host, workers in enumerate(workers_per_host):
         layout.append(
-            [
-                Place(first + i, i, world_size, workers, host_index, len(workers_per_host))
-                for i in range(workers)
-            ]
+            [Place(first + i, i, world_size, workers, host, hosts) for i in range(workers)]
         )
         first += workers
     return layout

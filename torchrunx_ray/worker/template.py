@@ -31,7 +31,10 @@ def main(channel: Channel) -> NoReturn:
     try:
         setup, _ = channel.receive()
         assert isinstance(setup, messages.TemplateSetup)
-        _prepare(setup)
+        sys.path[:] = setup.sys_path
+        restore_python_path(setup.python_path)
+        if setup.start_method == "fork":
+            preload.load(setup.preload)
         channel.send(messages.TemplateReady())
         _Template(channel, setup).serve()
     except preload.Refusal as refusal:
@@ -42,13 +45,6 @@ def main(channel: Channel) -> NoReturn:
         process_tree.kill_children()
     sys.stdout.flush()
     os._exit(0)
-
-
-def _prepare(setup: messages.TemplateSetup) -> None:
-    sys.path[:] = setup.sys_path
-    restore_python_path(setup.python_path)
-    if setup.start_method == "fork":
-        preload.load(setup.preload)
 
 
 class _Template:
