@@ -62,6 +62,22 @@ def first_gpu(gpus_per_worker: float, local_rank: int) -> int:
     return local_rank // math.floor(1 / gpus_per_worker + 1e-9)
 
 
+def visible_gpus(
+    gpu_ids: Sequence[str], gpus_per_worker: float, local_rank: int
+) -> tuple[str, int | None]:
+    """Return CUDA_VISIBLE_DEVICES, and the index of the worker's first device in it.
+
+    A worker sees all GPUs that the launch holds on its host, as under torchrun. With MIG, a worker sees only
+    its own instance, since CUDA shows only one instance to a process. Without GPUs, a worker sees none.
+    """
+    if not gpu_ids:
+        return "", None
+    first = first_gpu(gpus_per_worker, local_rank)
+    if any(gpu_id.startswith("MIG-") for gpu_id in gpu_ids):
+        return gpu_ids[first], 0
+    return ",".join(gpu_ids), first
+
+
 def gpus_held(gpus_per_worker: float, workers: int) -> float:
     """Return the number of GPUs that a host's workers need together: whole GPUs, or a fraction of one."""
     if gpus_per_worker * workers <= 1:
