@@ -2,7 +2,6 @@
 
 import array
 import errno
-import os
 import pickle
 import socket
 from collections.abc import Sequence
@@ -55,13 +54,10 @@ class Channel:
         if len(body) <= _INLINE_LIMIT:
             socket.send_fds(self._socket, [_INLINE, body], fds)
             return
-        body_fd = linux.memory_file("torchrunx_ray_message")
-        try:
-            with open(body_fd, "wb", closefd=False) as file:
-                file.write(body)
-            socket.send_fds(self._socket, [_IN_FILE], [body_fd, *fds])
-        finally:
-            os.close(body_fd)
+        with open(linux.memory_file("torchrunx_ray_message"), "wb") as file:
+            file.write(body)
+            file.flush()
+            socket.send_fds(self._socket, [_IN_FILE], [file.fileno(), *fds])
 
     def receive(self) -> tuple[object, list[int]]:
         data, fds = self._receive_packet()
