@@ -98,8 +98,7 @@ class Worker:
     def _close_books(self) -> None:
         self.has_exited = True
         self.give_fds_away()
-        if self._channel.fileno() >= 0:
-            self._listen()
+        self._listen()
         if self._channel.fileno() >= 0:
             self._hang_up()
         self._stacks.close()
@@ -109,7 +108,7 @@ class Worker:
             self._value.set_result(None)
 
     def _listen(self) -> None:
-        while True:
+        while self._channel.fileno() >= 0:
             try:
                 message, fds = self._channel.receive()
             except BlockingIOError:
@@ -151,8 +150,7 @@ class Worker:
             else:  # such as out of memory or of threads
                 self._cannot_take(error)
             return
-        if self._channel.fileno() >= 0:
-            self._listen()  # a signal handler may have raised in the worker during the copy
+        self._listen()  # a signal handler may have raised in the worker during the copy
         if packed is not None and self._is_wanted():
             self.has_outcome = True
             self._value.set_result(packed)
