@@ -100,11 +100,10 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
 def has_child(pid: int | None = None) -> bool:
     """Return True if this process has this child, or any. This is cheaper than a scan of all processes."""
     kind, which = (os.P_ALL, 0) if pid is None else (os.P_PID, pid)
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitid(kind, which, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _wait_for_end_of_any(children: Iterable[int], timeout_s: float) -> None:
@@ -124,25 +123,21 @@ def _every_process() -> Iterator[tuple[int, list[str]]]:
 
 def ends_by_itself(pid: int) -> bool:
     """Return True for torch_shm_manager, which ends two seconds after its processes and removes their shared memory."""
-    try:
+    with contextlib.suppress(OSError):
         return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "torch_shm_manager"
-    except OSError:
-        return False
+    return False
 
 
 def _is_resource_tracker(pid: int) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+    return False
 
 
 def _ignore_missing(call: Callable[[int, int], None], target: int, signum: int) -> None:
-    try:
+    # PermissionError: a set-uid program, which must end by itself or by its owner.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         call(target, signum)
-    except (ProcessLookupError, PermissionError):
-        # PermissionError: a set-uid program, which must end by itself or by its owner.
-        pass
 
 
 def _prctl(option: int, value: int) -> None:

@@ -140,13 +140,10 @@ def _cuda_was_touched() -> bool:
     if torch is not None and torch.cuda.is_initialized():
         return True
     for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:
-            continue
-        # cuInit opens this device. NVML opens other devices, after which a fork still works.
-        if target.startswith("/dev/nvidia-uvm"):
-            return True
+        with contextlib.suppress(OSError):
+            # cuInit opens this device. NVML opens other devices, after which a fork still works.
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia-uvm"):
+                return True
     return False
 
 

@@ -201,10 +201,9 @@ def _stdin_gives_way() -> Generator[None]:
 
 def _is_stdin_empty() -> bool:
     """Return True if stdin is /dev/null, as at the worker's start; the function may have replaced it."""
-    try:
+    with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(0), os.stat(os.devnull))
-    except OSError:
-        return False
+    return False
 
 
 def _is_one_free() -> bool:
