@@ -55,18 +55,15 @@ class StackReader:
             return answer.decode(errors="backslashreplace")
 
     def close(self) -> None:
-        if not self._is_closed():
+        if self._ours.fileno() >= 0:
             self._loop.remove_reader(self._ours)
             self._ours.close()
             self._said_more.set()
 
-    def _is_closed(self) -> bool:
-        return self._ours.fileno() < 0
-
     async def _until(self, is_whole: Callable[[], bool], within_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while not (is_whole() or self._is_closed()):
+                while self._ours.fileno() >= 0 and not is_whole():
                     self._said_more.clear()
                     await self._said_more.wait()
 
