@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
@@ -174,13 +173,7 @@ def exit_of(call: Callable[[], object]) -> str:
         call()
     frames = caught.value.__traceback__
     assert frames is not None
-    return exits.describe(caught.value, every(frames.tb_next))
-
-
-def every(frames: types.TracebackType | None) -> Iterator[types.TracebackType]:
-    while frames is not None:
-        yield frames
-        frames = frames.tb_next
+    return exits.describe(caught.value, traceback.walk_tb(frames.tb_next))
 
 
 def test_sys_exit_names_the_users_line_that_led_to_it() -> None:

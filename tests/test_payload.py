@@ -63,9 +63,9 @@ def as_a_file(value: object) -> Any:
 def hold(values: list[Packed], start_method: StartMethod) -> HeldCall:
     call = HeldCall(transfer.Layout.of(values), start_method)
     if call.address is None:
-        transfer.write_file(call.fd, values)
+        memory.write_file(call.fd, transfer.moves(0, values))
     else:
-        transfer.write_memory(Remote(os.getpid(), call.fd, always), call.address, values)
+        Remote(os.getpid(), call.fd, always).write(transfer.moves(call.address, values))
     return call
 
 

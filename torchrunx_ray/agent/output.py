@@ -62,16 +62,11 @@ class Output:
 
     def drain(self) -> None:
         """Read what is in the pipe now, even if the mailbox is full."""
-        waiting = self._waiting_bytes()
-        while self._fd is not None and waiting > 0:
-            taken = self._read_some()
-            waiting = waiting - taken if taken else 0
-
-    def _waiting_bytes(self) -> int:
         if self._fd is None:
-            return 0
-        (count,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.FIONREAD, b"\0" * 4))
-        return count
+            return
+        (waiting,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.FIONREAD, b"\0" * 4))
+        while waiting > 0 and (taken := self._read_some()):
+            waiting -= taken
 
     def _read_and_pause(self) -> None:
         self._read_some()

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from torchrunx_ray.agent.machine import gpus, memory_group
+from torchrunx_ray.agent.machine import memory_group
 from torchrunx_ray.agent.machine.network import interface_of
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.template import Template
@@ -16,7 +16,7 @@ from torchrunx_ray.agent.worker import Worker
 from torchrunx_ray.errors import OomKills, describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.ranks import Place
+from torchrunx_ray.wire.ranks import Place, visible_gpus
 from torchrunx_ray.wire.values.payload import Packed
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class HostRun:
         for place in self._wanted.places:
             if self._state is State.STARTING:
                 await self._fork(place)
-        self._template.drop_call()
+        self._template.tell(messages.DropCall())
         self._become(State.RUNNING if self._state is State.STARTING else State.STOPPING)
         for worker in self._workers.values():
             if worker.pid is None:
@@ -194,7 +194,7 @@ class HostRun:
     async def _fork(self, place: Place) -> None:
         wanted = self._wanted
         worker = self._workers[place.local_rank]
-        visible, cuda_device = gpus.of_worker(
+        visible, cuda_device = visible_gpus(
             wanted.gpu_ids, wanted.gpus_per_worker, place.local_rank
         )
         variables = place.variables(wanted.master_addr, wanted.master_port, self.attempt.run_id)
@@ -235,7 +235,7 @@ class HostRun:
             if not (worker.has_exited or (spare_failed and worker.has_failed))
         ]
         if living and self._state is not State.ENDING:
-            self._template.signal_workers(living, signum)
+            self._template.tell(messages.SignalWorkers(tuple(living), signum))
 
     def _end_if_over(self) -> None:
         is_forked = self._state in (State.RUNNING, State.STOPPING)

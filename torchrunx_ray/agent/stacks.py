@@ -55,18 +55,15 @@ class StackReader:
             return answer.decode(errors="backslashreplace")
 
     def close(self) -> None:
-        if not self._is_closed():
+        if self._ours.fileno() >= 0:
             self._loop.remove_reader(self._ours)
             self._ours.close()
             self._said_more.set()
 
-    def _is_closed(self) -> bool:
-        return self._ours.fileno() < 0
-
     async def _until(self, is_whole: Callable[[], bool], within_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while not (is_whole() or self._is_closed()):
+                while self._ours.fileno() >= 0 and not is_whole():
                     self._said_more.clear()
                     await self._said_more.wait()
 
@@ -80,15 +77,12 @@ class StackReader:
             return
         answer, end, _ = (self._answer + data).partition(END_OF_STACKS)
         was_owed, self._is_owed = self._is_owed, self._is_owed and not end
-        if self._turn.locked():
-            self._answer = answer
+        is_awaited = self._turn.locked()
+        self._answer = answer if is_awaited else b""
+        if is_awaited:
             self._said_more.set()
-        elif was_owed:
-            self._answer = b""  # nobody waits for it any more
-        else:
-            self._answer = b""
-            if answer:
-                self._mailbox.put(Printed(self._local_rank, "stacks", answer, now_ns()))
+        elif answer and not was_owed:  # what the thread still owed, nobody waits for any more
+            self._mailbox.put(Printed(self._local_rank, "stacks", answer, now_ns()))
 
 
 def handles_usr2(pid: int) -> bool:

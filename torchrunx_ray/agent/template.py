@@ -13,8 +13,7 @@ from torchrunx_ray.agent.output import Output
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.values import transfer
-from torchrunx_ray.wire.values.memory import Remote
+from torchrunx_ray.wire.values import memory, transfer
 from torchrunx_ray.wire.values.payload import Packed
 from torchrunx_ray.wire.values.transfer import Layout
 
@@ -32,10 +31,8 @@ class Template:
         on_gone: Callable[[messages.AgentFailed], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._keeper = keeper.process
+        self._keeper = keeper
         self._channel = keeper.channel
-        self._mark = keeper.mark
-        self._begun_ns = keeper.begun_ns
         self.loaded: messages.TemplateLoaded | None = None
         self._on_exited, self._on_gone = on_exited, on_gone
         self._ready: asyncio.Future[messages.TemplateRefused | None] = self._loop.create_future()
@@ -47,8 +44,7 @@ class Template:
         self._gone_at_ns = 0
         self._keepers_ended = asyncio.Event()
         self._gone = asyncio.Event()
-        self._alive_fd = keeper.alive_fd
-        self._loop.add_reader(self._alive_fd, self._keepers_have_ended)
+        self._loop.add_reader(keeper.alive_fd, self._keepers_have_ended)
         self._stdout = Output(keeper.stdout_fd, None, "stdout", mailbox)
         self._stderr = Output(keeper.stderr_fd, None, "stderr", mailbox)
         self._channel.set_blocking(False)
@@ -61,7 +57,7 @@ class Template:
     @property
     def is_whole(self) -> bool:
         """True if the outer keeper and the template can serve another run."""
-        return not (self._closing or self._gone_at_ns) and self._keeper.poll() is None
+        return not (self._closing or self._gone_at_ns) and self._keeper.process.poll() is None
 
     @property
     def is_ready(self) -> bool:
@@ -90,19 +86,12 @@ class Template:
             return _as_refused(reply)
         try:
             if reply.address is None:
-                await asyncio.to_thread(transfer.write_file, fds[0], values)
-            else:
-                remote = Remote(reply.pid, fds[0], is_wanted)
-                await asyncio.to_thread(transfer.write_memory, remote, reply.address, values)
+                await asyncio.to_thread(memory.write_file, fds[0], transfer.moves(0, values))
+            else:  # if the template ends meanwhile, `_listen` notices
+                write = memory.Remote(reply.pid, fds[0], is_wanted).write
+                await asyncio.to_thread(write, transfer.moves(reply.address, values))
         finally:
             os.close(fds[0])
-
-    def drop_call(self) -> None:
-        """Let the template free the function and its arguments, after the last worker is forked."""
-        self._tell(messages.DropCall())
-
-    def signal_workers(self, local_ranks: Sequence[int], signum: int) -> None:
-        self._tell(messages.SignalWorkers(tuple(local_ranks), signum))
 
     async def end_run(self) -> tuple[int, ...]:
         """Kill what is left of the run. Return the pids that SIGKILL did not end.
@@ -117,7 +106,8 @@ class Template:
         self._closing = True
         if self._gone.is_set():
             return
-        self._keeper.send_signal(signal.SIGTERM)  # works even if the template does not listen
+        # A signal works even if the template does not listen.
+        self._keeper.process.send_signal(signal.SIGTERM)
         self._channel.say_no_more()  # ends a template whose outer keeper was killed
         await self._gone.wait()
 
@@ -126,16 +116,16 @@ class Template:
         async with self._asking:
             if self._gone.is_set():
                 return messages.RunEnded(()), []
-            self._tell(message, fds)
+            self.tell(message, fds)
             return await self._replies.get()
 
-    def _tell(self, message: object, fds: Sequence[int] = ()) -> None:
+    def tell(self, message: object, fds: Sequence[int] = ()) -> None:
+        """Send a message that has no reply, or whose reply somebody waits for; nothing if the template is gone."""
         if self._gone.is_set():
             return
-        try:
+        # If the template is gone, `_listen` will notice, and a reply is made in its place.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._channel.send(message, fds)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the template is gone; `_listen` will notice, and a reply is made in its place
 
     def _listen(self) -> None:
         while True:
@@ -150,7 +140,7 @@ class Template:
                 return
             match message:
                 case messages.TemplateReady():
-                    self.loaded = messages.TemplateLoaded(self._begun_ns, now_ns())
+                    self.loaded = messages.TemplateLoaded(self._keeper.begun_ns, now_ns())
                     self._ready.set_result(None)
                 case messages.TemplateRefused():
                     self._ready.set_result(message)
@@ -168,9 +158,9 @@ class Template:
 
     async def _has_gone(self) -> None:
         await self._keepers_ended.wait()
-        exit_code = self._keeper.wait()
+        exit_code = self._keeper.process.wait()
         with contextlib.suppress(OSError):  # out of descriptors; the end is reported anyway
-            kill_marked(self._mark)
+            kill_marked(self._keeper.mark)
         self._channel.close()
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
@@ -188,8 +178,8 @@ class Template:
             self._ready.set_result(None)
 
     def _keepers_have_ended(self) -> None:
-        self._loop.remove_reader(self._alive_fd)
-        os.close(self._alive_fd)
+        self._loop.remove_reader(self._keeper.alive_fd)
+        os.close(self._keeper.alive_fd)
         self._keepers_ended.set()
 
 

@@ -98,8 +98,7 @@ class Worker:
     def _close_books(self) -> None:
         self.has_exited = True
         self.give_fds_away()
-        if self._channel.fileno() >= 0:
-            self._listen()
+        self._listen()
         if self._channel.fileno() >= 0:
             self._hang_up()
         self._stacks.close()
@@ -109,7 +108,7 @@ class Worker:
             self._value.set_result(None)
 
     def _listen(self) -> None:
-        while True:
+        while self._channel.fileno() >= 0:
             try:
                 message, fds = self._channel.receive()
             except BlockingIOError:
@@ -144,17 +143,14 @@ class Worker:
         """Copy the value and tell the worker that it may exit, or report why the copy failed."""
         try:
             packed = await asyncio.to_thread(self._copy, returned, fd)
-        except OSError as error:
-            if isinstance(returned.value, Layout) or error.errno == errno.ENOMEM:
-                self._cannot_take(error)
-            else:
+        except Exception as error:
+            is_refused = isinstance(error, OSError) and error.errno != errno.ENOMEM
+            if is_refused and not isinstance(returned.value, Layout):
                 self._answer(messages.NotReadable())
+            else:  # such as out of memory or of threads
+                self._cannot_take(error)
             return
-        except Exception as error:  # out of memory or of threads
-            self._cannot_take(error)
-            return
-        if self._channel.fileno() >= 0:
-            self._listen()  # a signal handler may have raised in the worker during the copy
+        self._listen()  # a signal handler may have raised in the worker during the copy
         if packed is not None and self._is_wanted():
             self.has_outcome = True
             self._value.set_result(packed)

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import inspect
+import itertools
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import cast
@@ -71,13 +72,8 @@ def _docstrings() -> dict[str, str]:
     """Return the docstring of each option from the source, since dataclasses do not keep them."""
     (definition,) = ast.parse(inspect.getsource(Options)).body
     assert isinstance(definition, ast.ClassDef)
-    found: dict[str, str] = {}
-    for option, below in zip(definition.body, definition.body[1:], strict=False):
-        match option, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                value=ast.Constant(value=str(text))
-            ):
-                found[name] = text
-            case _:
-                pass
-    return found
+    return {
+        ast.unparse(option.target): ast.literal_eval(below.value)
+        for option, below in itertools.pairwise(definition.body)
+        if isinstance(option, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }

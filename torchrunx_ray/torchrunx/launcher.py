@@ -73,13 +73,7 @@ class Launcher:
         AgentFailedError, or another RuntimeError.
         """
         self._warn_of_what_means_nothing()
-        launcher = self._translated()
-        if self.hostnames == "auto" and _is_whole_cluster_here():
-            launcher = replace(launcher, hostnames=["localhost"])
-        return launcher.run(func, *args, **kwargs)
-
-    def _translated(self) -> "trx.Launcher":
-        return trx.Launcher(
+        launcher = trx.Launcher(
             hostnames=self.hostnames,
             workers_per_host=self.workers_per_host,
             backend=self.backend,
@@ -89,6 +83,9 @@ class Launcher:
             env_file=self.env_file,
             log_handlers=_log_handlers(self.handler_factory),
         )
+        if self.hostnames == "auto" and _is_whole_cluster_here():
+            launcher = replace(launcher, hostnames=["localhost"])
+        return launcher.run(func, *args, **kwargs)
 
     def _warn_of_what_means_nothing(self) -> None:
         given = [

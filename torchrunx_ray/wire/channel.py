@@ -2,7 +2,6 @@
 
 import array
 import errno
-import os
 import pickle
 import socket
 from collections.abc import Sequence
@@ -55,13 +54,10 @@ class Channel:
         if len(body) <= _INLINE_LIMIT:
             socket.send_fds(self._socket, [_INLINE, body], fds)
             return
-        body_fd = linux.memory_file("torchrunx_ray_message")
-        try:
-            with open(body_fd, "wb", closefd=False) as file:
-                file.write(body)
-            socket.send_fds(self._socket, [_IN_FILE], [body_fd, *fds])
-        finally:
-            os.close(body_fd)
+        with open(linux.memory_file("torchrunx_ray_message"), "wb") as file:
+            file.write(body)
+            file.flush()
+            socket.send_fds(self._socket, [_IN_FILE], [file.fileno(), *fds])
 
     def receive(self) -> tuple[object, list[int]]:
         data, fds = self._receive_packet()
@@ -77,9 +73,7 @@ class Channel:
         # subprocess inherits keeps pipes open.
         fds = array.array("i")
         data, ancillary, flags, _address = self._socket.recvmsg(
-            _INLINE_LIMIT + 1,
-            socket.CMSG_SPACE(_MAX_FDS * fds.itemsize),
-            socket.MSG_CMSG_CLOEXEC,
+            _INLINE_LIMIT + 1, socket.CMSG_SPACE(_MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
         )
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

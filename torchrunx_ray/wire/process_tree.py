@@ -5,7 +5,6 @@ import ctypes
 import itertools
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -49,8 +48,9 @@ def signal_group(group: int, signum: int) -> None:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
         return  # most often the group is empty; this avoids a scan of all processes
-    for pid in _members(group):
-        if not _is_resource_tracker(pid):
+    for pid, (state, _parent, in_group, *_) in _every_process():
+        is_member = int(in_group) == group and state != "Z"
+        if is_member and not _is_resource_tracker(pid):
             _ignore_missing(os.kill, pid, signal.SIGKILL)
 
 
@@ -78,9 +78,11 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
     Children that end by themselves are spared. Return the pids that survived SIGKILL for `_DEATH_S`, which are in
     uninterruptible sleep.
     """
-    begun = time.monotonic()
+    begun, me = time.monotonic(), os.getpid()
     while has_child():
-        children = [pid for pid in _children_of_this_process() if not ends_by_itself(pid)]
+        # Not /proc/self/task/*/children: it needs CONFIG_PROC_CHILDREN.
+        all_children = (pid for pid, (_, parent, *_) in _every_process() if int(parent) == me)
+        children = [pid for pid in all_children if not ends_by_itself(pid)]
         if not children:
             break
         spent_s = time.monotonic() - begun
@@ -98,11 +100,10 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
 def has_child(pid: int | None = None) -> bool:
     """Return True if this process has this child, or any. This is cheaper than a scan of all processes."""
     kind, which = (os.P_ALL, 0) if pid is None else (os.P_PID, pid)
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitid(kind, which, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _wait_for_end_of_any(children: Iterable[int], timeout_s: float) -> None:
@@ -113,53 +114,31 @@ def _wait_for_end_of_any(children: Iterable[int], timeout_s: float) -> None:
         linux.ready(fds, timeout_s)
 
 
-def _children_of_this_process() -> Iterator[int]:
-    # Not /proc/self/task/*/children: it needs CONFIG_PROC_CHILDREN.
-    me = os.getpid()
-    for pid, fields in _every_process():
-        if int(fields[1]) == me:
-            yield pid
-
-
-def _members(group: int) -> Iterator[int]:
-    for pid, fields in _every_process():
-        if int(fields[2]) == group and fields[0] != "Z":
-            yield pid
-
-
 def _every_process() -> Iterator[tuple[int, list[str]]]:
     """Yield each pid with the fields of its stat line."""
     for pid in proc.pids():
-        try:
-            fields = proc.stat(pid)
-        except OSError:  # the process has ended
-            continue
-        yield pid, fields
+        with contextlib.suppress(OSError):  # the process has ended
+            yield pid, proc.stat(pid)
 
 
 def ends_by_itself(pid: int) -> bool:
     """Return True for torch_shm_manager, which ends two seconds after its processes and removes their shared memory."""
-    try:
+    with contextlib.suppress(OSError):
         return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "torch_shm_manager"
-    except OSError:
-        return False
+    return False
 
 
 def _is_resource_tracker(pid: int) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+    return False
 
 
 def _ignore_missing(call: Callable[[int, int], None], target: int, signum: int) -> None:
-    try:
+    # PermissionError: a set-uid program, which must end by itself or by its owner.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         call(target, signum)
-    except (ProcessLookupError, PermissionError):
-        # PermissionError: a set-uid program, which must end by itself or by its owner.
-        pass
 
 
 def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

@@ -4,27 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-RANK_VARIABLES = frozenset(
-    {
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "GROUP_RANK",
-        "GROUP_WORLD_SIZE",
-        "ROLE_RANK",
-        "ROLE_WORLD_SIZE",
-        "ROLE_NAME",
-        "NODE_RANK",
-        "TORCHELASTIC_RESTART_COUNT",
-        "TORCHELASTIC_MAX_RESTARTS",
-        "TORCHELASTIC_RUN_ID",
-    }
-)
-"""Variables that the launch sets for every worker; nobody else may set them."""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -59,17 +38,18 @@ class Place:
         return {name: str(value) for name, value in values.items()}
 
 
+RANK_VARIABLES = frozenset(Place(0, 0, 1, 1, 0, 1).variables("", 0, ""))
+"""Variables that the launch sets for every worker; nobody else may set them."""
+
+
 def lay_out(workers_per_host: Sequence[int]) -> list[list[Place]]:
     """Return each host's places. Ranks are contiguous on a host, in the order of the hosts."""
-    world_size = sum(workers_per_host)
+    world_size, hosts = sum(workers_per_host), len(workers_per_host)
     layout: list[list[Place]] = []
     first = 0
-    for host_index, workers in enumerate(workers_per_host):
+    for host, workers in enumerate(workers_per_host):
         layout.append(
-            [
-                Place(first + i, i, world_size, workers, host_index, len(workers_per_host))
-                for i in range(workers)
-            ]
+            [Place(first + i, i, world_size, workers, host, hosts) for i in range(workers)]
         )
         first += workers
     return layout
@@ -80,6 +60,22 @@ def first_gpu(gpus_per_worker: float, local_rank: int) -> int:
     if gpus_per_worker >= 1:
         return local_rank * int(gpus_per_worker)
     return local_rank // math.floor(1 / gpus_per_worker + 1e-9)
+
+
+def visible_gpus(
+    gpu_ids: Sequence[str], gpus_per_worker: float, local_rank: int
+) -> tuple[str, int | None]:
+    """Return CUDA_VISIBLE_DEVICES, and the index of the worker's first device in it.
+
+    A worker sees all GPUs that the launch holds on its host, as under torchrun. With MIG, a worker sees only
+    its own instance, since CUDA shows only one instance to a process. Without GPUs, a worker sees none.
+    """
+    if not gpu_ids:
+        return "", None
+    first = first_gpu(gpus_per_worker, local_rank)
+    if any(gpu_id.startswith("MIG-") for gpu_id in gpu_ids):
+        return gpu_ids[first], 0
+    return ",".join(gpu_ids), first
 
 
 def gpus_held(gpus_per_worker: float, workers: int) -> float:

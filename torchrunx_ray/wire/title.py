@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ def _arguments() -> _Arguments | None:
     try:
         fields = proc.stat("self")
         begin, end = int(fields[45]), int(fields[46])
-        with _own_memory() as fd:
-            found = os.pread(fd, end - begin, begin)
+        with open(memory.open_own(), "r+b", buffering=0) as own:
+            found = os.pread(own.fileno(), end - begin, begin)
         if found != Path("/proc/self/cmdline").read_bytes():
             return None
     except (OSError, OverflowError, ValueError, IndexError):
@@ -75,20 +74,13 @@ def _write(title: str, arguments: _Arguments) -> None:
     if room <= 0:  # started without PADDING; the environment begins after the arguments
         return
     written = _encoded(title, room) + interpreter
-    with _own_memory() as fd:
-        os.pwrite(fd, written.ljust(arguments.size - len(others)) + others, arguments.address)
+    with open(memory.open_own(), "r+b", buffering=0) as own:
+        os.pwrite(
+            own.fileno(), written.ljust(arguments.size - len(others)) + others, arguments.address
+        )
 
 
 def _encoded(text: str, size: int) -> bytes:
     """Encode the text, truncated to this many bytes without splitting a character."""
     whole = text.replace("\0", " ").encode(errors="replace")
     return whole[:size].decode(errors="ignore").encode()
-
-
-@contextlib.contextmanager
-def _own_memory() -> Generator[int]:
-    fd = memory.open_own()
-    try:
-        yield fd
-    finally:
-        os.close(fd)

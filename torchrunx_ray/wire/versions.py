@@ -29,7 +29,7 @@ def problem_between(drivers: Versions, hosts: Versions) -> str | None:
             continue  # for example, a package imported from a folder, or a driver without torch
         if there is None:
             return f"{name} is not installed there; the driver has {here}."
-        if name == "Python" and _minor(here) != _minor(there):
+        if name == "Python" and here.split(".")[:2] != there.split(".")[:2]:
             return (
                 f"Python is {there} there and {here} in the driver; install the same minor version."
             )
@@ -56,10 +56,6 @@ def doubt_between(drivers: Versions, hosts: Versions) -> str | None:
     if here is None or there is None or here.partition("+")[0] == there.partition("+")[0]:
         return None
     return f"torch is {there} there and {here} in the driver"
-
-
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
 
 
 def _version(package: str) -> str | None:

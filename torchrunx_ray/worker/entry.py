@@ -1,6 +1,7 @@
 """Main function of a worker: join the process group, call the function, report one outcome, exit."""
 
 import atexit
+import contextlib
 import faulthandler
 import multiprocessing.context
 import os
@@ -104,14 +105,10 @@ def _draw_other_numbers_than_peers() -> None:
     if torch is not None and torch.initial_seed() >= 2**32:
         torch.default_generator.seed()
     generators: Any = sys.modules.get("numpy.random")
-    if generators is None:
-        return
-    try:
-        seeded_by_import = generators.get_bit_generator().seed_seq is not None
-    except AttributeError:  # numpy before 1.25 does not show its seed
-        return
-    if seeded_by_import:
-        generators.seed()
+    # AttributeError: numpy is not imported, or is older than 1.25 and does not show its seed.
+    with contextlib.suppress(AttributeError):
+        if generators.get_bit_generator().seed_seq is not None:  # only its import has seeded it
+            generators.seed()
 
 
 def _unpack_call(values: list[Packed], hostname: str) -> Callable[[], Any]:

@@ -12,6 +12,7 @@ The agent ends a template by SIGTERM to the outer keeper. If the agent dies, bot
 that is still importing cannot.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -101,10 +102,8 @@ def _shed_what_ray_gave() -> None:
     """Undo what children of Ray's workers inherit: nice 15 and a blocked SIGINT."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
-    try:
+    with contextlib.suppress(PermissionError):  # only root may raise its own priority
         os.setpriority(os.PRIO_PROCESS, 0, 0)
-    except PermissionError:  # only root may raise its own priority
-        pass
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Imports of a template before it forks, and the check that forking is still safe."""
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -47,7 +48,12 @@ def load(modules: Sequence[str]) -> None:
     try:
         for module in modules:
             _import(module)
-        _check_that_it_can_be_forked(modules)
+        if len(os.listdir("/proc/self/task")) > 1 and not _fork_can_compute():
+            raise Refusal(
+                f"importing preload={tuple(modules)!r} started an OpenMP thread pool, and forked workers "
+                "would hang in their first parallel operation.",
+                _SPAWN,
+            )
     finally:
         flush()
     _spare_workers_the_teardown()
@@ -59,10 +65,8 @@ def load(modules: Sequence[str]) -> None:
 def flush() -> None:
     """Flush Python's and C's buffers, or every fork would print their contents again."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(Exception):  # it was closed, or replaced by another object
             stream.flush()
-        except Exception:  # the stream was closed, or replaced by another object
-            pass
     ctypes.CDLL(None).fflush(None)
 
 
@@ -97,23 +101,11 @@ def learn() -> bool:
     except Refusal:
         return False
     finally:
-        _restore(variables)  # the import sets some that a function may want to set
+        # The import sets some that a function may want to set.
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ.update(variables)
     return True
-
-
-def _restore(variables: dict[str, str]) -> None:
-    for name in os.environ.keys() - variables.keys():
-        del os.environ[name]
-    os.environ.update(variables)
-
-
-def _check_that_it_can_be_forked(modules: Sequence[str]) -> None:
-    if len(os.listdir("/proc/self/task")) > 1 and not _fork_can_compute():
-        raise Refusal(
-            f"importing preload={tuple(modules)!r} started an OpenMP thread pool, and forked workers "
-            "would hang in their first parallel operation.",
-            _SPAWN,
-        )
 
 
 def _import(module: str) -> None:
@@ -148,13 +140,10 @@ def _cuda_was_touched() -> bool:
     if torch is not None and torch.cuda.is_initialized():
         return True
     for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:
-            continue
-        # cuInit opens this device. NVML opens other devices, after which a fork still works.
-        if target.startswith("/dev/nvidia-uvm"):
-            return True
+        with contextlib.suppress(OSError):
+            # cuInit opens this device. NVML opens other devices, after which a fork still works.
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia-uvm"):
+                return True
     return False
 
 

@@ -19,11 +19,7 @@ def serve(listening_fd: int, port: int) -> NoReturn:
     from torch._C._distributed_c10d import TCPStore
 
     _store = TCPStore(
-        "localhost",
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listening_fd,
+        "localhost", port, is_master=True, wait_for_workers=False, master_listen_fd=listening_fd
     )
     while True:
         signal.pause()

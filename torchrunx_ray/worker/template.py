@@ -5,11 +5,13 @@ because a fork copies only the calling thread. It is a subreaper, so a daemon th
 the run. When the agent is gone, the template kills all its descendants and exits.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from torchrunx_ray.wire import linux, messages, process_tree
@@ -29,7 +31,10 @@ def main(channel: Channel) -> NoReturn:
     try:
         setup, _ = channel.receive()
         assert isinstance(setup, messages.TemplateSetup)
-        _prepare(setup)
+        sys.path[:] = setup.sys_path
+        restore_python_path(setup.python_path)
+        if setup.start_method == "fork":
+            preload.load(setup.preload)
         channel.send(messages.TemplateReady())
         _Template(channel, setup).serve()
     except preload.Refusal as refusal:
@@ -40,13 +45,6 @@ def main(channel: Channel) -> NoReturn:
         process_tree.kill_children()
     sys.stdout.flush()
     os._exit(0)
-
-
-def _prepare(setup: messages.TemplateSetup) -> None:
-    sys.path[:] = setup.sys_path
-    restore_python_path(setup.python_path)
-    if setup.start_method == "fork":
-        preload.load(setup.preload)
 
 
 class _Template:
@@ -110,49 +108,49 @@ class _Template:
 
     def _fork_worker(self, wanted: messages.ForkWorker, fds: list[int]) -> None:
         assert self._call is not None
-        template_pid = os.getpid()
-        pid = self._fork(fds)
-        if pid == 0:
-            try:
-                self._let_go()
-                become_worker(wanted, fds, template_pid, self._call, self._start_method)
-            finally:  # a child must never run on as a second template
-                _die_with_traceback()
-        if pid is not None:
-            # Parent and child both do this, so that no signal to the group can come too early.
-            try:
-                os.setpgid(pid, pid)
-            except PermissionError:
-                pass  # the child has done so, and has since executed a fresh interpreter
-            self._children[pid] = wanted.place.local_rank
+        call, template_pid = self._call, os.getpid()
+
+        def live() -> NoReturn:
+            become_worker(wanted, fds, template_pid, call, self._start_method)
+
+        self._fork(fds, wanted.place.local_rank, live)
 
     def _fork_store(self, wanted: messages.ForkStore, fds: list[int]) -> None:
         template_pid = os.getpid()
-        pid = self._fork(fds)
-        if pid == 0:
-            try:
-                self._let_go()
-                process_tree.die_with(template_pid)
-                set_title("store", wanted.attempt.run_id)
-                store.serve(fds[0], wanted.port)
-            finally:
-                _die_with_traceback()
-        if pid is not None:
-            self._children[pid] = None
 
-    def _fork(self, fds: list[int]) -> int | None:
-        """Fork and tell the agent. The parent closes `fds`. Return None if the fork failed."""
+        def live() -> NoReturn:
+            process_tree.die_with(template_pid)
+            set_title("store", wanted.attempt.run_id)
+            store.serve(fds[0], wanted.port)
+
+        self._fork(fds, None, live)
+
+    def _fork(self, fds: list[int], local_rank: int | None, live: Callable[[], NoReturn]) -> None:
+        """Fork a child that does nothing but `live`, and tell the agent. The parent closes `fds`."""
         try:
             pid = os.fork()
         except OSError as error:
             pid, answer = None, messages.ForkFailed(str(error))
         else:
             answer = messages.Forked(pid)
-        if pid != 0:
-            for fd in fds:
-                os.close(fd)
-            self._channel.send(answer)
-        return pid
+        if pid == 0:
+            try:
+                self._let_go()
+                live()
+            finally:  # a child must never run on as a second template
+                traceback.print_exc()
+                os._exit(1)
+        for fd in fds:
+            os.close(fd)
+        self._channel.send(answer)
+        if pid is None:
+            return
+        if local_rank is not None:
+            # Parent and child both do this, so that no signal to the group can come too early.
+            # PermissionError: the child has done so, and has since executed a fresh interpreter.
+            with contextlib.suppress(PermissionError):
+                os.setpgid(pid, pid)
+        self._children[pid] = local_rank
 
     def _let_go(self) -> None:
         """Release what belongs to the template. Called in a new child."""
@@ -173,8 +171,3 @@ class _Template:
             process_tree.signal_group(pid, signal.SIGKILL)
         code, signum = (None, -exit_code) if exit_code < 0 else (exit_code, None)
         self._channel.send(messages.Exited(local_rank, pid, now_ns(), code, signum, peak_memory))
-
-
-def _die_with_traceback() -> NoReturn:
-    traceback.print_exc()
-    os._exit(1)

@@ -1,1 +1,1 @@
-"""The agent's questions to its machine: GPUs, memory, network, processes."""
+"""The agent's questions to its machine: memory, network, processes."""

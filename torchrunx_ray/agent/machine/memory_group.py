@@ -1,5 +1,6 @@
 """The memory cgroup of a process, and the count of processes that the kernel killed there."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,16 +60,12 @@ def of_process(pid: int, proc: Path = Path("/proc")) -> MemoryGroup | None:
     return None
 
 
-def _mounts(mountinfo: str, is_v2: bool) -> list[tuple[str, str]]:
-    """Return the root and the mount point of each mount of the memory controller, or of cgroup v2."""
-    found: list[tuple[str, str]] = []
+def _mounts(mountinfo: str, is_v2: bool) -> Iterator[tuple[str, str]]:
+    """Yield the root and the mount point of each mount of the memory controller, or of cgroup v2."""
     for line in mountinfo.splitlines():
         mount, _, kind = line.partition(" - ")
         root, mount_point = mount.split()[3:5]
         fields = kind.split()
-        is_memory = "memory" in fields[-1].split(",")
-        if (is_v2 and fields[0] == "cgroup2") or (
-            fields[0] == "cgroup" and is_memory and not is_v2
-        ):
-            found.append((root, mount_point))
-    return found
+        is_memory = fields[0] == "cgroup" and "memory" in fields[-1].split(",")
+        if (fields[0] == "cgroup2") if is_v2 else is_memory:
+            yield root, mount_point

@@ -8,7 +8,7 @@ from torchrunx_ray.torchrunx.launcher import DEFAULT_ENV_VARS_FOR_COPY, Launcher
 
 __all__ = ["add_torchrunx_argument_group", "launcher_from_args"]
 
-_HOSTS = ("auto", "slurm")
+_HOSTS = (["auto"], ["slurm"])
 _WORKERS = ("cpu", "gpu")
 
 
@@ -63,8 +63,8 @@ def add_torchrunx_argument_group(parser: ArgumentParser) -> None:
 def launcher_from_args(args: Namespace) -> Launcher:
     """Return the launcher that the options of `add_torchrunx_argument_group` describe."""
     return Launcher(
-        hostnames=_word_or(args.hostnames, _HOSTS),
-        workers_per_host=_one_or_many(_word_or(args.workers_per_host, _WORKERS)),
+        hostnames=args.hostnames[0] if list(args.hostnames) in _HOSTS else args.hostnames,
+        workers_per_host=_one_or_many(args.workers_per_host),
         ssh_config_file=args.ssh_config_file,
         backend=None if args.backend == "None" else args.backend,
         worker_timeout=args.worker_timeout,
@@ -90,13 +90,8 @@ def _assignment(text: str) -> str:
     return text
 
 
-def _word_or(given: Any, words: Sequence[str]) -> Any:
-    """Return a plain word: a default is a word already, while the command line gives a list of one word."""
-    alone = not isinstance(given, str) and len(given) == 1 and given[0] in words
-    return given[0] if alone else given
-
-
 def _one_or_many(given: Any) -> Any:
+    """Return a single item: a default is a word already, while the command line gives a list of one word."""
     return given[0] if not isinstance(given, str) and len(given) == 1 else given
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import inspect
+import itertools
 import sys
 import types
 import typing
@@ -18,11 +19,18 @@ def code_of(function: types.FunctionType) -> list[types.CodeType]:
 
 def names_in(codes: Iterable[types.CodeType]) -> Iterator[str]:
     """Yield the names that the code looks up, without attribute names."""
-    for code in codes:
+    for code in itertools.chain.from_iterable(map(with_inner, codes)):
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
                 yield instruction.argval
-        yield from names_in(each for each in code.co_consts if isinstance(each, types.CodeType))
+
+
+def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield this code, and the code of all functions and classes inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from with_inner(constant)
 
 
 def carrier_of(kind: type) -> types.FunctionType | None:

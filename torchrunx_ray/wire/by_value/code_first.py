@@ -178,34 +178,19 @@ def of_function(function: Any, reduced: Any, order: Order) -> Any:
 def of_class(kind: type, reduced: Any, order: Order, needs: object) -> Any:
     """Return a reduce tuple that sets a class's attributes in steps, and unpickles `needs` with them."""
     make, arguments, (attributes, _), *_ = reduced
-    return (
-        make,
-        arguments,
-        steps(order, kind, attributes, (set_class_state, needs)),
-        None,
-        None,
-        keep,
-    )
-
-
-def steps(
-    order: Order,
-    kind: type,
-    attributes: dict[str, Any],
-    first: tuple[Any, ...],
-    last: Step | None = None,
-) -> Any:
-    """Return a class's state: its code, set by a call of `first`, then its data, including the step `last`."""
-    return _Code(order, kind, attributes, first, last), _Data(order)
+    state = Code(order, kind, attributes, (set_class_state, needs)), Data(order)
+    return make, arguments, state, None, None, keep
 
 
 @dataclass(eq=False)
-class _Code:
+class Code:
+    """The code of a class, set by a call of `first`; `last` is a further step for its data. `Data` comes next."""
+
     order: Order
     kind: type
     attributes: dict[str, Any]
     first: tuple[Any, ...]
-    last: Step | None
+    last: Step | None = None
 
     def __reduce__(self) -> Any:
         self.order.begin()
@@ -219,7 +204,7 @@ class _Code:
         return Step(set_class_state, self.kind, None, {name: value})
 
 
-class _Data:
+class Data:
     """The data of a class. Inside another class's code, they wait until that code is complete."""
 
     def __init__(self, order: Order) -> None:

@@ -53,7 +53,7 @@ def reduce_enum(kind: Any, reduced: Any, order: code_first.Order) -> Any:
     others = {key: part for key, part in attributes.items() if key not in {*members, *_CREATION}}
     creation: dict[str, Any] = {key: vars(kind)[key] for key in _CREATION if key in vars(kind)}
     of_members = {name: _state_of(member) for name, member in members.items()}
-    state = code_first.steps(
+    code = code_first.Code(
         order,
         kind,
         others,
@@ -62,6 +62,7 @@ def reduce_enum(kind: Any, reduced: Any, order: code_first.Order) -> Any:
     )
     names = (kind.__module__, kind.__qualname__)
     arguments = (cast("Any", type(kind)), name, bases, described, names, tracker_id, extra)
+    state = code, code_first.Data(order)
     return make_enum, arguments, state, None, None, code_first.keep
 
 

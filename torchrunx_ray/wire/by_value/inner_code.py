@@ -24,20 +24,15 @@ _WHAT_MODULES_RAISE = Exception, SystemExit
 def with_needs(function: Any, reduced: Any, can_be_pickled: Callable[[object], bool]) -> Any:
     """Add globals that only annotations or class bodies name, and submodules used by annotations and inner code."""
     _, _, (_, slots), *_ = reduced
-    if inner := list(_inner_code(function.__code__)):
-        _add_needs_of_inner_code(function, inner, slots)
+    _, *inner = annotations.with_inner(function.__code__)
+    if inner:
+        there = function.__globals__
+        names = _names_in_class_bodies(function.__code__)
+        slots["__globals__"] |= {name: there[name] for name in names if name in there}
+        slots["_cloudpickle_submodules"] += _submodules(inner, slots["__globals__"].values())
     if said := annotations.code_of(function):
         _add_needs_of_annotations(function, said, slots, can_be_pickled)
     return reduced
-
-
-def _add_needs_of_inner_code(
-    function: Any, inner: Iterable[types.CodeType], slots: dict[str, Any]
-) -> None:
-    there = function.__globals__
-    names = _names_in_class_bodies(function.__code__)
-    slots["__globals__"] |= {name: there[name] for name in names if name in there}
-    slots["_cloudpickle_submodules"] += _submodules(inner, slots["__globals__"].values())
 
 
 def _add_needs_of_annotations(
@@ -97,11 +92,3 @@ def _names_in_class_bodies(code: types.CodeType, *, is_in_body: bool = False) ->
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names_in_class_bodies(constant, is_in_body=is_in_body)
-
-
-def _inner_code(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yield the code of all functions and classes inside this code."""
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield constant
-            yield from _inner_code(constant)

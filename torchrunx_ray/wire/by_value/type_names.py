@@ -33,14 +33,8 @@ def reduce_type_name(obj: Any) -> Any:
     options = {name: getattr(obj, f"__{name}__") for name in _PARAMETERS[kind]}
     constraints = getattr(obj, "__constraints__", ())
     make, newer = _with_newer_options(obj)
-    return _parameter, (
-        make,
-        obj.__name__,
-        constraints,
-        options | newer,
-        obj.__module__,
-        tracker_id,
-    )
+    parts = make, obj.__name__, constraints, options | newer, obj.__module__, tracker_id
+    return _parameter, parts
 
 
 def _with_newer_options(obj: Any) -> tuple[Any, dict[str, Any]]:

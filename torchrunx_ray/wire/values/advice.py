@@ -14,12 +14,11 @@ def reason_of(error: Exception) -> str:
     """Return an error's type and text."""
     if isinstance(error, UnfitError):
         return str(error)
-    text = text_of(error)
     match error.args:
         case (str(format_), name) if format_ == _TORCHS_FORMAT:
             text = f"{name} cannot be pickled"
         case _:
-            pass
+            text = text_of(error)
     return f"{type(error).__name__}: {text}"
 
 

@@ -44,9 +44,7 @@ class Culprit:
 
 
 def find_culprit(
-    parts: Iterable[tuple[str, object]],
-    error: Exception,
-    replace: pickling.Replace | None = None,
+    parts: Iterable[tuple[str, object]], error: Exception, replace: pickling.Replace | None = None
 ) -> Culprit:
     """Search the named parts of a value whose pickling raised this error.
 
@@ -54,27 +52,17 @@ def find_culprit(
     """
     found = Culprit("the value", error, ())
     candidates: Iterable[tuple[str, object]] = parts
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # StopIteration if each part can be pickled by itself
         while len(found.chain) < _DEPTH:
-            path, part, reason = _first_of(candidates, found.chain, replace)
+            path, part, reason = next(
+                (path, part, reason)
+                for path, part in candidates
+                if all(part is not each for each in found.chain)
+                and (reason := _why_not_pickled(part, replace)) is not None
+            )
             found = Culprit(path, reason, (*found.chain, part))
             candidates = _parts(part, path)
     return found
-
-
-def _first_of(
-    candidates: Iterable[tuple[str, object]],
-    chain: Sequence[object],
-    replace: pickling.Replace | None,
-) -> tuple[str, object, Exception]:
-    """Return the first candidate that cannot be pickled; raise StopIteration if all can be."""
-    failing = (
-        (path, part, reason)
-        for path, part in candidates
-        if all(part is not each for each in chain)
-        and (reason := _why_not_pickled(part, replace)) is not None
-    )
-    return next(failing)
 
 
 def is_of_a_library(kind: type) -> bool:
@@ -143,7 +131,9 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, object]]:
     elif isinstance(value, staticmethod | classmethod):
         yield f"{path}.__func__", value.__func__  # pyright: ignore[reportUnknownMemberType]  # any
     elif isinstance(value, enum.Enum):
-        yield from _parts_of_member(value, path)
+        own = ((name, part) for name, part in vars(value).items() if name != "__objclass__")
+        yield from ((f"{path}.{name}", part) for name, part in own)
+        yield f"{path}.__class__", type(value)
     elif not isinstance(value, types.ModuleType):
         yield from _attributes(value, path)
         yield f"{path}.__class__", type(value)
@@ -191,20 +181,12 @@ def parts_of_class(kind: type, path: str) -> Iterator[tuple[str, object]]:
         yield f"{path}.__bases__[{i}]", base
 
 
-def _parts_of_member(member: enum.Enum, path: str) -> Iterator[tuple[str, object]]:
-    own = ((name, part) for name, part in vars(member).items() if name != "__objclass__")
-    yield from ((f"{path}.{name}", part) for name, part in own)
-    yield f"{path}.__class__", type(member)
-
-
 def _globals_named_in(code: types.CodeType) -> Iterator[str]:
     """Yield the globals that code names, including the code of functions inside it."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _GLOBAL_OPERATIONS:
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals_named_in(constant)
+    for each in annotations.with_inner(code):
+        for instruction in dis.get_instructions(each):
+            if instruction.opname in _GLOBAL_OPERATIONS:
+                yield instruction.argval
 
 
 def _attributes(value: Any, path: str) -> Iterator[tuple[str, object]]:

@@ -9,8 +9,6 @@ from torchrunx_ray.errors import made_without_constructor
 from torchrunx_ray.wire.by_value import pickler_hooks
 from torchrunx_ray.wire.values import pickling
 
-_BASE: Any = vars(BaseException)
-
 _LEFT = {(AttributeError, "obj")}
 """Fields that are left out. `obj` may be any object, however large, and pickle leaves it out as well."""
 
@@ -64,7 +62,7 @@ def _by_parts(value: object) -> Any:
         state = untyped.__getstate__(value) if _defines(kind, "__getstate__") else _state(value)
         in_builtins = (base for base in kind.__mro__ if base.__module__ == "builtins")
         fields = [*_fields(value, in_builtins)]
-        return made_without_constructor, (kind, _args(value), {}, fields), state
+        return made_without_constructor, (kind, own(value, "args"), {}, fields), state
     is_usual = isinstance(kind.__init__, types.WrapperDescriptorType) and not isinstance(
         kind.__new__, types.FunctionType
     )
@@ -77,7 +75,7 @@ def _by_parts_whatever_its_class_says(value: object) -> Any:
     if not issubclass(kind, BaseException):
         return NotImplemented
     fields = [*_fields(value, kind.__mro__)]
-    return made_without_constructor, (kind, _args(value), _state(value), fields)
+    return made_without_constructor, (kind, own(value, "args"), _state(value), fields)
 
 
 def _defines(kind: type, *names: str) -> bool:
@@ -105,12 +103,10 @@ def _fields(error: Any, kinds: Iterable[type]) -> Iterator[tuple[type, str, Any]
                 continue  # the field has no value, or is read-only
 
 
-# Attributes are read through BaseException, since the exception's class may override attribute access.
-
-
-def _args(error: object) -> tuple[Any, ...]:
-    return _BASE["args"].__get__(error)
-
-
 def _state(error: object) -> dict[str, Any]:
-    return dict(_BASE["__dict__"].__get__(error))
+    return dict(own(error, "__dict__"))
+
+
+def own(error: object, attribute: str) -> Any:
+    """Return an attribute through BaseException, since the exception's class may override attribute access."""
+    return vars(BaseException)[attribute].__get__(error)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 _HUGE = 4 * 2**20
@@ -45,15 +46,11 @@ class Remote:
 
     def read(self, moves: Iterable[Move]) -> bool:
         """Copy from the other process to this one."""
-        return _in_batches(
-            lambda batch: self._move(_libc.process_vm_readv, os.preadv, batch), moves
-        )
+        return _in_batches(partial(self._move, _libc.process_vm_readv, os.preadv), moves)
 
     def write(self, moves: Iterable[Move]) -> bool:
         """Copy from this process to the other one."""
-        return _in_batches(
-            lambda batch: self._move(_libc.process_vm_writev, os.pwritev, batch), moves
-        )
+        return _in_batches(partial(self._move, _libc.process_vm_writev, os.pwritev), moves)
 
     def _move(self, by_pid: Any, by_fd: "_ByDescriptor", batch: Sequence[Move]) -> bool:
         # The descriptor shows that the process is alive. Otherwise its pid may belong to a new process.

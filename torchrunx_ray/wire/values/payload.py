@@ -21,6 +21,7 @@ _is_inserting: ContextVar[bool] = ContextVar("_is_inserting", default=False)
 _inserted: ContextVar[Sequence[Callable[[], Any]]] = ContextVar("_inserted", default=())
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Packed:
     """A pickled value: its pickle stream, and its large buffers out of band.
 
@@ -28,17 +29,10 @@ class Packed:
     (an agent, a Ray Client server) and inside `kept_packed()`.
     """
 
-    __slots__ = ("_owners", "buffers", "stream")
-
-    def __init__(
-        self,
-        stream: "bytes | memoryview",
-        buffers: "tuple[memoryview, ...]" = (),
-        owners: Sequence[object] = (),
-    ) -> None:
-        self.stream = stream
-        self.buffers = buffers
-        self._owners = owners
+    stream: bytes | memoryview
+    buffers: tuple[memoryview, ...] = ()
+    owners: Sequence[object] = ()
+    """Objects that keep the buffers valid."""
 
     def unpack(self, inserted: "Sequence[Packed]" = ()) -> Any:
         """Return the value, with the values `inserted` in place of each `Inserted`."""
@@ -82,13 +76,11 @@ def pack(
 ) -> Packed:
     """Pickle one value, or a tuple of several. Raise PayloadError with the part that cannot be pickled."""
     values = tuple(value for _name, value in parts)
+    whole = values[0] if len(values) == 1 else values
     try:
-        pickled = pickling.dumps_with_buffers(values[0] if len(values) == 1 else values, replace)
+        return Packed(*pickling.dumps_with_buffers(whole, replace))
     except Exception as error:
         failed = error
-    else:
-        buffers = tuple(buffer.raw() for buffer in pickled.buffers)
-        return Packed(pickled.stream, buffers, pickled.owners)
     culprit = find_culprit(parts, failed, replace)
     del failed  # its traceback refers to this frame
     raise PayloadError(

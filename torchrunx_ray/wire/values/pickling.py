@@ -3,7 +3,6 @@
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
@@ -20,13 +19,8 @@ Replace = Callable[[object], Any]
 """A function that returns the reduce tuple to pickle instead of an object, or NotImplemented to leave it as it is."""
 
 
-@dataclass(frozen=True)
-class Pickled:
-    """A stream, its out-of-band buffers, and the objects that keep the buffers valid."""
-
-    stream: bytes
-    buffers: tuple[pickle.PickleBuffer, ...]
-    owners: list[object] = field(default_factory=list[object])
+Pickled = tuple[bytes, tuple[memoryview, ...], list[object]]
+"""A stream, its out-of-band buffers, and the objects that keep the buffers valid."""
 
 
 def dumps(value: object, replace: Replace | None = None) -> bytes:
@@ -54,17 +48,18 @@ def _with_buffers(
     value: object, replace: Replace | None, *, with_annotations: bool = True
 ) -> Pickled:
     file = io.BytesIO()
-    buffers: list[pickle.PickleBuffer] = []
+    buffers: list[memoryview] = []
     owners: list[object] = []
 
     def keep_small(buffer: pickle.PickleBuffer) -> bool:
-        if buffer.raw().nbytes <= _SMALL:
+        raw = buffer.raw()
+        if raw.nbytes <= _SMALL:
             return True
-        buffers.append(buffer)
+        buffers.append(raw)
         return False
 
     _Pickler(file, keep_small, owners, replace, with_annotations=with_annotations).dump(value)
-    return Pickled(file.getvalue(), tuple(buffers), owners)
+    return file.getvalue(), tuple(buffers), owners
 
 
 class _Nowhere(io.BytesIO):

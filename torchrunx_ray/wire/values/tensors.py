@@ -8,7 +8,7 @@ torch when a tensor arrives; the sender already has it.
 import importlib
 import pickle
 import sys
-from typing import Any
+from typing import Any, cast
 
 from torchrunx_ray.wire.values import memory
 
@@ -29,18 +29,15 @@ def reduce(value: Any, owners: list[object]) -> Any:
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "UntypedStorage"):  # torch is just being imported
         return NotImplemented
-    if _is(value, torch.Tensor):
+    # Not isinstance: a subclass may have its own way of pickling.
+    kind = cast("Any", type(value))
+    if kind is torch.Tensor:
         return _reduce_tensor(torch, value)
-    if _is(value, torch.storage.TypedStorage):
+    if kind is torch.storage.TypedStorage:
         return _typed_storage, (value._untyped_storage, value.dtype)
-    if _is(value, torch.UntypedStorage) and value.device.type in ("cpu", "cuda"):
+    if kind is torch.UntypedStorage and value.device.type in ("cpu", "cuda"):
         return _reduce_storage(value, owners)
     return NotImplemented
-
-
-def _is(value: object, kind: Any) -> bool:
-    """Return True if the value is of exactly this type; a subclass may have its own way of pickling."""
-    return type(value) is kind
 
 
 def _reduce_tensor(torch: Any, tensor: Any) -> Any:
@@ -53,15 +50,8 @@ def _reduce_tensor(torch: Any, tensor: Any) -> Any:
     )
     if not is_plain:
         return NotImplemented
-    shape = tuple(tensor.size()), tensor.stride()
-    offset = tensor.storage_offset()
-    return _tensor, (
-        tensor.untyped_storage(),
-        tensor.dtype,
-        offset,
-        *shape,
-        tensor.requires_grad,
-    )
+    shape = tensor.storage_offset(), tuple(tensor.size()), tensor.stride()
+    return _tensor, (tensor.untyped_storage(), tensor.dtype, *shape, tensor.requires_grad)
 
 
 def _reduce_storage(storage: Any, owners: list[object]) -> Any:

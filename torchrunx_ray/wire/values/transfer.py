@@ -73,21 +73,8 @@ def take(remote: Remote, spans: Spans) -> Packed | None:
     taken = memory.allocate(layout.size)
     base = memory.address_of(taken)
     here = (base + offset for offset in layout.offsets)
-    moves = zip(here, spans.addresses, spans.sizes, strict=True)
-    return layout.values_in(taken)[0] if remote.read(moves) else None
-
-
-def write_memory(remote: Remote, base: int, values: Sequence[Packed]) -> None:
-    """Copy values to `base` in another process's memory, in their `Layout`.
-
-    The end of that process is not reported here.
-    """
-    remote.write(_moves(base, values))
-
-
-def write_file(fd: int, values: Sequence[Packed]) -> None:
-    """Copy values into a file, in their `Layout`."""
-    memory.write_file(fd, _moves(0, values))
+    pieces = zip(here, spans.addresses, spans.sizes, strict=True)
+    return layout.values_in(taken)[0] if remote.read(pieces) else None
 
 
 def new_file(layout: Layout) -> int:
@@ -109,7 +96,8 @@ def map_file(fd: int, layout: Layout) -> list[Packed]:
         os.close(fd)
 
 
-def _moves(base: int, values: Sequence[Packed]) -> Iterator[Move]:
+def moves(base: int, values: Sequence[Packed]) -> Iterator[Move]:
+    """Yield the moves that copy values from this process to `base` elsewhere, in their `Layout`."""
     parts = itertools.chain.from_iterable(packed.parts for packed in values)
     for part, offset in zip(parts, Layout.of(values).offsets, strict=True):
         yield memory.address_of(part), base + offset, part.nbytes

@@ -1,5 +1,6 @@
 """The worker's process group, and the rendezvous of process groups that the function creates."""
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -79,11 +80,9 @@ def _destroy_groups() -> None:
 
 
 def _destroy(distributed: types.ModuleType) -> None:
-    try:
+    # An exception means that a peer left first. The agent already has the value, and the process ends next.
+    with contextlib.suppress(Exception):
         distributed.destroy_process_group()
-    except Exception:
-        # A peer left first. The agent already has the value, and the process ends next.
-        return
 
 
 def _check_backend(backend: str, hostname: str) -> None:

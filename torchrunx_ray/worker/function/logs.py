@@ -20,8 +20,7 @@ def take_records(fd: int, level: int) -> None:
     stdout or stderr is not sent, so that no line appears twice.
     """
     configure = logging.basicConfig
-    sender = _Sender(fd)
-    sender.setLevel(level)
+    sender = _Sender(fd, level)
 
     def settle() -> None:
         root = logging.root
@@ -44,8 +43,7 @@ def take_records(fd: int, level: int) -> None:
 def _in_place_of(handler: logging.Handler, fd: int) -> logging.Handler:
     if type(handler) is not _PLAIN or _descriptor(handler) != _STDERR:
         return handler
-    sender = _Sender(fd)
-    sender.setLevel(handler.level)
+    sender = _Sender(fd, handler.level)
     sender.setFormatter(handler.formatter)
     for each in handler.filters:
         sender.addFilter(each)
@@ -53,8 +51,8 @@ def _in_place_of(handler: logging.Handler, fd: int) -> logging.Handler:
 
 
 class _Sender(logging.Handler):
-    def __init__(self, fd: int) -> None:
-        super().__init__()
+    def __init__(self, fd: int, level: int) -> None:
+        super().__init__(level)
         self._fd = fd
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -1,5 +1,6 @@
 """Files that the function left open: finished when the worker exits, as an interpreter's exit would do."""
 
+import contextlib
 import gc
 import io
 import sys
@@ -90,7 +91,5 @@ def _kinds_that_end_at_close() -> tuple[type, ...]:
 
 def _call(method: str, files: list[Any]) -> None:
     for file in files:
-        try:
+        with contextlib.suppress(Exception):  # closed, detached, not writable, or its disk is full
             getattr(file, method)()
-        except Exception:  # closed, detached, not writable, or its disk is full
-            pass

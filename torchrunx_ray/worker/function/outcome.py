@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from torchrunx_ray import errors
@@ -19,7 +19,7 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.values import memory, transfer
 from torchrunx_ray.wire.values.culprit import users_part
-from torchrunx_ray.wire.values.exceptions import dump_exception, text_of
+from torchrunx_ray.wire.values.exceptions import dump_exception, own, text_of
 from torchrunx_ray.wire.values.payload import Packed, pack
 from torchrunx_ray.wire.values.transfer import Layout, Spans
 from torchrunx_ray.worker.function import exits
@@ -102,7 +102,7 @@ def report_value(channel: Channel, wanted: messages.ForkWorker, value: object) -
 def _as_file(packed: Packed) -> tuple[Layout, int]:
     layout = Layout.of([packed])
     fd = transfer.new_file(layout)
-    transfer.write_file(fd, [packed])
+    memory.write_file(fd, transfer.moves(0, [packed]))
     return layout, fd
 
 
@@ -110,11 +110,9 @@ def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -
     """Send the value; return the agent's answer, or None if the agent is gone and this process is about to end."""
     channel.send(messages.Returned(os.getpid(), time_ns, value), [fd])
     os.close(fd)
-    try:
-        answer, _ = channel.receive()
-    except (EOFError, ConnectionResetError):
-        return None
-    return answer
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        return channel.receive()[0]
+    return None
 
 
 def report_failure(channel: Channel, wanted: messages.ForkWorker, error: BaseException) -> None:
@@ -144,35 +142,30 @@ def _as_itself(wanted: messages.ForkWorker, time_ns: int, error: BaseException) 
         error.add_note(_NO_STDIN_NOTE)
     exception, unraisable = _dump(error)
     code = error.code if isinstance(error, SystemExit) else None
-    return messages.Failed(
-        wanted.place.local_rank,
-        os.getpid(),
-        time_ns,
-        type(error).__qualname__,
-        text_of(error),
-        _remote_traceback(error),
-        exception,
-        unraisable,
-        int(code) if isinstance(code, int) else None,  # the agent lacks an IntEnum of the script
-        _came_of_a_collective(error),
+    return dataclasses.replace(
+        _as_text(wanted, time_ns, error),
+        kind=type(error).__qualname__,
+        exception=exception,
+        unraisable=unraisable,
+        # The agent lacks an IntEnum of the script.
+        exit_code=int(code) if isinstance(code, int) else None,
     )
 
 
 def _as_text(wanted: messages.ForkWorker, time_ns: int, error: BaseException) -> messages.Failed:
     kind = _full_name(error)
-    text, trace = text_of(error), _remote_traceback(error)
-    unraisable = f"raised {kind}: {text} (shown as text, since the exception itself cannot be sent)"
+    text = text_of(error)
     return messages.Failed(
         wanted.place.local_rank,
         os.getpid(),
         time_ns,
         kind.rpartition(".")[2],
         text,
-        trace,
-        None,
-        unraisable,
-        None,
-        _came_of_a_collective(error),
+        _remote_traceback(error),
+        exception=None,
+        unraisable=f"raised {kind}: {text} (shown as text, since the exception itself cannot be sent)",
+        exit_code=None,
+        in_collective=_came_of_a_collective(error),
     )
 
 
@@ -208,10 +201,9 @@ def _stdin_gives_way() -> Generator[None]:
 
 def _is_stdin_empty() -> bool:
     """Return True if stdin is /dev/null, as at the worker's start; the function may have replaced it."""
-    try:
+    with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(0), os.stat(os.devnull))
-    except OSError:
-        return False
+    return False
 
 
 def _is_one_free() -> bool:
@@ -224,7 +216,8 @@ def _is_one_free() -> bool:
 
 def _dump(error: BaseException) -> tuple[bytes | None, str]:
     if isinstance(error, SystemExit):
-        return None, exits.describe(error, _frames_of_the_function(error))
+        frames = traceback.walk_tb(_frames(error))
+        return None, exits.describe(error, (each for each in frames if not _is_own(each[0])))
     if isinstance(error, KeyboardInterrupt):
         return None, "was interrupted (KeyboardInterrupt)"
     if isinstance(error, GeneratorExit):
@@ -246,8 +239,8 @@ def _came_of_a_collective(error: BaseException) -> bool:
     following: BaseException | None = error
     while following is not None and not any(following is each for each in chain):
         chain.append(following)
-        cause = _own(following, "__cause__")  # its class may define __bool__
-        following = _own(following, "__context__") if cause is None else cause
+        cause = own(following, "__cause__")  # its class may define __bool__
+        following = own(following, "__context__") if cause is None else cause
     return any(map(_is_of_a_collective, chain))
 
 
@@ -260,21 +253,12 @@ def _is_of_a_collective(error: BaseException) -> bool:
     # In autograd and in Work.wait(), gloo raises a RuntimeError without a frame of torch.distributed.
     if foreign_errors.names_gloo(text_of(error)):
         return True
-    frames = _frames(error)
-    while frames is not None and frames.tb_next is not None:
-        frames = frames.tb_next
-    return frames is not None and f"{os.sep}torch{os.sep}distributed{os.sep}" in (
-        frames.tb_frame.f_code.co_filename
-    )
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(_frames(error))]
+    return bool(files) and f"{os.sep}torch{os.sep}distributed{os.sep}" in files[-1]
 
 
 def _frames(error: BaseException) -> types.TracebackType | None:
-    return _own(error, "__traceback__")
-
-
-def _own(error: BaseException, attribute: str) -> Any:
-    """Return an attribute through BaseException, since the exception's class may override attribute access."""
-    return vars(BaseException)[attribute].__get__(error)
+    return own(error, "__traceback__")
 
 
 def _full_name(error: BaseException) -> str:
@@ -282,24 +266,16 @@ def _full_name(error: BaseException) -> str:
     return type.__repr__(type(error)).removeprefix("<class '").removesuffix("'>")
 
 
-def _is_own(frames: types.TracebackType) -> bool:
-    return frames.tb_frame.f_code.co_filename.startswith(_PACKAGE)
-
-
-def _frames_of_the_function(error: BaseException) -> Iterator[types.TracebackType]:
-    frames = _frames(error)
-    while frames is not None:
-        if not _is_own(frames):
-            yield frames
-        frames = frames.tb_next
+def _is_own(frame: types.FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_PACKAGE)
 
 
 def _remote_traceback(error: BaseException) -> str:
     """Format the traceback without this package's frames around the function."""
     frames = _frames(error)
-    while frames is not None and frames.tb_next is not None and _is_own(frames):
+    while frames is not None and frames.tb_next is not None and _is_own(frames.tb_frame):
         frames = frames.tb_next
-    if type(error) is PayloadError and frames is not None and _is_own(frames):
+    if type(error) is PayloadError and frames is not None and _is_own(frames.tb_frame):
         # The error's text is reported separately, and no line of the function raised it.
         return "" if error.__cause__ is None else _remote_traceback(error.__cause__)
     try:

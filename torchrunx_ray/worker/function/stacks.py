@@ -1,6 +1,7 @@
 """Stacks of this worker's threads, for the agent on request."""
 
 import _thread
+import contextlib
 import faulthandler
 import os
 import signal
@@ -32,13 +33,11 @@ def answer_on(fd: int) -> None:
 
 def _answer(fd: int) -> None:
     own = _thread.get_ident()
-    try:
+    with contextlib.suppress(OSError):  # the agent is gone, or the function closed our descriptor
         while os.read(fd, 1):
             answer = memoryview(_all_stacks(own).encode(errors="backslashreplace") + END_OF_STACKS)
             while answer:
                 answer = answer[os.write(fd, answer) :]
-    except OSError:  # the agent is gone, or the function closed our descriptor
-        pass
 
 
 def _all_stacks(own: int) -> str:
