@@ -645,7 +645,7 @@ def test_host_without_bash_for_an_env_file_is_told_so(
     monkeypatch.setenv("PATH", str(tmp_path))
     wanted = template_wanted(trx.Launcher(env_file=tmp_path / "env"))
 
-    with pytest.raises(ValueError, match=rf"env_file='{tmp_path}/env' .*bash.* PATH .*{tmp_path}"):
+    with pytest.raises(ValueError, match=rf"env_file='{tmp_path}/env': bash.* PATH .*{tmp_path}"):
         template_environment(wanted, "", "/")
 
 
