@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         file_handler,
         stream_handler,
     )
+    from torchrunx_ray.driver.report.history import AttemptRecord
     from torchrunx_ray.driver.report.results import LaunchResult
     from torchrunx_ray.driver.run import Run
     from torchrunx_ray.driver.session import Session
@@ -31,9 +32,12 @@ if TYPE_CHECKING:
         RemoteFailure,
         WorkerFailedError,
     )
+    from torchrunx_ray.worker.function.context import Context, context
 
 __all__ = [
     "AgentFailedError",
+    "AttemptRecord",
+    "Context",
     "LaunchError",
     "LaunchResult",
     "LaunchTimeoutError",
@@ -47,6 +51,7 @@ __all__ = [
     "WorkerFailedError",
     "__version__",
     "add_filter_to_handler",
+    "context",
     "file_handler",
     "launch",
     "stream_handler",
@@ -62,6 +67,9 @@ _HOMES = {
     "stream_handler": "torchrunx_ray.driver.output.handlers",
     "Run": "torchrunx_ray.driver.run",
     "Session": "torchrunx_ray.driver.session",
+    "AttemptRecord": "torchrunx_ray.driver.report.history",
+    "Context": "torchrunx_ray.worker.function.context",
+    "context": "torchrunx_ray.worker.function.context",
 }
 
 

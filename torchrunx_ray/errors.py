@@ -68,7 +68,12 @@ class _Travels(Exception):
 
 
 class LaunchError(_Travels, RuntimeError):
-    """Base of the exceptions that the launcher itself raises."""
+    """Base of the exceptions that the launcher itself raises.
+
+    `attempts` has all attempts of a run that has failed, as AttemptRecords.
+    """
+
+    attempts: Sequence[Any] = ()
 
 
 class PlacementError(LaunchError):
@@ -267,7 +272,7 @@ class RemoteFailure(_Travels):
 
     `traceback` is empty if no line of the user's code raised, since the return value could not be sent.
     `failures` has the failures of all ranks: this one first, then the others in order of time. `stacks` shows what
-    the other workers were doing.
+    the other workers were doing. `attempts` has all attempts of the run, as AttemptRecords.
     """
 
     def __init__(
@@ -287,6 +292,7 @@ class RemoteFailure(_Travels):
         self.traceback = traceback
         self.failures = list(failures)
         self.stacks = ""
+        self.attempts: Sequence[Any] = ()
         where = f"on rank {rank} ({hostname}, pid {pid})"
         super().__init__(f"{where}:\n{traceback.rstrip()}" if traceback else where)
 

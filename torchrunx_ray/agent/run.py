@@ -197,7 +197,13 @@ class HostRun:
         visible, cuda_device = visible_gpus(
             wanted.gpu_ids, wanted.gpus_per_worker, place.local_rank
         )
-        variables = place.variables(wanted.master_addr, wanted.master_port, self.attempt.run_id)
+        variables = place.variables(
+            wanted.master_addr,
+            wanted.master_port,
+            self.attempt.run_id,
+            wanted.worker.restarts,
+            wanted.worker.max_restarts,
+        )
         answer = await self._template.fork(
             messages.ForkWorker(
                 worker=wanted.worker,

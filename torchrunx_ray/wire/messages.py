@@ -56,6 +56,9 @@ class WorkerWanted:
     argv: tuple[str, ...]
     log_level: int
     """Lowest level of records that some handler of the driver takes."""
+    restarts: int
+    """Number of restarts so far that count towards `max_restarts`."""
+    max_restarts: int
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ class Place:
     host_index: int
     hosts: int
 
-    def variables(self, master_addr: str, master_port: int, run_id: str) -> dict[str, str]:
+    def variables(
+        self, master_addr: str, master_port: int, run_id: str, restarts: int, max_restarts: int
+    ) -> dict[str, str]:
         """Return the variables that torchrunx sets, and further ones that scripts written for torchrun read."""
         values = {
             "RANK": self.rank,
@@ -31,14 +33,14 @@ class Place:
             "ROLE_WORLD_SIZE": self.world_size,
             "ROLE_NAME": "default",
             "NODE_RANK": self.host_index,
-            "TORCHELASTIC_RESTART_COUNT": 0,
-            "TORCHELASTIC_MAX_RESTARTS": 0,
+            "TORCHELASTIC_RESTART_COUNT": restarts,
+            "TORCHELASTIC_MAX_RESTARTS": max_restarts,
             "TORCHELASTIC_RUN_ID": run_id,
         }
         return {name: str(value) for name, value in values.items()}
 
 
-RANK_VARIABLES = frozenset(Place(0, 0, 1, 1, 0, 1).variables("", 0, ""))
+RANK_VARIABLES = frozenset(Place(0, 0, 1, 1, 0, 1).variables("", 0, "", 0, 0))
 """Variables that the launch sets for every worker; nobody else may set them."""
 
 

@@ -20,7 +20,15 @@ from torchrunx_ray.wire.values import tensors
 from torchrunx_ray.wire.values.payload import Packed
 from torchrunx_ray.wire.values.transfer import map_file
 from torchrunx_ray.worker import dns, preload
-from torchrunx_ray.worker.function import group, logs, main_module, open_files, outcome, stacks
+from torchrunx_ray.worker.function import (
+    context,
+    group,
+    logs,
+    main_module,
+    open_files,
+    outcome,
+    stacks,
+)
 
 
 def main() -> NoReturn:
@@ -53,6 +61,7 @@ def live(
 ) -> NoReturn:
     """Run the worker and never return. One outcome is always reported, unless the process dies."""
     set_title(f"worker rank {wanted.place.rank}", wanted.worker.attempt.run_id)
+    context.begin(wanted)
     _settle_in(wanted.worker.argv)
     logs.take_records(records_fd, wanted.worker.log_level)
     stacks.answer_on(stacks_fd)

@@ -35,6 +35,8 @@ EXPECTED = {
     "timeout": "seconds, more than 0",
     "placement_timeout": "None, or seconds, at least 0",
     "shutdown_timeout": "seconds, at least 0",
+    "max_restarts": "an integer of at least 0",
+    "restart_if": "None, or a function that gets an exception and returns True or False",
     "linger": "seconds, at least 0",
     "console_ranks": '"all", or a list of ranks such as (0, 1)',
     "accelerator_type": 'None, or a string such as "A100"',
@@ -76,6 +78,7 @@ def check_options(given: Mapping[str, Any]) -> None:
     _check_hosts(given["hostnames"])
     _check_workers(given["workers_per_host"], given["hostnames"])
     _check_amounts(given)
+    _check_restarts(given)
     _check_choices(given)
     _check_environment(given)
     _check_names(given)
@@ -147,6 +150,12 @@ def _check_workers(workers: Any, hosts: Any) -> None:
             )
     else:
         _require_int("workers_per_host", workers, 1)
+
+
+def _check_restarts(given: Mapping[str, Any]) -> None:
+    _require_int("max_restarts", given["max_restarts"], 0)
+    wanted = given["restart_if"]
+    _require(wanted is None or callable(wanted), "restart_if", wanted, kind=TypeError)
 
 
 def _check_amounts(given: Mapping[str, Any]) -> None:

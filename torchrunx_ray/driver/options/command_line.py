@@ -27,6 +27,8 @@ VALUES = {
         "timeout": "SECONDS",
         "placement_timeout": "SECONDS",
         "shutdown_timeout": "SECONDS",
+        "max_restarts": "INT",
+        "restart_if": "None",
         "linger": "SECONDS",
     },
     "environment": {
@@ -101,6 +103,11 @@ def integers(texts: list[str]) -> tuple[int, ...]:
     return tuple(map(int, texts))
 
 
+def integer(texts: list[str]) -> int:
+    """Return the only word as an integer."""
+    return int(texts[0])
+
+
 def variables(texts: list[str]) -> str | tuple[str, ...]:
     """Return "all", or patterns and assignments."""
     return "all" if texts == ["all"] else tuple(texts)
@@ -147,21 +154,24 @@ def written_as_json() -> Any:
     )
 
 
-def written_as_auto_or_none() -> Any:
-    """Return an annotation that parses "auto" or "None". A default may be a value that only Python can give."""
+def written_as_words(*words: str) -> Any:
+    """Return an annotation that parses one of these words; "None" is None.
+
+    A default may be a value that only Python can give.
+    """
     from tyro.constructors import PrimitiveConstructorSpec
 
     def parse(texts: list[str]) -> str | None:
-        if texts[0] not in ("auto", "None"):
-            raise ValueError(f"{texts[0]!r}: expected auto or None")
-        return None if texts[0] == "None" else "auto"
+        if texts[0] not in words:
+            raise ValueError(f"{texts[0]!r}: expected {' or '.join(words)}")
+        return None if texts[0] == "None" else texts[0]
 
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="auto|None",
+        metavar="|".join(words),
         instance_from_str=parse,
         is_instance=lambda _: True,
-        str_from_instance=lambda value: [str(value) if value in ("auto", None) else "given"],
+        str_from_instance=lambda value: [str(value) if str(value) in words else "given"],
     )
 
 

@@ -12,6 +12,7 @@ from torchrunx_ray.driver.options import checks
 from torchrunx_ray.driver.options.command_line import (
     amounts,
     hosts,
+    integer,
     number,
     number_or_none,
     pairs,
@@ -20,8 +21,8 @@ from torchrunx_ray.driver.options.command_line import (
     variables,
     workers,
     written_as,
-    written_as_auto_or_none,
     written_as_json,
+    written_as_words,
 )
 from torchrunx_ray.wire.environment import DEFAULT_ENV_VARS
 from torchrunx_ray.wire.messages import StartMethod
@@ -66,6 +67,10 @@ class Options:
     """Time to wait for room in the cluster, in seconds; None: without limit."""
     shutdown_timeout: Annotated[float, written_as("shutdown_timeout", number)] = 5
     """Time from SIGTERM to SIGKILL for workers that must stop, in seconds."""
+    max_restarts: Annotated[int, written_as("max_restarts", integer)] = 0
+    """Number of times that the launch starts all workers again after a failure."""
+    restart_if: Annotated[Callable[[BaseException], bool] | None, written_as_words("None")] = None
+    """Function that gets the exception of a failure, and returns True if the launch may restart the workers. None: any failure."""
     linger: Annotated[float, written_as("linger", number)] = 60
     """Time that agents stay warm after a run, holding no resources, in seconds."""
     default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", tuple)] = (
@@ -81,9 +86,9 @@ class Options:
         None
     )
     """A file on each host that bash sources for the workers' environment."""
-    log_handlers: Annotated[LogHandlers | Callable[[], LogHandlers], written_as_auto_or_none()] = (
-        "auto"
-    )
+    log_handlers: Annotated[
+        LogHandlers | Callable[[], LogHandlers], written_as_words("auto", "None")
+    ] = "auto"
     """Destination of the workers' output: files and the driver's console or loggers ("auto"), nowhere (None), or exactly these handlers. A function that returns one of these is called for each launch."""
     console_ranks: Annotated[Sequence[int] | Literal["all"], written_as("console_ranks", ranks)] = (
         0,

@@ -12,8 +12,13 @@ from torchrunx_ray.wire.clock import now_ns
 HostEvent = messages.Event | NotJoined | ArgumentLost | DriverFailed
 
 
-def begin(run_name: str, ranks: Sequence[int], world_size: int) -> str:
-    return f"run {run_name}, attempt 0: {in_words(ranks)} of {world_size} on this host"
+def begin(attempt: messages.AttemptId, ranks: Sequence[int], world_size: int) -> str:
+    return f"run {attempt.run_id}, attempt {attempt.number}: {in_words(ranks)} of {world_size} on this host"
+
+
+def begin_again(attempt: messages.AttemptId) -> str:
+    """Return a line for the file of a worker that is started again."""
+    return f"attempt {attempt.number} begins"
 
 
 def stop(grace_s: float) -> str:

@@ -19,7 +19,7 @@ from torchrunx_ray.driver.output.to_files import ToFiles
 from torchrunx_ray.driver.output.to_handlers import ToHandlers
 from torchrunx_ray.driver.output.to_loggers import ToLoggers
 from torchrunx_ray.driver.output.writer import Said, Source, Writer
-from torchrunx_ray.wire.messages import Stream
+from torchrunx_ray.wire.messages import AttemptId, Stream
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -42,8 +42,12 @@ class RunLogs:
         speakers: Sequence[Speaker],
     ) -> None:
         self._run_name = run_name
-        self._speakers = speakers
-        self._workers = [who for who in speakers if who.rank is not None]
+        self._console_ranks = options.console_ranks
+        self._speakers: Sequence[Speaker] = ()
+        self._workers: Sequence[Speaker] = ()
+        self._taken: set[Speaker] = set()
+        """Speakers whose output the console or the driver's loggers take."""
+        self.expect(speakers)
         self._sinks: list[Sink] = []
         self._taking: Taking = "everywhere"
         self._files = files
@@ -59,7 +63,28 @@ class RunLogs:
         self._loop = asyncio.get_running_loop()
         self._done = asyncio.Event()
         self._writer = self._new_writer()
-        self._begin_stories()
+
+    def expect(self, speakers: Sequence[Speaker]) -> None:
+        """Note the sources of an attempt's output."""
+        self._speakers = speakers
+        self._workers = [who for who in speakers if who.rank is not None]
+        first_template = {who for who in speakers if who.rank is None and who.is_first_host}
+        self._taken |= {*self._shown_ranks(), *first_template}
+
+    def begin_attempt(self, attempt: AttemptId) -> None:
+        """Begin an attempt's story in the files of its hosts, and of workers that are started again."""
+        now = time.time()
+        for who in self._speakers:
+            if who.rank is not None:
+                if attempt.number:
+                    self.tell(who, host_story.begin_again(attempt), now)
+                continue
+            ranks = [
+                each.rank
+                for each in self._workers
+                if each.hostname == who.hostname and each.rank is not None
+            ]
+            self.tell(who, host_story.begin(attempt, ranks, len(self._workers)), now)
 
     @property
     def level(self) -> int:
@@ -146,17 +171,6 @@ class RunLogs:
         self._done.set()
         self._has_room.set()
 
-    def _begin_stories(self) -> None:
-        for host in (who for who in self._speakers if who.rank is None):
-            ranks = [
-                who.rank
-                for who in self._workers
-                if who.hostname == host.hostname and who.rank is not None
-            ]
-            self.tell(
-                host, host_story.begin(self._run_name, ranks, len(self._workers)), time.time()
-            )
-
     def _open_sinks(self, options: Options, handlers: LogHandlers) -> None:
         if handlers is None:
             return
@@ -169,28 +183,26 @@ class RunLogs:
         if self._files is not None:
             self._sinks.append(self._files)
             self._levels.append(self._files.level)
-        shown = self._shown_ranks(options)
-        taken = {*shown, *(who for who in self._speakers if who.rank is None and who.is_first_host)}
-        if driver_has_configured_logging():
-            self._sinks.append(ToLoggers(self._run_name, taken.__contains__))
-        else:
-            self._sinks.append(
-                ToConsole(self._run_name, taken.__contains__, shows_many=len(shown) > 1)
-            )
-        self._levels += [who.record_level for who in taken]
-
-    def _shown_ranks(self, options: Options) -> list[Speaker]:
-        wanted = options.console_ranks
-        if isinstance(wanted, str):
-            return self._workers
-        shown = [who for who in self._workers if who.rank in wanted]
+        shown = self._shown_ranks()
+        wanted = self._console_ranks
         if wanted and not shown:
             logger.warning(
                 "console_ranks=%r: this launch has only ranks 0 to %d, so no rank is shown",
                 wanted,
                 len(self._workers) - 1,
             )
-        return shown
+        takes = self._taken.__contains__
+        if driver_has_configured_logging():
+            self._sinks.append(ToLoggers(self._run_name, takes))
+        else:
+            self._sinks.append(ToConsole(self._run_name, takes, shows_many=len(shown) > 1))
+        self._levels += [who.record_level for who in self._taken]
+
+    def _shown_ranks(self) -> Sequence[Speaker]:
+        wanted = self._console_ranks
+        if isinstance(wanted, str):
+            return self._workers
+        return [who for who in self._workers if who.rank in wanted]
 
     def _tell_of_deaf(self, handlers: Sequence[logging.Handler]) -> None:
         """Warn about handlers for a worker that is not in this launch."""

@@ -3,12 +3,13 @@
 import re
 import signal
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from torchrunx_ray.driver.background import main_guard
+from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.report.missing_there import advice
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.errors import (
@@ -97,6 +98,25 @@ class Failures:
     """Directory of the default files, if something was written to them."""
     stopped_at_ns: int | None = None
     """Time at which the launch began to stop the workers."""
+    started: Collection[int] = ()
+    """Ranks that had called the function."""
+    attempts: Sequence[AttemptRecord] = ()
+    """All attempts of the run, once the run has ended."""
+
+    @property
+    def may_go_away(self) -> bool:
+        """True if new workers may succeed. An error from before the function would come again."""
+        first = self._in_order()[0]
+        match first.report:
+            case messages.Failed():
+                is_of_function = first.rank in self.started and not isinstance(
+                    self.exception, PayloadError
+                )
+                return is_of_function or first.report.in_collective
+            case messages.Died() | messages.AgentFailed() | NotJoined():
+                return True
+            case _:
+                return False
 
     @property
     def in_brief(self) -> str:
@@ -121,7 +141,10 @@ class Failures:
         if isinstance(first.__cause__, RemoteFailure):
             first.__cause__.failures = exceptions
             first.__cause__.stacks = str(stacks)
-        elif isinstance(first, WorkerFailedError):
+            first.__cause__.attempts = self.attempts
+        elif isinstance(first, LaunchError):
+            first.attempts = self.attempts
+        if isinstance(first, WorkerFailedError):
             first.stacks = str(stacks)
         for line in _consequences(in_order):
             _add_note(first, line)

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.cluster.inventory import Node
+from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.errors import AgentFailedError, LaunchError, PayloadError, bytes_in_words
 from torchrunx_ray.wire import foreign_errors
@@ -41,7 +42,9 @@ class LaunchResult(Generic[R]):
         values: Sequence[Sequence[Value]],
         timeline: Timeline,
         log_directory: Path | None,
+        attempts: Sequence[AttemptRecord] = (),
     ) -> None:
+        self._attempts = tuple(attempts)
         self._hostnames = tuple(hostnames)
         self._values = values
         self._by_rank = [(i, k) for i, host in enumerate(values) for k in range(len(host))]
@@ -58,6 +61,11 @@ class LaunchResult(Generic[R]):
     def timings(self) -> dict[str, float]:
         """Seconds of each phase of the launch in order, and "total"."""
         return self._timeline.seconds
+
+    @property
+    def attempts(self) -> tuple[AttemptRecord, ...]:
+        """All attempts of the run; the last one returned the values."""
+        return self._attempts
 
     @property
     def log_directory(self) -> Path | None:

@@ -33,6 +33,12 @@ class Timeline:
     finished: dict[int, int] = field(default_factory=dict[int, int])
     exited: dict[int, int] = field(default_factory=dict[int, int])
 
+    def begin_attempt(self, hostnames: Sequence[str], places: Sequence[Place]) -> None:
+        """Forget the times of an earlier attempt's ranks."""
+        self.hostnames, self.places = hostnames, places
+        self.is_stopping = False
+        self.joined, self.started, self.finished, self.exited = {}, {}, {}, {}
+
     def hear(self, host_index: int, rank: int | None, event: messages.Event, ahead_ns: int) -> None:
         """Note an event of a host whose clock is `ahead_ns` ahead of the driver's."""
         if isinstance(event, messages.TemplateLoaded):

@@ -90,15 +90,16 @@ class Attempt:
         backend: str | None,
         timeline: Timeline,
         logs: RunLogs,
+        restarts: int = 0,
     ) -> None:
         self._id = id_
+        self._restarts = restarts
         self._options = options
         self._crew = crew
         self._backend = backend
         self._timeline = timeline
         self._logs = logs
-        timeline.hostnames = [host.label for host in crew.hosts]
-        timeline.places = crew.places
+        timeline.begin_attempt([host.label for host in crew.hosts], crew.places)
         self._phase = Phase.STARTING
         self._asked = Asked.TO_GO_ON
         self._chores = Chores()
@@ -171,7 +172,10 @@ class Attempt:
         stopped = [f"rank {rank} on {label}" for rank, label in sorted(self._stopped.items())]
         order = self._stopping.order
         stopped_at_ns = None if order is None else order.first_ns
-        return Failures(failures, stopped, self._stacks, self._logs.directory, stopped_at_ns)
+        started = frozenset(self._timeline.started)
+        return Failures(
+            failures, stopped, self._stacks, self._logs.directory, stopped_at_ns, started
+        )
 
     @property
     def broken(self) -> set[int]:
@@ -224,6 +228,8 @@ class Attempt:
             timeout=self._options.timeout,
             argv=call.argv,
             log_level=self._logs.level,
+            restarts=self._restarts,
+            max_restarts=self._options.max_restarts,
         )
         return messages.ShareWanted(
             worker=worker,
