@@ -65,8 +65,10 @@ def load(modules: Sequence[str]) -> None:
 def flush() -> None:
     """Flush Python's and C's buffers, or every fork would print their contents again."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # it was closed, or replaced by another object
+        try:
             stream.flush()
+        except BaseException:
+            pass  # it was closed or replaced, or a signal handler of the function raised
     ctypes.CDLL(None).fflush(None)
 
 

@@ -169,7 +169,7 @@ class PooledAgent:
         self.rests_until = time.monotonic() + linger
         _resting.append(self)
         there = [agent for agent in _still_resting() if agent.node_id == self.node_id]
-        for surplus in there[:-_MOST_RESTING]:
+        for surplus in there[:-_MOST_RESTING]:  # those that have rested longest
             _resting.remove(surplus)
             in_background(surplus.end(), "an idle agent could not be ended: %s")
 

@@ -6,9 +6,7 @@ import sys
 
 from torchrunx_ray.driver.output.speaker import Speaker
 
-_STREAM_FORMAT = logging.Formatter(
-    "%(asctime)s:%(levelname)s:%(hostname)s[%(local_rank)s]: %(message)s", "%Y-%m-%d %H:%M:%S"
-)
+_STREAM_FORMAT = "%(asctime)s:%(levelname)s:%(hostname)s[%(local_rank)s]: %(message)s"
 LINE_FORMAT = logging.Formatter("%(asctime)s:%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
@@ -69,7 +67,7 @@ def stream_handler(
     Name the worker as for `add_filter_to_handler`.
     """
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_STREAM_FORMAT)
+    handler.setFormatter(logging.Formatter(_STREAM_FORMAT, "%Y-%m-%d %H:%M:%S"))
     return add_filter_to_handler(handler, hostname, local_rank, rank=rank, log_level=log_level)
 
 

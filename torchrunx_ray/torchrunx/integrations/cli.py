@@ -63,6 +63,7 @@ def add_torchrunx_argument_group(parser: ArgumentParser) -> None:
 def launcher_from_args(args: Namespace) -> Launcher:
     """Return the launcher that the options of `add_torchrunx_argument_group` describe."""
     return Launcher(
+        # The command line gives a list also for a word; a list of one host stays a list.
         hostnames=args.hostnames[0] if list(args.hostnames) in _HOSTS else args.hostnames,
         workers_per_host=_one_or_many(args.workers_per_host),
         ssh_config_file=args.ssh_config_file,
