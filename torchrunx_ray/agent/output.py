@@ -15,6 +15,9 @@ _CHUNK = 256 * 1024
 """Size requested for the pipe's buffer, and the most that one read takes."""
 _PAUSE_S = 0.002
 """Pause between two reads. A read for every line would take a core from the workers."""
+_PART_PAUSE_S = 0.05
+"""Pause after a short part of a line, of which nothing can be shown yet."""
+_SHORT_PART = 4 * 1024
 _KEPT_LINES = 20
 _KEPT_BYTES = 8 * 1024
 _LONG_LINE = 400
@@ -65,26 +68,29 @@ class Output:
         if self._fd is None:
             return
         (waiting,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.FIONREAD, b"\0" * 4))
-        while waiting > 0 and (taken := self._read_some()):
-            waiting -= taken
+        while waiting > 0 and (data := self._read_some()):
+            waiting -= len(data)
 
     def _read_and_pause(self) -> None:
-        self._read_some()
+        data = self._read_some()
         if self._fd is not None:
             self._loop.remove_reader(self._fd)
-            self._loop.call_later(_PAUSE_S, self.resume)
+            part = self._tail.rpartition(b"\n")[2]
+            can_be_shown = b"\n" in data or b"\r" in part
+            is_waited_for = can_be_shown or len(part) > _SHORT_PART
+            self._loop.call_later(_PAUSE_S if is_waited_for else _PART_PAUSE_S, self.resume)
 
-    def _read_some(self) -> int:
+    def _read_some(self) -> bytes:
         assert self._fd is not None
         try:
             data = os.read(self._fd, _CHUNK)
         except BlockingIOError:
-            return 0
-        if not data:
+            return b""
+        if data:
+            self._put(data)
+        else:
             self._close()
-            return 0
-        self._put(data)
-        return len(data)
+        return data
 
     def _close(self) -> None:
         if self._fd is None:
