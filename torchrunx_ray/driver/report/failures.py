@@ -142,7 +142,7 @@ class Failures:
             first.__cause__.failures = exceptions
             first.__cause__.stacks = str(stacks)
             first.__cause__.attempts = self.attempts
-        elif isinstance(first, LaunchError):
+        if isinstance(first, LaunchError):
             first.attempts = self.attempts
         if isinstance(first, WorkerFailedError):
             first.stacks = str(stacks)

@@ -182,6 +182,11 @@ class Attempt:
         """Indices of hosts whose agents cannot be used again, since they have not sent all their output."""
         return {share.index for share in self._shares if share.state is not ShareState.DONE}
 
+    @property
+    def is_surely_over(self) -> bool:
+        """False if workers may live on a host that was given up."""
+        return not any(share.is_given_up for share in self._shares)
+
     async def stacks(self) -> Stacks:
         """Return the stacks of the living workers."""
         return await self._stragglers.stacks()

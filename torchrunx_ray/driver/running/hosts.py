@@ -149,6 +149,10 @@ class Hosts:
                 logger.warning("%s: %s", host.label, warning)
             return met
 
+    async def are_whole(self) -> bool:
+        """Return False if Ray knows that a node of the placement is dead."""
+        return self._placement is not None and await _is_whole(self._placement)
+
     async def drop(self, indices: set[int]) -> None:
         """End these agents, even if cancelled meanwhile: nothing else refers to them."""
         agents = [self._agents.pop(i) for i in indices if i in self._agents]

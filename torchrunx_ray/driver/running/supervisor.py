@@ -131,6 +131,10 @@ class Supervisor:
         if len(self._attempts) > self._options.max_restarts:
             return False
         self._failed_at = time.monotonic()
+        assert self._attempt is not None
+        # A worker on a host that is cut off might write beside its replacement.
+        if not (self._attempt.is_surely_over and await self._hosts.are_whole()):
+            return False
         return await in_thread(self._may_restart, failures)
 
     def _may_restart(self, failures: Failures) -> bool:
