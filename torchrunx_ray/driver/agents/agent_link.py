@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
+    ActorDiedError,
     ActorUnavailableError,
     OutOfMemoryError,
     RayActorError,
@@ -46,6 +47,8 @@ class AgentLink:
         self._ranks_by_pid = ranks_by_pid
         self._hear = hear
         self._cluster = agent.connection
+        self.has_agent_died = False
+        """True if Ray knows that the agent's process is gone, and not only that it does not answer."""
         self.values: list[ray.ObjectRef[Any]] = []
         """References to the values by local rank, once the workers have been started."""
 
@@ -71,6 +74,7 @@ class AgentLink:
         except RayError as error:
             if isinstance(error, RayActorError):
                 self._agent.state = AgentState.GONE
+            self.has_agent_died = isinstance(error, ActorDiedError)
             return _failed("the agent died", _evidence(error))
         finally:
             starting.cancel()

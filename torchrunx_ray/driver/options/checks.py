@@ -4,6 +4,7 @@ Every message names the option, the value, and the expected values. Values are A
 annotations do not prevent a caller from passing other types.
 """
 
+import inspect
 import logging
 import math
 import os
@@ -155,7 +156,8 @@ def _check_workers(workers: Any, hosts: Any) -> None:
 def _check_restarts(given: Mapping[str, Any]) -> None:
     _require_int("max_restarts", given["max_restarts"], 0)
     wanted = given["restart_if"]
-    _require(wanted is None or callable(wanted), "restart_if", wanted, kind=TypeError)
+    is_plain = callable(wanted) and not inspect.iscoroutinefunction(wanted)
+    _require(wanted is None or is_plain, "restart_if", wanted, kind=TypeError)
 
 
 def _check_amounts(given: Mapping[str, Any]) -> None:

@@ -103,20 +103,26 @@ class Failures:
     attempts: Sequence[AttemptRecord] = ()
     """All attempts of the run, once the run has ended."""
 
+    remark: str = ""
+    """Reason why the run was not started again, if there is one to tell."""
+
     @property
     def may_go_away(self) -> bool:
         """True if new workers may succeed. An error from before the function would come again."""
         first = self._in_order()[0]
         match first.report:
-            case messages.Failed():
-                is_of_function = first.rank in self.started and not isinstance(
-                    self.exception, PayloadError
-                )
-                return is_of_function or first.report.in_collective
+            case messages.Failed(kind=kind, traceback=traceback):
+                # Without a traceback, the value could not be sent; see `RemoteFailure`.
+                return first.rank in self.started and (kind != "PayloadError" or bool(traceback))
             case messages.Died() | messages.AgentFailed() | NotJoined():
                 return True
             case _:
                 return False
+
+    @property
+    def first_ns(self) -> int:
+        """Time of the first failure, on the driver's clock."""
+        return self._in_order()[0].time_ns
 
     @property
     def in_brief(self) -> str:
@@ -150,6 +156,8 @@ class Failures:
             _add_note(first, line)
         if not _is_exit(in_order[0].report):  # most exits are usage errors and need no notes
             self._tell_of_the_others(first, stacks)
+        if self.remark:
+            _add_note(first, self.remark)
         if self.log_directory is not None:
             _add_note(first, f"All output of this launch: {self.log_directory}")
         return first

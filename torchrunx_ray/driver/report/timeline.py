@@ -19,6 +19,8 @@ class Timeline:
     """Times of a run, in ns since the epoch. Written in the background loop during the run."""
 
     begun_ns: int = field(default_factory=now_ns)
+    attempt_begun_ns: int | None = None
+    """Time at which the last attempt began; None for the first attempt, which begins with the run."""
     placed_ns: int | None = None
     met_ns: int | None = None
     is_stopping: bool = False
@@ -34,9 +36,13 @@ class Timeline:
     exited: dict[int, int] = field(default_factory=dict[int, int])
 
     def begin_attempt(self, hostnames: Sequence[str], places: Sequence[Place]) -> None:
-        """Forget the times of an earlier attempt's ranks."""
+        """Begin the phases of an attempt. Those of an earlier attempt are one phase of the run."""
+        if self.places:
+            self.placed_ns = self.met_ns = now_ns()
+            self.attempt_begun_ns = self.placed_ns
         self.hostnames, self.places = hostnames, places
         self.is_stopping = False
+        self.loaded = {}
         self.joined, self.started, self.finished, self.exited = {}, {}, {}, {}
 
     def hear(self, host_index: int, rank: int | None, event: messages.Event, ahead_ns: int) -> None:
@@ -57,23 +63,32 @@ class Timeline:
         """Seconds of each phase in order, and "total".
 
         A phase ends when all hosts and ranks have completed it. A phase that was not needed, such as the import
-        of a warm template, takes 0 s. A failed launch failed in the last phase with a time above 0 s.
+        of a warm template, takes 0 s. A failed launch failed in the last phase with a time above 0 s. If the workers
+        were started again, "earlier attempts" is the first phase.
         """
-        ends = self._ends()
-        begins = [self.begun_ns, *ends[:-1]]
-        seconds = {
-            phase: (end - begin) / 1e9
-            for phase, begin, end in zip(PHASES, begins, ends, strict=True)
-        }
-        return {**seconds, "total": (ends[-1] - self.begun_ns) / 1e9}
+        spans = self._phases()
+        seconds = {phase: (end - begin) / 1e9 for phase, begin, end in spans}
+        return {**seconds, "total": (spans[-1][2] - self.begun_ns) / 1e9}
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
         """Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
         with open(path, "w") as file:
             json.dump({"traceEvents": list(self._trace_events()), "displayTimeUnit": "ms"}, file)
 
-    def _ends(self) -> list[int]:
-        now = max(self.begun_ns, now_ns() if self.ended_ns is None else self.ended_ns)
+    def _phases(self) -> list[tuple[str, int, int]]:
+        """Return the phases with their begins and ends."""
+        begin = self.begun_ns
+        spans: list[tuple[str, int, int]] = []
+        if self.attempt_begun_ns is not None:
+            spans.append(("earlier attempts", begin, self.attempt_begun_ns))
+            begin = self.attempt_begun_ns
+        for phase, end in zip(PHASES, self._ends(begin), strict=True):
+            spans.append((phase, begin, end))
+            begin = end
+        return spans
+
+    def _ends(self, begun_ns: int) -> list[int]:
+        now = max(begun_ns, now_ns() if self.ended_ns is None else self.ended_ns)
         loaded = {host_index: loaded for host_index, (_, loaded) in self.loaded.items()}
         ends = [
             self.placed_ns,
@@ -84,7 +99,7 @@ class Timeline:
             now,
         ]
         in_order: list[int] = []
-        last = self.begun_ns
+        last = begun_ns
         for end in ends:
             # A phase that never ended takes all the remaining time. A phase that was already over, such as an
             # import for an earlier run, ends together with the phase before it.
@@ -94,10 +109,8 @@ class Timeline:
 
     def _trace_events(self) -> Iterator[Mapping[str, Any]]:
         yield _name_of("process_name", 0, 0, "driver")
-        begin = self.begun_ns
-        for phase, end in zip(PHASES, self._ends(), strict=True):
+        for phase, begin, end in self._phases():
             yield _span(phase, 0, 0, begin, end)
-            begin = end
         for host_index, hostname in enumerate(self.hostnames):
             yield _name_of("process_name", host_index + 1, 0, hostname)
             yield _name_of("thread_name", host_index + 1, 0, "template")

@@ -184,8 +184,8 @@ class Attempt:
 
     @property
     def is_surely_over(self) -> bool:
-        """False if workers may live on a host that was given up."""
-        return not any(share.is_given_up for share in self._shares)
+        """False if processes of the attempt may live on, on a host that is cut off, frozen or ending."""
+        return not any(share.has_doubt for share in self._shares)
 
     async def stacks(self) -> Stacks:
         """Return the stacks of the living workers."""
@@ -256,6 +256,8 @@ class Attempt:
         finally:
             share.values = link.values
             self._share_becomes(share, ShareState.LOST)
+            if share.state is ShareState.LOST and not link.has_agent_died:
+                share.has_doubt = True
         if failed is not None:
             self._fail(share, None, None, failed)
 
@@ -293,12 +295,14 @@ class Attempt:
             case messages.AgentFailed():
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
+                    share.has_doubt = True
                     self._chores.later(_ENDING_S, share.give_up)
             case messages.TemplateRefused():
                 self._fail(share, None, None, event)
             case messages.HostEnded():
                 self._share_becomes(share, ShareState.OVER)
                 if event.left:
+                    share.has_doubt = True
                     logger.warning(
                         "%s: SIGKILL did not end the processes %s, which are blocked in the kernel",
                         share.label,

@@ -80,9 +80,9 @@ class Hosts:
                     logger.warning("an agent could not be released: %s", done)
 
     async def assemble(
-        self, template: TemplateWanted, progress: Progress, *, is_fresh: bool
+        self, template: TemplateWanted, progress: Progress, *, is_fresh: bool, may_move: bool = True
     ) -> tuple[Crew, str | None]:
-        """Return the hosts with an agent on each. If a node has died, place the hosts again first."""
+        """Return the hosts with an agent on each. If a node has died and they `may_move`, place the hosts again first."""
         while True:
             if self.is_closed:
                 raise RuntimeError("the session is closed")
@@ -97,7 +97,7 @@ class Hosts:
                 )
                 gpu_ids = await placement.gpu_ids()
             except (AgentFailedError, RayError) as error:
-                if await _is_whole(placement):
+                if not may_move or await _is_whole(placement):
                     raise
                 logger.warning("a node died before the run began; placing the run again: %s", error)
                 await self.drop(set(self._agents))
@@ -149,9 +149,14 @@ class Hosts:
                 logger.warning("%s: %s", host.label, warning)
             return met
 
-    async def are_whole(self) -> bool:
-        """Return False if Ray knows that a node of the placement is dead."""
-        return self._placement is not None and await _is_whole(self._placement)
+    async def are_surely_whole(self) -> bool:
+        """Return True if Ray says that all nodes of the placement live."""
+        if self._placement is None:
+            return False
+        try:
+            return await _answered(self._placement.is_whole())
+        except (LaunchError, RayError):
+            return False
 
     async def drop(self, indices: set[int]) -> None:
         """End these agents, even if cancelled meanwhile: nothing else refers to them."""

@@ -53,8 +53,8 @@ class Share:
         self._attempt = attempt
         self._watching: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self.is_given_up = False
-        """True if workers may live on that nobody can stop: the agent is frozen or cut off."""
+        self.has_doubt = False
+        """True if processes of the attempt may live on, beside those of another attempt."""
         self.is_deaf = False
         """True if the agent has not answered the last call to stop its workers."""
 
@@ -85,7 +85,7 @@ class Share:
 
     def give_up(self) -> None:
         """Give up the agent, which is ending, frozen or cut off. Ray reports this much later."""
-        self.is_given_up = True
+        self.has_doubt = True
         self.agent.state = AgentState.GONE
         self.close()
 

@@ -4,6 +4,9 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
+
+from ray.exceptions import RayError
 
 from torchrunx_ray.driver.background.loop import in_thread, to_the_end
 from torchrunx_ray.driver.call import references
@@ -14,12 +17,12 @@ from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.report.progress import Progress
-from torchrunx_ray.driver.report.results import LaunchResult, Value
+from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.running.attempt import Attempt
 from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.hosts import Hosts
-from torchrunx_ray.errors import LaunchError
+from torchrunx_ray.errors import LaunchError, counted
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import AttemptId
 
@@ -34,25 +37,27 @@ _TELL_AFTER_S = 2.0
 class Supervisor:
     """Owner of all that belongs to the run and not to one attempt: logs, timeline, progress."""
 
+    _attempt: Attempt
+    """The current attempt, or the last one."""
+
     def __init__(self, hosts: Hosts, options: Options, call: Call, progress: Progress) -> None:
         self._hosts = hosts
         self._options = options
         self._call = call
         self._progress = progress
-        self._attempt: Attempt | None = None
-        """The current attempt, or the last one."""
-        self._attempts: list[AttemptRecord] = []
-        self._failed_at = 0.0
-        """Time of the last failure, on the monotonic clock."""
+        self._records: list[AttemptRecord] = []
+        self._begun = 0.0
+        """Time at which the current attempt began, in seconds since the epoch."""
+        self._asked_about: Failures | None = None
+        """Failures that end the run, if `restart_if` was asked about them, or no restart was possible."""
 
     async def stacks(self) -> Stacks:
         """Return the stacks of the workers that live."""
-        return Stacks({}) if self._attempt is None else await self._attempt.stacks()
+        return await self._attempt.stacks()
 
     def kill(self) -> None:
         """Kill the workers that live."""
-        if self._attempt is not None:
-            self._attempt.kill()
+        self._attempt.kill()
 
     async def run(self, *, is_fresh: bool = False) -> Outcome:
         """Run the call on every worker, as often as the options allow. Return the values or the failures.
@@ -70,94 +75,111 @@ class Supervisor:
             logs = RunLogs(
                 call.run_name, self._options, call.log_handlers, call.files, crew.speakers
             )
+            attempt = self._begin_attempt(crew, backend, logs)
+            progress.supervisor = self
             try:
-                while True:
-                    outcome = await self._attempt_with(crew, backend, logs)
-                    if not isinstance(outcome, Failures) or not await self._restarts_after(outcome):
-                        break
-                    try:
-                        crew, backend = await self._hosts.assemble(
-                            call.template, progress, is_fresh=False
-                        )
-                    except LaunchError as error:
-                        error.add_note(f"The run was to be restarted after: {outcome.in_brief}")
-                        raise
-                    logs.expect(crew.speakers)
-                    self._tell_of_restart(outcome, crew)
+                try:
+                    attempt = await self._until_last(attempt, crew, backend, logs)
+                finally:
+                    await self._drain(logs)
+                outcome = self._asked_about or await attempt.outcome()
             finally:
-                await self._drain(logs)
+                # Other threads read these as soon as there is no supervisor.
+                progress.stacks_at_stop = self._attempt.stacks_at_stop
+                progress.failures_before_stop = self._attempt.failures_before_stop
+                progress.supervisor = None
+                await to_the_end(self._hosts.drop(self._attempt.broken))
         if isinstance(outcome, Failures):
-            return dataclasses.replace(outcome, attempts=self._attempts)
-        hostnames = [host.label for host in crew.hosts]
-        directory = progress.log_directory
-        return LaunchResult(hostnames, outcome, timeline, directory, self._attempts)
+            return outcome if outcome is self._asked_about else self._with_attempts(outcome)
+        hostnames = self._records[-1].hostnames
+        return LaunchResult(
+            hostnames, outcome, timeline, progress.log_directory, tuple(self._records)
+        )
 
-    async def _attempt_with(
-        self, crew: Crew, backend: str | None, logs: RunLogs
-    ) -> list[list[Value]] | Failures:
-        progress = self._progress
-        number = len(self._attempts)
+    async def _until_last(
+        self, attempt: Attempt, crew: Crew, backend: str | None, logs: RunLogs
+    ) -> Attempt:
+        """Try as often as the failures and the options allow. Return the last attempt."""
+        while True:
+            try:
+                await attempt.go(self._call)
+                failures = attempt.failures
+                self._note_end(crew, failures)
+                if failures is None or not await self._is_to_go_on(attempt, failures):
+                    return attempt
+                await to_the_end(self._hosts.drop(attempt.broken))
+                crew, backend = await self._hosts.assemble(
+                    self._call.template, self._progress, is_fresh=False, may_move=False
+                )
+            except asyncio.CancelledError:
+                if not attempt.was_cancelled:  # cancelled between two attempts
+                    attempt.note_cancellation()
+                raise
+            except (LaunchError, RayError) as error:
+                assert failures is not None
+                remark = f"The run could not be started again: {error}"
+                self._asked_about = self._with_attempts(failures, remark)
+                return attempt
+            logs.expect(crew.speakers)
+            self._tell_of_restart(failures, crew)
+            self._asked_about = None
+            attempt = self._begin_attempt(crew, backend, logs)
+
+    def _begin_attempt(self, crew: Crew, backend: str | None, logs: RunLogs) -> Attempt:
+        number = len(self._records)
         id_ = AttemptId(self._call.run_name, number)
         logs.begin_attempt(id_)
-        begun = time.time()
-        attempt = self._attempt = Attempt(
-            id_, self._options, crew, backend, progress.timeline, logs, number
+        self._begun = time.time()
+        self._attempt = Attempt(
+            id_, self._options, crew, backend, self._progress.timeline, logs, number
         )
-        progress.supervisor = self
-        try:
-            await attempt.go(self._call)
-            outcome = await attempt.outcome()
-        finally:
-            # Other threads read these as soon as there is no supervisor.
-            progress.stacks_at_stop = attempt.stacks_at_stop
-            progress.failures_before_stop = attempt.failures_before_stop
-            await to_the_end(self._hosts.drop(attempt.broken))
-        failure = outcome.in_brief if isinstance(outcome, Failures) else None
-        self._attempts.append(
+        return self._attempt
+
+    def _note_end(self, crew: Crew, failures: Failures | None) -> None:
+        self._records.append(
             AttemptRecord(
-                number=number,
+                number=len(self._records),
                 hostnames=tuple(host.label for host in crew.hosts),
                 world_size=len(crew.places),
-                begun=begun,
+                begun=self._begun,
                 ended=time.time(),
-                why="returned" if failure is None else "failed",
-                failure=failure,
+                why="returned" if failures is None else "failed",
+                failure=None if failures is None else failures.in_brief,
             )
         )
-        return outcome
 
-    async def _restarts_after(self, failures: Failures) -> bool:
+    def _with_attempts(self, failures: Failures, remark: str = "") -> Failures:
+        return dataclasses.replace(failures, attempts=tuple(self._records), remark=remark)
+
+    async def _is_to_go_on(self, attempt: Attempt, failures: Failures) -> bool:
         """Return True if the workers are to be started again. Raises the error of `restart_if`."""
-        if len(self._attempts) > self._options.max_restarts:
+        if attempt.was_cancelled or len(self._records) > self._options.max_restarts:
             return False
-        self._failed_at = time.monotonic()
-        assert self._attempt is not None
         # A worker on a host that is cut off might write beside its replacement.
-        if not (self._attempt.is_surely_over and await self._hosts.are_whole()):
+        is_safe = attempt.is_surely_over and await self._hosts.are_surely_whole()
+        if not (is_safe and failures.may_go_away):
             return False
-        return await in_thread(self._may_restart, failures)
-
-    def _may_restart(self, failures: Failures) -> bool:
-        # In a thread: the exception and `restart_if` are the user's code.
-        if not failures.may_go_away:
-            return False
-        asked = self._options.restart_if
-        if asked is None:
+        if self._options.restart_if is None:
             return True
-        try:
-            return bool(asked(failures.exception))
-        except Exception as error:
-            error.add_note("Raised by restart_if, which was asked about the failure of the run.")
-            raise error from failures.exception
+        # This object makes its exception once, so that the launch raises what `restart_if` was given.
+        self._asked_about = failures = self._with_attempts(failures)
+        answer = await in_thread(_answer, self._options.restart_if, failures)
+        if isinstance(answer, BaseException):
+            try:
+                raise answer from failures.exception
+            finally:
+                del answer  # it refers to this frame
+        return answer
 
     def _tell_of_restart(self, failures: Failures, crew: Crew) -> None:
+        after_s = (now_ns() - failures.first_ns) / 1e9
         logger.warning(
-            "%s: restart %d of %d, %.2f s after the failure, with %d workers on %s\n  %s",
+            "%s: restart %d of %d, %.2f s after the failure, with %s on %s\n  %s",
             self._call.run_name,
-            len(self._attempts),
+            len(self._records),
             self._options.max_restarts,
-            time.monotonic() - self._failed_at,
-            len(crew.places),
+            after_s,
+            counted(len(crew.places), "worker"),
             ", ".join(host.label for host in crew.hosts),
             failures.in_brief,
         )
@@ -167,25 +189,38 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         telling = loop.call_later(_TELL_AFTER_S, self._tell_of_last_lines)
         try:
-            await to_the_end(logs.drain(), self._note_cancellation)
+            await to_the_end(logs.drain(), self._attempt.note_cancellation)
         finally:
             telling.cancel()
-            self._progress.supervisor = None
-
-    def _note_cancellation(self) -> None:
-        if self._attempt is not None:
-            self._attempt.note_cancellation()
 
     def _tell_of_last_lines(self) -> None:
         """Warn of the failure while the last output waits for a terminal or a handler."""
         attempt = self._attempt
-        if attempt is not None and attempt.failures is not None and not attempt.was_cancelled:
+        if attempt.failures is not None and not attempt.was_cancelled:
             logger.warning(
                 "%s has failed, and still waits for a terminal or a logging handler that does not accept the "
                 "output of the workers: %s",
                 self._call.run_name,
                 attempt.failures.in_brief,
             )
+
+
+def _answer(
+    restart_if: Callable[[BaseException], bool], failures: Failures
+) -> bool | BaseException:
+    """Ask in a thread, since the exception and `restart_if` are the user's code. Return an error as a value.
+
+    Some exceptions mean something else to a coroutine or an event loop; they are in a RuntimeError.
+    """
+    try:
+        return bool(restart_if(failures.exception))
+    except BaseException as error:
+        error.add_note("Raised by restart_if, which was asked about the failure of the run.")
+        if isinstance(error, Exception) and not isinstance(
+            error, StopIteration | StopAsyncIteration
+        ):
+            return error
+        return RuntimeError(f"restart_if raised {type(error).__name__}: {error}")
 
 
 async def run_once(options: Options, call: Call, progress: Progress) -> Outcome:
