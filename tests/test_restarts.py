@@ -1,6 +1,8 @@
 """A run whose workers fail is started again, as often as `max_restarts` allows."""
 
+import asyncio
 import dataclasses
+import logging
 import os
 import signal
 import threading
@@ -11,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.util.placement_group import PlacementGroup
 
 import torchrunx_ray as trx
+from tests.logs import Kept
 from tests.processes import above, agent_pid, is_alive, note, parent, pids, wait_until
 from torchrunx_ray.driver.running import stopping
 from torchrunx_ray.worker.function.context import Context
@@ -157,6 +162,104 @@ def test_cancel_between_two_attempts_ends_the_run(cluster: None) -> None:
         assert run.cancelled()
     finally:
         goes_on.set()
+
+
+class Blocked(Kept):
+    """A handler that blocks until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes_on = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        self.goes_on.wait(120)
+
+
+def test_cancel_between_two_attempts_does_not_wait_for_output_that_nobody_takes(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "_LAST_LINES_S", 0.5)
+    asked, blocked = threading.Event(), Blocked()
+
+    def ask(_: BaseException) -> bool:
+        asked.set()
+        return blocked.goes_on.wait(120)
+
+    def speak_and_fail() -> None:
+        print("a line")
+        raise KeyError
+
+    launcher = trx.Launcher(
+        workers_per_host=1, max_restarts=1, restart_if=ask, log_handlers=[blocked]
+    )
+    run = launcher.submit(speak_and_fail)
+    try:
+        assert asked.wait(30)
+        run.cancel()
+        assert wait_until(run.done, 20)
+    finally:
+        blocked.goes_on.set()
+
+
+@pytest.mark.parametrize("kind", [StopIteration, SystemExit, asyncio.CancelledError])
+def test_predicate_may_raise_anything(cluster: None, kind: type[BaseException]) -> None:
+    def ask(_: BaseException) -> bool:
+        raise kind
+
+    def fail() -> None:
+        raise KeyError("of the function")
+
+    launcher = trx.Launcher(workers_per_host=1, max_restarts=1, restart_if=ask)
+    with pytest.raises(RuntimeError, match=f"restart_if raised {kind.__name__}") as caught:
+        launcher.run(fail)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_launch_raises_the_object_that_the_predicate_got(cluster: None) -> None:
+    asked: list[BaseException] = []
+
+    def fail() -> None:
+        raise KeyError
+
+    launcher = trx.Launcher(
+        workers_per_host=1, max_restarts=1, restart_if=lambda error: asked.append(error) or False
+    )
+    with pytest.raises(KeyError) as caught:
+        launcher.run(fail)
+    assert asked == [caught.value]
+    cause = caught.value.__cause__
+    assert isinstance(cause, trx.RemoteFailure)
+    assert len(cause.attempts) == 1
+
+
+def test_failure_is_not_lost_if_no_other_attempt_can_begin(
+    patient: trx.Launcher, tmp_path: Path
+) -> None:
+    """As when somebody removes the placement group meanwhile."""
+
+    def remove_group(_: BaseException) -> bool:
+        for group_id, group in ray.util.placement_group_table().items():
+            if group["state"] == "CREATED":
+                identity = ray.PlacementGroupID(bytes.fromhex(group_id))
+                ray.util.remove_placement_group(PlacementGroup(identity))
+        return True
+
+    with pytest.raises(ValueError, match="the first attempt") as caught:
+        dataclasses.replace(patient, restart_if=remove_group).run(fail_once)
+    notes = "\n".join(caught.value.__notes__)
+    assert "The run could not be started again: the placement group" in notes
+
+
+def test_timings_have_the_earlier_attempts_apart(patient: trx.Launcher) -> None:
+    def fail_late() -> None:
+        if trx.context().attempt == 0:
+            time.sleep(1)
+            raise ValueError
+
+    timings = patient.run(fail_late).timings
+    assert timings["earlier attempts"] > 1
+    assert timings["process group"] < 1 < timings["total"]
 
 
 def test_cancel_in_a_later_attempt_stops_its_workers(patient: trx.Launcher, tmp_path: Path) -> None:

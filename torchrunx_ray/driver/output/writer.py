@@ -90,18 +90,24 @@ class Writer:
                         return
                     self._in_hand = None
                 self._was_written(said.size)
-            for (who, stream), cutter in self._source.cutters.items():
-                if cutter.is_in_line:
-                    self._try(self._write, Said(who, stream, b"\n", time.time()))
+            self._end_lines(list(self._source.cutters))
             for sink in self._sinks:
                 self._try(sink.close)
         finally:
             if not self._gave_way:
                 self._has_ended()
 
+    def _end_lines(self, streams: "Sequence[tuple[Speaker, Stream]]") -> None:
+        """End the lines of these streams that have not ended."""
+        for who, stream in streams:
+            if self._source.cutters[who, stream].is_in_line:
+                self._try(self._write, Said(who, stream, b"\n", time.time()))
+
     def _write(self, said: Said) -> None:
         """Write to one sink after the other. The first sink has the whole piece before the next may block."""
         if said.stream is None:
+            if said.who.rank is not None:  # another attempt of the worker begins
+                self._end_lines([each for each in self._source.cutters if each[0] == said.who])
             for sink in self._takers():
                 self._try(sink.host_line, said.who, said.data.decode(), said.time_s)
             return
