@@ -21,7 +21,7 @@ from tests.soon import SOON_S
 from tests.traces import MARK, Traces
 from tests.victims import MAY_RAISE, Driven, matrix, may_also
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 MOMENTS = ("importing", "forming", "running", "reporting", "tearing down")
 ABOVE = ("outer keeper", "keeper", "template", "agent", "driver", "raylet")

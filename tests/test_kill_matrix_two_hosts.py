@@ -23,7 +23,7 @@ from tests.victims import MAY_RAISE, Driven, matrix, may_also
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(240),
     pytest.mark.skipif(
         not namespaces_are_possible(), reason="needs root and a kernel that gives namespaces"
     ),

@@ -209,7 +209,11 @@ class Driven:
         def notes() -> list[Path]:
             return list(self._folder.glob("*.json"))
 
-        assert processes.wait_until(lambda: len(notes()) == self._announcements, 30), self.said
+        # Ray may take very long to start an actor on a busy machine.
+        is_there = processes.wait_until(lambda: len(notes()) == self._announcements, 100)
+        if not is_there:
+            self.process.kill()  # the next case would find its hosts taken
+        assert is_there, f"{len(notes())} of {self._announcements} announced it:\n{self.said}"
         announced = [json.loads(path.read_text()) for path in notes()]
         return sorted(announced, key=lambda note: note["rank"])[-2:]
 
