@@ -101,6 +101,7 @@ class Supervisor:
     ) -> Attempt:
         """Try as often as the failures and the options allow. Return the last attempt."""
         while True:
+            failures: Failures | None = None
             try:
                 await attempt.go(self._call)
                 failures = attempt.failures
@@ -116,7 +117,8 @@ class Supervisor:
                     attempt.note_cancellation()
                 raise
             except (LaunchError, RayError) as error:
-                assert failures is not None
+                if failures is None:
+                    raise
                 remark = f"The run could not be started again: {error}"
                 self._asked_about = self._with_attempts(failures, remark)
                 return attempt
