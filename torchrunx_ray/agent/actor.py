@@ -98,6 +98,13 @@ class Agent:
             problem=self._problem,
         )
 
+    async def warm(self) -> messages.TemplateRefused | None:
+        """Wait until the template can fork; return its refusal if it cannot."""
+        async with self._having_template:
+            await self._have_template()
+            template = self._template
+        return None if template is None else await template.ready()
+
     async def clock(self) -> int:
         return now_ns()
 

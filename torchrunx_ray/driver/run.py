@@ -111,6 +111,11 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         loop.wait(asked)
         return asked.result()
 
+    @property
+    def spares(self) -> tuple[str, ...]:
+        """Names of the hosts that are warm and have no workers, at this moment."""
+        return self._progress.spares
+
     def done(self) -> bool:
         """Return True when the run has ended and given its hosts back."""
         return loop.is_done(self)

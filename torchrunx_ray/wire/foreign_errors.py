@@ -27,6 +27,11 @@ def is_store_full(text: str) -> bool:
     return "OutOfDiskError" in text or "ObjectStoreFullError" in text
 
 
+def says_process_died(text: str) -> bool:
+    """Return True if Ray knows that an actor's process is gone, and does not only take its node for dead."""
+    return "its worker process has died" in text
+
+
 def has_never_run(text: str) -> bool:
     """Return True if Ray gave up on an actor before it ran."""
     return "never ran" in text

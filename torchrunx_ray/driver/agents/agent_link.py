@@ -74,7 +74,9 @@ class AgentLink:
         except RayError as error:
             if isinstance(error, RayActorError):
                 self._agent.state = AgentState.GONE
-            self.has_agent_died = isinstance(error, ActorDiedError)
+            self.has_agent_died = isinstance(
+                error, ActorDiedError
+            ) and foreign_errors.says_process_died(str(error))
             return _failed("the agent died", _evidence(error))
         finally:
             starting.cancel()

@@ -1,6 +1,7 @@
 """The nodes of the Ray cluster that this driver belongs to."""
 
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from torchrunx_ray.driver.cluster.connection import (
 
 _raylet: Any = ray._raylet  # Cython, without types
 
+_CONNECT_S = 1.0
+"""Time for a connection to a raylet. A host that is cut off does not answer."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -26,6 +30,8 @@ class Node:
     ip: str
     resources: Mapping[str, float]
     labels: Mapping[str, str]
+    port: int = 0
+    """Port of the raylet, Ray's process for the node."""
     left_s: float | None = None
     """Seconds since the node left the cluster; None while the node is in the cluster."""
 
@@ -85,6 +91,7 @@ def live_nodes() -> list[Node]:
             ip=node["NodeManagerAddress"],
             resources=node["Resources"],
             labels=node.get("Labels") or {},
+            port=node["NodeManagerPort"],
         )
         for node in nodes
         if node["Alive"]
@@ -130,6 +137,18 @@ def _not_back(infos: Sequence[Any]) -> list[Any]:
 
 def _when_it_left(info: Any) -> int:
     return info.end_time_ms
+
+
+def answers(node: Node) -> bool:
+    """Return True if the raylet's port accepts a connection. Ray itself reports a dead raylet 15 to 30 s later.
+
+    Called inside the cluster, like `free_by_node`. This may block for _CONNECT_S.
+    """
+    try:
+        socket.create_connection((node.ip, node.port), _CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_by_node() -> dict[str, dict[str, float]]:

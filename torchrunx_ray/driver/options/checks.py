@@ -27,7 +27,7 @@ _METHODS = ("fork", "spawn")
 
 EXPECTED = {
     "func_kwargs": "None, or a mapping from names to values",
-    "hostnames": '"auto", "slurm", a number of hosts of at least 1, or a list of distinct names such as ["localhost"]',
+    "hostnames": '"auto", "slurm", a number of hosts of at least 1, a smallest and a largest number such as (2, 4), or a list of distinct names such as ["localhost"]',
     "workers_per_host": '"auto", "gpu", "cpu", "slurm", a number of at least 1, or a list of such numbers, one per host',
     "gpus_per_worker": "None, or a number of at least 0",
     "cpus_per_worker": "None, or a number of at least 0",
@@ -38,6 +38,8 @@ EXPECTED = {
     "shutdown_timeout": "seconds, at least 0",
     "max_restarts": "an integer of at least 0",
     "restart_if": "None, or a function that gets an exception and returns True or False",
+    "spares": "an integer of at least 0",
+    "resize_interval": "seconds, at least 0",
     "linger": "seconds, at least 0",
     "console_ranks": '"all", or a list of ranks such as (0, 1)',
     "accelerator_type": 'None, or a string such as "A100"',
@@ -55,6 +57,10 @@ EXPECTED = {
 }
 """Values that options accept, for error messages in Python and on a command line."""
 
+_LEAST_AND_MOST = (
+    "a smallest and a largest number of hosts, such as (2, 4), with 1 <= smallest <= largest"
+)
+
 _PLUGINS = "RAY_RUNTIME_ENV_PLUGINS"
 """Ray's variable for plug-ins, which add keys to a runtime_env."""
 
@@ -65,6 +71,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("num_gpus", "gpus"), "gpus_per_worker"),
     **dict.fromkeys(("num_cpus", "cpus"), "cpus_per_worker"),
     **dict.fromkeys(("env", "env_vars"), "extra_env_vars"),
+    **dict.fromkeys(("max_failures", "max_retries"), "max_restarts"),
     "copy_env_vars": "default_env_vars",
     "worker_timeout": "timeout",
     "handlers": "log_handlers",
@@ -127,6 +134,9 @@ def check_arguments(args: Any, kwargs: Any) -> None:
 def _check_hosts(hosts: Any) -> None:
     if isinstance(hosts, str):
         _require(hosts in ("auto", "slurm"), "hostnames", hosts)
+    elif _has_numbers(hosts):
+        least, most = _least_and_most(hosts)
+        _require(1 <= least <= most, "hostnames", hosts, _LEAST_AND_MOST)
     elif _is_sequence(hosts):
         _require_strings("hostnames", hosts)
         names: list[str] = list(hosts)
@@ -143,6 +153,11 @@ def _check_workers(workers: Any, hosts: Any) -> None:
         _require(bool(counts), "workers_per_host", counts)
         for count in counts:
             _require_int("workers_per_host", count, 1)
+        if size(hosts):
+            raise ValueError(
+                f"workers_per_host={counts!r} with hostnames={hosts!r}, whose number of hosts may change: give one "
+                'number for all hosts, or "gpu" or "cpu".'
+            )
         wanted = hosts if isinstance(hosts, int) else None if isinstance(hosts, str) else len(hosts)
         if wanted not in (None, len(counts)):
             raise ValueError(
@@ -155,9 +170,46 @@ def _check_workers(workers: Any, hosts: Any) -> None:
 
 def _check_restarts(given: Mapping[str, Any]) -> None:
     _require_int("max_restarts", given["max_restarts"], 0)
+    _check_sizes(given)
     wanted = given["restart_if"]
     is_plain = callable(wanted) and not inspect.iscoroutinefunction(wanted)
     _require(wanted is None or is_plain, "restart_if", wanted, kind=TypeError)
+
+
+def _check_sizes(given: Mapping[str, Any]) -> None:
+    hosts, spares = given["hostnames"], given["spares"]
+    _require_int("spares", spares, 0)
+    is_counted = isinstance(hosts, int) or size(hosts) is not None
+    if spares and not is_counted:
+        raise ValueError(
+            f"spares={spares} with hostnames={hosts!r}: a spare takes the place of any host, so give a number of hosts, "
+            "such as hostnames=4, or hostnames=(2, 4)."
+        )
+    _require_number("resize_interval", given["resize_interval"])
+    strategy = given["placement_strategy"]
+    if strategy == "STRICT_PACK" and (spares or size(hosts)):
+        what = f"spares={spares}" if spares else f"hostnames={hosts!r}"
+        raise ValueError(
+            f"placement_strategy='STRICT_PACK' with {what}: all hosts of such a launch are on one node, where none can "
+            "be added. Use STRICT_SPREAD, SPREAD or PACK, or a fixed number of hosts."
+        )
+
+
+def size(hosts: Any) -> tuple[int, int] | None:
+    """Return the smallest and the largest number of hosts if `hostnames` gives them."""
+    return _least_and_most(hosts) if _has_numbers(hosts) else None
+
+
+def _has_numbers(hosts: Any) -> bool:
+    return _is_tuple(hosts) and any(isinstance(each, int) for each in hosts)
+
+
+def _least_and_most(hosts: Any) -> tuple[int, int]:
+    _require(len(hosts) == 2, "hostnames", hosts, _LEAST_AND_MOST)
+    for each in hosts:
+        is_int = isinstance(each, int) and not isinstance(each, bool)
+        _require(is_int, "hostnames", hosts, _LEAST_AND_MOST, TypeError)
+    return hosts
 
 
 def _check_amounts(given: Mapping[str, Any]) -> None:
@@ -346,6 +398,10 @@ def _require_mapping(option: str, value: Any) -> None:
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence)
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple)
 
 
 def _is_mapping(value: Any) -> bool:

@@ -6,6 +6,7 @@ evaluated, so that no launch waits for the import of tyro.
 
 import ast
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, cast
 
@@ -13,7 +14,7 @@ from torchrunx_ray.driver.options.checks import EXPECTED
 
 VALUES = {
     "hosts and workers": {
-        "hostnames": "auto|slurm|N|NAME...",
+        "hostnames": "auto|slurm|N|MIN:MAX|NAME...",
         "workers_per_host": "auto|gpu|cpu|slurm|N...",
         "gpus_per_worker": "N",
         "cpus_per_worker": "N",
@@ -21,6 +22,7 @@ VALUES = {
         "label_selector": "LABEL VALUE...",
         "resources_per_host": "NAME AMOUNT...",
         "placement_strategy": "STRATEGY",
+        "spares": "INT",
     },
     "process group and times": {
         "backend": "NAME",
@@ -29,6 +31,7 @@ VALUES = {
         "shutdown_timeout": "SECONDS",
         "max_restarts": "INT",
         "restart_if": "None",
+        "resize_interval": "SECONDS",
         "linger": "SECONDS",
     },
     "environment": {
@@ -78,10 +81,12 @@ def written_as(option: str, parse: Callable[[list[str]], Any]) -> Any:
     return tyro.conf.arg(constructor=kind, help_behavior_hint=_default_hint)
 
 
-def hosts(texts: list[str]) -> int | str | tuple[str, ...]:
-    """Return a number of hosts, "auto", "slurm", or names."""
+def hosts(texts: list[str]) -> int | str | tuple[int, ...] | tuple[str, ...]:
+    """Return a number of hosts, a smallest and a largest number, "auto", "slurm", or names."""
     if len(texts) == 1 and texts[0] in ("auto", "slurm"):
         return texts[0]
+    if len(texts) == 1 and re.fullmatch(r"\d+:\d+", texts[0]):
+        return integers(texts[0].split(":"))
     return int(texts[0]) if len(texts) == 1 and texts[0].isdecimal() else tuple(texts)
 
 

@@ -35,9 +35,10 @@ class Options:
     """Options of a launch. A wrong value is a ValueError or TypeError that names the option."""
 
     hostnames: Annotated[
-        int | Sequence[str] | Literal["auto", "slurm"], written_as("hostnames", hosts)
+        int | tuple[int, int] | Sequence[str] | Literal["auto", "slurm"],
+        written_as("hostnames", hosts),
     ] = "auto"
-    """Hosts to launch on: every node that can hold workers ("auto"), that many nodes, these nodes (name, IP, node id, "localhost" for the driver's), or the nodes of the Slurm allocation ("slurm")."""
+    """Hosts to launch on: every node that can hold workers ("auto"), that many nodes, from so many to so many nodes (MIN, MAX), these nodes (name, IP, node id, "localhost" for the driver's), or the nodes of the Slurm allocation ("slurm")."""
     workers_per_host: Annotated[
         int | Sequence[int] | Literal["auto", "gpu", "cpu", "slurm"],
         written_as("workers_per_host", workers),
@@ -71,6 +72,10 @@ class Options:
     """Number of times that the launch starts all workers again after a failure."""
     restart_if: Annotated[Callable[[BaseException], bool] | None, written_as_words("None")] = None
     """Function that gets the exception of a failure, and returns True if the launch may restart the workers. None: any failure."""
+    spares: Annotated[int, written_as("spares", integer)] = 0
+    """Number of further hosts that are reserved and warm, and take the places of hosts that are lost."""
+    resize_interval: Annotated[float, written_as("resize_interval", number)] = 30
+    """Shortest time from the start of workers to their restart on more hosts, with hostnames=(MIN, MAX), in seconds."""
     linger: Annotated[float, written_as("linger", number)] = 60
     """Time that agents stay warm after a run, holding no resources, in seconds."""
     default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", tuple)] = (
@@ -120,6 +125,38 @@ class Options:
     def __post_init__(self) -> None:
         """Check everything that can be checked before anything starts."""
         checks.check_options({f.name: getattr(self, f.name) for f in fields(Options)})
+
+    @property
+    def least_hosts(self) -> int | None:
+        """Number of hosts without which no workers are started; None if the nodes decide it."""
+        return self._sizes()[0]
+
+    @property
+    def most_hosts(self) -> int | None:
+        """Largest number of hosts; None if the nodes decide it."""
+        return self._sizes()[1]
+
+    @property
+    def names_its_hosts(self) -> bool:
+        """True if each host has a name that the user or Slurm has given."""
+        return self.hostnames == "slurm" or not (
+            isinstance(self.hostnames, int | str) or self.is_elastic
+        )
+
+    @property
+    def is_elastic(self) -> bool:
+        """True if the number of hosts may change during a run."""
+        return self.least_hosts != self.most_hosts
+
+    def _sizes(self) -> tuple[int | None, int | None]:
+        hosts = self.hostnames
+        if isinstance(hosts, str):
+            return None, None
+        if isinstance(hosts, int):
+            return hosts, hosts
+        if size := checks.size(hosts):
+            return size
+        return len(hosts), len(hosts)
 
     def explicit_variables(self) -> dict[str, str]:
         """Return the variables of `extra_env_vars` that have a value."""

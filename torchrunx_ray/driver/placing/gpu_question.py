@@ -1,7 +1,7 @@
-"""The question which GPUs a placement has on each of its hosts, answered by Ray."""
+"""The question which GPUs a bundle of a placement has, answered by Ray."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,58 +22,56 @@ _ANSWER_S = 120.0
 
 @dataclass(eq=False, repr=False)
 class GpuQuestion:
-    """Asks Ray for the GPUs by a task on each host. The answers stay valid while the placement lives."""
+    """Asks Ray by a task which GPUs a bundle has. The answer stays valid while the bundle stays on its node."""
 
     group: PlacementGroup
-    hosts: Sequence[tuple[str, float]]
-    """A hostname and a number of GPUs for each of the group's bundles, in order."""
+    bundle: int
+    hostname: str
+    amount: float
     runtime_env: Mapping[str, Any] | None
 
     def __post_init__(self) -> None:
-        self._asked = self._ask()
+        self._asked: asyncio.Task[tuple[str, ...]] | None = self._ask()
 
-    async def answer(self) -> list[tuple[str, ...]]:
-        """Wait for every host's GPUs.
+    async def answer(self) -> tuple[str, ...]:
+        """Wait for the GPUs.
 
         Raises AgentFailedError if Ray cannot answer, or not in time. The next call then asks again.
         """
         asked = self._asked = self._asked or self._ask()
-        # If this wait is cancelled, the tasks go on for the next call.
-        await asyncio.wait(asked, timeout=_ANSWER_S, return_when=asyncio.FIRST_EXCEPTION)
+        # If this wait is cancelled, the task goes on for the next call.
+        await asyncio.wait({asked}, timeout=_ANSWER_S)
         try:
-            answers = [task.result() for task in asked if task.done()]
-            for (hostname, _), task in zip(self.hosts, asked, strict=True):
-                if not task.done():
-                    raise _late(hostname)
-            return answers
+            if not asked.done():
+                raise _late(self.hostname)
+            return asked.result()
         except Exception:
             self.drop()
             raise
+        finally:
+            del asked  # an exception refers to this frame, and must not wait for Python's gc
 
     def drop(self) -> None:
-        """Forget the answers, and cancel the tasks that have not answered."""
-        asked, self._asked = self._asked, []
-        for task in asked:
-            task.cancel()
+        """Forget the answer, and cancel a task that has not answered."""
+        if self._asked is not None:
+            self._asked.cancel()
+            self._asked = None
 
-    def _ask(self) -> "list[asyncio.Task[tuple[str, ...]]]":
-        asked = [
-            asyncio.create_task(self._ask_on(i, hostname, amount))
-            for i, (hostname, amount) in enumerate(self.hosts)
-        ]
-        for task in asked:  # a launch that fails early never retrieves their exceptions
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    def _ask(self) -> "asyncio.Task[tuple[str, ...]]":
+        asked = asyncio.create_task(self._ask_ray())
+        # A launch that fails early never retrieves the exception.
+        asked.add_done_callback(lambda task: task.cancelled() or task.exception())
         return asked
 
-    async def _ask_on(self, index: int, hostname: str, amount: float) -> tuple[str, ...]:
-        if not amount:
+    async def _ask_ray(self) -> tuple[str, ...]:
+        if not self.amount:
             return ()
         task = _Task(
             untyped_ray.remote(
                 num_cpus=0,
-                num_gpus=amount,
+                num_gpus=self.amount,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self.group, placement_group_bundle_index=index
+                    self.group, placement_group_bundle_index=self.bundle
                 ),
                 runtime_env=dict(self.runtime_env) if self.runtime_env else None,
             )(_own_gpu_ids)
@@ -83,11 +81,11 @@ class GpuQuestion:
             ids: list[str] = await connection.ask(task)
         except RayError as error:
             raise AgentFailedError(
-                hostname=hostname, what=f"{_WHAT} failed", evidence=str(error)
+                hostname=self.hostname, what=f"{_WHAT} failed", evidence=str(error)
             ) from None
         except asyncio.CancelledError:
             # The task holds the GPUs until it ends. Another task could not use them meanwhile.
-            await clean_up(connection.call(task.cancel), f"cancelling {_WHAT} on {hostname}")
+            await clean_up(connection.call(task.cancel), f"cancelling {_WHAT} on {self.hostname}")
             raise
         return tuple(sorted(ids, key=lambda i: (not i.isdigit(), int(i) if i.isdigit() else 0, i)))
 

@@ -1,4 +1,4 @@
-"""The placement group of a session: one bundle per host, holding the CPUs and GPUs."""
+"""A placement group: one bundle per host, holding the CPUs and GPUs."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
 from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing import placement_group, queue, reminders
-from torchrunx_ray.driver.placing.gpu_question import GpuQuestion
+from torchrunx_ray.driver.placing.labels import labels
 from torchrunx_ray.driver.placing.plan import Host, Plan
 from torchrunx_ray.driver.placing.returning import resolve_when_back
 from torchrunx_ray.driver.placing.shortage import HostLeft
@@ -34,62 +34,59 @@ _HEAD_S = 5.0
 
 
 class Placement:
-    """Resources that are reserved until `remove`."""
+    """Resources of one placement group, reserved until `remove`."""
 
-    def __init__(
-        self, hosts: list[Host], plan: Plan, group: PlacementGroup, options: Options
-    ) -> None:
+    def __init__(self, hosts: list[Host], plan: Plan, group: PlacementGroup) -> None:
         self.hosts = hosts
+        """Hosts of the bundles, in order, as Ray placed them at first."""
         self.backend = plan.backend
-        self._group = group
+        self.group = group
         self._cluster = Connection()
+        self._is_moving = False
         queue.hold(group, plan.needed)
-        # Asked while agents start, since Ray has to start a process for the answer.
-        wanted = [(host.label, float(host.bundle.get("GPU", 0))) for host in hosts]
-        self._gpu_question = GpuQuestion(group, wanted, options.runtime_env)
 
     @property
-    def held(self) -> list[Host]:
-        """Hosts whose resources are held; none after the driver has left the cluster, which frees them."""
-        return self.hosts if self._cluster.is_ours() else []
+    def is_held(self) -> bool:
+        """False after the driver has left the cluster, which frees the resources."""
+        return self._cluster.is_ours()
 
-    async def gpu_ids(self) -> list[tuple[str, ...]]:
-        """Return the GPUs of each host's bundle. Raises AgentFailedError if Ray cannot answer."""
-        return await self._gpu_question.answer()
+    async def node_ids(self) -> list[str | None]:
+        """Return the node of each bundle; None while Ray looks for another node.
 
-    async def is_whole(self) -> bool:
-        """Return True if, as far as Ray knows, all nodes of the placement live."""
-        live = {node.node_id for node in await self._cluster.call(inventory.live_nodes)}
-        return all(host.node.node_id in live for host in self.hosts)
-
-    async def check(self) -> None:
-        """Raise PlacementError if somebody else has removed the placement group."""
+        Ray places the bundle of a dead node again by itself. Raises PlacementError if somebody else has removed the
+        placement group.
+        """
         table: dict[str, Any] = await self._cluster.call(
-            untyped_ray.util.placement_group_table, self._group
+            untyped_ray.util.placement_group_table, self.group
         )
         if table.get("state", "REMOVED") == "REMOVED":
             raise PlacementError(
-                "the placement group of the session was removed, by ray.util.remove_placement_group or "
-                "by a restart of Ray's head. Others may hold its resources now. Open a new session."
+                "the placement group of the launch was removed, by ray.util.remove_placement_group or "
+                "by a restart of Ray's head. Others may hold its resources now. Launch again, or open a new session."
             )
+        self._is_moving = table["state"] != "CREATED"
+        return [table["bundles_to_node_id"].get(i) or None for i in range(len(self.hosts))]
 
     async def remove(self) -> None:
         """Give the resources back. Errors are logged."""
-        self._gpu_question.drop()
         hosts = ", ".join(host.label for host in self.hosts)
-        removing = placement_group.remove(self._group, self._cluster)
+        remove = placement_group.remove_unplaced if self._is_moving else placement_group.remove
+        removing = remove(self.group, self._cluster)
         await clean_up(
             removing, f"removing the placement group that holds CPUs and GPUs of {hosts}"
         )
 
 
-async def reserve(options: Options, progress: Progress) -> Placement:
-    """Reserve room for the launch. Raises PlacementError if there is none in time."""
+async def reserve(options: Options, progress: Progress, name: str) -> Placement:
+    """Reserve room for the launch. Raises PlacementError if there is none in time.
+
+    `name` is the name of the placement group in Ray.
+    """
     limit_s = options.placement_timeout
     limit = asyncio.timeout(None if limit_s is None else limit_s + _HEAD_S)
     try:
         async with limit:
-            return await _place_on_hosts_that_stay(options, progress)
+            return await _place_on_hosts_that_stay(options, progress, name)
     except TimeoutError:
         if not limit.expired():
             raise
@@ -106,13 +103,13 @@ async def reserve(options: Options, progress: Progress) -> Placement:
         del limit  # it refers to the task, whose exception refers to this frame
 
 
-async def _place_on_hosts_that_stay(options: Options, progress: Progress) -> Placement:
+async def _place_on_hosts_that_stay(options: Options, progress: Progress, name: str) -> Placement:
     orphans.sweep()
     begun = time.monotonic()
     left: HostLeft | None = None
     while True:
         try:
-            return await _place(options, progress, begun)
+            return await _place(options, progress, name, begun)
         except HostLeft as host:
             left = host
         except PlacementError as error:
@@ -121,28 +118,28 @@ async def _place_on_hosts_that_stay(options: Options, progress: Progress) -> Pla
             raise left.error from error
 
 
-async def _place(options: Options, progress: Progress, begun: float) -> Placement:
+async def _place(options: Options, progress: Progress, name: str, begun: float) -> Placement:
     """Choose hosts, and wait until they have room. Raises HostLeft if hosts must be chosen again."""
     connection = Connection()
     plan, nodes = await resolve_when_back(options, progress, connection, begun)
-    waiting = Waiting(options, plan, connection, progress, time.monotonic() - begun)
+    waiting = Waiting(options, plan, connection, progress, name, time.monotonic() - begun)
     try:
         while True:
             group = await waiting.until_placed(nodes)
-            hosts = await _hosts_of(group, plan, connection)
+            hosts = await hosts_of(group, plan, connection)
             if hosts is not None:
                 break
     except BaseException:
         await clean_up(waiting.give_up(), f"removing the placement group of {progress.name}")
         raise
-    placement = Placement(hosts, plan, group, options)
+    placement = Placement(hosts, plan, group)
     with contextlib.suppress(Exception):  # a log handler may fail; the placement must be returned
         logger.info("%s: %s", progress.name, _in_words(plan, hosts, nodes))
         _say_who_shares(options, hosts)
     return placement
 
 
-async def _hosts_of(group: PlacementGroup, plan: Plan, connection: Connection) -> list[Host] | None:
+async def hosts_of(group: PlacementGroup, plan: Plan, connection: Connection) -> list[Host] | None:
     """Return the hosts of the group. None if a node has died, so that Ray places the group again."""
     table: dict[str, Any] = await connection.call(untyped_ray.util.placement_group_table, group)
     node_ids: list[str] = [table["bundles_to_node_id"].get(i) for i in range(len(plan.hosts))]
@@ -152,7 +149,7 @@ async def _hosts_of(group: PlacementGroup, plan: Plan, connection: Connection) -
     placed = [nodes[node_id] for node_id in node_ids]
     return [
         Host(node, host.label or label, host.workers, host.bundle, plan.gpus_per_worker)
-        for node, host, label in zip(placed, plan.hosts, _labels(placed), strict=True)
+        for node, host, label in zip(placed, plan.hosts, labels(placed), strict=True)
     ]
 
 
@@ -172,17 +169,6 @@ def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
             if said not in _said:
                 _said.add(said)
                 logger.warning(said)
-
-
-def _labels(nodes: Sequence[Node]) -> list[str]:
-    """Return the hostnames if they are distinct, else the IPs, with an index if several hosts share an IP."""
-    names = [node.hostname for node in nodes]
-    ips = [node.ip for node in nodes]
-    if len(set(names)) == len(names):
-        return names
-    if len(set(ips)) == len(ips):
-        return ips
-    return [f"{ip}#{ips[:i].count(ip)}" if ips.count(ip) > 1 else ip for i, ip in enumerate(ips)]
 
 
 def _in_words(plan: Plan, hosts: Sequence[Host], nodes: Sequence[Node]) -> str:

@@ -82,9 +82,10 @@ def _choose(
         _refuse_twins(names, allocated)
         return list(allocated), names, True
     if not isinstance(hosts, int | str):
-        found = [_find(name, nodes, driver_node_id) for name in hosts]
-        _refuse_twins(hosts, found)
-        return list(found), hosts, True
+        names = [str(name) for name in hosts]
+        found = [_find(name, nodes, driver_node_id) for name in names]
+        _refuse_twins(names, found)
+        return list(found), names, True
     candidates = [node for node in nodes if could_be_host(node, options)]
     prefers_gpus = workers in ("auto", "gpu") or (hosts == "auto" and workers != "cpu")
     if prefers_gpus and any(node.gpus for node in candidates):

@@ -155,6 +155,11 @@ def queued(needed: Amounts) -> Generator[Waiter]:
         waiter.pass_on()
 
 
+def has_waiters() -> bool:
+    """Return True if a launch of this driver waits for room."""
+    return bool(_queue.waiters)
+
+
 def hold(group: PlacementGroup, amounts: Amounts) -> None:
     """Note that a launch holds these resources until `release`."""
     _queue.held[group] = amounts

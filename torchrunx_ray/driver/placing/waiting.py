@@ -37,13 +37,15 @@ class Waiting:
         plan: Plan,
         connection: Connection,
         progress: Progress,
+        name: str,
         waited_s: float,
     ) -> None:
-        """`waited_s` is the time spent waiting for nodes that left; it counts towards placement_timeout."""
+        """`name` is the group's name. `waited_s` is the time spent waiting for nodes that left; it counts towards placement_timeout."""
         self._options = options
         self._plan = plan
         self._connection = connection
         self._progress = progress
+        self._name = name
         self._limit_s = math.inf if options.placement_timeout is None else options.placement_timeout
         self._waited_s = waited_s
         self._begun = time.monotonic() - waited_s
@@ -82,7 +84,7 @@ class Waiting:
         return await self._ask()
 
     async def _ask(self) -> PlacementGroup:
-        name = orphans.group_name(self._progress.name)
+        name = orphans.group_name(self._name)
         self._group = await placement_group.create(
             self._options, self._plan, name, self._connection
         )

@@ -24,6 +24,9 @@ class GoesOn(Protocol):
 
     def kill(self) -> None: ...
 
+    @property
+    def spares(self) -> tuple[str, ...]: ...
+
 
 class Progress:
     """State of a run, for the status line, and for the user's questions during the run or after its stop.
@@ -48,6 +51,12 @@ class Progress:
 
     async def stacks(self) -> Stacks:
         return Stacks({}) if self.supervisor is None else await self.supervisor.stacks()
+
+    @property
+    def spares(self) -> tuple[str, ...]:
+        """Names of the hosts that are warm and have no workers."""
+        supervisor = self.supervisor
+        return () if supervisor is None else supervisor.spares
 
     @property
     def log_directory(self) -> Path | None:

@@ -179,8 +179,8 @@ class Attempt:
 
     @property
     def broken(self) -> set[int]:
-        """Indices of hosts whose agents cannot be used again, since they have not sent all their output."""
-        return {share.index for share in self._shares if share.state is not ShareState.DONE}
+        """Indices of hosts whose agents cannot be used again."""
+        return {share.index for share in self._shares if share.is_broken}
 
     @property
     def is_surely_over(self) -> bool:
@@ -256,8 +256,7 @@ class Attempt:
         finally:
             share.values = link.values
             self._share_becomes(share, ShareState.LOST)
-            if share.state is ShareState.LOST and not link.has_agent_died:
-                share.has_doubt = True
+            share.has_agent_died = link.has_agent_died
         if failed is not None:
             self._fail(share, None, None, failed)
 
@@ -295,14 +294,14 @@ class Attempt:
             case messages.AgentFailed():
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
-                    share.has_doubt = True
+                    share.agent.state = AgentState.GONE
                     self._chores.later(_ENDING_S, share.give_up)
             case messages.TemplateRefused():
                 self._fail(share, None, None, event)
             case messages.HostEnded():
                 self._share_becomes(share, ShareState.OVER)
+                share.has_ended_clean = not event.left
                 if event.left:
-                    share.has_doubt = True
                     logger.warning(
                         "%s: SIGKILL did not end the processes %s, which are blocked in the kernel",
                         share.label,

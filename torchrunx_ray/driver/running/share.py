@@ -53,10 +53,22 @@ class Share:
         self._attempt = attempt
         self._watching: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self.has_doubt = False
-        """True if processes of the attempt may live on, beside those of another attempt."""
+        self.has_ended_clean = False
+        """True if the agent has reported that no process of the attempt is left."""
+        self.has_agent_died = False
+        """True if the agent's process is gone, with which its keepers end all processes of the attempt."""
         self.is_deaf = False
         """True if the agent has not answered the last call to stop its workers."""
+
+    @property
+    def has_doubt(self) -> bool:
+        """True if processes of the attempt may live on, beside those of another attempt."""
+        return not (self.has_ended_clean or self.has_agent_died)
+
+    @property
+    def is_broken(self) -> bool:
+        """True if the agent cannot be used again: it has not sent all its output, or it ends itself."""
+        return self.state is not ShareState.DONE or self.agent.state is AgentState.GONE
 
     @property
     def is_over(self) -> bool:
@@ -85,7 +97,6 @@ class Share:
 
     def give_up(self) -> None:
         """Give up the agent, which is ending, frozen or cut off. Ray reports this much later."""
-        self.has_doubt = True
         self.agent.state = AgentState.GONE
         self.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import enum
 import logging
 import time
 from collections.abc import Callable
@@ -34,6 +35,21 @@ _TELL_AFTER_S = 2.0
 """Time that the last output may keep a failure back until the failure is logged."""
 
 
+_CALM_S = 60.0
+"""Length of an attempt after which lost hosts are no series any more."""
+
+_PAUSE_S = 0.5
+_MOST_PAUSE_S = 30.0
+
+
+class Verdict(enum.Enum):
+    """Decision after an attempt."""
+
+    END = "the run ends"
+    RESTART = "the workers are started again, which counts towards max_restarts"
+    GO_ON = "the workers are started again on other hosts, which does not count"
+
+
 class Supervisor:
     """Owner of all that belongs to the run and not to one attempt: logs, timeline, progress."""
 
@@ -48,6 +64,10 @@ class Supervisor:
         self._records: list[AttemptRecord] = []
         self._begun = 0.0
         """Time at which the current attempt began, in seconds since the epoch."""
+        self._restarts = 0
+        """Number of restarts that count."""
+        self._losses = 0
+        """Number of attempts in a row that soon ended by a lost host."""
         self._asked_about: Failures | None = None
         """Failures that end the run, if `restart_if` was asked about them, or no restart was possible."""
 
@@ -58,6 +78,11 @@ class Supervisor:
     def kill(self) -> None:
         """Kill the workers that live."""
         self._attempt.kill()
+
+    @property
+    def spares(self) -> tuple[str, ...]:
+        """Names of the hosts that are warm and have no workers."""
+        return tuple(host.host.label for host in list(self._hosts.reserves.ready))
 
     async def run(self, *, is_fresh: bool = False) -> Outcome:
         """Run the call on every worker, as often as the options allow. Return the values or the failures.
@@ -88,7 +113,7 @@ class Supervisor:
                 progress.stacks_at_stop = self._attempt.stacks_at_stop
                 progress.failures_before_stop = self._attempt.failures_before_stop
                 progress.supervisor = None
-                await to_the_end(self._hosts.drop(self._attempt.broken))
+                await to_the_end(self._leave_hosts())
         if isinstance(outcome, Failures):
             return outcome if outcome is self._asked_about else self._with_attempts(outcome)
         hostnames = self._records[-1].hostnames
@@ -103,14 +128,16 @@ class Supervisor:
         while True:
             failures: Failures | None = None
             try:
+                self._begin_reserves()
                 await attempt.go(self._call)
                 failures = attempt.failures
                 self._note_end(crew, failures)
-                if failures is None or not await self._is_to_go_on(attempt, failures):
+                verdict = await self._verdict(attempt, failures)
+                if verdict is Verdict.END:
                     return attempt
-                await to_the_end(self._hosts.drop(attempt.broken))
+                await self._back_off(verdict)
                 crew, backend = await self._hosts.assemble(
-                    self._call.template, self._progress, is_fresh=False, may_move=False
+                    self._call.template, self._progress, is_fresh=False
                 )
             except asyncio.CancelledError:
                 if not attempt.was_cancelled:  # cancelled between two attempts
@@ -123,9 +150,27 @@ class Supervisor:
                 self._asked_about = self._with_attempts(failures, remark)
                 return attempt
             logs.expect(crew.speakers)
-            self._tell_of_restart(failures, crew)
+            self._restarts += verdict is Verdict.RESTART
+            self._tell_of_restart(verdict, failures, crew)
             self._asked_about = None
             attempt = self._begin_attempt(crew, backend, logs)
+
+    def _begin_reserves(self) -> None:
+        """Look for spares, and for hosts that may join, while the attempt goes on."""
+        options, hosts = self._options, self._hosts
+        if not (options.spares or options.is_elastic):
+            return
+        now = asyncio.get_running_loop().time
+        may_grow_at = now() + options.resize_interval
+
+        def wanted() -> int:
+            return options.spares + (hosts.missing if now() >= may_grow_at else 0)
+
+        hosts.reserves.begin(self._call.run_name, self._call.template, wanted)
+
+    async def _leave_hosts(self) -> None:
+        await self._hosts.reserves.pause()
+        await self._hosts.give_up(self._attempt.broken)
 
     def _begin_attempt(self, crew: Crew, backend: str | None, logs: RunLogs) -> Attempt:
         number = len(self._records)
@@ -133,7 +178,7 @@ class Supervisor:
         logs.begin_attempt(id_)
         self._begun = time.time()
         self._attempt = Attempt(
-            id_, self._options, crew, backend, self._progress.timeline, logs, number
+            id_, self._options, crew, backend, self._progress.timeline, logs, self._restarts
         )
         return self._attempt
 
@@ -153,14 +198,26 @@ class Supervisor:
     def _with_attempts(self, failures: Failures, remark: str = "") -> Failures:
         return dataclasses.replace(failures, attempts=tuple(self._records), remark=remark)
 
-    async def _is_to_go_on(self, attempt: Attempt, failures: Failures) -> bool:
-        """Return True if the workers are to be started again. Raises the error of `restart_if`."""
-        if attempt.was_cancelled or len(self._records) > self._options.max_restarts:
-            return False
+    async def _verdict(self, attempt: Attempt, failures: Failures | None) -> Verdict:
+        """Decide if the workers are to be started again. Raises the error of `restart_if`."""
+        if attempt.was_cancelled or failures is None:
+            return Verdict.END
         # A worker on a host that is cut off might write beside its replacement.
-        is_safe = attempt.is_surely_over and await self._hosts.are_surely_whole()
-        if not (is_safe and failures.may_go_away):
-            return False
+        if not attempt.is_surely_over:
+            return Verdict.END
+        if attempt.broken and self._options.is_elastic:
+            await to_the_end(self._hosts.give_up(attempt.broken))
+            if await self._hosts.has_lost_some():
+                return Verdict.GO_ON
+        if self._restarts >= self._options.max_restarts or not failures.may_go_away:
+            return Verdict.END
+        if not await self._user_agrees(failures):
+            return Verdict.END
+        await to_the_end(self._hosts.give_up(attempt.broken))
+        return Verdict.RESTART
+
+    async def _user_agrees(self, failures: Failures) -> bool:
+        """Ask `restart_if`. Raises its error."""
         if self._options.restart_if is None:
             return True
         # This object makes its exception once, so that the launch raises what `restart_if` was given.
@@ -173,17 +230,32 @@ class Supervisor:
                 del answer  # it refers to this frame
         return answer
 
-    def _tell_of_restart(self, failures: Failures, crew: Crew) -> None:
-        after_s = (now_ns() - failures.first_ns) / 1e9
+    async def _back_off(self, verdict: Verdict) -> None:
+        """Wait before another attempt if hosts are lost again and again, since such losses are not counted."""
+        if (
+            verdict is Verdict.RESTART
+            or self._records[-1].ended - self._records[-1].begun > _CALM_S
+        ):
+            self._losses = 0
+            return
+        self._losses += 1
+        if self._losses > 1:
+            await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE_S * 2 ** (self._losses - 2)))
+
+    def _tell_of_restart(self, verdict: Verdict, failures: Failures | None, crew: Crew) -> None:
+        counts = f"restart {self._restarts} of {self._options.max_restarts}"
+        what = (
+            counts if verdict is Verdict.RESTART else f"attempt {len(self._records)}, not counted"
+        )
+        after_s = 0.0 if failures is None else (now_ns() - failures.first_ns) / 1e9
         logger.warning(
-            "%s: restart %d of %d, %.2f s after the failure, with %s on %s\n  %s",
+            "%s: %s, %.2f s after the failure, with %s on %s\n  %s",
             self._call.run_name,
-            len(self._records),
-            self._options.max_restarts,
+            what,
             after_s,
             counted(len(crew.places), "worker"),
             ", ".join(host.label for host in crew.hosts),
-            failures.in_brief,
+            "" if failures is None else failures.in_brief,
         )
 
     async def _drain(self, logs: RunLogs) -> None:

@@ -1,0 +1,133 @@
+"""Room for one more host of a launch that has hosts already."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from torchrunx_ray.driver.cluster import draining, inventory, orphans
+from torchrunx_ray.driver.cluster.clean_up import clean_up
+from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
+from torchrunx_ray.driver.cluster.inventory import Node
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.placing import placement_group, queue
+from torchrunx_ray.driver.placing.feasibility import could_be_host, is_in
+from torchrunx_ray.driver.placing.placement import Placement, hosts_of, reserve
+from torchrunx_ray.driver.placing.plan import Host, Plan, resolve
+from torchrunx_ray.driver.report.progress import Progress
+from torchrunx_ray.errors import PlacementError
+
+logger = logging.getLogger("torchrunx_ray")
+
+_NODE_ID = "ray.io/node-id"
+"""Ray's label for the id of a node."""
+
+_AGAIN_S = 1.0
+"""Pause before a launch asks again for room that the cluster cannot have as it is."""
+
+_PLACED_S = 1
+"""Time for Ray to place a group into room that is free, in whole seconds. It takes milliseconds."""
+
+
+def in_place_of(host: Host, options: Options, avoided: Collection[str]) -> Options:
+    """Return options for a host in the place of another one, on none of the avoided nodes.
+
+    A host that the user has named is awaited under this name.
+    """
+    workers = options.workers_per_host
+    counts_by_node = isinstance(workers, str) and workers != "slurm"
+    one = replace(
+        options,
+        workers_per_host=workers if counts_by_node else host.workers,
+        gpus_per_worker=host.gpus_per_worker,
+        spares=0,
+        hostnames=[host.label] if options.names_its_hosts else 1,
+    )
+    return one if options.names_its_hosts else off(one, avoided)
+
+
+def off(options: Options, avoided: Collection[str]) -> Options:
+    """Return options that rule out these nodes, unless the user himself selects nodes by their ids."""
+    selector = dict(options.label_selector or {})
+    if not avoided or _NODE_ID in selector:
+        return options
+    selector[_NODE_ID] = f"!in({','.join(sorted(avoided))})"
+    return replace(options, label_selector=selector)
+
+
+async def reserve_when_there(options: Options, progress: Progress, name: str) -> Placement:
+    """Reserve room, also if the cluster has no such node now: a node may join or return.
+
+    Raises PlacementError after `placement_timeout`.
+    """
+    begun = time.monotonic()
+    while True:
+        limit_s = options.placement_timeout
+        left_s = None if limit_s is None else max(0.0, begun + limit_s - time.monotonic())
+        try:
+            return await reserve(replace(options, placement_timeout=left_s), progress, name)
+        except PlacementError:
+            if left_s == 0:
+                raise
+        await asyncio.sleep(_AGAIN_S)
+
+
+async def reserve_free(
+    options: Options, held: Sequence[Host], avoided: Collection[str], name: str
+) -> Placement | None:
+    """Reserve room for one host that is free at this moment; None if there is none, or if others wait for room.
+
+    `held` are the hosts that the launch has.
+    """
+    connection = Connection()
+    if queue.has_waiters() or await connection.call(_others_wait):
+        return None
+    nodes = await connection.call(inventory.live_nodes)
+    free = await connection.call(connection.inside, inventory.free_by_node)
+    leaving = await draining.deadlines(connection)
+    apart = {host.node.node_id for host in held if options.placement_strategy == "STRICT_SPREAD"}
+    for node in sorted(nodes, key=lambda node: (-node.gpus, -node.cpus)):
+        if node.node_id in {*avoided, *apart, *leaving} or not could_be_host(node, options):
+            continue
+        plan = _plan_on(node, held[0], options, nodes)
+        if plan is not None and is_in(plan.needed, free.get(node.node_id, {})):
+            placement = await _place_now(options, plan, name, connection)
+            if placement is not None:
+                return placement
+    return None
+
+
+def _plan_on(node: Node, like: Host, options: Options, nodes: Sequence[Node]) -> Plan | None:
+    """Return the plan of one host on this node; None if the node has nothing to count workers by."""
+    one = replace(in_place_of(like, options, ()), hostnames=[node.node_id])
+    try:
+        return resolve(one, nodes, node.node_id)
+    except (PlacementError, ValueError):
+        return None
+
+
+async def _place_now(
+    options: Options, plan: Plan, name: str, connection: Connection
+) -> Placement | None:
+    group = await placement_group.create(options, plan, orphans.group_name(name), connection)
+    try:
+        is_placed = await connection.call(group.wait, _PLACED_S)
+        hosts = await hosts_of(group, plan, connection) if is_placed else None
+    except BaseException:
+        removing = placement_group.remove_unplaced(group, connection)
+        await clean_up(removing, f"removing the placement group {name}")
+        raise
+    if hosts is None:
+        await placement_group.remove_unplaced(group, connection)
+        return None
+    return Placement(hosts, plan, group)
+
+
+def _others_wait() -> bool:
+    """Return True if some placement group of the cluster waits for resources that others hold."""
+    groups = untyped_ray.util.placement_group_table().values()
+    return any(
+        group["state"] == "PENDING" and group["stats"]["scheduling_state"] == "NO_RESOURCES"
+        for group in groups
+    )
