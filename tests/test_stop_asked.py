@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 import timeit
-from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.clusters.shifted_clock import compiler, shifted_clock
 from tests.conftest import RunScript
 from tests.processes import agent_pid, is_alive, note, wait_until
 from tests.soon import soon
+from torchrunx_ray.driver.running.attempt import Attempt
 from torchrunx_ray.wire.messages import StartMethod
 
 FAR_S = 500.0
@@ -262,15 +262,29 @@ def test_order_to_stop_has_the_request_with_it(
     test_cancel_asks_before_it_signals(pair, "fork", tmp_path)
 
 
-def test_request_before_the_function_is_called_is_seen(pair: trx.Launcher) -> None:
+def test_request_before_the_function_is_called_is_seen(
+    pair: trx.Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = Attempt.go
+
+    async def ask_and_go(attempt: Attempt, call: Any) -> None:
+        attempt.ask_to_stop("drain", FAR_S)
+        await go(attempt, call)
+
     def look() -> str | None:
         asked = trx.context().stop_asked
         return asked and asked.reason
 
-    run: Any = replace(pair, linger=0, preload=("torch",)).submit(look)
-    assert wait_until(lambda: run._progress.supervisor is not None, 60)
+    monkeypatch.setattr(Attempt, "go", ask_and_go)
+    assert list(pair.run(look)) == ["drain", "drain"]
+
+
+def test_all_hosts_are_asked(pair: trx.Launcher, tmp_path: Path) -> None:
+    launcher = replace(pair, hostnames=2, workers_per_host=1, placement_strategy="PACK")
+    run = launcher.submit(stop_when_asked, tmp_path)
+    assert are_ready(tmp_path)
     ask_to_stop(run, "drain", FAR_S)
-    assert list(run.result(timeout=60)) == ["drain", "drain"]
+    assert [asked.reason for asked, _ in run.result(timeout=60)] == ["drain", "drain"]
 
 
 def test_request_belongs_to_its_attempt(pair: trx.Launcher, tmp_path: Path) -> None:
@@ -284,8 +298,7 @@ def test_request_belongs_to_its_attempt(pair: trx.Launcher, tmp_path: Path) -> N
     assert are_ready(tmp_path)
     attempt = ask_to_stop(run, "drain", FAR_S)
     assert list(run.result(timeout=60)) == [None, None]
-    ask_late: Callable[[], None] = lambda: attempt.ask_to_stop("cancel", 0)  # noqa: E731
-    ask_late()  # the attempt is over, and nobody is told
+    attempt.ask_to_stop("cancel", 0)  # the attempt is over, and nobody is told
     assert attempt.stop_asked is not None
     assert attempt.stop_asked.reason == "drain"
 

@@ -57,8 +57,7 @@ class Agent:
         self._metrics = Metrics()
         self._mailbox = Mailbox(self._resume_output, self._metrics.hear)
         self._run: HostRun | None = None
-        self._early: defaultdict[messages.AttemptId, list[Callable[[HostRun], None]]]
-        self._early = defaultdict(list)
+        self._early = defaultdict[messages.AttemptId, list[Callable[[HostRun], None]]](list)
         """Orders to runs that have not begun. Ray may deliver them before `start`, whose argument takes time."""
         self._listening: socket.socket | None = None
         self._having_template = asyncio.Lock()

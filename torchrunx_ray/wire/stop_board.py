@@ -1,7 +1,7 @@
 """Requests to stop, in a page of memory that the agent writes and the workers of its host read.
 
 A request is one aligned word, which the processor writes and reads whole. So a reader never sees half of a request,
-although a later request replaces an earlier one without a lock. To look at the word needs no system call.
+although a later request replaces an earlier one without a lock. A look at the word costs no system call.
 """
 
 import ctypes
@@ -34,11 +34,6 @@ class StopAsked:
     """Time until which the function should have returned, in seconds since the epoch, on the clock of the worker's
     host (`time.time()`). None if no limit is known."""
 
-    @property
-    def _urgency(self) -> tuple[int, float]:
-        deadline = float("inf") if self.deadline is None else self.deadline
-        return _REASONS.index(self.reason), -deadline
-
 
 def asked_within(reason: StopReason, within_s: float | None) -> StopAsked:
     """Return a request with its deadline on this process's clock."""
@@ -47,7 +42,7 @@ def asked_within(reason: StopReason, within_s: float | None) -> StopAsked:
 
 def is_more_urgent(asked: StopAsked, than: StopAsked | None) -> bool:
     """Return True if a request replaces an earlier one: by a more urgent reason, or else by an earlier deadline."""
-    return than is None or asked._urgency > than._urgency  # pyright: ignore[reportPrivateUsage]  # not for users
+    return than is None or _urgency(asked) > _urgency(than)
 
 
 class StopBoard:
@@ -91,6 +86,11 @@ class StopReader:
             asked = _asked_of(word)
             self._last = word, asked
         return asked
+
+
+def _urgency(asked: StopAsked) -> tuple[int, float]:
+    deadline = float("inf") if asked.deadline is None else asked.deadline
+    return _REASONS.index(asked.reason), -deadline
 
 
 def _word_of(asked: StopAsked) -> int:
