@@ -60,7 +60,7 @@ class Agents:
         told = []
         for local_rank in ranks:
             told += [
-                messages.Finished(local_rank, now_ns(), 8),
+                messages.Finished(local_rank, now_ns(), 8, has_seen_stop=False),
                 messages.Exited(local_rank, local_rank, now_ns(), 0, None, 0),
             ]
         self._tell(index, wanted, [*told, messages.HostEnded(()), messages.OutputEnded()])

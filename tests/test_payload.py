@@ -327,7 +327,7 @@ def test_value_of_a_process_that_has_ended_is_not_taken(way: str) -> None:
     if pid == 0:
         packed = pack([("value", value)])
         own_memory = memory.open_own()
-        returned = messages.Returned(os.getpid(), 0, transfer.offer(packed))
+        returned = messages.Returned(os.getpid(), 0, transfer.offer(packed), False)
         offered_by.send(returned, [own_memory])
         os.read(0, 1) if way == "unwanted" else None
         os._exit(0)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         RemoteFailure,
         WorkerFailedError,
     )
+    from torchrunx_ray.wire.stop_board import StopAsked
     from torchrunx_ray.worker.function.context import Context, context
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "RemoteFailure",
     "Run",
     "Session",
+    "StopAsked",
     "WorkerFailedError",
     "__version__",
     "add_filter_to_handler",
@@ -68,6 +70,7 @@ _HOMES = {
     "Run": "torchrunx_ray.driver.run",
     "Session": "torchrunx_ray.driver.session",
     "AttemptRecord": "torchrunx_ray.driver.report.history",
+    "StopAsked": "torchrunx_ray.wire.stop_board",
     "Context": "torchrunx_ray.worker.function.context",
     "context": "torchrunx_ray.worker.function.context",
 }
@@ -76,7 +79,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "torchrunx_ray.errors")), name)
+    found = getattr(import_module(_HOMES.get(name, "torchrunx_ray.errors")), name)
+    globals()[name] = found  # a training loop may use `trx.context` in every step
+    return found
 
 
 def __dir__() -> list[str]:

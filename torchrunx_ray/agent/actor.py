@@ -5,6 +5,8 @@ import ctypes
 import os
 import signal
 import socket
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,6 +19,7 @@ from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Template
 from torchrunx_ray.wire import linux, messages, versions
 from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.stop_board import StopReason, asked_within
 from torchrunx_ray.wire.values.payload import Packed, carry_values_packed
 
 _ray: Any = ray  # most of its functions have no types
@@ -54,8 +57,8 @@ class Agent:
         self._metrics = Metrics()
         self._mailbox = Mailbox(self._resume_output, self._metrics.hear)
         self._run: HostRun | None = None
-        self._stopped_early: set[messages.AttemptId] = set()
-        self._outlasted_early: set[messages.AttemptId] = set()
+        self._early = defaultdict[messages.AttemptId, list[Callable[[HostRun], None]]](list)
+        """Orders to runs that have not begun. Ray may deliver them before `start`, whose argument takes time."""
         self._listening: socket.socket | None = None
         self._having_template = asyncio.Lock()
         self._claim = 0
@@ -120,12 +123,9 @@ class Agent:
         self._metrics.begins(now_ns())
         run = HostRun(wanted, self._template, self._mailbox, listening, self._ip)
         self._run = run
-        if run.attempt in self._stopped_early:
-            run.stop(0)
-        if run.attempt in self._outlasted_early:
-            run.others_have_ended()
-        self._stopped_early.clear()
-        self._outlasted_early.clear()
+        for order in self._early[run.attempt]:
+            order(run)
+        self._early.clear()
         await run.start(function, inserted)
 
     async def fork(self, attempt: messages.AttemptId) -> None:
@@ -164,20 +164,32 @@ class Agent:
             return {}
         return await self._run.stacks(wanted)
 
-    async def stop(self, attempt: messages.AttemptId, grace_s: float) -> None:
-        """End a run. Ray may deliver this call before `start`, whose argument takes time to arrive."""
+    async def ask_to_stop(
+        self, attempt: messages.AttemptId, reason: StopReason, within_s: float | None
+    ) -> None:
+        """Show the function a request to return within this time. Like `stop`, this may come early."""
+        asked = asked_within(reason, within_s)
+        if self._run is not None and self._run.attempt == attempt:
+            self._run.ask_to_stop(asked)
+        else:
+            self._early[attempt].append(lambda run: run.ask_to_stop(asked))
+
+    async def stop(
+        self, attempt: messages.AttemptId, grace_s: float, reason: StopReason | None
+    ) -> None:
+        """End a run. `reason` is the last one that the function was given, or None."""
         if self._run is not None and self._run.attempt == attempt:
             self._metrics.stops()
-            self._run.stop(grace_s)
+            self._run.stop(grace_s, reason)
         else:
-            self._stopped_early.add(attempt)
+            self._early[attempt].append(lambda run: run.stop(0))
 
     async def others_have_ended(self, attempt: messages.AttemptId) -> None:
         """Note that no worker of another host uses this host's store any more. Like `stop`, this may come early."""
         if self._run is not None and self._run.attempt == attempt:
             self._run.others_have_ended()
         else:
-            self._outlasted_early.add(attempt)
+            self._early[attempt].append(HostRun.others_have_ended)
 
     async def rest(self, claim: int, linger_s: float) -> None:
         """Wait for another run without holding resources; exit if none comes within `linger_s`."""

@@ -17,6 +17,7 @@ from torchrunx_ray.errors import OomKills, describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.ranks import Place, visible_gpus
+from torchrunx_ray.wire.stop_board import StopAsked, StopBoard, StopReason, asked_within
 from torchrunx_ray.wire.values.payload import Packed
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class HostRun:
         self._workers: dict[int, Worker] = {
             place.local_rank: Worker(place.local_rank, self._mailbox) for place in wanted.places
         }
+        self._stop_board = StopBoard()
         self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
         self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
         self._state = State.STARTING
@@ -118,11 +120,19 @@ class HostRun:
         for worker in self._workers.values():
             worker.resume_output()
 
-    def stop(self, grace_s: float) -> None:
+    def ask_to_stop(self, asked: StopAsked) -> None:
+        """Show a request to the function, also if it has not been called yet."""
+        if self._state is not State.ENDING:
+            self._stop_board.ask(asked)
+
+    def stop(self, grace_s: float, reason: StopReason | None = None) -> None:
         """Send SIGTERM to the workers, then SIGKILL after `grace_s`. With 0, send SIGKILL at once.
 
         A worker that has failed gets no SIGTERM: it is already exiting, and has `grace_s` for its exit functions.
+        `reason` is the reason of a request to the function, which Ray may deliver after this order.
         """
+        if reason is not None:
+            self.ask_to_stop(asked_within(reason, grace_s))
         self._fork_no_more()
         if grace_s > 0:
             self._signal(signal.SIGTERM, spare_failed=True)
@@ -212,7 +222,7 @@ class HostRun:
                 default_variables=self._default_variables(place),
                 cuda_device=cuda_device,
             ),
-            worker.fds,
+            [*worker.fds, self._stop_board.fd],
         )
         worker.give_fds_away()
         if isinstance(answer, messages.Forked):
@@ -249,6 +259,7 @@ class HostRun:
             return
         if all(worker.has_exited for worker in self._workers.values()):
             self._become(State.ENDING)
+            self._stop_board.close()
             self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:

@@ -154,7 +154,11 @@ class Worker:
         if packed is not None and self._is_wanted():
             self.has_outcome = True
             self._value.set_result(packed)
-            self._mailbox.put(messages.Finished(self.local_rank, returned.time_ns, packed.size))
+            self._mailbox.put(
+                messages.Finished(
+                    self.local_rank, returned.time_ns, packed.size, returned.has_seen_stop
+                )
+            )
             self._answer(messages.Taken())
 
     def _copy(self, returned: messages.Returned, fd: int) -> Packed | None:

@@ -5,14 +5,18 @@ even on a newer kernel.
 """
 
 import ctypes
+import mmap
 import os
 import platform
 import select
 from collections.abc import Iterable
+from typing import Any, NoReturn
 
 _PIDFD_OPEN = 434
 _MEMFD_CREATE = {"x86_64": 319, "aarch64": 279}
 _CLOSE_ON_EXEC = 1
+
+PAGE_SIZE = mmap.PAGESIZE
 
 
 def pidfd_open(pid: int) -> int:
@@ -40,9 +44,36 @@ def memory_file(name: str) -> int:
     return _call(_MEMFD_CREATE[platform.machine()], name.encode(), _CLOSE_ON_EXEC)
 
 
+def map_page(fd: int, *, is_writable: bool) -> int:
+    """Map the first page of a file, shared with all who map it, and return its address.
+
+    Python's own `mmap` would keep a copy of the descriptor open (before 3.13, always).
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+    address: int = _libc.mmap(None, PAGE_SIZE, protection, mmap.MAP_SHARED, fd, 0)
+    if address == _MAP_FAILED:
+        _raise_error()
+    return address
+
+
+def unmap_page(address: int) -> None:
+    _libc.munmap(address, PAGE_SIZE)
+
+
 def _call(number: int, *arguments: int | bytes) -> int:
-    result = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
+    result: int = _libc.syscall(number, *arguments)
     if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
+        _raise_error()
     return result
+
+
+def _raise_error() -> NoReturn:
+    error = ctypes.get_errno()
+    raise OSError(error, os.strerror(error))
+
+
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value

@@ -175,6 +175,8 @@ class Finished:
     time_ns: int
     size: int
     """Bytes of the value."""
+    has_seen_stop: bool
+    """True if the function has read a `stop_asked` that was set."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ class Returned:
     time_ns: int
     value: Spans | Layout
     """Place of the value in the worker's memory, or in the file."""
+    has_seen_stop: bool
+    """True if the function has read a `stop_asked` that was set."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +300,7 @@ class DropCall:
 
 @dataclass(frozen=True)
 class ForkWorker:
-    """Fork one worker. Descriptors: channel to the agent, stdout, stderr, records, stacks."""
+    """Fork one worker. Descriptors: channel to the agent, stdout, stderr, records, stacks, stop board."""
 
     worker: WorkerWanted
     place: Place

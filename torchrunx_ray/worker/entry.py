@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.stop_board import StopReader
 from torchrunx_ray.wire.title import set_title
 from torchrunx_ray.wire.values import tensors
 from torchrunx_ray.wire.values.payload import Packed
@@ -33,15 +34,15 @@ from torchrunx_ray.worker.function import (
 
 def main() -> NoReturn:
     """Start a worker with start_method "spawn". The command line has its descriptors."""
-    task_fd, channel_fd, records_fd, stacks_fd, call_fd = map(int, sys.argv[1:6])
+    task_fd, channel_fd, records_fd, stacks_fd, stop_fd, call_fd = map(int, sys.argv[1:7])
     with open(task_fd, "rb") as file:
         wanted, layout, sys_path, python_path = pickle.load(file)
     sys.path[:] = sys_path
     restore_python_path(python_path)
-    for fd in (channel_fd, records_fd, stacks_fd):
+    for fd in (channel_fd, records_fd, stacks_fd, stop_fd):
         os.set_inheritable(fd, False)
     channel = Channel.from_fd(channel_fd)
-    live(wanted, channel, records_fd, stacks_fd, map_file(call_fd, layout))
+    live(wanted, channel, records_fd, stacks_fd, stop_fd, map_file(call_fd, layout))
 
 
 def restore_python_path(python_path: str | None) -> None:
@@ -57,11 +58,12 @@ def live(
     channel: Channel,
     records_fd: int,
     stacks_fd: int,
+    stop_fd: int,
     values: list[Packed],
 ) -> NoReturn:
     """Run the worker and never return. One outcome is always reported, unless the process dies."""
     set_title(f"worker rank {wanted.place.rank}", wanted.worker.attempt.run_id)
-    context.begin(wanted)
+    context.begin(wanted, StopReader(stop_fd))
     _settle_in(wanted.worker.argv)
     logs.take_records(records_fd, wanted.worker.log_level)
     stacks.answer_on(stacks_fd)

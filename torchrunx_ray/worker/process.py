@@ -30,15 +30,17 @@ def become_worker(
 
     With start_method "spawn", a fresh interpreter does the rest (see `entry.main`).
     """
-    channel_fd, stdout_fd, stderr_fd, records_fd, stacks_fd = fds
+    channel_fd, stdout_fd, stderr_fd, records_fd, stacks_fd, stop_fd = fds
     os.setpgid(0, 0)
     process_tree.die_with(template_pid)
     _reset_signals()
     _take_streams(stdout_fd, stderr_fd)
     os.environ.update(wanted.default_variables | os.environ | wanted.variables)
     if start_method == "spawn":
-        _exec_fresh_interpreter(wanted, call.layout, (channel_fd, records_fd, stacks_fd, call.fd))
-    entry.live(wanted, Channel.from_fd(channel_fd), records_fd, stacks_fd, call.values())
+        passed_fds = (channel_fd, records_fd, stacks_fd, stop_fd, call.fd)
+        _exec_fresh_interpreter(wanted, call.layout, passed_fds)
+    channel = Channel.from_fd(channel_fd)
+    entry.live(wanted, channel, records_fd, stacks_fd, stop_fd, call.values())
 
 
 def _reset_signals() -> None:

@@ -8,6 +8,7 @@ from torchrunx_ray.driver.report.stacks import in_words
 from torchrunx_ray.errors import describe_exit
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.stop_board import StopReason
 
 HostEvent = messages.Event | NotJoined | ArgumentLost | DriverFailed
 
@@ -19,6 +20,11 @@ def begin(attempt: messages.AttemptId, ranks: Sequence[int], world_size: int) ->
 def begin_again(attempt: messages.AttemptId) -> str:
     """Return a line for the file of a worker that is started again."""
     return f"attempt {attempt.number} begins"
+
+
+def ask_to_stop(reason: StopReason, within_s: float | None) -> str:
+    until = "" if within_s is None else f", within {within_s:g} s"
+    return f'the function is asked to stop ("{reason}"){until}'
 
 
 def stop(grace_s: float) -> str:

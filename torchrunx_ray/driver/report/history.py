@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Why = Literal["returned", "failed", "host lost", "resized", "drained", "stopped"]
+"""Reasons for which an attempt ended. "host lost": a failure that began with the loss of a host."""
+
 
 @dataclass(frozen=True)
 class AttemptRecord:
@@ -14,7 +17,7 @@ class AttemptRecord:
     begun: float
     """Time at which the attempt began, in seconds since the epoch, as in the next field."""
     ended: float
-    why: Literal["returned", "failed"]
+    why: Why
     """Reason why the attempt ended."""
     failure: str | None
     """First failure, in one line."""

@@ -27,6 +27,7 @@ from torchrunx_ray.driver.running.stopping import Stopping
 from torchrunx_ray.driver.running.stragglers import Stragglers
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
+from torchrunx_ray.wire.stop_board import StopAsked, StopReason, asked_within, is_more_urgent
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -111,6 +112,11 @@ class Attempt:
         self._stopping = Stopping(self._shares, logs, self._chores)
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
+        self.stop_asked: StopAsked | None = None
+        """The current request to the function, on the driver's clock."""
+        self._stop_asked_ns = 0
+        self.has_seen_stop: set[int] = set()
+        """Ranks that have returned after they had read a request."""
         self._sizes: dict[tuple[int, int], int] = {}
         """Sizes of the values, by host index and local rank."""
         self._stacks = Stacks({})
@@ -203,6 +209,51 @@ class Attempt:
         """Kill the workers, and wait only a moment for their last output."""
         self._ask(Asked.TO_DIE)
 
+    @property
+    def ended_as_asked(self) -> StopReason | None:
+        """The reason of the request to stop if the attempt ended because of the request, else None.
+
+        Functions that returned without a look at the request have done their work.
+        """
+        if self.stop_asked is None:
+            return None
+        if (failures := self.failures) is not None:
+            was_asked = failures.first_ns >= self._stop_asked_ns
+        else:
+            have_all_returned = len(self._timeline.finished) == len(self._crew.places)
+            was_asked = bool(self.has_seen_stop) or not have_all_returned
+        return self.stop_asked.reason if was_asked else None
+
+    def ask_to_stop(self, reason: StopReason, within_s: float | None) -> bool:
+        """Ask the function to return. After `within_s`, unless it is None, stop the workers that are left.
+
+        Does nothing and returns False if the last request is as urgent. A more urgent request has its own time.
+        """
+        if (asked := self._tell_function(reason, within_s)) is None:
+            return False
+        for share in self._shares:
+            who = self._crew.speaker(share.index, None)
+            self._logs.tell(who, host_story.ask_to_stop(reason, within_s), now_ns() / 1e9)
+        if within_s is not None:
+            self._chores.later(within_s, self._stop_if_last, asked)
+        return True
+
+    def _tell_function(self, reason: StopReason, within_s: float | None) -> StopAsked | None:
+        """Pass a request on to all hosts and return it; None if the last request is as urgent."""
+        asked = asked_within(reason, within_s)
+        if self._phase is Phase.ENDED or not is_more_urgent(asked, self.stop_asked):
+            return None
+        self.stop_asked = asked
+        self._stop_asked_ns = self._stop_asked_ns or now_ns()
+        for share in self._shares:
+            if not share.is_over and share.agent.connection.is_ours():
+                share.ask_to_stop(reason, within_s)
+        return asked
+
+    def _stop_if_last(self, asked: StopAsked) -> None:
+        if self.stop_asked is asked:
+            self._stop(self._options.shutdown_timeout)
+
     def _ask(self, asked: Asked) -> None:
         if asked <= self._asked:
             return
@@ -284,8 +335,11 @@ class Attempt:
             case messages.Started():
                 share.ranks_by_pid[event.pid] = self._crew.rank(share.index, event.local_rank)
             case messages.Finished():
+                rank = self._crew.rank(share.index, event.local_rank)
                 self._sizes[share.index, event.local_rank] = event.size
-                self._stragglers.has_returned(self._crew.rank(share.index, event.local_rank))
+                self._stragglers.has_returned(rank)
+                if event.has_seen_stop:
+                    self.has_seen_stop.add(rank)
                 self._ledger.look_for_others(self._timeline.finished)
             case messages.Failed():
                 self._fail(share, event.local_rank, event.time_ns, event)
@@ -436,8 +490,10 @@ class Attempt:
         self._stop(self._options.shutdown_timeout)
 
     async def _look_and_stop(self) -> None:
+        grace_s = self._options.shutdown_timeout
+        self._tell_function("cancel", self._stopping.grace_left_s(grace_s))
         self.stacks_at_stop = await self._look(_STACKS_AT_CANCEL)
-        self._stop(self._options.shutdown_timeout)
+        self._stop(grace_s)
 
     async def _look(self, wanted: messages.StacksWanted) -> Stacks:
         """Return the workers' stacks. A bug here must not prevent the stop of the workers."""

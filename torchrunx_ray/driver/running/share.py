@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.agents.pool import AgentState, PooledAgent
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
 from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.stop_board import StopReason
 
 
 class ShareState(enum.IntEnum):
@@ -52,11 +53,14 @@ class Share:
         """References to the values by local rank, once the link has ended."""
         self._attempt = attempt
         self._watching: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self.has_ended_clean = False
         """True if the agent has reported that no process of the attempt is left."""
         self.has_agent_died = False
         """True if the agent's process is gone, with which its keepers end all processes of the attempt."""
+        self._stop_reason: StopReason | None = None
+        """Reason of the last request to the function, which the order to stop repeats in case it arrives first."""
         self.is_deaf = False
         """True if the agent has not answered the last call to stop its workers."""
 
@@ -88,6 +92,13 @@ class Share:
         self._watching = asyncio.create_task(work)
         return self._watching
 
+    def ask_to_stop(self, reason: StopReason, within_s: float | None) -> None:
+        """Pass a request to the function on to the agent."""
+        if self._asking is not None:
+            self._asking.cancel()
+        self._stop_reason = reason
+        self._asking = asyncio.create_task(self._tell_to_ask(reason, within_s))
+
     def stop(self, grace_s: float) -> None:
         """Tell the agent to stop its workers."""
         if self._stopping is not None:
@@ -101,12 +112,20 @@ class Share:
         self.close()
 
     def close(self) -> None:
-        for task in (self._watching, self._stopping):
+        for task in (self._watching, self._asking, self._stopping):
             if task is not None:
                 task.cancel()
-        self._watching = self._stopping = None
+        self._watching = self._asking = self._stopping = None
 
     async def _tell_to_stop(self, grace_s: float) -> None:
         with contextlib.suppress(RayError, ClusterLeft):  # the link reports the reason
-            await self.agent.connection.ask(self.agent.calls.stop, self._attempt, grace_s)
+            await self.agent.connection.ask(
+                self.agent.calls.stop, self._attempt, grace_s, self._stop_reason
+            )
             self.is_deaf = False
+
+    async def _tell_to_ask(self, reason: StopReason, within_s: float | None) -> None:
+        with contextlib.suppress(RayError, ClusterLeft):  # the link reports the reason
+            await self.agent.connection.ask(
+                self.agent.calls.ask_to_stop, self._attempt, reason, within_s
+            )

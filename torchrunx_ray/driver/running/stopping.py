@@ -73,6 +73,12 @@ class Stopping:
         """Return the time after which a stopped attempt has ended, at the latest."""
         return grace_s + _LAST_WORDS_S
 
+    def grace_left_s(self, grace_s: float) -> float:
+        """Return the time until SIGKILL if `stop` is called now with this grace time."""
+        if self.order is None:
+            return grace_s
+        return min(grace_s, max(0.0, self.order.kills_at - asyncio.get_running_loop().time()))
+
     def has_sent(self, signal_number: int | None, died_at_ns: int) -> bool:
         """Return True if an order may have sent the signal that ended a worker."""
         if self.order is None or died_at_ns <= self.order.first_ns:

@@ -16,13 +16,14 @@ from torchrunx_ray.driver.cluster.connection import Connection
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.report.failures import Failures
-from torchrunx_ray.driver.report.history import AttemptRecord
+from torchrunx_ray.driver.report.history import AttemptRecord, Why
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.running.attempt import Attempt
 from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.hosts import Hosts
+from torchrunx_ray.driver.running.watch import Watch
 from torchrunx_ray.errors import LaunchError, counted
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import AttemptId
@@ -128,14 +129,15 @@ class Supervisor:
         while True:
             failures: Failures | None = None
             try:
-                self._begin_reserves()
-                await attempt.go(self._call)
+                await self._go(attempt)
                 failures = attempt.failures
-                self._note_end(crew, failures)
-                verdict = await self._verdict(attempt, failures)
+                why = await self._why_ended(attempt)
+                self._note_end(crew, failures, why)
+                verdict = await self._verdict(attempt, why)
                 if verdict is Verdict.END:
                     return attempt
-                await self._back_off(verdict)
+                await self._back_off(why)
+                await to_the_end(self._hosts.give_up(attempt.broken))
                 crew, backend = await self._hosts.assemble(
                     self._call.template, self._progress, is_fresh=False
                 )
@@ -155,18 +157,24 @@ class Supervisor:
             self._asked_about = None
             attempt = self._begin_attempt(crew, backend, logs)
 
-    def _begin_reserves(self) -> None:
-        """Look for spares, and for hosts that may join, while the attempt goes on."""
-        options, hosts = self._options, self._hosts
-        if not (options.spares or options.is_elastic):
-            return
-        now = asyncio.get_running_loop().time
-        may_grow_at = now() + options.resize_interval
+    async def _go(self, attempt: Attempt) -> None:
+        """Run an attempt, and watch the hosts meanwhile."""
+        options = self._options
+        watch = Watch(self._call.run_name, attempt, self._hosts, options)
+        if options.spares or options.is_elastic:
+            name, template = self._call.run_name, self._call.template
+            self._hosts.reserves.begin(name, template, watch.reserves_wanted)
+        watching = asyncio.create_task(watch.watch()) if self._may_go_on else None
+        try:
+            await attempt.go(self._call)
+        finally:
+            if watching is not None:
+                watching.cancel()
 
-        def wanted() -> int:
-            return options.spares + (hosts.missing if now() >= may_grow_at else 0)
-
-        hosts.reserves.begin(self._call.run_name, self._call.template, wanted)
+    @property
+    def _may_go_on(self) -> bool:
+        """True if another attempt may follow the first one."""
+        return self._options.max_restarts > 0 or self._options.is_elastic
 
     async def _leave_hosts(self) -> None:
         await self._hosts.reserves.pause()
@@ -182,7 +190,7 @@ class Supervisor:
         )
         return self._attempt
 
-    def _note_end(self, crew: Crew, failures: Failures | None) -> None:
+    def _note_end(self, crew: Crew, failures: Failures | None, why: Why) -> None:
         self._records.append(
             AttemptRecord(
                 number=len(self._records),
@@ -190,7 +198,7 @@ class Supervisor:
                 world_size=len(crew.places),
                 begun=self._begun,
                 ended=time.time(),
-                why="returned" if failures is None else "failed",
+                why=why,
                 failure=None if failures is None else failures.in_brief,
             )
         )
@@ -198,23 +206,31 @@ class Supervisor:
     def _with_attempts(self, failures: Failures, remark: str = "") -> Failures:
         return dataclasses.replace(failures, attempts=tuple(self._records), remark=remark)
 
-    async def _verdict(self, attempt: Attempt, failures: Failures | None) -> Verdict:
-        """Decide if the workers are to be started again. Raises the error of `restart_if`."""
-        if attempt.was_cancelled or failures is None:
-            return Verdict.END
-        # A worker on a host that is cut off might write beside its replacement.
-        if not attempt.is_surely_over:
-            return Verdict.END
-        if attempt.broken and self._options.is_elastic:
+    async def _why_ended(self, attempt: Attempt) -> Why:
+        if attempt.was_cancelled:
+            return "stopped"
+        if (reason := attempt.ended_as_asked) is not None:
+            return "resized" if reason == "resize" else "drained"
+        if attempt.failures is None:
+            return "returned"
+        if self._may_go_on and attempt.broken:
             await to_the_end(self._hosts.give_up(attempt.broken))
             if await self._hosts.has_lost_some():
-                return Verdict.GO_ON
-        if self._restarts >= self._options.max_restarts or not failures.may_go_away:
+                return "host lost"
+        return "failed"
+
+    async def _verdict(self, attempt: Attempt, why: Why) -> Verdict:
+        """Decide if the workers are to be started again. Raises the error of `restart_if`."""
+        # A worker on a host that is cut off might write beside its replacement.
+        if why in ("returned", "stopped") or not attempt.is_surely_over:
             return Verdict.END
-        if not await self._user_agrees(failures):
+        if why in ("resized", "drained") or (why == "host lost" and self._options.is_elastic):
+            return Verdict.GO_ON
+        failures = attempt.failures
+        may_restart = self._restarts < self._options.max_restarts
+        if failures is None or not (may_restart and failures.may_go_away):
             return Verdict.END
-        await to_the_end(self._hosts.give_up(attempt.broken))
-        return Verdict.RESTART
+        return Verdict.RESTART if await self._user_agrees(failures) else Verdict.END
 
     async def _user_agrees(self, failures: Failures) -> bool:
         """Ask `restart_if`. Raises its error."""
@@ -230,32 +246,28 @@ class Supervisor:
                 del answer  # it refers to this frame
         return answer
 
-    async def _back_off(self, verdict: Verdict) -> None:
-        """Wait before another attempt if hosts are lost again and again, since such losses are not counted."""
-        if (
-            verdict is Verdict.RESTART
-            or self._records[-1].ended - self._records[-1].begun > _CALM_S
-        ):
-            self._losses = 0
-            return
-        self._losses += 1
+    async def _back_off(self, why: Why) -> None:
+        """Wait before another attempt if hosts are lost again and again, since such losses may not count."""
+        last = self._records[-1]
+        self._losses = self._losses + 1 if why == "host lost" else 0
+        if last.ended - last.begun > _CALM_S:
+            self._losses = 1
         if self._losses > 1:
             await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE_S * 2 ** (self._losses - 2)))
 
     def _tell_of_restart(self, verdict: Verdict, failures: Failures | None, crew: Crew) -> None:
-        counts = f"restart {self._restarts} of {self._options.max_restarts}"
-        what = (
-            counts if verdict is Verdict.RESTART else f"attempt {len(self._records)}, not counted"
-        )
-        after_s = 0.0 if failures is None else (now_ns() - failures.first_ns) / 1e9
+        name, last = self._call.run_name, self._records[-1]
+        hosts = ", ".join(host.label for host in crew.hosts)
+        on = f"with {counted(len(crew.places), 'worker')} on {hosts}"
+        if failures is None:
+            logger.info("%s was %s, and goes on %s", name, last.why, on)
+            return
+        what = "goes on"
+        if verdict is Verdict.RESTART:
+            what = f"restart {self._restarts} of {self._options.max_restarts}"
+        after_s = (now_ns() - failures.first_ns) / 1e9
         logger.warning(
-            "%s: %s, %.2f s after the failure, with %s on %s\n  %s",
-            self._call.run_name,
-            what,
-            after_s,
-            counted(len(crew.places), "worker"),
-            ", ".join(host.label for host in crew.hosts),
-            "" if failures is None else failures.in_brief,
+            "%s: %s, %.2f s after the failure, %s\n  %s", name, what, after_s, on, failures.in_brief
         )
 
     async def _drain(self, logs: RunLogs) -> None:

@@ -22,7 +22,7 @@ from torchrunx_ray.wire.values.culprit import users_part
 from torchrunx_ray.wire.values.exceptions import dump_exception, own, text_of
 from torchrunx_ray.wire.values.payload import Packed, pack
 from torchrunx_ray.wire.values.transfer import Layout, Spans
-from torchrunx_ray.worker.function import exits
+from torchrunx_ray.worker.function import context, exits
 
 _TWICE_NOTE = (
     "torchrunx_ray made a process group before it called the function. To make your own, launch with "
@@ -108,7 +108,8 @@ def _as_file(packed: Packed) -> tuple[Layout, int]:
 
 def _hand_over(channel: Channel, time_ns: int, value: Spans | Layout, fd: int) -> object:
     """Send the value; return the agent's answer, or None if the agent is gone and this process is about to end."""
-    channel.send(messages.Returned(os.getpid(), time_ns, value), [fd])
+    returned = messages.Returned(os.getpid(), time_ns, value, context.has_seen_stop())
+    channel.send(returned, [fd])
     os.close(fd)
     with contextlib.suppress(EOFError, ConnectionResetError):
         return channel.receive()[0]
