@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -13,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 import torchrunx_ray as trx
 from tests.clusters.raylets import raylets
-from tests.processes import above, is_alive, note, wait_until
+from tests.processes import above, command_line, is_alive, note, wait_until
 from torchrunx_ray.driver.run import Run
 
 
@@ -154,3 +157,95 @@ def test_spare_takes_the_place_of_a_killed_agent_whose_host_becomes_the_spare(
     assert list(run.spares) != [spare]
     finish(run, tmp_path, 1)
     assert took_s < 4
+
+
+def run_until_asked(folder: Path) -> tuple[int, int, str | None]:
+    """Note this rank of this attempt, and return when asked to stop, or when somebody says so."""
+    context = trx.context()
+    note(folder / f"{context.attempt}.{context.rank}", f"{raylet_of(os.getpid())} {os.getpid()}")
+    while not (folder / f"return {context.attempt}").exists():
+        if (asked := context.stop_asked) is not None:
+            note(
+                folder / f"asked {context.attempt}",
+                f"{asked.reason} {asked.deadline} {time.time()}",
+            )
+            break
+        time.sleep(0.01)
+    return context.attempt, context.world_size, None if asked is None else asked.reason
+
+
+@pytest.fixture
+def growing(head: Cluster) -> Iterator[Cluster]:
+    """A cluster with one node, to which tests add others."""
+    for node in list(head.worker_nodes):
+        head.remove_node(node)
+    assert wait_until(lambda: not ids(), 60)
+    head.add_node(num_cpus=2)
+    yield head
+    assert wait_until(lambda: ray.available_resources().get("CPU", 0) == 2 * len(ids()), 30)
+
+
+def test_elastic_run_grows_when_a_node_joins(growing: Cluster, tmp_path: Path) -> None:
+    launcher = trx.Launcher(
+        hostnames=(1, 3), workers_per_host=1, cpus_per_worker=2, resize_interval=1
+    )
+    run = launcher.submit(run_until_asked, tmp_path)
+    assert wait_until(lambda: len(started(tmp_path, 0)) == 1, 60)
+    growing.add_node(num_cpus=2)
+    joined_at = time.monotonic()
+    assert wait_until(lambda: len(started(tmp_path, 1)) == 2, 60)
+    took_s = time.monotonic() - joined_at
+    (tmp_path / "return 1").touch()
+    result = run.result(timeout=60)
+
+    assert list(result) == [(1, 2, None), (1, 2, None)]
+    assert (tmp_path / "asked 0").read_text().startswith("resize ")
+    assert started(tmp_path, 1)[0][0] == started(tmp_path, 0)[0][0]
+    assert [(each.why, each.world_size) for each in result.attempts] == [
+        ("resized", 1),
+        ("returned", 2),
+    ]
+    assert took_s < 10
+
+
+def test_drained_node_is_left_in_time_and_not_counted(three: Cluster, tmp_path: Path) -> None:
+    launcher = trx.Launcher(
+        hostnames=2, workers_per_host=1, cpus_per_worker=2, max_restarts=1, shutdown_timeout=2
+    )
+    run = launcher.submit(run_until_asked, tmp_path)
+    assert wait_until(lambda: len(started(tmp_path, 0)) == 2, 60)
+    first = started(tmp_path, 0)
+    drain(node_of(first[1][0]), within_s=20)
+    assert wait_until(lambda: len(started(tmp_path, 1)) == 2, 60)
+    (tmp_path / "return 1").touch()
+    result = run.result(timeout=60)
+
+    reason, deadline, asked_at = (tmp_path / "asked 0").read_text().split()
+    assert reason == "drain"
+    assert 10 < float(deadline) - float(asked_at) <= 18
+    second = started(tmp_path, 1)
+    assert second[0][0] == first[0][0]
+    assert second[1][0] not in {first[0][0], first[1][0]}
+    assert [each.why for each in result.attempts] == ["drained", "returned"]
+    three.remove_node(next(node for node in three.worker_nodes if raylet_pid(node) == first[1][0]))
+
+
+def node_of(raylet: int) -> str:
+    (node_id,) = (
+        word[len("--node_id=") :]
+        for word in command_line(raylet).split()
+        if word.startswith("--node_id=")
+    )
+    return node_id
+
+
+def raylet_pid(node: Any) -> int:
+    return node.all_processes["raylet"][0].process.pid
+
+
+def drain(node_id: str, within_s: int) -> None:
+    address = ray.get_runtime_context().gcs_address
+    options = ["--address", address, "--node-id", node_id, "--reason-message", "a test"]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", *options, *reason]
+    subprocess.run([*command, "--deadline-remaining-seconds", str(within_s)], check=True)
