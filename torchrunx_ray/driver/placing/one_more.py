@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from torchrunx_ray.driver.cluster import draining, inventory, orphans
@@ -74,11 +74,11 @@ async def reserve_when_there(options: Options, progress: Progress, name: str) ->
 
 
 async def reserve_free(
-    options: Options, held: Sequence[Host], avoided: Collection[str], name: str
+    options: Options, held: Sequence[Host], avoided: Collection[str], name: Callable[[], str]
 ) -> Placement | None:
     """Reserve room for one host that is free at this moment; None if there is none, or if others wait for room.
 
-    `held` are the hosts that the launch has.
+    `held` are the hosts that the launch has. `name` returns the name of a new placement group.
     """
     connection = Connection()
     if queue.has_waiters() or await connection.call(_others_wait):
@@ -92,7 +92,7 @@ async def reserve_free(
             continue
         plan = _plan_on(node, held[0], options, nodes)
         if plan is not None and is_in(plan.needed, free.get(node.node_id, {})):
-            placement = await _place_now(options, plan, name, connection)
+            placement = await _place_now(options, plan, name(), connection)
             if placement is not None:
                 return placement
     return None

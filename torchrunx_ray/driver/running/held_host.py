@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import enum
 import logging
+from collections.abc import Collection
 
 from ray.exceptions import RayError
 
@@ -59,6 +60,9 @@ class HeldHost:
     @property
     def node_id(self) -> str:
         return self.host.node.node_id
+
+    def has_one_of(self, agents: Collection[PooledAgent]) -> bool:
+        return self._agent in agents
 
     async def meet(self, template: TemplateWanted, *, listen: bool) -> Met:
         """Claim an agent on this host, and replace an agent that died since its last run."""

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayError
 
+from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster import draining
 from torchrunx_ray.driver.cluster.connection import Connection
@@ -109,9 +110,9 @@ class Hosts:
             hosts, agents = [each.host for each in members], [each.agent for each in members]
             return Crew(hosts, agents, met, gpu_ids), members[0].placement.backend
 
-    async def give_up(self, indices: Collection[int]) -> None:
-        """End the agents that a run has lost, even if cancelled meanwhile: nothing else refers to them."""
-        members = [self._roster.members[i] for i in indices]
+    async def give_up(self, agents: Collection[PooledAgent]) -> None:
+        """End agents that a run has lost, even if cancelled meanwhile: nothing else refers to them."""
+        members = [member for member in self._roster.members if member.has_one_of(agents)]
         if ending := [asyncio.create_task(member.give_up_agent()) for member in members]:
             await to_the_end(asyncio.wait(ending))
 
@@ -173,7 +174,7 @@ class Hosts:
             if member in lost and (host := self.reserves.take() or await self._roster.moved()):
                 members[i] = host
         holes = [i for i, member in enumerate(members) if member in lost]
-        least = self._options.least_hosts or 1
+        least = self._options.least_hosts or (len(members) if self._options.names_its_hosts else 1)
         awaited = holes[: max(0, least - (len(members) - len(holes)))]
         filled = await _all_or_first_error(
             [self._await_host(members[i], progress) for i in awaited]

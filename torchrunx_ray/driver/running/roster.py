@@ -1,6 +1,7 @@
 """All hosts of a launch, with their placement groups, and what Ray says of them."""
 
 import asyncio
+import functools
 import itertools
 import time
 from dataclasses import replace
@@ -70,7 +71,9 @@ class Roster:
     async def recruit(self, name: str) -> HeldHost | None:
         """Reserve room for one host that is free at this moment; None if there is none."""
         held: list[Host] = [host.host for host in self.all]
-        placement = await reserve_free(self._options, held, self.shunned, self.group_name(name))
+        placement = await reserve_free(
+            self._options, held, self.shunned, functools.partial(self.group_name, name)
+        )
         return None if placement is None else self.add(placement)
 
     async def lost(self) -> dict[HeldHost, str]:

@@ -35,6 +35,7 @@ class Watch:
         """Ask the function to stop when it should. A failure to learn of this does not end the run."""
         with contextlib.suppress(ClusterLeft):  # the links to the agents report this
             while True:
+                await self._until_news()
                 try:
                     await self._look()
                 except ClusterLeft:
@@ -43,7 +44,6 @@ class Watch:
                     logger.debug(
                         "%s: could not look for draining hosts", self._run_name, exc_info=error
                     )
-                await self._until_news()
 
     @property
     def _may_grow(self) -> bool:
