@@ -3,8 +3,7 @@
 import asyncio
 import dataclasses
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ray.exceptions import RayError
 
@@ -14,8 +13,9 @@ from torchrunx_ray.driver.call.pack_call import Call
 from torchrunx_ray.driver.cluster.connection import Connection
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output.run_logs import RunLogs
+from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.driver.report.failures import Failures
-from torchrunx_ray.driver.report.history import AttemptRecord
+from torchrunx_ray.driver.report.history import Why
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.report.stacks import Stacks
@@ -24,7 +24,7 @@ from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.errors import LaunchError, counted
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.messages import AttemptId
+from torchrunx_ray.wire.messages import AttemptId, Restarted
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -45,9 +45,7 @@ class Supervisor:
         self._options = options
         self._call = call
         self._progress = progress
-        self._records: list[AttemptRecord] = []
-        self._begun = 0.0
-        """Time at which the current attempt began, in seconds since the epoch."""
+        self._history = progress.history
         self._asked_about: Failures | None = None
         """Failures that end the run, if `restart_if` was asked about them, or no restart was possible."""
 
@@ -81,6 +79,7 @@ class Supervisor:
                 try:
                     attempt = await self._until_last(attempt, crew, backend, logs)
                 finally:
+                    progress.between = ""
                     await self._drain(logs)
                 outcome = self._asked_about or await attempt.outcome()
             finally:
@@ -91,10 +90,9 @@ class Supervisor:
                 await to_the_end(self._hosts.drop(self._attempt.broken))
         if isinstance(outcome, Failures):
             return outcome if outcome is self._asked_about else self._with_attempts(outcome)
-        hostnames = self._records[-1].hostnames
-        return LaunchResult(
-            hostnames, outcome, timeline, progress.log_directory, tuple(self._records)
-        )
+        attempts = self._history.attempts
+        hostnames = attempts[-1].hostnames
+        return LaunchResult(hostnames, outcome, timeline, progress.log_directory, attempts)
 
     async def _until_last(
         self, attempt: Attempt, crew: Crew, backend: str | None, logs: RunLogs
@@ -103,12 +101,11 @@ class Supervisor:
         while True:
             failures: Failures | None = None
             try:
-                await attempt.go(self._call)
-                failures = attempt.failures
-                self._note_end(crew, failures)
+                failures = await self._go(attempt)
                 if failures is None or not await self._is_to_go_on(attempt, failures):
                     return attempt
                 await to_the_end(self._hosts.drop(attempt.broken))
+                hosts_before = crew.hosts
                 crew, backend = await self._hosts.assemble(
                     self._call.template, self._progress, is_fresh=False, may_move=False
                 )
@@ -125,38 +122,52 @@ class Supervisor:
             logs.expect(crew.speakers)
             self._tell_of_restart(failures, crew)
             self._asked_about = None
-            attempt = self._begin_attempt(crew, backend, logs)
+            restarted = _restarted(failures, hosts_before, crew.hosts)
+            attempt = self._begin_attempt(crew, backend, logs, restarted)
 
-    def _begin_attempt(self, crew: Crew, backend: str | None, logs: RunLogs) -> Attempt:
-        number = len(self._records)
+    async def _go(self, attempt: Attempt) -> Failures | None:
+        """Await an attempt, and note its end. Return its failures."""
+        why: Why = "failed"  # also if a bug of the driver ends the attempt
+        try:
+            await attempt.go(self._call)
+            why = "returned" if attempt.failures is None else "failed"
+        except asyncio.CancelledError:
+            why = "stopped"
+            raise
+        finally:
+            failures = attempt.failures_before_stop
+            self._history.end(why, None if failures is None else failures.in_brief)
+        return failures
+
+    def _begin_attempt(
+        self,
+        crew: Crew,
+        backend: str | None,
+        logs: RunLogs,
+        restarted: Restarted | None = None,
+    ) -> Attempt:
+        number = len(self._history.attempts)
         id_ = AttemptId(self._call.run_name, number)
         logs.begin_attempt(id_)
-        self._begun = time.time()
         self._attempt = Attempt(
-            id_, self._options, crew, backend, self._progress.timeline, logs, number
+            id_, self._options, crew, backend, self._progress.timeline, logs, number, restarted
         )
+        self._history.begin(crew.hostnames, len(crew.places))
+        progress = self._progress
+        progress.workers = self._attempt.workers
+        progress.restart = f"restart {number} of {self._options.max_restarts}" if number else ""
+        progress.between = ""
         return self._attempt
 
-    def _note_end(self, crew: Crew, failures: Failures | None) -> None:
-        self._records.append(
-            AttemptRecord(
-                number=len(self._records),
-                hostnames=tuple(host.label for host in crew.hosts),
-                world_size=len(crew.places),
-                begun=self._begun,
-                ended=time.time(),
-                why="returned" if failures is None else "failed",
-                failure=None if failures is None else failures.in_brief,
-            )
-        )
-
     def _with_attempts(self, failures: Failures, remark: str = "") -> Failures:
-        return dataclasses.replace(failures, attempts=tuple(self._records), remark=remark)
+        return dataclasses.replace(failures, attempts=self._history.attempts, remark=remark)
 
     async def _is_to_go_on(self, attempt: Attempt, failures: Failures) -> bool:
         """Return True if the workers are to be started again. Raises the error of `restart_if`."""
-        if attempt.was_cancelled or len(self._records) > self._options.max_restarts:
+        if attempt.was_cancelled or len(self._history.attempts) > self._options.max_restarts:
             return False
+        workers = counted(self._history.attempts[-1].world_size, "worker")
+        self._progress.between = f"restarting {workers}"
         # A worker on a host that is cut off might write beside its replacement.
         is_safe = attempt.is_surely_over and await self._hosts.are_surely_whole()
         if not (is_safe and failures.may_go_away):
@@ -165,7 +176,9 @@ class Supervisor:
             return True
         # This object makes its exception once, so that the launch raises what `restart_if` was given.
         self._asked_about = failures = self._with_attempts(failures)
+        self._progress.between = "asking restart_if"
         answer = await in_thread(_answer, self._options.restart_if, failures)
+        self._progress.between = f"restarting {workers}"
         if isinstance(answer, BaseException):
             try:
                 raise answer from failures.exception
@@ -178,7 +191,7 @@ class Supervisor:
         logger.warning(
             "%s: restart %d of %d, %.2f s after the failure, with %s on %s\n  %s",
             self._call.run_name,
-            len(self._records),
+            len(self._history.attempts),
             self._options.max_restarts,
             after_s,
             counted(len(crew.places), "worker"),
@@ -205,6 +218,13 @@ class Supervisor:
                 self._call.run_name,
                 attempt.failures.in_brief,
             )
+
+
+def _restarted(failures: Failures, old: Sequence[Host], new: Sequence[Host]) -> Restarted:
+    """Return the reason for an attempt on the `new` hosts, after the failures of an attempt on the `old` hosts."""
+    still_there = {host.node.node_id for host in new}
+    hosts_lost = sum(host.node.node_id not in still_there for host in old)
+    return Restarted("host" if hosts_lost else failures.kind, hosts_lost)
 
 
 def _answer(
