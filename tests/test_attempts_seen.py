@@ -16,14 +16,19 @@ from torch.distributed.elastic.agent.server import api
 
 import torchrunx_ray as trx
 from tests.processes import above, is_alive, note, parent, wait_until
+from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.output.speaker import Speaker
 from torchrunx_ray.driver.output.to_files import ToFiles
+from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.driver.report import timeline as timelines
+from torchrunx_ray.driver.report.failures import Failure, Failures
 from torchrunx_ray.driver.report.history import History
+from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.report.trace import write_trace
 from torchrunx_ray.driver.report.workers import WorkerState
+from torchrunx_ray.driver.running.supervisor import _restarted
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.ranks import lay_out
 
@@ -444,3 +449,18 @@ async def test_files_of_a_host_that_comes_later_say_where_it_begins(tmp_path: Pa
         "c[0]": ["attempt 1 begins as rank 0", "rank 0 speaks"],
         "c[1]": ["attempt 1 begins as rank 1", "rank 1 speaks"],
     }
+
+
+def test_lost_hosts_are_those_whose_node_the_next_attempt_does_not_have() -> None:
+    def hosts(*names: str) -> list[Host]:
+        return [Host(node_of(name), name, 1, {}, 0) for name in names]
+
+    def node_of(name: str) -> Node:
+        return Node(name, name, "", {}, {})
+
+    death = messages.Died(messages.Exited(0, 1, 0, None, signal.SIGKILL, 0), (), None)
+    failures = Failures([Failure(0, "b", 1, death)], [], Stacks({}), None)
+    same = _restarted(failures, hosts("a", "b"), hosts("a", "b"))
+    assert same == messages.Restarted("death", 0)
+    lost = _restarted(failures, hosts("a", "b", "c"), hosts("a", "d"))
+    assert lost == messages.Restarted("host", 2)
