@@ -354,6 +354,25 @@ def test_trace_has_all_attempts_beside_each_other(patient: trx.Launcher, tmp_pat
     assert sorted(names) == ["attempts", "phases", "rank 0", "rank 1", "template"]
 
 
+def test_trace_has_the_import_of_each_template_once(cluster: None, tmp_path: Path) -> None:
+    def die_with_template() -> None:
+        attempt = trx.context().attempt
+        if attempt == 0:
+            raise ValueError
+        if attempt == 1:
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(1000)
+
+    launcher = trx.Launcher(
+        workers_per_host=1, backend=None, preload=("colorsys",), max_restarts=3, linger=0
+    )
+    launcher.run(die_with_template).timeline(tmp_path / "trace.json")
+
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    first, second = [event for event in events if event["name"] == "import"]
+    assert first["ts"] + first["dur"] < second["ts"]
+
+
 def test_trace_of_attempts_on_other_hosts_has_each_host_once(tmp_path: Path) -> None:
     timeline, history = Timeline(), History()
     for hostnames in (["a", "b"], ["c", "b", "d"]):

@@ -45,29 +45,35 @@ def _of_driver(timeline: Timeline, attempts: Sequence[AttemptRecord]) -> Iterato
 
 
 def _of_hosts(timeline: Timeline, attempts: Sequence[AttemptRecord]) -> Iterator[TraceEvent]:
-    processes: dict[str, int] = {}
+    """Yield the steps of all ranks. A host or rank that is in several attempts has one row."""
+    hostnames = dict.fromkeys(name for times in timeline.attempts for name in times.hostnames)
+    processes = {hostname: _DRIVER + 1 + i for i, hostname in enumerate(hostnames)}
+    for hostname, process in processes.items():
+        yield _name_of("process_name", process, 0, hostname)
+        yield _name_of("thread_name", process, _TEMPLATE, "template")
+    yield from _imports(timeline, attempts, processes)
     named: set[tuple[int, int]] = set()
-    loads: set[tuple[int, int]] = set()
     for times in timeline.attempts:
-        for hostname in times.hostnames:
-            if hostname not in processes:
-                processes[hostname] = len(processes) + 1
-                yield _name_of("process_name", processes[hostname], 0, hostname)
-                yield _name_of("thread_name", processes[hostname], _TEMPLATE, "template")
-        of_index = [processes[hostname] for hostname in times.hostnames]
-        for host_index, begun, loaded in times.loaded:
-            load = of_index[host_index], loaded
-            # A warm template reports the import of an earlier attempt or run again.
-            if loaded > timeline.begun_ns and load not in loads:
-                loads.add(load)
-                yield _span("import", load[0], _TEMPLATE, max(begun, timeline.begun_ns), loaded)
+        end_ns = _end_of(attempts[times.number])
         for rank in times:
-            thread = of_index[rank.host_index], rank.rank + 1
-            if thread not in named:
-                named.add(thread)
-                yield _name_of("thread_name", *thread, f"rank {rank.rank}")
-            for name, begin, end in _steps(times, rank, _end_of(attempts[times.number])):
-                yield _span(name, *thread, begin, end, attempt=times.number)
+            process, thread = processes[times.hostnames[rank.host_index]], rank.rank + 1
+            if (process, thread) not in named:
+                named.add((process, thread))
+                yield _name_of("thread_name", process, thread, f"rank {rank.rank}")
+            for name, begin, end in _steps(times, rank, end_ns):
+                yield _span(name, process, thread, begin, end, attempt=times.number)
+
+
+def _imports(
+    timeline: Timeline, attempts: Sequence[AttemptRecord], processes: Mapping[str, int]
+) -> Iterator[TraceEvent]:
+    """Yield the imports of the templates. A warm template reports an import that is older than the attempt."""
+    for times in timeline.attempts:
+        after_ns = _end_of(attempts[times.number - 1]) if times.number else timeline.begun_ns
+        for host_index, begin, end in times.loaded:
+            if end > after_ns:
+                process = processes[times.hostnames[host_index]]
+                yield _span("import", process, _TEMPLATE, max(begin, after_ns), end)
 
 
 def _steps(times: AttemptTimes, rank: RankTimes, end_ns: int) -> Iterator[tuple[str, int, int]]:
