@@ -142,6 +142,24 @@ def test_workers_are_those_of_the_current_attempt(patient: trx.Launcher, tmp_pat
     ]
 
 
+def test_workers_of_several_hosts_are_in_the_order_of_their_ranks(cluster: None) -> None:
+    def fail_once() -> int:
+        if trx.context().attempt == 0 and os.environ["RANK"] == "2":
+            raise ValueError
+        return os.getpid()
+
+    launcher = trx.Launcher(
+        hostnames=2, workers_per_host=2, placement_strategy="PACK", backend=None, max_restarts=1
+    )
+    run = launcher.submit(fail_once)
+    pids = list(run.result(timeout=60))
+    workers = run.workers()
+    assert [(each.rank, each.local_rank) for each in workers] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert [(each.pid, each.attempt, each.state) for each in workers] == [
+        (pid, 1, "SUCCEEDED") for pid in pids
+    ]
+
+
 def test_pid_is_known_before_a_worker_has_joined(cluster: None, tmp_path: Path) -> None:
     (tmp_path / "slow_to_join.py").write_text(
         "import os, time, torch.distributed as dist\n"
