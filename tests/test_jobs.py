@@ -382,9 +382,21 @@ trx.launch(train, hostnames=1, workers_per_host=2, backend=None, preload=(), nam
 def test_agents_metrics_can_be_read_by_prometheus(jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
         f"""
-import time
+import os, time
 from pathlib import Path
 import torchrunx_ray as trx
+from torchrunx_ray.driver.running import supervisor
+from torchrunx_ray.wire.messages import Restarted
+
+def fail(often):
+    if trx.context().attempt < often:
+        raise ValueError
+
+def die_once():
+    if trx.context().attempt == 0 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    if trx.context().attempt == 0:
+        time.sleep(1000)
 
 def wait():
     while not Path({str(tmp_path / "seen")!r}).exists():
@@ -396,6 +408,12 @@ try:
     launcher.run(lambda: 1 / 0)
 except ZeroDivisionError:
     pass
+patient = trx.Launcher(hostnames=["localhost"], workers_per_host=2, max_restarts=5)
+patient.run(fail, 2)
+patient.run(die_once)
+# As after the loss of two hosts.
+supervisor._restarted = lambda *_: Restarted("host", 2)
+patient.run(fail, 1)
 launcher.run(wait)
 """
     )
@@ -413,7 +431,9 @@ launcher.run(wait)
             if line.startswith("ray_torchrunx_ray_"):
                 name, _, rest = line.partition("{")
                 tags, _, value = rest.rpartition("} ")
-                own = [tag for tag in tags.split(",") if tag.startswith(("kind=", "phase="))]
+                own = [
+                    tag for tag in tags.split(",") if tag.startswith(("kind=", "phase=", "reason="))
+                ]
                 key = " ".join([name.removeprefix("ray_torchrunx_ray_"), *own])
                 found[key] = found.get(key, 0) + float(value)
         return found
@@ -421,8 +441,16 @@ launcher.run(wait)
     # A look makes Ray gather all of its metrics anew, for 0.1 s of CPU.
     assert wait_until(lambda: metrics().get("workers_running") == 2, 60), metrics()
     (tmp_path / "seen").touch()
-    assert wait_until(lambda: metrics().get("runs_total", 0) >= 3, 30), sorted(metrics().items())
+    assert wait_until(lambda: metrics().get("runs_total", 0) >= 6, 30), sorted(metrics().items())
     seen = metrics()
+    assert seen["runs_total"] == 6
+    restarts = {key: count for key, count in seen.items() if key.startswith("restarts_total")}
+    assert restarts == {
+        'restarts_total reason="exception"': 2,
+        'restarts_total reason="death"': 1,
+        'restarts_total reason="host"': 1,
+    }
+    assert seen["hosts_lost_total"] == 2
     assert seen['failures_total kind="exception"'] >= 1
     for phase in ("template import", "process group", "run"):
         assert seen[f'seconds_total phase="{phase}"'] > 0, seen

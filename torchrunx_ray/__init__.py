@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from torchrunx_ray.driver.report.history import AttemptRecord
     from torchrunx_ray.driver.report.results import LaunchResult
+    from torchrunx_ray.driver.report.workers import WorkerInfo
     from torchrunx_ray.driver.run import Run
     from torchrunx_ray.driver.session import Session
     from torchrunx_ray.errors import (
@@ -51,6 +52,7 @@ __all__ = [
     "Session",
     "StopAsked",
     "WorkerFailedError",
+    "WorkerInfo",
     "__version__",
     "add_filter_to_handler",
     "context",
@@ -71,6 +73,7 @@ _HOMES = {
     "Session": "torchrunx_ray.driver.session",
     "AttemptRecord": "torchrunx_ray.driver.report.history",
     "StopAsked": "torchrunx_ray.wire.stop_board",
+    "WorkerInfo": "torchrunx_ray.driver.report.workers",
     "Context": "torchrunx_ray.worker.function.context",
     "context": "torchrunx_ray.worker.function.context",
 }

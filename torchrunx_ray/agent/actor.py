@@ -120,7 +120,7 @@ class Agent:
         """
         assert self._template is not None
         listening, self._listening = self._listening, None
-        self._metrics.begins(now_ns())
+        self._metrics.begins(wanted, now_ns())
         run = HostRun(wanted, self._template, self._mailbox, listening, self._ip)
         self._run = run
         for order in self._early[run.attempt]:

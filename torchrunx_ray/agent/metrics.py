@@ -22,6 +22,14 @@ class Metrics:
             "Failures by kind: exception, death, agent or preload.",
             ("kind",),
         )
+        self._restarts = Counter(
+            "torchrunx_ray_restarts",
+            "Restarts of runs whose first host is this one, by reason: exception, death, agent, host, timeout, resize or drain.",
+            ("reason",),
+        )
+        self._hosts_lost = Counter(
+            "torchrunx_ray_hosts_lost", "Hosts that were lost before such a restart."
+        )
         self._running = Gauge(
             "torchrunx_ray_workers_running", "Workers that are running their function."
         )
@@ -30,13 +38,21 @@ class Metrics:
             "Seconds of this host's workers and template, by phase: template import, process group, run.",
             ("phase",),
         )
+        self._run_id = ""
         self._began_ns = 0
         self._started_ns: dict[int, int] = {}
         self._is_stopping = False
 
-    def begins(self, time_ns: int) -> None:
-        """Note that a run begins."""
-        self._runs.inc()
+    def begins(self, wanted: messages.ShareWanted, time_ns: int) -> None:
+        """Note that an attempt of a run begins. A run counts once, however many attempts it has."""
+        run_id = wanted.worker.attempt.run_id
+        if run_id != self._run_id:
+            self._runs.inc()
+        self._run_id = run_id
+        if (restarted := wanted.restarted) is not None:
+            self._restarts.inc(tags={"reason": restarted.because})
+            if restarted.hosts_lost:  # a counter refuses 0
+                self._hosts_lost.inc(restarted.hosts_lost)
         self._began_ns = time_ns
         self._started_ns = {}
         self._running.set(0)

@@ -96,6 +96,9 @@ class HostRun:
         for place in self._wanted.places:
             if self._state is State.STARTING:
                 await self._fork(place)
+        pids = {worker.local_rank: worker.pid for worker in self._workers.values()}
+        forked = tuple((rank, pid) for rank, pid in pids.items() if pid is not None)
+        self._mailbox.put(messages.WorkersForked(forked))
         self._template.tell(messages.DropCall())
         self._become(State.RUNNING if self._state is State.STARTING else State.STOPPING)
         for worker in self._workers.values():

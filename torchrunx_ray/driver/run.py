@@ -17,9 +17,11 @@ from torchrunx_ray.driver.background import loop
 from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.call.references import stays_in_driver
 from torchrunx_ray.driver.report.failures import Failures
+from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.report.stacks import Stacks
+from torchrunx_ray.driver.report.workers import WorkerInfo
 from torchrunx_ray.driver.tracebacks import short_traceback, shorten
 from torchrunx_ray.errors import LaunchError
 
@@ -115,6 +117,22 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
     def spares(self) -> tuple[str, ...]:
         """Names of the hosts that are warm and have no workers, at this moment."""
         return self._progress.spares
+
+    @property
+    def attempts(self) -> tuple[AttemptRecord, ...]:
+        """All attempts so far, also after a failure or a cancellation.
+
+        While an attempt goes on, its `ended` and `why` are None.
+        """
+        return self._progress.history.attempts
+
+    def workers(self) -> list[WorkerInfo]:
+        """Return the workers of the current attempt by rank; after the end, those of the last attempt.
+
+        Empty before the run has its hosts. The driver answers with what it has heard last from the hosts.
+        """
+        workers = self._progress.workers
+        return [] if workers is None else workers.infos()
 
     def done(self) -> bool:
         """Return True when the run has ended and given its hosts back."""

@@ -62,6 +62,17 @@ class WorkerWanted:
 
 
 @dataclass(frozen=True)
+class Restarted:
+    """The reason for an attempt that is not the first, and the number of hosts that were lost before it.
+
+    One agent of the attempt counts these for Ray's metrics, since the driver may be outside of the cluster.
+    """
+
+    because: str
+    hosts_lost: int
+
+
+@dataclass(frozen=True)
 class ShareWanted:
     """A host's share of an attempt."""
 
@@ -76,6 +87,8 @@ class ShareWanted:
 
     Otherwise the first workers would wait for the others in the process group.
     """
+    restarted: Restarted | None
+    """Set only for the first host of an attempt that is not the first."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,16 @@ class TemplateLoaded:
 @dataclass(frozen=True)
 class CanFork:
     """The template has finished its imports and holds the function and its arguments."""
+
+
+@dataclass(frozen=True)
+class WorkersForked:
+    """The host has forked its workers; not all of them if it was told to stop meanwhile.
+
+    One event has the pids of all workers, by local rank, since each event may cost the driver a poll.
+    """
+
+    pids: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -371,7 +394,7 @@ class RunEnded:
 
 
 Event = (
-    Printed | TemplateLoaded | CanFork | Joined | Started | Finished | Failed | Exited | Died
+    Printed | TemplateLoaded | CanFork | WorkersForked | Joined | Started | Finished | Failed | Exited | Died
     | TemplateRefused | AgentFailed | HostEnded | OutputEnded
 )  # fmt: skip
 """An event that an agent returns from `poll`."""

@@ -17,9 +17,15 @@ def begin(attempt: messages.AttemptId, ranks: Sequence[int], world_size: int) ->
     return f"run {attempt.run_id}, attempt {attempt.number}: {in_words(ranks)} of {world_size} on this host"
 
 
-def begin_again(attempt: messages.AttemptId) -> str:
-    """Return a line for the file of a worker that is started again."""
-    return f"attempt {attempt.number} begins"
+def begin_again(attempt: messages.AttemptId, new_rank: int | None) -> str:
+    """Return a line for the file of a worker. `new_rank` is set if the file had another rank's output before, or none."""
+    as_rank = "" if new_rank is None else f" as rank {new_rank}"
+    return f"attempt {attempt.number} begins{as_rank}"
+
+
+def left_out(attempt: messages.AttemptId) -> str:
+    """Return a line for the file of a host that the attempt does not use."""
+    return f"attempt {attempt.number} is not on this host"
 
 
 def ask_to_stop(reason: StopReason, within_s: float | None) -> str:

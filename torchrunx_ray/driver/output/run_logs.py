@@ -47,6 +47,10 @@ class RunLogs:
         self._workers: Sequence[Speaker] = ()
         self._taken: set[Speaker] = set()
         """Speakers whose output the console or the driver's loggers take."""
+        self._hosts: dict[str, Speaker] = {}
+        """Hosts of the last attempt, by name."""
+        self._ranks: dict[tuple[str, int | None], int | None] = {}
+        """Last rank of each worker's file, by hostname and local rank."""
         self.expect(speakers)
         self._sinks: list[Sink] = []
         self._taking: Taking = "everywhere"
@@ -74,17 +78,23 @@ class RunLogs:
     def begin_attempt(self, attempt: AttemptId) -> None:
         """Begin an attempt's story in the files of its hosts, and of workers that are started again."""
         now = time.time()
-        for who in self._speakers:
-            if who.rank is not None:
-                if attempt.number:
-                    self.tell(who, host_story.begin_again(attempt), now)
-                continue
+        hosts = {who.hostname: who for who in self._speakers if who.rank is None}
+        for hostname, who in hosts.items():
             ranks = [
                 each.rank
                 for each in self._workers
-                if each.hostname == who.hostname and each.rank is not None
+                if each.hostname == hostname and each.rank is not None
             ]
             self.tell(who, host_story.begin(attempt, ranks, len(self._workers)), now)
+        for hostname in self._hosts.keys() - hosts.keys():
+            self.tell(self._hosts[hostname], host_story.left_out(attempt), now)
+        self._hosts = hosts
+        for who in self._workers:
+            place = who.hostname, who.local_rank
+            new_rank = None if self._ranks.get(place) == who.rank else who.rank
+            self._ranks[place] = who.rank
+            if attempt.number:
+                self.tell(who, host_story.begin_again(attempt, new_rank), now)
 
     @property
     def level(self) -> int:

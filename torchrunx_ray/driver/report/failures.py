@@ -120,6 +120,21 @@ class Failures:
                 return False
 
     @property
+    def kind(self) -> str:
+        """Kind of the first failure, as in the agents' metrics."""
+        match self._in_order()[0].report:
+            case messages.Failed():
+                return "exception"
+            case messages.Died():
+                return "death"
+            case messages.AgentFailed():
+                return "agent"
+            case NotJoined():
+                return "timeout"
+            case messages.TemplateRefused() | ArgumentLost() | DriverFailed():
+                return "other"  # never restarted
+
+    @property
     def first_ns(self) -> int:
         """Time of the first failure, on the driver's clock."""
         return self._in_order()[0].time_ns

@@ -6,8 +6,10 @@ from typing import Protocol
 
 from torchrunx_ray.driver.background.forks import in_child
 from torchrunx_ray.driver.report.failures import Failures
+from torchrunx_ray.driver.report.history import History
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.timeline import Timeline
+from torchrunx_ray.driver.report.workers import Workers
 from torchrunx_ray.errors import counted
 
 
@@ -38,6 +40,13 @@ class Progress:
         self.name = name
         self._files = files
         self.timeline = Timeline()
+        self.history = History()
+        self.workers: Workers | None = None
+        """Workers of the current attempt, or of the last one."""
+        self.restart = ""
+        """Words for the restart that the current attempt is, such as "restart 1 of 3"; "" for none."""
+        self.between = ""
+        """Words for the step between two attempts; "" during an attempt."""
         self.supervisor: GoesOn | None = None
         self.waits_for_turn = False
         self.waiting_for = ""
@@ -75,13 +84,15 @@ class Progress:
             return f"placing {self.waiting_for}".strip()
         if timeline.met_ns is None:
             return "starting agents"
+        if self.between:
+            return self.between
         ranks = len(timeline.places)
         if timeline.is_stopping:
             return f"stopping {counted(ranks, 'worker')}"
         if len(timeline.started) < ranks:
-            return f"starting {counted(ranks, 'worker')}"
+            return f"starting {counted(ranks, 'worker')}{self._restart}"
         if len(timeline.finished) < ranks:
-            return f"running {counted(ranks, 'worker')}"
+            return f"running {counted(ranks, 'worker')}{self._restart}"
         return "collecting results"
 
     @property
@@ -90,9 +101,9 @@ class Progress:
         timeline = self.timeline
         ranks, returned = len(timeline.places), len(timeline.finished)
         text = self.phase
-        if not (self.ended or timeline.is_stopping):
+        if not (self.ended or self.between or timeline.is_stopping):
             if timeline.met_ns is not None and len(timeline.started) < ranks:
-                text = f"starting {len(timeline.started)}/{ranks} workers"
+                text = f"starting {len(timeline.started)}/{ranks} workers{self._restart}"
             elif 0 < returned < ranks:
                 text += f", {returned} returned"
         return f"{self._begin_of_line}{text}"
@@ -102,6 +113,10 @@ class Progress:
         """The status after the run has ended."""
         logs = f"; logs in {self.log_directory}" if self.log_directory else ""
         return f"{self._begin_of_line}{self.ended}{logs}"
+
+    @property
+    def _restart(self) -> str:
+        return f", {self.restart}" if self.restart else ""
 
     @property
     def _begin_of_line(self) -> str:

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.report.timeline import Timeline
+from torchrunx_ray.driver.report.trace import write_trace
 from torchrunx_ray.errors import AgentFailedError, LaunchError, PayloadError, bytes_in_words
 from torchrunx_ray.wire import foreign_errors
 from torchrunx_ray.wire.values.culprit import users_part
@@ -73,8 +74,8 @@ class LaunchResult(Generic[R]):
         return self._log_directory
 
     def timeline(self, path: str | os.PathLike[str]) -> None:
-        """Write the times of each rank's phases as a trace for ui.perfetto.dev."""
-        self._timeline.write_trace(path)
+        """Write the times of each rank's phases, in all attempts, as a trace for ui.perfetto.dev."""
+        write_trace(path, self._timeline, self._attempts)
 
     def ref(self, rank: int) -> "ray.ObjectRef[R]":
         """Return the reference to one rank's value. `ray.get` fetches the value anywhere in the cluster."""

@@ -20,6 +20,7 @@ from torchrunx_ray.driver.report.results import Value
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.stored import until_stored
 from torchrunx_ray.driver.report.timeline import Timeline
+from torchrunx_ray.driver.report.workers import Workers
 from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.ledger import Ledger
 from torchrunx_ray.driver.running.share import Share, ShareState
@@ -92,15 +93,18 @@ class Attempt:
         timeline: Timeline,
         logs: RunLogs,
         restarts: int = 0,
+        restarted: messages.Restarted | None = None,
     ) -> None:
         self._id = id_
         self._restarts = restarts
+        self._restarted = restarted
         self._options = options
         self._crew = crew
         self._backend = backend
         self._timeline = timeline
         self._logs = logs
-        timeline.begin_attempt([host.label for host in crew.hosts], crew.places)
+        timeline.begin_attempt(crew.hostnames, crew.places)
+        self.workers = Workers(id_.number, crew.hostnames, crew.places)
         self._phase = Phase.STARTING
         self._asked = Asked.TO_GO_ON
         self._chores = Chores()
@@ -295,6 +299,7 @@ class Attempt:
             gpu_ids=self._crew.gpu_ids[share.index],
             gpus_per_worker=self._crew.hosts[share.index].gpus_per_worker,
             forks_when_told=self._forks_when_told,
+            restarted=self._restarted if share.index == 0 else None,
         )
 
     async def _watch(self, share: Share, call: Call) -> None:
@@ -371,6 +376,8 @@ class Attempt:
         local_rank: int | None = getattr(about, "local_rank", None)
         rank = None if local_rank is None else self._crew.rank(share.index, local_rank)
         self._timeline.hear(share.index, rank, event, share.agent.ahead_ns)
+        is_stopped = self._stopping.explains(event, share.agent.on_ours)
+        self.workers.hear(share.index, event, is_stopped=is_stopped)
         if not isinstance(event, messages.AgentFailed | messages.TemplateRefused):  # see `_fail`
             self._tell_of_host(share, rank, event)
 
@@ -392,6 +399,8 @@ class Attempt:
     def _share_becomes(self, share: Share, state: ShareState) -> None:
         was_over = share.is_over
         share.become(state)
+        if share.state is ShareState.LOST:
+            self.workers.lose(share.index)
         if share.is_over and not was_over:
             self._bound_last_lines()
             self._tell_server()

@@ -20,6 +20,11 @@ class Crew:
     met: Sequence[messages.Met]
     gpu_ids: Sequence[tuple[str, ...]]
 
+    @property
+    def hostnames(self) -> list[str]:
+        """Names of the hosts."""
+        return [host.label for host in self.hosts]
+
     @cached_property
     def layout(self) -> list[list[Place]]:
         """Ranks of each host."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torchrunx_ray.driver.background.chores import Chores
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.running.share import Share
+from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 
 _LAST_WORDS_S = 12.0
@@ -86,6 +87,22 @@ class Stopping:
         if signal_number == signal.SIGKILL:
             return asyncio.get_running_loop().time() >= self.order.kills_at
         return signal_number == signal.SIGTERM
+
+    def explains(self, event: messages.Event, on_ours: Callable[[int], int]) -> bool:
+        """Return True if an order explains the end of a worker, which may handle SIGTERM and raise or exit.
+
+        A signal that no order has sent is explained by something else.
+        """
+        match event:
+            case messages.Failed():
+                time_ns, signal_number = event.time_ns, None
+            case messages.Died(exited=exited):
+                time_ns, signal_number = exited.time_ns, exited.signal
+            case _:
+                return False
+        if self.order is None or on_ours(time_ns) <= self.order.first_ns:
+            return False
+        return signal_number is None or self.has_sent(signal_number, on_ours(time_ns))
 
     def give_up_deaf(self, lose: Lose) -> None:
         """Give up the agents that do not confirm the last order soon."""

@@ -2,31 +2,32 @@
 
 import asyncio
 import dataclasses
-import enum
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from ray.exceptions import RayError
 
-from torchrunx_ray.driver.background.loop import in_thread, to_the_end
+from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.call import references
 from torchrunx_ray.driver.call.pack_call import Call
 from torchrunx_ray.driver.cluster.connection import Connection
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output.run_logs import RunLogs
+from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.driver.report.failures import Failures
-from torchrunx_ray.driver.report.history import AttemptRecord, Why
+from torchrunx_ray.driver.report.history import Why
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.running.attempt import Attempt
 from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.hosts import Hosts
+from torchrunx_ray.driver.running.restart_policy import RestartPolicy, Verdict, ask_user
 from torchrunx_ray.driver.running.watch import Watch
 from torchrunx_ray.errors import LaunchError, counted
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.messages import AttemptId
+from torchrunx_ray.wire.messages import AttemptId, Restarted
 
 logger = logging.getLogger("torchrunx_ray")
 
@@ -34,21 +35,6 @@ Outcome = LaunchResult[object] | Failures
 
 _TELL_AFTER_S = 2.0
 """Time that the last output may keep a failure back until the failure is logged."""
-
-
-_CALM_S = 60.0
-"""Length of an attempt after which lost hosts are no series any more."""
-
-_PAUSE_S = 0.5
-_MOST_PAUSE_S = 30.0
-
-
-class Verdict(enum.Enum):
-    """Decision after an attempt."""
-
-    END = "the run ends"
-    RESTART = "the workers are started again, which counts towards max_restarts"
-    GO_ON = "the workers are started again on other hosts, which does not count"
 
 
 class Supervisor:
@@ -62,13 +48,8 @@ class Supervisor:
         self._options = options
         self._call = call
         self._progress = progress
-        self._records: list[AttemptRecord] = []
-        self._begun = 0.0
-        """Time at which the current attempt began, in seconds since the epoch."""
-        self._restarts = 0
-        """Number of restarts that count."""
-        self._losses = 0
-        """Number of attempts in a row that soon ended by a lost host."""
+        self._history = progress.history
+        self._policy = RestartPolicy(options)
         self._asked_about: Failures | None = None
         """Failures that end the run, if `restart_if` was asked about them, or no restart was possible."""
 
@@ -107,6 +88,7 @@ class Supervisor:
                 try:
                     attempt = await self._until_last(attempt, crew, backend, logs)
                 finally:
+                    progress.between = ""
                     await self._drain(logs)
                 outcome = self._asked_about or await attempt.outcome()
             finally:
@@ -117,10 +99,9 @@ class Supervisor:
                 await to_the_end(self._leave_hosts())
         if isinstance(outcome, Failures):
             return outcome if outcome is self._asked_about else self._with_attempts(outcome)
-        hostnames = self._records[-1].hostnames
-        return LaunchResult(
-            hostnames, outcome, timeline, progress.log_directory, tuple(self._records)
-        )
+        attempts = self._history.attempts
+        hostnames = attempts[-1].hostnames
+        return LaunchResult(hostnames, outcome, timeline, progress.log_directory, attempts)
 
     async def _until_last(
         self, attempt: Attempt, crew: Crew, backend: str | None, logs: RunLogs
@@ -129,15 +110,14 @@ class Supervisor:
         while True:
             failures: Failures | None = None
             try:
-                await self._go(attempt)
+                why = await self._go(attempt)
                 failures = attempt.failures
-                why = await self._why_ended(attempt)
-                self._note_end(crew, failures, why)
-                verdict = await self._verdict(attempt, why)
+                verdict = await self._verdict(attempt, why, failures)
                 if verdict is Verdict.END:
                     return attempt
-                await self._back_off(why)
+                await self._policy.back_off(self._history.attempts[-1])
                 await to_the_end(self._hosts.give_up(attempt.broken))
+                hosts_before = crew.hosts
                 crew, backend = await self._hosts.assemble(
                     self._call.template, self._progress, is_fresh=False
                 )
@@ -152,119 +132,109 @@ class Supervisor:
                 self._asked_about = self._with_attempts(failures, remark)
                 return attempt
             logs.expect(crew.speakers)
-            self._restarts += verdict is Verdict.RESTART
+            self._policy.restarts += verdict is Verdict.RESTART
             self._tell_of_restart(verdict, failures, crew)
             self._asked_about = None
-            attempt = self._begin_attempt(crew, backend, logs)
+            restarted = _restarted(why, failures, hosts_before, crew.hosts)
+            attempt = self._begin_attempt(crew, backend, logs, restarted)
 
-    async def _go(self, attempt: Attempt) -> None:
-        """Run an attempt, and watch the hosts meanwhile."""
-        options = self._options
-        watch = Watch(self._call.run_name, attempt, self._hosts, options)
+    async def _go(self, attempt: Attempt) -> Why:
+        """Await an attempt, and note its end."""
+        why: Why = "failed"  # also if a bug of the driver ends the attempt
+        ended: float | None = None
+        try:
+            await self._run_watched(attempt)
+            ended = time.time()
+            why = await self._why_ended(attempt)
+        except asyncio.CancelledError:
+            why = "stopped"
+            raise
+        finally:
+            failures = attempt.failures_before_stop
+            failure = None if failures is None else failures.in_brief
+            self._history.end(why, failure, ended or time.time())
+        return why
+
+    async def _run_watched(self, attempt: Attempt) -> None:
+        """Run an attempt, and watch its hosts meanwhile."""
+        name, options = self._call.run_name, self._options
+        watch = Watch(name, attempt, self._hosts, options)
         if options.spares or options.is_elastic:
-            name, template = self._call.run_name, self._call.template
-            self._hosts.reserves.begin(name, template, watch.reserves_wanted)
-        watching = asyncio.create_task(watch.watch()) if self._may_go_on else None
+            self._hosts.reserves.begin(name, self._call.template, watch.reserves_wanted)
+        watching = asyncio.create_task(watch.watch()) if self._policy.may_go_on else None
         try:
             await attempt.go(self._call)
         finally:
             if watching is not None:
                 watching.cancel()
 
-    @property
-    def _may_go_on(self) -> bool:
-        """True if another attempt may follow the first one."""
-        return self._options.max_restarts > 0 or self._options.is_elastic
-
-    async def _leave_hosts(self) -> None:
-        await self._hosts.reserves.pause()
-        await self._hosts.give_up(self._attempt.broken)
-
-    def _begin_attempt(self, crew: Crew, backend: str | None, logs: RunLogs) -> Attempt:
-        number = len(self._records)
-        id_ = AttemptId(self._call.run_name, number)
-        logs.begin_attempt(id_)
-        self._begun = time.time()
-        self._attempt = Attempt(
-            id_, self._options, crew, backend, self._progress.timeline, logs, self._restarts
-        )
-        return self._attempt
-
-    def _note_end(self, crew: Crew, failures: Failures | None, why: Why) -> None:
-        self._records.append(
-            AttemptRecord(
-                number=len(self._records),
-                hostnames=tuple(host.label for host in crew.hosts),
-                world_size=len(crew.places),
-                begun=self._begun,
-                ended=time.time(),
-                why=why,
-                failure=None if failures is None else failures.in_brief,
-            )
-        )
-
-    def _with_attempts(self, failures: Failures, remark: str = "") -> Failures:
-        return dataclasses.replace(failures, attempts=tuple(self._records), remark=remark)
-
     async def _why_ended(self, attempt: Attempt) -> Why:
+        """Return the reason, after a look at the hosts whose agents are lost."""
+        workers = counted(self._history.attempts[-1].world_size, "worker")
         if attempt.was_cancelled:
             return "stopped"
         if (reason := attempt.ended_as_asked) is not None:
+            self._progress.between = f"restarting {workers}"
             return "resized" if reason == "resize" else "drained"
         if attempt.failures is None:
             return "returned"
-        if self._may_go_on and attempt.broken:
+        if self._policy.may_go_on and attempt.broken:
+            self._progress.between = f"restarting {workers}"
             await to_the_end(self._hosts.give_up(attempt.broken))
             if await self._hosts.has_lost_some():
                 return "host lost"
         return "failed"
 
-    async def _verdict(self, attempt: Attempt, why: Why) -> Verdict:
+    async def _verdict(self, attempt: Attempt, why: Why, failures: Failures | None) -> Verdict:
         """Decide if the workers are to be started again. Raises the error of `restart_if`."""
+        verdict = self._policy.verdict(why, failures)
         # A worker on a host that is cut off might write beside its replacement.
-        if why in ("returned", "stopped") or not attempt.is_surely_over:
+        if verdict is Verdict.END or not attempt.is_surely_over:
             return Verdict.END
-        if why in ("resized", "drained") or (why == "host lost" and self._options.is_elastic):
-            return Verdict.GO_ON
-        failures = attempt.failures
-        may_restart = self._restarts < self._options.max_restarts
-        if failures is None or not (may_restart and failures.may_go_away):
-            return Verdict.END
-        return Verdict.RESTART if await self._user_agrees(failures) else Verdict.END
+        workers = counted(self._history.attempts[-1].world_size, "worker")
+        restart_if = self._options.restart_if
+        if verdict is Verdict.RESTART and restart_if is not None and failures is not None:
+            self._progress.between = "asking restart_if"
+            # This object makes its exception once, so that the launch raises what `restart_if` was given.
+            self._asked_about = failures = self._with_attempts(failures)
+            if not await ask_user(restart_if, failures):
+                return Verdict.END
+        self._progress.between = f"restarting {workers}"
+        return verdict
 
-    async def _user_agrees(self, failures: Failures) -> bool:
-        """Ask `restart_if`. Raises its error."""
-        if self._options.restart_if is None:
-            return True
-        # This object makes its exception once, so that the launch raises what `restart_if` was given.
-        self._asked_about = failures = self._with_attempts(failures)
-        answer = await in_thread(_answer, self._options.restart_if, failures)
-        if isinstance(answer, BaseException):
-            try:
-                raise answer from failures.exception
-            finally:
-                del answer  # it refers to this frame
-        return answer
+    def _begin_attempt(
+        self,
+        crew: Crew,
+        backend: str | None,
+        logs: RunLogs,
+        restarted: Restarted | None = None,
+    ) -> Attempt:
+        id_ = AttemptId(self._call.run_name, len(self._history.attempts))
+        logs.begin_attempt(id_)
+        progress, restarts = self._progress, self._policy.restarts
+        self._attempt = Attempt(
+            id_, self._options, crew, backend, progress.timeline, logs, restarts, restarted
+        )
+        self._history.begin(crew.hostnames, len(crew.places))
+        progress.workers = self._attempt.workers
+        progress.restart = self._policy.in_words
+        progress.between = ""
+        return self._attempt
 
-    async def _back_off(self, why: Why) -> None:
-        """Wait before another attempt if hosts are lost again and again, since such losses may not count."""
-        last = self._records[-1]
-        self._losses = self._losses + 1 if why == "host lost" else 0
-        if last.ended - last.begun > _CALM_S:
-            self._losses = 1
-        if self._losses > 1:
-            await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE_S * 2 ** (self._losses - 2)))
+    async def _leave_hosts(self) -> None:
+        await self._hosts.reserves.pause()
+        await self._hosts.give_up(self._attempt.broken)
+
+    def _with_attempts(self, failures: Failures, remark: str = "") -> Failures:
+        return dataclasses.replace(failures, attempts=self._history.attempts, remark=remark)
 
     def _tell_of_restart(self, verdict: Verdict, failures: Failures | None, crew: Crew) -> None:
-        name, last = self._call.run_name, self._records[-1]
-        hosts = ", ".join(host.label for host in crew.hosts)
-        on = f"with {counted(len(crew.places), 'worker')} on {hosts}"
+        name, why = self._call.run_name, self._history.attempts[-1].why
+        on = f"with {counted(len(crew.places), 'worker')} on {', '.join(crew.hostnames)}"
         if failures is None:
-            logger.info("%s was %s, and goes on %s", name, last.why, on)
+            logger.info("%s was %s, and goes on %s", name, why, on)
             return
-        what = "goes on"
-        if verdict is Verdict.RESTART:
-            what = f"restart {self._restarts} of {self._options.max_restarts}"
+        what = self._policy.in_words if verdict is Verdict.RESTART else "goes on"
         after_s = (now_ns() - failures.first_ns) / 1e9
         logger.warning(
             "%s: %s, %.2f s after the failure, %s\n  %s", name, what, after_s, on, failures.in_brief
@@ -291,22 +261,15 @@ class Supervisor:
             )
 
 
-def _answer(
-    restart_if: Callable[[BaseException], bool], failures: Failures
-) -> bool | BaseException:
-    """Ask in a thread, since the exception and `restart_if` are the user's code. Return an error as a value.
-
-    Some exceptions mean something else to a coroutine or an event loop; they are in a RuntimeError.
-    """
-    try:
-        return bool(restart_if(failures.exception))
-    except BaseException as error:
-        error.add_note("Raised by restart_if, which was asked about the failure of the run.")
-        if isinstance(error, Exception) and not isinstance(
-            error, StopIteration | StopAsyncIteration
-        ):
-            return error
-        return RuntimeError(f"restart_if raised {type(error).__name__}: {error}")
+def _restarted(
+    why: Why, failures: Failures | None, old: Sequence[Host], new: Sequence[Host]
+) -> Restarted:
+    """Return the reason for an attempt on the `new` hosts, after an attempt on the `old` hosts."""
+    still_there = {host.node.node_id for host in new}
+    hosts_lost = sum(host.node.node_id not in still_there for host in old)
+    if failures is None or why in ("resized", "drained"):
+        return Restarted("resize" if why == "resized" else "drain", hosts_lost)
+    return Restarted("host" if why == "host lost" else failures.kind, hosts_lost)
 
 
 async def run_once(options: Options, call: Call, progress: Progress) -> Outcome:

@@ -1,0 +1,97 @@
+"""Workers of a run's current attempt, for the user."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torchrunx_ray.wire import messages
+from torchrunx_ray.wire.ranks import Place
+
+WorkerState = Literal["UNKNOWN", "INIT", "HEALTHY", "UNHEALTHY", "STOPPED", "SUCCEEDED", "FAILED"]
+"""Names of torch.distributed.elastic's WorkerState."""
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One worker of an attempt, as the driver knows it.
+
+    `state` has the names of `torch.distributed.elastic.agent.server.api.WorkerState`. A launch uses them so:
+
+    * INIT: not forked, also at the end of a launch that stopped before the fork
+    * HEALTHY: forked, and not ended
+    * SUCCEEDED: the function returned
+    * FAILED: the function raised, or the process died
+    * STOPPED: ended because the launch stopped it
+    * UNKNOWN: its host was lost, and nothing more is heard of the worker
+
+    The last four are final. A launch never uses UNHEALTHY.
+    """
+
+    rank: int
+    local_rank: int
+    host: str
+    pid: int | None
+    """None before the fork."""
+    attempt: int
+    state: WorkerState
+
+
+class Workers:
+    """States of an attempt's workers. Written only in the background loop; any thread may call `infos`."""
+
+    def __init__(self, attempt: int, hostnames: Sequence[str], places: Sequence[Place]) -> None:
+        self._by_place = {
+            (place.host_index, place.local_rank): WorkerInfo(
+                place.rank, place.local_rank, hostnames[place.host_index], None, attempt, "INIT"
+            )
+            for place in places
+        }
+
+    def infos(self) -> list[WorkerInfo]:
+        """Return the workers by rank."""
+        return sorted(self._by_place.copy().values(), key=lambda info: info.rank)
+
+    def hear(self, host_index: int, event: messages.Event, *, is_stopped: bool) -> None:
+        """Note an event of a host. `is_stopped`: our own stop explains the worker's end."""
+        match event:
+            case messages.WorkersForked():
+                for local_rank, pid in event.pids:
+                    self._become(host_index, local_rank, "HEALTHY", pid)
+            case messages.Joined():
+                self._become(host_index, event.local_rank, "HEALTHY")
+            case messages.Started():
+                self._become(host_index, event.local_rank, "HEALTHY", event.pid)
+            case messages.Finished():
+                self._become(host_index, event.local_rank, "SUCCEEDED")
+            case messages.Failed():
+                end = "STOPPED" if is_stopped else "FAILED"
+                self._become(host_index, event.local_rank, end, event.pid)
+            case messages.Died(exited=exited) if exited.local_rank is not None:
+                end = "STOPPED" if is_stopped else "FAILED"
+                self._become(host_index, exited.local_rank, end, exited.pid)
+            case messages.HostEnded():
+                # Nobody reports the exits of workers that the kernel killed with their template.
+                self._rest_become(host_index, "FAILED", ("HEALTHY",))
+            case _:
+                pass
+
+    def lose(self, host_index: int) -> None:
+        """Note that nothing more will be heard of a host."""
+        self._rest_become(host_index, "UNKNOWN", ("INIT", "HEALTHY"))
+
+    def _rest_become(
+        self, host_index: int, state: WorkerState, now: Collection[WorkerState]
+    ) -> None:
+        for (of_host, local_rank), info in list(self._by_place.items()):
+            if of_host == host_index and info.state in now:
+                self._become(host_index, local_rank, state)
+
+    def _become(
+        self, host_index: int, local_rank: int, state: WorkerState, pid: int | None = None
+    ) -> None:
+        """Enter a state, unless the present one is final. A pid is never forgotten."""
+        info = self._by_place[host_index, local_rank]
+        if info.state in ("INIT", "HEALTHY"):
+            info = dataclasses.replace(info, state=state)
+        self._by_place[host_index, local_rank] = dataclasses.replace(info, pid=pid or info.pid)

@@ -1,0 +1,100 @@
+"""Decisions about what follows an attempt."""
+
+import asyncio
+import enum
+from collections.abc import Callable
+
+from torchrunx_ray.driver.background.loop import in_thread
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.report.failures import Failures
+from torchrunx_ray.driver.report.history import AttemptRecord, Why
+
+_CALM_S = 60.0
+"""Length of an attempt after which a lost host is no longer one of a series."""
+
+_FIRST_PAUSE_S = 0.5
+"""Pause before the attempt that follows the second lost host of a series. It doubles with each further one."""
+
+_LONGEST_PAUSE_S = 30.0
+
+
+class Verdict(enum.Enum):
+    """Decision after an attempt."""
+
+    END = "the run ends"
+    RESTART = "the workers are started again, which counts towards max_restarts"
+    GO_ON = "the workers are started again, which does not count"
+
+
+class RestartPolicy:
+    """Decides by the options of a run, and counts its restarts."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.restarts = 0
+        """Number of restarts that count."""
+        self._losses = 0
+        """Length of the current series of lost hosts."""
+
+    @property
+    def may_go_on(self) -> bool:
+        """True if another attempt may follow the first one."""
+        return self._options.max_restarts > 0 or self._options.is_elastic
+
+    @property
+    def in_words(self) -> str:
+        """Return words such as "restart 1 of 3"; "" before the first restart."""
+        return f"restart {self.restarts} of {self._options.max_restarts}" if self.restarts else ""
+
+    def verdict(self, why: Why, failures: Failures | None) -> Verdict:
+        """Return the decision, which `restart_if` may still turn into the end."""
+        if why in ("returned", "stopped"):
+            return Verdict.END
+        if why in ("resized", "drained") or (why == "host lost" and self._options.is_elastic):
+            return Verdict.GO_ON
+        has_restarts = self.restarts < self._options.max_restarts
+        may_restart = has_restarts and failures is not None and failures.may_go_away
+        return Verdict.RESTART if may_restart else Verdict.END
+
+    async def back_off(self, last: AttemptRecord) -> None:
+        """Wait before another attempt if hosts are lost again and again, since such losses may not count."""
+        if last.why != "host lost":
+            self._losses = 0
+            return
+        is_calm = last.ended is not None and last.ended - last.begun > _CALM_S
+        self._losses = 1 if is_calm else self._losses + 1
+        if self._losses > 1:
+            pause_s = _FIRST_PAUSE_S * 2 ** (self._losses - 2)
+            await asyncio.sleep(min(_LONGEST_PAUSE_S, pause_s))
+
+
+async def ask_user(restart_if: Callable[[BaseException], bool], failures: Failures) -> bool:
+    """Return the answer of `restart_if`. Raises its error, with the failure as the cause.
+
+    It is asked in a thread, since the exception and `restart_if` are the user's code.
+    """
+    answer = await in_thread(_answer, restart_if, failures)
+    if isinstance(answer, BaseException):
+        try:
+            raise answer from failures.exception
+        finally:
+            del answer  # it refers to this frame
+    return answer
+
+
+def _answer(
+    restart_if: Callable[[BaseException], bool], failures: Failures
+) -> bool | BaseException:
+    """Return the answer of `restart_if`, or its error as a value.
+
+    Some exceptions mean something else to a coroutine or an event loop; they are in a RuntimeError.
+    """
+    try:
+        return bool(restart_if(failures.exception))
+    except BaseException as error:
+        error.add_note("Raised by restart_if, which was asked about the failure of the run.")
+        if isinstance(error, Exception) and not isinstance(
+            error, StopIteration | StopAsyncIteration
+        ):
+            return error
+        return RuntimeError(f"restart_if raised {type(error).__name__}: {error}")
