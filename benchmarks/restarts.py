@@ -32,9 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ray
-import torch
-import torch.distributed as dist
-from functions import ddp_step
+from functions import step_and_wait
 from table import print_table
 
 import torchrunx_ray as trx
@@ -47,25 +45,6 @@ FLOOR = "floor: import torch"
 START_S, STEP_S, AGENT_S, RATIO = 0.4, 0.8, 3.0, 1.03
 OF_TEMPLATE_S = 0.5
 """Time beyond the floor for a run whose template is killed."""
-
-
-def train(folder: str, *, sleeps: bool = False) -> None:
-    """Note the first line and the first step of each attempt. Every rank of every launcher runs this function."""
-    begun, rank, attempt = time.time(), os.environ["RANK"], 0
-    while Path(folder, f"begun {attempt} {rank}").exists():
-        attempt += 1
-    note(folder, f"begun {attempt} {rank}", f"{begun} {os.getpid()}")
-    ddp_step()
-    note(folder, f"stepped {attempt} {rank}", f"{time.time()} {os.getpid()}")
-    while attempt == 0:
-        if not sleeps:
-            dist.all_reduce(torch.ones(1))
-        time.sleep(0.02)
-
-
-def note(folder: str, name: str, text: str) -> None:
-    Path(folder, "unfinished " + name).write_text(text)
-    Path(folder, "unfinished " + name).rename(Path(folder, name))
 
 
 def until_noted(folder: str, kind: str, attempts: Sequence[int], patience_s: float) -> float:
@@ -92,7 +71,7 @@ def after_kill(folder: str, victim: str, patience_s: float) -> dict[str, float]:
         try:
             later[what] = until_noted(folder, kind, [1, 2], patience_s) - killed_at
         except TimeoutError:
-            return {f"{what} (given up)": patience_s}
+            return {**later, f"{what} (given up)": patience_s}
     return later
 
 
@@ -107,7 +86,7 @@ def ours(
     launcher: trx.Launcher, victim: str, patience_s: float, *, sleeps: bool = False
 ) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        run = launcher.submit(train, folder, sleeps=sleeps)
+        run = launcher.submit(step_and_wait, folder, sleeps=sleeps)
         seen = after_kill(folder, victim, patience_s)
         run.result()
         return seen
@@ -122,14 +101,14 @@ def undisturbed(launcher: trx.Launcher) -> float:
 SCRIPT = """
 import os, sys
 import torch.distributed as dist
-from restarts import train
+from functions import step_and_wait
 
 {launch}
 """
 
 TORCHRUN = """
 dist.init_process_group("gloo")
-train({folder!r})
+step_and_wait({folder!r})
 dist.destroy_process_group()
 """
 
@@ -141,7 +120,7 @@ ray.init("local", num_cpus={workers} + 1, include_dashboard=False, log_to_driver
 def with_rank():
     import ray.train
     os.environ["RANK"] = str(ray.train.get_context().get_world_rank())
-    train({folder!r})
+    step_and_wait({folder!r})
 TorchTrainer(
     with_rank,
     scaling_config=ScalingConfig(num_workers={workers}),

@@ -60,6 +60,11 @@ class WorkerWanted:
     """Number of restarts so far that count towards `max_restarts`."""
     max_restarts: int
 
+    @property
+    def may_be_restarted(self) -> bool:
+        """True if another attempt may follow this one."""
+        return self.restarts < self.max_restarts
+
 
 @dataclass(frozen=True)
 class ShareWanted:

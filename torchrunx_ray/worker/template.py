@@ -160,7 +160,7 @@ class _Template:
     def _fork_worker(self, wanted: messages.ForkWorker, fds: list[int]) -> None:
         assert self._call is not None
         call, template_pid = self._call, os.getpid()
-        self._may_restart = wanted.worker.restarts < wanted.worker.max_restarts
+        self._may_restart = wanted.worker.may_be_restarted
 
         def live() -> NoReturn:
             become_worker(wanted, fds, template_pid, call, self._start_method)

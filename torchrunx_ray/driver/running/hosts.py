@@ -158,6 +158,11 @@ class Hosts:
         except (LaunchError, RayError):
             return False
 
+    def forget_call(self) -> None:
+        """Let the agents free the function and the arguments of a run that has ended."""
+        for agent in self._agents.values():
+            agent.forget_call()
+
     async def drop(self, indices: set[int]) -> None:
         """End these agents, even if cancelled meanwhile: nothing else refers to them."""
         agents = [self._agents.pop(i) for i in indices if i in self._agents]

@@ -89,6 +89,7 @@ class Supervisor:
                 progress.failures_before_stop = self._attempt.failures_before_stop
                 progress.supervisor = None
                 await to_the_end(self._hosts.drop(self._attempt.broken))
+                self._hosts.forget_call()
         if isinstance(outcome, Failures):
             return outcome if outcome is self._asked_about else self._with_attempts(outcome)
         hostnames = self._records[-1].hostnames
