@@ -87,7 +87,8 @@ class ShareWanted:
 class StacksWanted:
     """Request for the stacks of a run's workers that answer within `within_s`.
 
-    After `thread_s` the agent asks faulthandler instead of a worker's thread, in case C code holds the GIL.
+    After `thread_s` the agent asks faulthandler instead of a worker's thread, in case C code holds the GIL. It does not if
+    no time is left.
     """
 
     within_s: float

@@ -1,8 +1,9 @@
 """The process that imports torch once per host and forks the workers.
 
 After its imports, the template only forks, reaps, and reports the children that it reaped. When it is idle, it imports
-what workers had to import themselves. It starts no threads, because a fork copies only the calling thread. It is a subreaper, so a daemon that a worker started also ends with
-the run. When the agent is gone, the template kills all its descendants and exits.
+what workers had to import themselves. It starts no threads, because a fork copies only the calling thread. It is a
+subreaper, so a daemon that a worker started also ends with the run. When the agent is gone, the template kills all its
+descendants and exits.
 """
 
 import contextlib

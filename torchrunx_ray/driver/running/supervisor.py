@@ -88,8 +88,8 @@ class Supervisor:
                 progress.stacks_at_stop = self._attempt.stacks_at_stop
                 progress.failures_before_stop = self._attempt.failures_before_stop
                 progress.supervisor = None
-                await to_the_end(self._hosts.drop(self._attempt.broken))
                 self._hosts.forget_call()
+                await to_the_end(self._hosts.drop(self._attempt.broken))
         if isinstance(outcome, Failures):
             return outcome if outcome is self._asked_about else self._with_attempts(outcome)
         hostnames = self._records[-1].hostnames
