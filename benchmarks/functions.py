@@ -1,5 +1,9 @@
 """Functions that all compared launchers run, in an existing process group."""
 
+import os
+import time
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -14,3 +18,22 @@ def ddp_step() -> None:
     optimiser = torch.optim.AdamW(model.parameters())
     model(torch.ones(8, 64)).sum().backward()
     optimiser.step()
+
+
+def step_and_wait(folder: str, *, sleeps: bool = False) -> None:
+    """Note the first line and the first step of each attempt. Do not return from the first attempt."""
+    begun, rank, attempt = time.time(), os.environ["RANK"], 0
+    while Path(folder, f"begun {attempt} {rank}").exists():
+        attempt += 1
+    _note(folder, f"begun {attempt} {rank}", begun)
+    ddp_step()
+    _note(folder, f"stepped {attempt} {rank}", time.time())
+    while attempt == 0:
+        if not sleeps:
+            dist.all_reduce(torch.ones(1))
+        time.sleep(0.02)
+
+
+def _note(folder: str, name: str, time_s: float) -> None:
+    Path(folder, "unfinished " + name).write_text(f"{time_s} {os.getpid()}")
+    Path(folder, "unfinished " + name).rename(Path(folder, name))

@@ -26,6 +26,7 @@ QUESTIONS = {
     "launch_peers": (["--samples", "5"], ["--samples", "1", "--launches", "no_op:2,4"]),
     "launch": (["--samples", "5"], ["--samples", "1"]),
     "failures": (["--samples", "10"], ["--samples", "2", "--peer-samples", "1"]),
+    "restarts": (["--samples", "10"], ["--samples", "2", "--peer-samples", "1"]),
     "data": (["--samples", "5"], ["--samples", "2", "--sizes", "1K,64M"]),
     "logs": (["--samples", "5"], ["--samples", "1"]),
     "hosts": (["--samples", "5"], ["--samples", "2", "--hosts", "1,2,4", "--workers", "1,8"]),

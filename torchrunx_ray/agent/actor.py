@@ -13,6 +13,7 @@ import ray
 
 from torchrunx_ray.agent import template_environment
 from torchrunx_ray.agent.keeper import Keeper
+from torchrunx_ray.agent.kept_call import KeptCall
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
@@ -59,6 +60,7 @@ class Agent:
         self._run: HostRun | None = None
         self._early = defaultdict[messages.AttemptId, list[Callable[[HostRun], None]]](list)
         """Orders to runs that have not begun. Ray may deliver them before `start`, whose argument takes time."""
+        self._kept_call = KeptCall()
         self._listening: socket.socket | None = None
         self._having_template = asyncio.Lock()
         self._claim = 0
@@ -111,14 +113,14 @@ class Agent:
     async def clock(self) -> int:
         return now_ns()
 
-    async def start(
-        self, wanted: messages.ShareWanted, function: Packed, *inserted: Packed
-    ) -> None:
-        """Begin the run; its events come through `poll`, its values through `value`.
+    async def start(self, wanted: messages.ShareWanted, *values: Packed) -> None:
+        """Begin an attempt; its events come through `poll`, its values through `value`.
 
-        `inserted` are the values of references in the function's arguments.
+        `values` are the function with its arguments, and the values of references in the arguments. There are none
+        if this agent keeps them from an earlier attempt of the run.
         """
         assert self._template is not None
+        kept = self._kept_call.values_for(wanted.worker, values)
         listening, self._listening = self._listening, None
         self._metrics.begins(wanted, now_ns())
         run = HostRun(wanted, self._template, self._mailbox, listening, self._ip)
@@ -126,7 +128,11 @@ class Agent:
         for order in self._early[run.attempt]:
             order(run)
         self._early.clear()
-        await run.start(function, inserted)
+        await run.start(kept)
+
+    async def forget_call(self, run_id: str) -> None:
+        """Free the function and the arguments of a run, since no attempt of the run will follow."""
+        self._kept_call.forget(run_id)
 
     async def fork(self, attempt: messages.AttemptId) -> None:
         """Fork the workers of a run that waits until all hosts can fork."""
@@ -198,6 +204,7 @@ class Agent:
         self._claim = self._rested = claim
         self._forget_last_claim()
         self._run = None
+        self._kept_call = KeptCall()
         self._rest_ends = asyncio.get_running_loop().call_later(linger_s, self._leave)
 
     def _serves(self, claim: int) -> bool:

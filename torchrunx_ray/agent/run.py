@@ -71,7 +71,7 @@ class HostRun:
         """True while this host must keep the store for workers of other hosts, even if its own have ended."""
         self._may_fork = asyncio.Event()
 
-    async def start(self, function: Packed, inserted: Sequence[Packed]) -> None:
+    async def start(self, values: Sequence[Packed]) -> None:
         """Fork the workers. Return once every worker is forked, or the run has stopped before that."""
         refused = await self._unless_stopped(self._template.ready())
         if refused is not None:
@@ -88,7 +88,7 @@ class HostRun:
                 self._check(await self._template.fork(store, [self._listening.fileno()]))
             self._listening.close()
         if self._state is State.STARTING:
-            self._check(await self._template.hold_call((function, *inserted), self._is_starting))
+            self._check(await self._template.hold_call(values, self._is_starting))
         if self._state is State.STARTING:
             self._mailbox.put(messages.CanFork())
             if self._wanted.forks_when_told:

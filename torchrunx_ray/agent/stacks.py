@@ -46,10 +46,10 @@ class StackReader:
                 with contextlib.suppress(OSError):  # the worker has ended
                     self._ours.send(b"?")
             await self._until(lambda: not self._is_owed, wanted.thread_s)
-            if not self._answer and handles_usr2(pid):
+            left_s = wanted.within_s - wanted.thread_s
+            if not self._answer and left_s > 0 and handles_usr2(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGUSR2)
-                left_s = wanted.within_s - wanted.thread_s
                 await self._until(lambda: self._answer.endswith(_LAST_FRAME), left_s)
             answer, self._answer = self._answer, b""
             return answer.decode(errors="backslashreplace")

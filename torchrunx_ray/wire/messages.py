@@ -59,6 +59,8 @@ class WorkerWanted:
     restarts: int
     """Number of restarts so far that count towards `max_restarts`."""
     max_restarts: int
+    may_be_restarted: bool
+    """True if another attempt may follow this one."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class ShareWanted:
 class StacksWanted:
     """Request for the stacks of a run's workers that answer within `within_s`.
 
-    After `thread_s` the agent asks faulthandler instead of a worker's thread, in case C code holds the GIL.
+    After `thread_s` the agent asks faulthandler instead of a worker's thread, in case C code holds the GIL. It does not if
+    no time is left.
     """
 
     within_s: float

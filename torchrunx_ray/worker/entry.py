@@ -69,6 +69,7 @@ def live(
     stacks.answer_on(stacks_fd)
     dns.threads_are_ours()
     open_files.watch()
+    preload.note_late_imports()
     local_rank = wanted.place.local_rank
     worker_pid = os.getpid()
     leave: Callable[[], None] | None = None
@@ -150,7 +151,6 @@ def _end(leave_group: Callable[[], None] | None) -> NoReturn:
             leave_group()
         except BaseException:
             pass  # a peer failed, and so did the launch; the agent already has this rank's value
-    preload.note_late_imports()
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # as multiprocessing's children do
     open_files.finish()
     preload.flush()

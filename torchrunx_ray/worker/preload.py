@@ -10,11 +10,12 @@ import signal
 import sys
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from torchrunx_ray.wire import linux
-from torchrunx_ray.worker.function import open_files
+from torchrunx_ray.worker.function import import_hook, open_files
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -73,13 +74,28 @@ def flush() -> None:
 
 
 def note_late_imports() -> None:
-    """Tell the template which module to import before the next run. Called in a worker when it exits.
+    """Let a worker tell the template as soon as it has imported a module that later workers will need, too.
 
-    Do nothing if the function has changed settings that the module reads at its import. In the next run, the function
+    Say nothing if the function has changed settings that the module reads at its import. In the next run, the function
     would set them too late, after the import in the template.
     """
-    if _LATE in sys.modules and _settings() == _settings_of_template:
-        _late_is_wanted[0] = 1
+
+    def tell(_: ModuleType) -> None:
+        if _settings() == _settings_of_template:
+            _late_is_wanted[0] = 1
+
+    if may_learn():
+        import_hook.after_import(_LATE, tell)
+
+
+def may_learn() -> bool:
+    """Return True if workers may have to import a module that the template could import once for all."""
+    return "torch" in sys.modules and _LATE not in sys.modules
+
+
+def is_to_learn() -> bool:
+    """Return True if a worker has imported such a module."""
+    return bool(_late_is_wanted[0]) and may_learn()
 
 
 def _settings() -> dict[str, str]:
@@ -90,16 +106,17 @@ def _settings() -> dict[str, str]:
     }
 
 
-def learn() -> bool:
+def learn(meanwhile: Callable[[], None]) -> bool:
     """Import the module that workers imported themselves. Return False if forking is no longer safe.
 
-    Called between runs.
+    The import takes long, so `meanwhile` is called again and again during it.
     """
-    if not _late_is_wanted[0] or "torch" not in sys.modules or _LATE in sys.modules:
+    if not is_to_learn():
         return True
     variables = dict(os.environ)
     try:
-        load([_LATE])
+        with import_hook.between_imports(meanwhile):
+            load([_LATE])
     except Refusal:
         return False
     finally:

@@ -1,8 +1,9 @@
 """The process that imports torch once per host and forks the workers.
 
-After its imports, the template only forks, reaps, and reports the children that it reaped. It starts no threads,
-because a fork copies only the calling thread. It is a subreaper, so a daemon that a worker started also ends with
-the run. When the agent is gone, the template kills all its descendants and exits.
+After its imports, the template only forks, reaps, and reports the children that it reaped. When it is idle, it imports
+what workers had to import themselves. It starts no threads, because a fork copies only the calling thread. It is a
+subreaper, so a daemon that a worker started also ends with the run. When the agent is gone, the template kills all its
+descendants and exits.
 """
 
 import contextlib
@@ -47,11 +48,22 @@ def main(channel: Channel) -> NoReturn:
     os._exit(0)
 
 
+_IDLE_S = 0.5
+"""Time without messages before the template imports what workers of a run with restarts had to import."""
+
+
 class _Template:
     def __init__(self, channel: Channel, setup: messages.TemplateSetup) -> None:
         self._channel = channel
         self._start_method: messages.StartMethod = setup.start_method
         self._can_fork = True
+        self._is_learning = self._learns_at_once = False
+        self._waits_for_import: tuple[object, list[int]] | None = None
+        """A fork that was asked for during an import, and its descriptors."""
+        self._may_restart = False
+        """True if another attempt may follow the current one."""
+        self._has_failed = False
+        """True if a worker of the attempt has failed."""
         self._call: HeldCall | None = None
         self._children: dict[int, int | None] = {}
         """Local rank by pid; None for the store."""
@@ -60,16 +72,50 @@ class _Template:
         signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
 
     def serve(self) -> None:
-        while self._can_fork:
-            for fd in linux.ready([self._channel.fileno(), self._child_ended]):
-                if fd == self._child_ended:
-                    os.read(fd, 4096)
-                    self._reap()
-                else:
-                    self._obey()
+        while self._can_fork or self._children:
+            is_idle = not self._serve_once(self._until_look_s())
+            if is_idle or self._learns_at_once:
+                self._learn()
 
-    def _obey(self) -> None:
-        message, fds = self._channel.receive()
+    def _serve_once(self, timeout_s: float | None) -> bool:
+        """Wait for messages and ended children, and handle them. Return False if there are none in time."""
+        ready = linux.ready([self._channel.fileno(), self._child_ended], timeout_s)
+        for fd in ready:
+            if fd == self._child_ended:
+                os.read(fd, 4096)
+                self._reap()
+            else:
+                self._obey(*self._channel.receive())
+        return bool(ready)
+
+    def _until_look_s(self) -> float | None:
+        """Return the time without messages after which this template may learn. None if there is nothing to learn."""
+        if self._may_restart and self._children and preload.may_learn():
+            return _IDLE_S
+        return _IDLE_S if preload.is_to_learn() else None
+
+    def _learn(self) -> None:
+        """Import what workers had to import, and serve all the while, except forks.
+
+        A worker that is forked in the middle of an import would have half of a module.
+        """
+
+        def serve() -> None:
+            while self._waits_for_import is None and self._serve_once(0):
+                pass
+
+        self._learns_at_once = False
+        self._is_learning = True
+        self._can_fork = self._can_fork and preload.learn(serve)
+        self._is_learning = False
+        if self._waits_for_import is not None:
+            waiting, self._waits_for_import = self._waits_for_import, None
+            self._obey(*waiting)
+
+    def _obey(self, message: object, fds: list[int]) -> None:
+        if self._is_learning and isinstance(message, messages.ForkWorker | messages.ForkStore):
+            self._waits_for_import = message, fds
+            return
         match message:
             case messages.ForkWorker():
                 self._fork_worker(message, fds)
@@ -89,9 +135,15 @@ class _Template:
                 self._drop_call()
                 left = process_tree.kill_children(self._reap)
                 self._channel.send(messages.RunEnded(tuple(left)))
-                self._can_fork = preload.learn()
+                self._run_has_ended()
             case _:
                 raise TypeError(f"a template does not know {message!r}")
+
+    def _run_has_ended(self) -> None:
+        """Learn now, unless another attempt of the run may follow at once."""
+        is_followed = self._may_restart and self._has_failed
+        self._may_restart = self._has_failed = False
+        self._learns_at_once = not is_followed
 
     def _hold_call(self, wanted: messages.HoldCall) -> None:
         try:
@@ -109,6 +161,7 @@ class _Template:
     def _fork_worker(self, wanted: messages.ForkWorker, fds: list[int]) -> None:
         assert self._call is not None
         call, template_pid = self._call, os.getpid()
+        self._may_restart = wanted.worker.may_be_restarted
 
         def live() -> NoReturn:
             become_worker(wanted, fds, template_pid, call, self._start_method)
@@ -128,6 +181,8 @@ class _Template:
     def _fork(self, fds: list[int], local_rank: int | None, live: Callable[[], NoReturn]) -> None:
         """Fork a child that does nothing but `live`, and tell the agent. The parent closes `fds`."""
         try:
+            if not self._can_fork:
+                raise OSError("forks are not safe after the last import of the template")
             pid = os.fork()
         except OSError as error:
             pid, answer = None, messages.ForkFailed(str(error))
@@ -169,5 +224,6 @@ class _Template:
         local_rank = self._children.pop(pid)
         if local_rank is not None:
             process_tree.signal_group(pid, signal.SIGKILL)
+        self._has_failed |= exit_code != 0
         code, signum = (None, -exit_code) if exit_code < 0 else (exit_code, None)
         self._channel.send(messages.Exited(local_rank, pid, now_ns(), code, signum, peak_memory))

@@ -87,7 +87,10 @@ class AgentLink:
 
     async def _start(self, wanted: messages.ShareWanted, call: Call) -> None:
         calls = self._agent.calls
-        await self._cluster.ask(calls.start, wanted, call.packed, *call.inserted)
+        has_call = self._agent.keeps_call_of == call.run_name
+        values = () if has_call else (call.packed, *call.inserted)
+        await self._cluster.ask(calls.start, wanted, *values)
+        self._agent.keeps_call_of = call.run_name if wanted.worker.may_be_restarted else ""
         self.values = await self._cluster.begin(_ask_for_values, calls, wanted)
 
     async def _hear_until_ended(self, attempt: messages.AttemptId) -> None:

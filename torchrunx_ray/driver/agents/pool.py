@@ -94,6 +94,8 @@ class PooledAgent:
     rests_until: float = 0
     ahead_ns: int = 0
     """Lead of the host's clock over the driver's, once `clocks.compare` has asked for it."""
+    keeps_call_of: str = ""
+    """The run whose function and arguments the agent has received, and keeps until the run's last attempt."""
     compared_at: float = -math.inf
     """Time of the last comparison, on the driver's monotonic clock."""
 
@@ -155,6 +157,12 @@ class PooledAgent:
         except TimeoutError:
             return False
         return True
+
+    def forget_call(self) -> None:
+        """Let the agent free the function and the arguments of a run that has ended."""
+        if self.keeps_call_of and self.state is AgentState.MET:
+            self.connection.tell(self.calls.forget_call, self.keeps_call_of)
+        self.keeps_call_of = ""
 
     async def release(self, linger: float) -> None:
         """Let the agent rest for the next launch.

@@ -50,6 +50,9 @@ _ENDING_S = 0.8
 _STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
 """Limits for stacks after a failure. They arrive in milliseconds, or later if the machine is busy."""
 
+_STACKS_BEFORE_RESTART = messages.StacksWanted(within_s=0.1, thread_s=0.1)
+"""Limits for stacks if another attempt may follow, which waits for them. faulthandler is not asked."""
+
 _STACKS_AT_CANCEL = messages.StacksWanted(within_s=0.5, thread_s=0.1)
 """Limits for stacks at a cancellation. They are short because a person is waiting."""
 
@@ -290,6 +293,7 @@ class Attempt:
             log_level=self._logs.level,
             restarts=self._restarts,
             max_restarts=self._options.max_restarts,
+            may_be_restarted=self._may_be_restarted,
         )
         return messages.ShareWanted(
             worker=worker,
@@ -415,6 +419,10 @@ class Attempt:
             first.agent.connection.tell(first.agent.calls.others_have_ended, self._id)
 
     @property
+    def _may_be_restarted(self) -> bool:
+        return self._restarts < self._options.max_restarts or self._options.is_elastic
+
+    @property
     def _forks_when_told(self) -> bool:
         return self._backend is not None and len(self._crew.hosts) > 1
 
@@ -494,8 +502,10 @@ class Attempt:
 
     async def _settle_and_stop(self) -> None:
         """Wait for earlier failures, take the stacks of the other workers, then stop them."""
-        looking = self._look(_STACKS_AFTER_FAILURE)
-        self._stacks, _ = await asyncio.gather(looking, self._ledger.settle())
+        in_haste = self._may_be_restarted
+        looking = self._look(_STACKS_BEFORE_RESTART if in_haste else _STACKS_AFTER_FAILURE)
+        settling = self._ledger.settle(in_haste=in_haste)
+        self._stacks, _ = await asyncio.gather(looking, settling)
         self._stop(self._options.shutdown_timeout)
 
     async def _look_and_stop(self) -> None:

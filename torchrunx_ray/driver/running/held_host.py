@@ -93,6 +93,11 @@ class HeldHost:
         if refused is not None:
             raise LaunchError(f"On {self.host.label}: {refused.problem}")
 
+    def forget_call(self) -> None:
+        """Let the agent free the function and the arguments of a run that has ended."""
+        if self._agent is not None:
+            self._agent.forget_call()
+
     async def gpu_ids(self) -> tuple[str, ...]:
         """Return the GPUs of the bundle. Raises AgentFailedError if Ray cannot answer."""
         return await self._gpu_question.answer()

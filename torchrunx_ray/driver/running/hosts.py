@@ -110,6 +110,11 @@ class Hosts:
             hosts, agents = [each.host for each in members], [each.agent for each in members]
             return Crew(hosts, agents, met, gpu_ids), members[0].placement.backend
 
+    def forget_call(self) -> None:
+        """Let the agents free the function and the arguments of a run that has ended."""
+        for host in self._roster.all:
+            host.forget_call()
+
     async def give_up(self, agents: Collection[PooledAgent]) -> None:
         """End agents that a run has lost, even if cancelled meanwhile: nothing else refers to them."""
         members = [member for member in self._roster.members if member.has_one_of(agents)]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import signal
 from collections.abc import Collection
 
 from torchrunx_ray.driver.report.failures import Failure, Report
@@ -26,6 +27,8 @@ class Ledger:
         """Each with the index of the host on whose clock its time is; None for the driver's clock."""
         self._before_cancellation: int | None = None
         """Number of failures that were known when the run was cancelled; None if it was not cancelled."""
+        self._has_own_cause = asyncio.Event()
+        """Set if a worker was killed. Nothing that a peer does ends in a SIGKILL."""
         self.cause_is_known = asyncio.Event()
         """Set if some failure is no error in a collective, or if each rank has failed or returned."""
 
@@ -42,6 +45,8 @@ class Ledger:
         self._failed.append((whose, Failure(time_ns, label, rank, report)))
         if not (isinstance(report, messages.Failed) and report.in_collective):
             self.cause_is_known.set()
+        if isinstance(report, messages.Died) and report.exited.signal == signal.SIGKILL:
+            self._has_own_cause.set()
 
     def look_for_others(self, finished: Collection[int]) -> None:
         """Stop the wait for a cause if each rank has failed or returned."""
@@ -49,12 +54,16 @@ class Ledger:
         if all(place.rank in failed or place.rank in finished for place in self._crew.places):
             self.cause_is_known.set()
 
-    async def settle(self) -> None:
-        """Wait until earlier failures, and the cause of errors in collectives, may have arrived."""
-        await asyncio.sleep(_SETTLING_S)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CAUSE_S):
-                await self.cause_is_known.wait()
+    async def settle(self, *, in_haste: bool) -> None:
+        """Wait until earlier failures, and the cause of errors in collectives, may have arrived.
+
+        If `in_haste`, do not wait after a worker was killed: its death is a cause.
+        """
+        if not in_haste:
+            await asyncio.sleep(_SETTLING_S)
+        elif await _happens(self._has_own_cause, _SETTLING_S):
+            return
+        await _happens(self.cause_is_known, _CAUSE_S)
 
     def note_cancellation(self) -> None:
         """Note that later failures may be the consequence of a cancellation."""
@@ -76,3 +85,10 @@ class Ledger:
             return failure
         time_ns = self._crew.agents[host_index].on_ours(failure.time_ns)
         return dataclasses.replace(failure, time_ns=time_ns)
+
+
+async def _happens(event: asyncio.Event, within_s: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            return await event.wait()
+    return False

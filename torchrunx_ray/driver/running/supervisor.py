@@ -222,6 +222,7 @@ class Supervisor:
         return self._attempt
 
     async def _leave_hosts(self) -> None:
+        self._hosts.forget_call()
         await self._hosts.reserves.pause()
         await self._hosts.give_up(self._attempt.broken)
 

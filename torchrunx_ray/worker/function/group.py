@@ -2,21 +2,19 @@
 
 import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import sys
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from torchrunx_ray.wire.messages import ForkWorker
 from torchrunx_ray.worker.dns import without_dns
+from torchrunx_ray.worker.function.import_hook import after_import
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -131,11 +129,7 @@ class _LaunchStore:
         first group's keys. Each group created at our address gets its own prefix. For any other address, torch
         does as usual.
         """
-        module = sys.modules.get(_RENDEZVOUS)
-        if module is not None:
-            self.patch(module)
-        else:
-            sys.meta_path.insert(0, _PatchWhenImported(self))
+        after_import(_RENDEZVOUS, self.patch)
 
     def patch(self, module: types.ModuleType) -> None:
         plain: Callable[..., Store] = module._create_c10d_store
@@ -156,31 +150,3 @@ class _LaunchStore:
             return self.with_prefix(f"group{made[world_size]}/{world_size}", timeout)
 
         vars(module)["_create_c10d_store"] = create_store
-
-
-class _PatchWhenImported(importlib.abc.MetaPathFinder):
-    """An import hook that patches torch's rendezvous module when the function imports torch."""
-
-    def __init__(self, store: _LaunchStore) -> None:
-        self._store = store
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: "Sequence[str] | None",  # noqa: ARG002  # the protocol's signature
-        target: types.ModuleType | None = None,  # noqa: ARG002
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _RENDEZVOUS:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return None
-        load = spec.loader.exec_module
-
-        def load_and_patch(module: types.ModuleType) -> None:
-            load(module)
-            self._store.patch(module)
-
-        spec.loader.exec_module = load_and_patch
-        return spec
