@@ -28,6 +28,7 @@ from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.report.trace import write_trace
 from torchrunx_ray.driver.report.workers import WorkerState
+from torchrunx_ray.driver.running import stopping
 from torchrunx_ray.driver.running.supervisor import _restarted
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.ranks import lay_out
@@ -82,8 +83,10 @@ def test_attempts_of_a_failed_run_are_those_of_its_error(patient: trx.Launcher) 
 
 @pytest.mark.parametrize("how", ["cancel", "kill"])
 def test_attempt_of_a_cancelled_run_is_stopped(
-    patient: trx.Launcher, how: str, tmp_path: Path
+    patient: trx.Launcher, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stopping, "_DEAF_S", 30.0)  # a busy machine is no lost host
+
     def fail_and_wait() -> None:
         if trx.context().attempt == 0:
             raise ValueError
@@ -176,8 +179,9 @@ def test_pid_is_known_before_a_worker_has_joined(cluster: None, tmp_path: Path) 
         linger=0,
     )
     run = launcher.submit(os.getpid)
-    assert wait_until(lambda: len(run.workers()) == 2, 30)
-    assert [(each.pid, each.state) for each in run.workers()] == [(None, "INIT")] * 2
+    seen: list[trx.WorkerInfo] = []
+    assert wait_until(lambda: seen.extend(run.workers()) or len(seen) == 2, 30)
+    assert [(each.pid, each.state) for each in seen] == [(None, "INIT")] * 2
     assert wait_until(lambda: states(run) == ["HEALTHY"] * 2, 60)
     pids = [each.pid for each in run.workers()]
     assert all(pid is not None and is_alive(pid) for pid in pids)
