@@ -405,7 +405,7 @@ def test_trace_of_attempts_on_other_hosts_has_each_host_once(tmp_path: Path) -> 
         for place in places:
             started = messages.Started(0, 1, time.time_ns())
             timeline.hear(place.host_index, place.rank, started, 0)
-        history.end("failed", "first failure")
+        history.end("failed", "first failure", time.time())
     write_trace(tmp_path / "trace.json", timeline, history.attempts)
 
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -501,7 +501,7 @@ def test_lost_hosts_are_those_whose_node_the_next_attempt_does_not_have() -> Non
 
     death = messages.Died(messages.Exited(0, 1, 0, None, signal.SIGKILL, 0), (), None)
     failures = Failures([Failure(0, "b", 1, death)], [], Stacks({}), None)
-    same = _restarted(failures, hosts("a", "b"), hosts("a", "b"))
+    same = _restarted("failed", failures, hosts("a", "b"), hosts("a", "b"))
     assert same == messages.Restarted("death", 0)
-    lost = _restarted(failures, hosts("a", "b", "c"), hosts("a", "d"))
+    lost = _restarted("host lost", failures, hosts("a", "b", "c"), hosts("a", "d"))
     assert lost == messages.Restarted("host", 2)

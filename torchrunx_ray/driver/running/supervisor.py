@@ -266,11 +266,12 @@ def _restarted(
     why: Why, failures: Failures | None, old: Sequence[Host], new: Sequence[Host]
 ) -> Restarted:
     """Return the reason for an attempt on the `new` hosts, after an attempt on the `old` hosts."""
-    still_there = {host.node.node_id for host in new}
-    hosts_lost = sum(host.node.node_id not in still_there for host in old)
     if failures is None or why in ("resized", "drained"):
-        return Restarted("resize" if why == "resized" else "drain", hosts_lost)
-    return Restarted("host" if why == "host lost" else failures.kind, hosts_lost)
+        return Restarted("resize" if why == "resized" else "drain", 0)
+    if why != "host lost":
+        return Restarted(failures.kind, 0)
+    still_there = {host.node.node_id for host in new}
+    return Restarted("host", sum(host.node.node_id not in still_there for host in old))
 
 
 async def run_once(options: Options, call: Call, progress: Progress) -> Outcome:
