@@ -29,6 +29,7 @@ VALUES = {
         "shutdown_timeout": "SECONDS",
         "max_restarts": "INT",
         "restart_if": "None",
+        "host_timeout": "SECONDS",
         "linger": "SECONDS",
     },
     "environment": {

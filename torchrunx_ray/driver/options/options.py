@@ -71,6 +71,8 @@ class Options:
     """Number of times that the launch starts all workers again after a failure."""
     restart_if: Annotated[Callable[[BaseException], bool] | None, written_as_words("None")] = None
     """Function that gets the exception of a failure, and returns True if the launch may restart the workers. None: any failure."""
+    host_timeout: Annotated[float, written_as("host_timeout", number)] = 10
+    """Time after which a silent host is taken for lost, in seconds, if the launch may restart. Its workers end by themselves in this time. Through ray://: at least RAY_CLIENT_RECONNECT_GRACE_PERIOD plus 10."""
     linger: Annotated[float, written_as("linger", number)] = 60
     """Time that agents stay warm after a run, holding no resources, in seconds."""
     default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", tuple)] = (

@@ -21,8 +21,9 @@ from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.stored import until_stored
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.running.crew import Crew
+from torchrunx_ray.driver.running.leases import FIRST_S, Leases, lease_s
 from torchrunx_ray.driver.running.ledger import Ledger
-from torchrunx_ray.driver.running.share import Share, ShareState
+from torchrunx_ray.driver.running.share import Doubt, Share, ShareState
 from torchrunx_ray.driver.running.stopping import Stopping
 from torchrunx_ray.driver.running.stragglers import Stragglers
 from torchrunx_ray.wire import messages
@@ -44,6 +45,14 @@ _SILENT_STOP_S = 2.0
 
 _ENDING_S = 0.8
 """Time for an agent that ends itself to report that its workers are gone."""
+
+_REPORT_OF_END_S = 0.5
+"""Time for an agent to report that the lease ran out. It says more than the pulse, if it can be heard."""
+
+_SILENT = (
+    "its agent or the whole host is frozen or very busy, or the network to it is cut. The lease of its workers has run "
+    "out, so they have ended"
+)
 
 _STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
 """Limits for stacks after a failure. They arrive in milliseconds, or later if the machine is busy."""
@@ -109,6 +118,9 @@ class Attempt:
             Share(i, host.label, crew.agents[i], id_) for i, host in enumerate(crew.hosts)
         ]
         self._stopping = Stopping(self._shares, logs, self._chores)
+        self._leases = None
+        if options.max_restarts > 0:
+            self._leases = Leases(id_, crew.agents, lease_s(options), self._lease_is_over)
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
         self._sizes: dict[tuple[int, int], int] = {}
@@ -125,6 +137,8 @@ class Attempt:
         """
         try:
             self._chores.begin(clocks.compare(self._crew.agents))
+            if self._leases is not None:
+                self._chores.begin(self._leases.hold())
             watching = [share.watch(self._watch(share, call)) for share in self._shares]
             for wait_s, is_enough in ((_SLOW_START_S, False), (_START_S, True)):
                 self._chores.later(wait_s, self._check_can_fork, wait_s, is_enough)
@@ -182,10 +196,36 @@ class Attempt:
         """Indices of hosts whose agents cannot be used again, since they have not sent all their output."""
         return {share.index for share in self._shares if share.state is not ShareState.DONE}
 
-    @property
-    def is_surely_over(self) -> bool:
-        """False if processes of the attempt may live on, on a host that is cut off, frozen or ending."""
-        return not any(share.has_doubt for share in self._shares)
+    async def is_surely_over(self, *, nodes_live: bool) -> bool:
+        """Return False if processes of the attempt may live on, on a host that is cut off, frozen or ending.
+
+        Wait until the leases of such hosts must have run out. If not all nodes live, as far as Ray knows, an agent
+        that Ray calls dead may live on, too.
+        """
+        doubtful = [
+            share
+            for share in self._shares
+            if share.doubt is Doubt.NO_CONTACT
+            or (share.state is ShareState.LOST and share.doubt is Doubt.NONE and not nodes_live)
+        ]
+        if doubtful and self._leases is not None:
+            if not await self._leases.fence(share.index for share in doubtful):
+                return False
+            for share in doubtful:
+                share.doubt = Doubt.FENCED
+        return all(share.doubt in (Doubt.NONE, Doubt.FENCED) for share in self._shares)
+
+    def _lease_is_over(self, host_index: int) -> None:
+        """Give up a host whose lease must have run out, unless its agent reports the end of its workers."""
+        self._chores.later(_REPORT_OF_END_S, self._lose_silent, self._shares[host_index])
+
+    def _lose_silent(self, share: Share) -> None:
+        if share.is_over or not share.is_watched:
+            return
+        assert self._leases is not None
+        self._lose(share, f"the host was silent for {self._leases.lease_s:g} s", _SILENT)
+        share.doubt = Doubt.FENCED
+        share.give_up()
 
     async def stacks(self) -> Stacks:
         """Return the stacks of the living workers."""
@@ -244,6 +284,7 @@ class Attempt:
             gpu_ids=self._crew.gpu_ids[share.index],
             gpus_per_worker=self._crew.hosts[share.index].gpus_per_worker,
             forks_when_told=self._forks_when_told,
+            first_lease_s=None if self._leases is None else FIRST_S,
         )
 
     async def _watch(self, share: Share, call: Call) -> None:
@@ -257,7 +298,7 @@ class Attempt:
             share.values = link.values
             self._share_becomes(share, ShareState.LOST)
             if share.state is ShareState.LOST and not link.has_agent_died:
-                share.has_doubt = True
+                share.doubt_because(Doubt.NO_CONTACT)
         if failed is not None:
             self._fail(share, None, None, failed)
 
@@ -284,6 +325,10 @@ class Attempt:
                     self._become(Phase.RUNNING)
             case messages.Started():
                 share.ranks_by_pid[event.pid] = self._crew.rank(share.index, event.local_rank)
+                if self._leases is not None and len(self._timeline.started) == len(
+                    self._crew.places
+                ):
+                    self._leases.take_soon()
             case messages.Finished():
                 self._sizes[share.index, event.local_rank] = event.size
                 self._stragglers.has_returned(self._crew.rank(share.index, event.local_rank))
@@ -295,14 +340,14 @@ class Attempt:
             case messages.AgentFailed():
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
-                    share.has_doubt = True
+                    share.doubt_because(Doubt.NO_CONTACT)
                     self._chores.later(_ENDING_S, share.give_up)
             case messages.TemplateRefused():
                 self._fail(share, None, None, event)
             case messages.HostEnded():
                 self._share_becomes(share, ShareState.OVER)
                 if event.left:
-                    share.has_doubt = True
+                    share.doubt_because(Doubt.NOT_KILLED)
                     logger.warning(
                         "%s: SIGKILL did not end the processes %s, which are blocked in the kernel",
                         share.label,

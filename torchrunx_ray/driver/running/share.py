@@ -29,6 +29,15 @@ class ShareState(enum.IntEnum):
     """All output has arrived."""
 
 
+class Doubt(enum.Enum):
+    """Reasons why processes of a share may live on, beside those of another attempt."""
+
+    NONE = "the agent has reported the end of its workers, or has died with them"
+    NO_CONTACT = "the agent is frozen, cut off or ending, and has reported no end of its workers"
+    NOT_KILLED = "SIGKILL did not end some processes"
+    FENCED = "the lease of the workers has run out, so they have ended"
+
+
 class Share:
     """One host's share of an attempt: its state, its workers, and the calls to its agent.
 
@@ -53,8 +62,7 @@ class Share:
         self._attempt = attempt
         self._watching: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self.has_doubt = False
-        """True if processes of the attempt may live on, beside those of another attempt."""
+        self.doubt = Doubt.NONE
         self.is_deaf = False
         """True if the agent has not answered the last call to stop its workers."""
 
@@ -71,6 +79,11 @@ class Share:
         """Enter a state, unless the share is past it."""
         self.state = max(state, self.state)
 
+    def doubt_because(self, doubt: Doubt) -> None:
+        """Note a doubt, unless none is possible any more."""
+        if self.doubt is not Doubt.FENCED:
+            self.doubt = doubt
+
     def watch(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Begin the work that lasts as long as the link."""
         self._watching = asyncio.create_task(work)
@@ -85,7 +98,7 @@ class Share:
 
     def give_up(self) -> None:
         """Give up the agent, which is ending, frozen or cut off. Ray reports this much later."""
-        self.has_doubt = True
+        self.doubt_because(Doubt.NO_CONTACT)
         self.agent.state = AgentState.GONE
         self.close()
 

@@ -157,9 +157,11 @@ class Supervisor:
         """Return True if the workers are to be started again. Raises the error of `restart_if`."""
         if attempt.was_cancelled or len(self._records) > self._options.max_restarts:
             return False
+        if not failures.may_go_away:
+            return False
         # A worker on a host that is cut off might write beside its replacement.
-        is_safe = attempt.is_surely_over and await self._hosts.are_surely_whole()
-        if not (is_safe and failures.may_go_away):
+        nodes_live = await self._hosts.are_surely_whole()
+        if not (await attempt.is_surely_over(nodes_live=nodes_live) and nodes_live):
             return False
         if self._options.restart_if is None:
             return True
