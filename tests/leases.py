@@ -75,7 +75,15 @@ def beating(folder: Path, rank: int = 0, attempt: int = 0) -> int:
 
 def gap_s(folder: Path, rank: int = 0) -> float:
     """The time between the last sign of the first attempt and the first sign of the next one."""
+    return (min(_beats(folder, rank, attempt=1)) - last_beat_ns(folder, rank)) / 1e9
+
+
+def last_beat_ns(folder: Path, rank: int) -> int:
+    """The time of the last sign of the first attempt."""
+    return max(_beats(folder, rank, attempt=0))
+
+
+def _beats(folder: Path, rank: int, attempt: int) -> list[int]:
     text = (folder / f"beats {rank}").read_text()
     beats = [tuple(map(int, line.split())) for line in text.splitlines()]
-    last = max(at for at, attempt in beats if attempt == 0)
-    return (min(at for at, attempt in beats if attempt == 1) - last) / 1e9
+    return [at for at, of_attempt in beats if of_attempt == attempt]

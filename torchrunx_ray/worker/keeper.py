@@ -21,7 +21,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from torchrunx_ray.wire import linux, proc, process_tree
+from torchrunx_ray.wire import linux, process_tree
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.title import set_title
 from torchrunx_ray.worker.lease import LeaseWatch
@@ -100,17 +100,14 @@ def _keep(
     if not has_lease_ended:
         os.kill(child_pid, end_with)  # without effect if the child has ended
         has_lease_ended = lease.runs_out_before([child_fd], _ENDING_S)
-    heir_pid = None
-    if has_lease_ended and heir_fd is not None:
-        heir_pid = _read_pid(heir_fd)
-        _kill_below(child_pid, heir_pid)
     os.kill(child_pid, signal.SIGKILL)
+    heir_pid = None if heir_fd is None else _read_pid(heir_fd)
+    if has_lease_ended:
+        _kill_workers(child_pid, heir_pid)
     _, status = os.waitpid(child_pid, 0)
     exit_code = os.waitstatus_to_exitcode(status)
-    if heir_fd is not None and exit_code < 0 and not is_asked:
-        heir_pid = heir_pid or _read_pid(heir_fd)
-        if heir_pid is not None and process_tree.has_child(heir_pid):
-            return _keep(heir_pid, agent_fd, lease, signal.SIGKILL)
+    if heir_pid is not None and exit_code < 0 and not is_asked and process_tree.has_child(heir_pid):
+        return _keep(heir_pid, agent_fd, lease, signal.SIGKILL)
     process_tree.kill_children()
     return exit_code if exit_code >= 0 else 128 - exit_code
 
@@ -122,11 +119,12 @@ def _read_pid(fd: int) -> int | None:
     return None
 
 
-def _kill_below(parent_pid: int, pid: int | None) -> None:
-    """Kill a child of a child. Every child of the inner keeper belongs to this host's runs, even if a pid was reused."""
-    with contextlib.suppress(OSError):  # the process has ended
-        if pid is not None and int(proc.stat(pid)[1]) == parent_pid:
-            os.kill(pid, signal.SIGKILL)
+def _kill_workers(child_pid: int, heir_pid: int | None) -> None:
+    """Kill the template, which leads the session of its workers, at once. The rest follows when they are reaped."""
+    if heir_pid is None:
+        process_tree.kill_session(child_pid)
+    elif process_tree.has_grandchild(child_pid, heir_pid):
+        process_tree.kill_session(heir_pid)
 
 
 def _shed_what_ray_gave() -> None:
