@@ -78,6 +78,11 @@ def gap_s(folder: Path, rank: int = 0) -> float:
     return (min(_beats(folder, rank, attempt=1)) - last_beat_ns(folder, rank)) / 1e9
 
 
+def outlived_s(folder: Path, page: LeasePage, rank: int = 0) -> float:
+    """The time by which a worker of the first attempt outlived its lease; the driver allows for a second."""
+    return (last_beat_ns(folder, rank) - page.expires_at_ns) / 1e9
+
+
 def last_beat_ns(folder: Path, rank: int) -> int:
     """The time of the last sign of the first attempt."""
     return max(_beats(folder, rank, attempt=0))

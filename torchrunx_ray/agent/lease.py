@@ -15,6 +15,9 @@ from torchrunx_ray.wire.messages import AttemptId
 _EVERY_S = 1.0
 """Interval of the requests."""
 
+_AT_FIRST_S = 0.2
+"""The same while the first lease is in force, which is long. The request after that tells the pulse of the new one."""
+
 _FIRST_WITHIN_S = 60.0
 """Time to wait for a first renewal if the first lease ran out before the host could fork."""
 
@@ -95,19 +98,19 @@ class HostLease:
     async def _renew_often(self, pulse: Any, host_index: int, lease_s: float) -> None:
         while not self._has_run_out:
             # An answer may be lost, or late, and must not delay the next request.
-            request = asyncio.create_task(self._renew(pulse, host_index, lease_s))
+            is_first = self._state is not LeaseState.RENEWED
+            request = asyncio.create_task(self._renew(pulse, host_index, lease_s, is_first))
             self._requests.add(request)
             request.add_done_callback(self._requests.discard)
-            await asyncio.sleep(_EVERY_S)
+            await asyncio.sleep(_AT_FIRST_S if is_first else _EVERY_S)
         self._note_end()
         await asyncio.sleep(_KEEPERS_S)
         self._template.hang_up()
 
-    async def _renew(self, pulse: Any, host_index: int, lease_s: float) -> None:
+    async def _renew(self, pulse: Any, host_index: int, lease_s: float, is_first: bool) -> None:
         asked_at_ns = boot_ns()
-        is_renewed = self._state is LeaseState.RENEWED
         try:
-            is_granted = await pulse.renew.remote(self.attempt, host_index, is_renewed)
+            is_granted = await pulse.renew.remote(self.attempt, host_index, is_first)
         except RayError:
             return  # another request follows, perhaps to another pulse
         if is_granted and self._may_extend:

@@ -38,11 +38,11 @@ class Pulse:
         self._grants[wanted.attempt] = Grants(wanted)
         self._find(wanted.attempt)
 
-    async def renew(self, attempt: AttemptId, host_index: int, is_renewed: bool) -> bool:
+    async def renew(self, attempt: AttemptId, host_index: int, is_first: bool) -> bool:
         """Grant a lease to a host; called by its agent. See `Grants`."""
         grants = self._grants.get(attempt)
         is_at_work = self._driver is None or self._driver.is_at_work
-        return is_at_work and grants is not None and grants.renew(host_index, is_renewed)
+        return is_at_work and grants is not None and grants.renew(host_index, is_first)
 
     async def watch(self, attempt: AttemptId, known: Sequence[int], within_s: float) -> list[int]:
         """Return the hosts whose lease must have run out, as soon as there are others than the known ones.

@@ -26,15 +26,15 @@ class Grants:
         self._refused = set(wanted.refused)
         """Hosts that get no more grants."""
 
-    def renew(self, host_index: int, is_renewed: bool) -> bool:
-        """Grant a lease, unless the last one has run out. `is_renewed` is False while the host has its first lease."""
+    def renew(self, host_index: int, is_first: bool) -> bool:
+        """Grant a lease, unless the last one has run out. `is_first`: no renewal has reached the host yet."""
         now = boot_ns()
         if host_index in self._refused or now >= self._over_at_ns[host_index]:
             self._refused.add(host_index)
             return False
         over_at_ns = now + self._lease_ns + self._margin_ns
         # A host whose first lease is in force may never get this answer, and then has the first one.
-        last_ns = 0 if is_renewed else self._over_at_ns[host_index]
+        last_ns = self._over_at_ns[host_index] if is_first else 0
         self._over_at_ns[host_index] = max(over_at_ns, last_ns)
         return True
 

@@ -23,7 +23,7 @@ from torchrunx_ray.pulse.actor import Pulse
 from torchrunx_ray.pulse.driver_process import DriverProcess
 from torchrunx_ray.wire.messages import AttemptId, LeasesWanted
 
-_STARTING_S = 40.0
+_STARTING_S = 30.0
 """Time for Ray to start the actor's process."""
 
 _ANSWER_S = 3.0

@@ -120,7 +120,7 @@ class Attempt:
         self._stopping = Stopping(self._shares, logs, self._chores)
         self._leases = None
         if options.max_restarts > 0:
-            self._leases = Leases(id_, crew.agents, lease_s(options), self._lease_is_over)
+            self._leases = Leases(id_, crew, lease_s(options), self._lease_is_over)
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
         self._sizes: dict[tuple[int, int], int] = {}
@@ -325,9 +325,7 @@ class Attempt:
                     self._become(Phase.RUNNING)
             case messages.Started():
                 share.ranks_by_pid[event.pid] = self._crew.rank(share.index, event.local_rank)
-                if self._leases is not None and len(self._timeline.started) == len(
-                    self._crew.places
-                ):
+                if self._leases is not None and self._all_have_started:
                     self._leases.take_soon()
             case messages.Finished():
                 self._sizes[share.index, event.local_rank] = event.size
@@ -396,6 +394,10 @@ class Attempt:
         is_alone = not first.is_over and all(share.is_over for share in others)
         if is_alone and others and first.agent.state is not AgentState.GONE:
             first.agent.connection.tell(first.agent.calls.others_have_ended, self._id)
+
+    @property
+    def _all_have_started(self) -> bool:
+        return len(self._timeline.started) == len(self._crew.places)
 
     @property
     def _forks_when_told(self) -> bool:

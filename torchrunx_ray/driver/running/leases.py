@@ -10,14 +10,17 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from ray.exceptions import RayError
+
 from torchrunx_ray.driver.agents import pulses
-from torchrunx_ray.driver.agents.pool import AgentState, PooledAgent
+from torchrunx_ray.driver.agents.pool import AgentState
 from torchrunx_ray.driver.agents.pulses import PulseLink, PulseLost
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, is_remote_client
 from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.wire.messages import AttemptId, LeasesWanted
 
 logger = logging.getLogger("torchrunx_ray")
@@ -43,7 +46,11 @@ _ENDLESS_S = 1e6
 _TRIES = 2
 """Attempts to start a pulse for hosts that have their first leases. They end before these leases do."""
 
+_QUIET_S = 2.0
+"""Time to wait for the end of a lease without a warning."""
+
 _BEYOND_GRACE_S = 10.0
+"""Time by which a lease through ray:// is longer than the interruption that Ray allows."""
 
 
 def lease_s(options: Options) -> float:
@@ -63,13 +70,13 @@ class Leases:
     def __init__(
         self,
         attempt: AttemptId,
-        agents: Sequence[PooledAgent],
+        crew: Crew,
         lease_s: float,
         lose: Callable[[int], None],
     ) -> None:
         self.lease_s = lease_s
         self._attempt = attempt
-        self._agents = agents
+        self._crew = crew
         self._lose = lose
         self._pulse: PulseLink | None = None
         """The pulse that may have granted leases, or the last one."""
@@ -110,11 +117,13 @@ class Leases:
                 await self._follow(self._pulse)
             except PulseLost as lost:
                 self._note_end(lost)
+            except RayError as error:  # Ray could not create the actor
+                logger.debug("no pulse: %s", error)
 
     def _wanted(self) -> LeasesWanted:
         return LeasesWanted(
             attempt=self._attempt,
-            hosts=len(self._agents),
+            hosts=len(self._crew.agents),
             lease_s=self.lease_s,
             margin_s=_MARGIN_S,
             until_over_s=min(self._over_at - time.monotonic(), _ENDLESS_S),
@@ -123,7 +132,7 @@ class Leases:
 
     async def _follow(self, pulse: PulseLink) -> NoReturn:
         """Let the hosts renew with this pulse, and report those that do not. Raises PulseLost."""
-        for index, agent in enumerate(self._agents):
+        for index, agent in enumerate(self._crew.agents):
             if index not in self._over and agent.state is not AgentState.GONE:
                 renew_with = agent.calls.renew_with
                 agent.connection.tell(renew_with, self._attempt, pulse.calls, index, self.lease_s)
@@ -146,7 +155,7 @@ class Leases:
         )
         self._over_at = math.inf
         self._pulse = None
-        for agent in self._agents:
+        for agent in self._crew.agents:
             if agent.state is not AgentState.GONE:
                 agent.connection.tell(agent.calls.need_no_lease, self._attempt)
 
@@ -165,5 +174,12 @@ class Leases:
         left_s = over_at - time.monotonic()
         if left_s >= _ENDLESS_S / 2:
             return False
+        if left_s > _QUIET_S:
+            logger.warning(
+                "%s: waiting for %.0f s, until the workers on %s must have ended",
+                self._attempt.run_id,
+                left_s,
+                self._crew.hosts[host_index].label,
+            )
         await asyncio.sleep(left_s)
         return True

@@ -159,9 +159,9 @@ class Supervisor:
             return False
         if not failures.may_go_away:
             return False
-        # A worker on a host that is cut off might write beside its replacement.
         nodes_live = await self._hosts.are_surely_whole()
-        if not (await attempt.is_surely_over(nodes_live=nodes_live) and nodes_live):
+        # A worker on a host that is cut off might write beside its replacement.
+        if not (nodes_live and await attempt.is_surely_over(nodes_live=nodes_live)):
             return False
         if self._options.restart_if is None:
             return True
