@@ -15,7 +15,15 @@ import pytest
 import ray
 
 import torchrunx_ray as trx
-from tests.leases import beat, beating, gap_s, page_of, pulse_pids, until_renewed
+from tests.leases import (
+    beat,
+    beating,
+    gap_s,
+    outlived_s,
+    page_of,
+    pulse_pids,
+    until_renewed,
+)
 from tests.processes import above, is_alive, note, wait_until
 from tests.soon import soon
 from torchrunx_ray.agent.held_lease import HeldLease
