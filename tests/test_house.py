@@ -34,7 +34,7 @@ def test_driver_does_not_load_torch() -> None:
 def test_all_is_exactly_what_is_public() -> None:
     for name in trx.__all__:
         assert getattr(trx, name) is not None
-    places = {"driver", "agent", "worker", "wire", "integrations", "torchrunx"}
+    places = {"driver", "agent", "pulse", "worker", "wire", "integrations", "torchrunx"}
     submodules = {*places, "errors", "version"}
     imports = {"import_module", "TYPE_CHECKING", "Any"}
     public = {name for name in dir(trx) if not name.startswith("_")}

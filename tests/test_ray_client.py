@@ -48,6 +48,23 @@ def test_core_works_through_ray_client(head: ClientServer) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_leases_outlast_the_interruption_that_ray_allows(drive: Drive) -> None:
+    done = drive(
+        """
+def renewed_lease_s():
+    from tests.leases import page_of, until_renewed
+    from torchrunx_ray.wire.clock import boot_ns
+    until_renewed(os.getpid(), 12)
+    return (page_of(os.getpid()).expires_at_ns - boot_ns()) / 1e9
+
+launcher = trx.Launcher(workers_per_host=1, backend=None, max_restarts=1, host_timeout=3)
+print(10 < launcher.run(renewed_lease_s).rank(0) <= 12)
+"""
+    )
+
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_tensors_and_references_travel(drive: Drive) -> None:
     done = drive(
         """

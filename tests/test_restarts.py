@@ -277,42 +277,6 @@ def test_cancel_in_a_later_attempt_stops_its_workers(patient: trx.Launcher, tmp_
     assert not any(is_alive(int(path.read_text())) for path in tmp_path.iterdir())
 
 
-def test_host_that_was_given_up_is_no_place_for_another_attempt(
-    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Workers may live on there, and write beside those of the next attempt."""
-    monkeypatch.setattr(stopping, "_LAST_WORDS_S", 1.0)
-
-    def fail_when_the_other_is_frozen() -> None:
-        note(tmp_path / os.environ["RANK"], str(os.getpid()))
-        while not (tmp_path / "frozen").exists() or os.environ["RANK"] == "1":
-            time.sleep(0.01)
-        raise ValueError
-
-    launcher = trx.Launcher(
-        hostnames=2,
-        workers_per_host=1,
-        placement_strategy="PACK",
-        backend=None,
-        max_restarts=2,
-        shutdown_timeout=1,
-        linger=0,
-    )
-    run = launcher.submit(fail_when_the_other_is_frozen)
-    assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
-    agent = above(int((tmp_path / "1").read_text()))["agent"]
-    os.kill(agent, signal.SIGSTOP)
-    try:
-        note(tmp_path / "frozen", "")
-        with pytest.raises(ValueError) as caught:  # noqa: PT011
-            run.result(timeout=60)
-    finally:
-        os.kill(agent, signal.SIGCONT)
-    cause = caught.value.__cause__
-    assert isinstance(cause, trx.RemoteFailure)
-    assert len(cause.attempts) == 1
-
-
 @pytest.mark.slow
 def test_many_restarts_leave_nothing(cluster: None) -> None:
     def fail_often() -> int:

@@ -49,6 +49,8 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("max_restarts", -1, ValueError, "an integer of at least 0"),
     ("max_restarts", 1.5, TypeError, "an integer of at least 0"),
     ("max_restarts", True, TypeError, "an integer of at least 0"),
+    ("host_timeout", 2.9, ValueError, "seconds, at least 3"),
+    ("host_timeout", "10", TypeError, "seconds, at least 3"),
     ("restart_if", 3, TypeError, "None, or a function"),
     ("linger", -1, ValueError, "seconds"),
     ("default_env_vars", "PATH", TypeError, "patterns"),

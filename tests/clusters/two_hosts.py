@@ -91,6 +91,17 @@ class TwoHosts:
         head = "import os, ray, torchrunx_ray as trx\nray.init(log_to_driver=False)\n"
         return self.run("-c", head + script, timeout_s=timeout_s)
 
+    def begin(self, script: str) -> "subprocess.Popen[str]":
+        """A driver on the first host that goes on beside the test; it can import `tests`."""
+        head = "import os, ray, torchrunx_ray as trx\nray.init(log_to_driver=False)\n"
+        return subprocess.Popen(
+            [*self._prefixes["trxh1"], sys.executable, "-c", head + script],
+            env={**self.of_driver, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
     def run(self, *arguments: str, timeout_s: float = 110) -> "subprocess.CompletedProcess[str]":
         """Python on the first host."""
         return subprocess.run(
@@ -108,6 +119,22 @@ class TwoHosts:
         address = (f"--node-ip-address={IPS[host]}", "--num-cpus=4", "--include-log-monitor=false")
         prefix = self._prefixes[host]
         return ray_start(*address, *arguments, environment=environment, prefix=prefix)
+
+
+@contextlib.contextmanager
+def cut_off(host: str) -> Iterator[None]:
+    """Cut the host's link, which loses packets in both directions and tells nobody."""
+    _ip("link", "set", f"{host}v", "down")
+    try:
+        yield
+    finally:
+        _ip("link", "set", f"{host}v", "up")
+
+
+def pids_on(host: str) -> list[int]:
+    """All processes of a host."""
+    done = subprocess.run(["ip", "netns", "pids", host], check=True, capture_output=True, text=True)
+    return [int(pid) for pid in done.stdout.split()]
 
 
 @contextlib.contextmanager

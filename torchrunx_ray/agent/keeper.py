@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrunx_ray.agent.held_lease import HeldLease
 from torchrunx_ray.agent.template_environment import python_path, search_path
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
@@ -47,17 +48,22 @@ class Keeper:
             self.alive_fd, alive = _pipe(ours, theirs)
             self.stdout_fd, stdout = _pipe(ours, theirs)
             self.stderr_fd, stderr = _pipe(ours, theirs)
+            self.lease = HeldLease()
+            ours.callback(self.lease.close)
+            for fd in self.lease.fds:
+                theirs.callback(os.close, fd)
+            passed_fds = [channel.fileno(), alive, *self.lease.fds]
             module = "torchrunx_ray.worker.keeper"
             # With -P and this PYTHONPATH the process finds this package and nothing else. The template later sets
             # sys.path (the agent's, with the worker's PYTHONPATH) and restores the variable.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(channel.fileno()), str(alive), PADDING],
+                [sys.executable, "-P", "-m", module, *map(str, passed_fds), PADDING],
                 env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                pass_fds=[channel.fileno(), alive],
+                pass_fds=passed_fds,
                 # Ray kills a dead agent's group. In that group, the keeper would die before it has cleaned up.
                 process_group=0,
             )

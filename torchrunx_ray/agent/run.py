@@ -8,6 +8,7 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from torchrunx_ray.agent.lease import HostLease
 from torchrunx_ray.agent.machine import memory_group
 from torchrunx_ray.agent.machine.network import interface_of
 from torchrunx_ray.agent.mailbox import Mailbox
@@ -52,6 +53,7 @@ class HostRun:
         mailbox: Mailbox,
         listening: socket.socket | None,
         ip: str,
+        lease: HostLease | None,
     ) -> None:
         self._wanted = wanted
         self.attempt = wanted.worker.attempt
@@ -59,6 +61,7 @@ class HostRun:
         self._mailbox = mailbox.of(self.attempt)
         self._listening = listening
         self._ip = ip
+        self._lease = lease
         self._workers: dict[int, Worker] = {
             place.local_rank: Worker(place.local_rank, self._mailbox) for place in wanted.places
         }
@@ -89,6 +92,8 @@ class HostRun:
             self._listening.close()
         if self._state is State.STARTING:
             self._check(await self._template.hold_call(values, self._is_starting))
+        if self._lease is not None and self._state is State.STARTING:
+            self._check_lease(await self._unless_stopped(self._lease.is_held()))
         if self._state is State.STARTING:
             self._mailbox.put(messages.CanFork())
             if self._wanted.forks_when_told:
@@ -243,6 +248,12 @@ class HostRun:
             what = "no process could be forked"
             self._fail(what, f"{answer.reason}; check the host's limits on processes and memory")
 
+    def _check_lease(self, is_held: bool | None) -> None:
+        if not is_held and self._state is State.STARTING:
+            self._fork_no_more()
+            why = "the function and its arguments took long to arrive, and nothing was heard of the driver's pulse"
+            self._fail("the host has no lease for its workers", why)
+
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
         self.others_have_ended()
@@ -269,6 +280,8 @@ class HostRun:
         for worker in self._workers.values():
             await worker.until_taken()
         left = await self._template.end_run() if self._template.is_ready else ()
+        if self._lease is not None:
+            self._lease.end()
         self._mailbox.put(messages.HostEnded(left))
         self._mailbox.put(messages.OutputEnded())
 

@@ -19,6 +19,11 @@ from torchrunx_ray.wire.values.transfer import Layout
 
 _Reply = messages.CallHeld | messages.Forked | messages.ForkFailed | messages.RunEnded
 
+_NO_CONTACT = (
+    "the host had no contact with the driver for {:.0f} s: the driver or its machine was stopped, this host or its "
+    "agent was stopped or very busy, or the network was cut"
+)
+
 
 class Template:
     """Handle on a template process. `on_gone` is called if the template ends unexpectedly."""
@@ -33,6 +38,7 @@ class Template:
         self._loop = asyncio.get_running_loop()
         self._keeper = keeper
         self._channel = keeper.channel
+        self.lease = keeper.lease
         self.loaded: messages.TemplateLoaded | None = None
         self._on_exited, self._on_gone = on_exited, on_gone
         self._ready: asyncio.Future[messages.TemplateRefused | None] = self._loop.create_future()
@@ -101,6 +107,12 @@ class Template:
         reply, _ = await self._ask(messages.EndRun())
         return reply.left if isinstance(reply, messages.RunEnded) else ()
 
+    def hang_up(self) -> None:
+        """Let the template end itself with its workers. The keepers do the same, unless they were killed."""
+        if not self._gone.is_set():
+            with contextlib.suppress(OSError):  # the template has just ended
+                self._channel.say_no_more()
+
     async def close(self) -> None:
         """End keepers and template with all their descendants, and wait until they are gone."""
         self._closing = True
@@ -162,20 +174,29 @@ class Template:
         with contextlib.suppress(OSError):  # out of descriptors; the end is reported anyway
             kill_marked(self._keeper.mark)
         self._channel.close()
+        self.lease.close()
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
         self._gone.set()
         refused = self._ready.done() and self._ready.result() is not None
         if not self._closing and not refused:
-            how, said = _evidence(exit_code), self._stderr.last_lines
-            lines = [f"{how}. Its last lines of stderr:", *said] if said else [how]
-            what = "the template process, from which workers are forked, died"
-            self.death = messages.AgentFailed(self._gone_at_ns, what, "\n  ".join(lines))
+            self.death = self._describe_death(exit_code)
             self._on_gone(self.death)
         self._closing = True
         self._replies.put_nowait((messages.RunEnded(()), []))
         if not self._ready.done():
             self._ready.set_result(None)
+
+    def _describe_death(self, exit_code: int) -> messages.AgentFailed:
+        if self.lease.ran_out_at_ns:
+            silent_s = (self.lease.ran_out_at_ns - self.lease.contact_at_ns) / 1e9
+            what = "the workers' lease ran out, and their keeper ended them"
+            evidence = _NO_CONTACT.format(silent_s)
+            return messages.AgentFailed(self._gone_at_ns, what, evidence)
+        how, said = _evidence(exit_code), self._stderr.last_lines
+        lines = [f"{how}. Its last lines of stderr:", *said] if said else [how]
+        what = "the template process, from which workers are forked, died"
+        return messages.AgentFailed(self._gone_at_ns, what, "\n  ".join(lines))
 
     def _keepers_have_ended(self) -> None:
         self._loop.remove_reader(self._keeper.alive_fd)

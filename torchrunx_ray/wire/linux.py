@@ -9,12 +9,16 @@ import mmap
 import os
 import platform
 import select
+import time
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 _PIDFD_OPEN = 434
 _MEMFD_CREATE = {"x86_64": 319, "aarch64": 279}
 _CLOSE_ON_EXEC = 1
+_ABSOLUTE = 1
+_TIMER_CLOSE_ON_EXEC = 0o2000000
+_NS_PER_S = 10**9
 
 PAGE_SIZE = mmap.PAGESIZE
 
@@ -60,8 +64,26 @@ def unmap_page(address: int) -> None:
     _libc.munmap(address, PAGE_SIZE)
 
 
+def boot_timer() -> int:
+    """Return the descriptor of a timer on the clock of `clock.boot_ns`; it is not set.
+
+    Unlike a timeout of poll, the timer also counts the time in which the machine is suspended.
+    """
+    return _checked(_libc.timerfd_create(time.CLOCK_BOOTTIME, _TIMER_CLOSE_ON_EXEC))
+
+
+def set_boot_timer(fd: int, at_ns: int) -> None:
+    """Make the timer readable from this time on, and not before. 0 unsets the timer."""
+    # struct itimerspec: the interval, then the time, each as seconds and nanoseconds.
+    spec = (ctypes.c_long * 4)(0, 0, *divmod(at_ns, _NS_PER_S))
+    _checked(_libc.timerfd_settime(fd, _ABSOLUTE, ctypes.byref(spec), None))
+
+
 def _call(number: int, *arguments: int | bytes) -> int:
-    result: int = _libc.syscall(number, *arguments)
+    return _checked(_libc.syscall(number, *arguments))
+
+
+def _checked(result: int) -> int:
     if result < 0:
         _raise_error()
     return result

@@ -91,6 +91,11 @@ class ShareWanted:
     """
     restarted: Restarted | None
     """Set only for the first host of an attempt that is not the first."""
+    first_lease_s: float | None
+    """Time from the agent's last claim for which the workers may live before a pulse grants more.
+
+    None if they need no lease, because the run will not be started again.
+    """
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,26 @@ class StacksWanted:
 
     within_s: float
     thread_s: float
+
+
+# driver -> pulse
+
+
+@dataclass(frozen=True)
+class LeasesWanted:
+    """Request to grant leases to the hosts of an attempt.
+
+    `margin_s` is added to each lease before the driver takes it for over. `until_over_s` is the time until the leases
+    that the hosts have from elsewhere must have run out: their first ones, or those of an earlier pulse.
+    """
+
+    attempt: AttemptId
+    hosts: int
+    lease_s: float
+    margin_s: float
+    until_over_s: float
+    refused: tuple[int, ...]
+    """Indices of hosts that get no leases, because they were revoked or have run out."""
 
 
 # agent -> driver

@@ -54,6 +54,17 @@ def signal_group(group: int, signum: int) -> None:
             _ignore_missing(os.kill, pid, signal.SIGKILL)
 
 
+def kill_session(leader: int) -> None:
+    """Kill the processes of a session, the leader first. This is quicker than to wait until the kernel does.
+
+    The leader must be a descendant of this process. Processes that only clean up are spared, see `kill_children`.
+    """
+    _ignore_missing(os.kill, leader, signal.SIGKILL)
+    for pid, (_state, _parent, _group, session, *_) in _every_process():
+        if int(session) == leader and not (_is_resource_tracker(pid) or ends_by_itself(pid)):
+            _ignore_missing(os.kill, pid, signal.SIGKILL)
+
+
 def reap_ended(heard: Callable[[int, int, int], None] | None = None) -> bool:
     """Reap every child that has ended, and call `heard(pid, exit_code, peak_memory)` for each.
 
@@ -95,6 +106,13 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
                 return children
             _wait_for_end_of_any(children, _TRACKER_GRACE_S)
     return []
+
+
+def has_grandchild(child: int, pid: int) -> bool:
+    """Return True if this process is a child of that child, or has just become one of ours by the child's end."""
+    with contextlib.suppress(OSError):
+        return int(proc.stat(pid)[1]) in (child, os.getpid())
+    return False
 
 
 def has_child(pid: int | None = None) -> bool:

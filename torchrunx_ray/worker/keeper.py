@@ -10,6 +10,9 @@ the outer keeper takes over if the inner one is killed.
 Both keepers are subreapers: they inherit the processes that a killed template leaves behind, and kill them.
 The agent ends a template by SIGTERM to the outer keeper. If the agent dies, both keepers notice, since a template
 that is still importing cannot.
+
+If the run may be started again elsewhere, both keepers hold the lease of the workers, and kill them when it runs out.
+A frozen agent could not do that. The outer keeper does it even if the inner one is frozen, too.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ from typing import NoReturn
 from torchrunx_ray.wire import linux, process_tree
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.title import set_title
+from torchrunx_ray.worker.lease import LeaseWatch
 
 _ENDING_S = 12.0
 """Time for the child to end; longer than it waits for processes that SIGKILL does not end."""
@@ -28,32 +32,36 @@ _ENDING_S = 12.0
 
 def main() -> int:
     channel = Channel.from_fd(int(sys.argv[1]))
-    alive_fd = int(sys.argv[2])
-    del sys.argv[3:]  # the padding that makes room for titles
+    alive_fd, page_fd, outer_news_fd, inner_news_fd = map(int, sys.argv[2:6])
+    del sys.argv[6:]  # the padding that makes room for titles
     set_title("outer keeper")
     agent_fd = linux.pidfd_open(os.getppid())
     _shed_what_ray_gave()
     # A SIGTERM must not end this process before it can end the template.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     told, tell = os.pipe()
+    os.set_blocking(told, False)  # the inner keeper may be frozen before it has told
     process_tree.become_subreaper()
     inner_pid = os.fork()
     if inner_pid != 0:
         channel.close()
         os.close(tell)
-        return _keep(inner_pid, agent_fd, signal.SIGTERM, told)
+        os.close(inner_news_fd)
+        lease = LeaseWatch(page_fd, outer_news_fd)
+        return _keep(inner_pid, agent_fd, lease, signal.SIGTERM, told)
     os.close(told)
+    os.close(outer_news_fd)
     set_title("keeper")
     process_tree.become_subreaper()
     template_pid = os.fork()
     if template_pid == 0:
-        for fd in (agent_fd, alive_fd, tell):
+        for fd in (agent_fd, alive_fd, page_fd, inner_news_fd, tell):
             os.close(fd)
         _become_template(channel)
     channel.close()
     os.write(tell, str(template_pid).encode())
     os.close(tell)
-    return _keep(template_pid, agent_fd, signal.SIGKILL)
+    return _keep(template_pid, agent_fd, LeaseWatch(page_fd, inner_news_fd), signal.SIGKILL)
 
 
 def _become_template(channel: Channel) -> NoReturn:
@@ -66,9 +74,13 @@ def _become_template(channel: Channel) -> NoReturn:
 
 
 def _keep(
-    child_pid: int, agent_fd: int, end_with: signal.Signals, heir_fd: int | None = None
+    child_pid: int,
+    agent_fd: int,
+    lease: LeaseWatch,
+    end_with: signal.Signals,
+    heir_fd: int | None = None,
 ) -> int:
-    """Wait until the child or the agent ends, then end everything below this process.
+    """Wait until the child, the agent or the lease ends, then end everything below this process.
 
     `heir_fd` yields the pid of the process to keep if the child is killed. The exit code that is returned is the
     child's, or 128 plus the signal that killed it.
@@ -83,19 +95,36 @@ def _keep(
     signal.signal(signal.SIGTERM, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     child_fd = linux.pidfd_open(child_pid)
-    linux.ready([agent_fd, child_fd])
+    has_lease_ended = lease.runs_out_before([agent_fd, child_fd])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    os.kill(child_pid, end_with)  # without effect if the child has ended
-    if not linux.ready([child_fd], _ENDING_S):
-        os.kill(child_pid, signal.SIGKILL)
+    if not has_lease_ended:
+        os.kill(child_pid, end_with)  # without effect if the child has ended
+        has_lease_ended = lease.runs_out_before([child_fd], _ENDING_S)
+    os.kill(child_pid, signal.SIGKILL)
+    heir_pid = None if heir_fd is None else _read_pid(heir_fd)
+    if has_lease_ended:
+        _kill_workers(child_pid, heir_pid)
     _, status = os.waitpid(child_pid, 0)
     exit_code = os.waitstatus_to_exitcode(status)
-    if heir_fd is not None and exit_code < 0 and not is_asked:
-        said = os.read(heir_fd, 32)
-        if said and process_tree.has_child(int(said)):
-            return _keep(int(said), agent_fd, signal.SIGKILL)
+    if heir_pid is not None and exit_code < 0 and not is_asked and process_tree.has_child(heir_pid):
+        return _keep(heir_pid, agent_fd, lease, signal.SIGKILL)
     process_tree.kill_children()
     return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def _read_pid(fd: int) -> int | None:
+    """Read the pid that the inner keeper has told; None if it has told none."""
+    with contextlib.suppress(BlockingIOError):
+        return int(os.read(fd, 32) or 0) or None
+    return None
+
+
+def _kill_workers(child_pid: int, heir_pid: int | None) -> None:
+    """Kill the template, which leads the session of its workers, at once. The rest follows when they are reaped."""
+    if heir_pid is None:
+        process_tree.kill_session(child_pid)
+    elif process_tree.has_grandchild(child_pid, heir_pid):
+        process_tree.kill_session(heir_pid)
 
 
 def _shed_what_ray_gave() -> None:

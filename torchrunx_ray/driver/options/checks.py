@@ -25,6 +25,9 @@ _BACKENDS = ("auto", "nccl", "gloo", "mpi", "ucc", "xccl", "hccl", "fake")
 _STRATEGIES = ("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK")
 _METHODS = ("fork", "spawn")
 
+_LEAST_HOST_TIMEOUT_S = 3
+"""Time for some requests for a lease, of which a busy machine may delay one or two."""
+
 EXPECTED = {
     "func_kwargs": "None, or a mapping from names to values",
     "hostnames": '"auto", "slurm", a number of hosts of at least 1, a smallest and a largest number such as (2, 4), or a list of distinct names such as ["localhost"]',
@@ -40,6 +43,7 @@ EXPECTED = {
     "restart_if": "None, or a function that gets an exception and returns True or False",
     "spares": "an integer of at least 0",
     "resize_interval": "seconds, at least 0",
+    "host_timeout": f"seconds, at least {_LEAST_HOST_TIMEOUT_S}",
     "linger": "seconds, at least 0",
     "console_ranks": '"all", or a list of ranks such as (0, 1)',
     "accelerator_type": 'None, or a string such as "A100"',
@@ -171,6 +175,9 @@ def _check_workers(workers: Any, hosts: Any) -> None:
 def _check_restarts(given: Mapping[str, Any]) -> None:
     _require_int("max_restarts", given["max_restarts"], 0)
     _check_sizes(given)
+    timeout = given["host_timeout"]
+    _require_number("host_timeout", timeout)
+    _require(timeout >= _LEAST_HOST_TIMEOUT_S, "host_timeout", timeout)
     wanted = given["restart_if"]
     is_plain = callable(wanted) and not inspect.iscoroutinefunction(wanted)
     _require(wanted is None or is_plain, "restart_if", wanted, kind=TypeError)

@@ -32,6 +32,7 @@ VALUES = {
         "max_restarts": "INT",
         "restart_if": "None",
         "resize_interval": "SECONDS",
+        "host_timeout": "SECONDS",
         "linger": "SECONDS",
     },
     "environment": {

@@ -76,6 +76,8 @@ class Options:
     """Number of further hosts that are reserved and warm, and take the places of hosts that are lost."""
     resize_interval: Annotated[float, written_as("resize_interval", number)] = 30
     """Shortest time from the start of workers to their restart on more hosts, with hostnames=(MIN, MAX), in seconds."""
+    host_timeout: Annotated[float, written_as("host_timeout", number)] = 10
+    """Time after which a silent host is taken for lost, in seconds, if the launch may restart. Its workers end by themselves in this time. Through ray://: at least RAY_CLIENT_RECONNECT_GRACE_PERIOD plus 10."""
     linger: Annotated[float, written_as("linger", number)] = 60
     """Time that agents stay warm after a run, holding no resources, in seconds."""
     default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", tuple)] = (
@@ -135,6 +137,11 @@ class Options:
     def most_hosts(self) -> int | None:
         """Largest number of hosts; None if the nodes decide it."""
         return self._sizes()[1]
+
+    @property
+    def may_restart(self) -> bool:
+        """True if workers may be started again in a run."""
+        return self.max_restarts > 0 or self.is_elastic
 
     @property
     def names_its_hosts(self) -> bool:

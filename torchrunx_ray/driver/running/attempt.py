@@ -22,8 +22,9 @@ from torchrunx_ray.driver.report.stored import until_stored
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.report.workers import Workers
 from torchrunx_ray.driver.running.crew import Crew
+from torchrunx_ray.driver.running.leases import FIRST_S, Leases, lease_s
 from torchrunx_ray.driver.running.ledger import Ledger
-from torchrunx_ray.driver.running.share import Share, ShareState
+from torchrunx_ray.driver.running.share import End, Share, ShareState
 from torchrunx_ray.driver.running.stopping import Stopping
 from torchrunx_ray.driver.running.stragglers import Stragglers
 from torchrunx_ray.wire import messages
@@ -46,6 +47,14 @@ _SILENT_STOP_S = 2.0
 
 _ENDING_S = 0.8
 """Time for an agent that ends itself to report that its workers are gone."""
+
+_REPORT_OF_END_S = 0.5
+"""Time for an agent to report that the lease ran out. It says more than the pulse, if it can be heard."""
+
+_SILENT = (
+    "its agent or the whole host is frozen or very busy, or the network to it is cut. The lease of its workers has run "
+    "out, so they have ended"
+)
 
 _STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
 """Limits for stacks after a failure. They arrive in milliseconds, or later if the machine is busy."""
@@ -117,6 +126,9 @@ class Attempt:
             Share(i, host.label, crew.agents[i], id_) for i, host in enumerate(crew.hosts)
         ]
         self._stopping = Stopping(self._shares, logs, self._chores)
+        self._leases = None
+        if options.may_restart:
+            self._leases = Leases(id_, crew, lease_s(options), self._lease_is_over)
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
         self.stop_asked: StopAsked | None = None
@@ -138,6 +150,8 @@ class Attempt:
         """
         try:
             self._chores.begin(clocks.compare(self._crew.agents))
+            if self._leases is not None:
+                self._chores.begin(self._leases.hold())
             watching = [share.watch(self._watch(share, call)) for share in self._shares]
             for wait_s, is_enough in ((_SLOW_START_S, False), (_START_S, True)):
                 self._chores.later(wait_s, self._check_can_fork, wait_s, is_enough)
@@ -195,10 +209,29 @@ class Attempt:
         """Agents that cannot be used again."""
         return {share.agent for share in self._shares if share.is_broken}
 
-    @property
-    def is_surely_over(self) -> bool:
-        """False if processes of the attempt may live on, on a host that is cut off, frozen or ending."""
-        return not any(share.has_doubt for share in self._shares)
+    async def is_surely_over(self) -> bool:
+        """Return False if processes of the attempt may live on, on a host that is cut off, frozen or ending.
+
+        Wait until the leases of such hosts must have run out.
+        """
+        unknown = [share for share in self._shares if share.end is End.UNKNOWN]
+        leases = self._leases
+        if leases and unknown and await leases.fence(share.index for share in unknown):
+            for share in unknown:
+                share.note_end(End.LEASE_OVER)
+        return all(share.end not in (End.UNKNOWN, End.NOT_KILLED) for share in self._shares)
+
+    def _lease_is_over(self, host_index: int) -> None:
+        """Give up a host whose lease must have run out, unless its agent reports the end of its workers."""
+        self._chores.later(_REPORT_OF_END_S, self._lose_silent, self._shares[host_index])
+
+    def _lose_silent(self, share: Share) -> None:
+        if share.is_over or not share.is_watched:
+            return
+        assert self._leases is not None
+        self._lose(share, f"the host was silent for {self._leases.lease_s:g} s", _SILENT)
+        share.note_end(End.LEASE_OVER)
+        share.give_up()
 
     async def stacks(self) -> Stacks:
         """Return the stacks of the living workers."""
@@ -304,6 +337,7 @@ class Attempt:
             gpus_per_worker=self._crew.hosts[share.index].gpus_per_worker,
             forks_when_told=self._forks_when_told,
             restarted=self._restarted if share.index == 0 else None,
+            first_lease_s=None if self._leases is None else FIRST_S,
         )
 
     async def _watch(self, share: Share, call: Call) -> None:
@@ -316,7 +350,8 @@ class Attempt:
         finally:
             share.values = link.values
             self._share_becomes(share, ShareState.LOST)
-            share.has_agent_died = link.has_agent_died
+            if link.has_agent_died:
+                share.note_end(End.WITH_AGENT)
         if failed is not None:
             self._fail(share, None, None, failed)
 
@@ -343,6 +378,8 @@ class Attempt:
                     self._become(Phase.RUNNING)
             case messages.Started():
                 share.ranks_by_pid[event.pid] = self._crew.rank(share.index, event.local_rank)
+                if self._leases is not None and self._all_have_started:
+                    self._leases.take_soon()
             case messages.Finished():
                 rank = self._crew.rank(share.index, event.local_rank)
                 self._sizes[share.index, event.local_rank] = event.size
@@ -363,7 +400,7 @@ class Attempt:
                 self._fail(share, None, None, event)
             case messages.HostEnded():
                 self._share_becomes(share, ShareState.OVER)
-                share.has_ended_clean = not event.left
+                share.note_end(End.NOT_KILLED if event.left else End.REPORTED)
                 if event.left:
                     logger.warning(
                         "%s: SIGKILL did not end the processes %s, which are blocked in the kernel",
@@ -421,6 +458,10 @@ class Attempt:
     @property
     def _may_be_restarted(self) -> bool:
         return self._restarts < self._options.max_restarts or self._options.is_elastic
+
+    @property
+    def _all_have_started(self) -> bool:
+        return len(self._timeline.started) == len(self._crew.places)
 
     @property
     def _forks_when_told(self) -> bool:

@@ -37,11 +37,6 @@ class RestartPolicy:
         """Length of the current series of lost hosts."""
 
     @property
-    def may_go_on(self) -> bool:
-        """True if another attempt may follow the first one."""
-        return self._options.max_restarts > 0 or self._options.is_elastic
-
-    @property
     def in_words(self) -> str:
         """Return words such as "restart 1 of 3"; "" before the first restart."""
         return f"restart {self.restarts} of {self._options.max_restarts}" if self.restarts else ""

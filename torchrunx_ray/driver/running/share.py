@@ -30,6 +30,16 @@ class ShareState(enum.IntEnum):
     """All output has arrived."""
 
 
+class End(enum.Enum):
+    """What is known of the end of a share's processes, which must not live beside those of another attempt."""
+
+    UNKNOWN = "nothing: the agent may be frozen, cut off or ending"
+    NOT_KILLED = "SIGKILL did not end some processes"
+    REPORTED = "the agent has reported that no process is left"
+    WITH_AGENT = "the agent's process is gone, and its keepers end all processes with it"
+    LEASE_OVER = "the lease of the workers has run out, so their keepers have ended them"
+
+
 class Share:
     """One host's share of an attempt: its state, its workers, and the calls to its agent.
 
@@ -55,19 +65,11 @@ class Share:
         self._watching: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self.has_ended_clean = False
-        """True if the agent has reported that no process of the attempt is left."""
-        self.has_agent_died = False
-        """True if the agent's process is gone, with which its keepers end all processes of the attempt."""
         self._stop_reason: StopReason | None = None
         """Reason of the last request to the function, which the order to stop repeats in case it arrives first."""
+        self.end = End.UNKNOWN
         self.is_deaf = False
         """True if the agent has not answered the last call to stop its workers."""
-
-    @property
-    def has_doubt(self) -> bool:
-        """True if processes of the attempt may live on, beside those of another attempt."""
-        return not (self.has_ended_clean or self.has_agent_died)
 
     @property
     def is_broken(self) -> bool:
@@ -86,6 +88,11 @@ class Share:
     def become(self, state: ShareState) -> None:
         """Enter a state, unless the share is past it."""
         self.state = max(state, self.state)
+
+    def note_end(self, end: End) -> None:
+        """Note the end of the processes, unless it is known already."""
+        if self.end is End.UNKNOWN:
+            self.end = end
 
     def watch(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Begin the work that lasts as long as the link."""

@@ -161,7 +161,7 @@ class Supervisor:
         watch = Watch(name, attempt, self._hosts, options)
         if options.spares or options.is_elastic:
             self._hosts.reserves.begin(name, self._call.template, watch.reserves_wanted)
-        watching = asyncio.create_task(watch.watch()) if self._policy.may_go_on else None
+        watching = asyncio.create_task(watch.watch()) if self._options.may_restart else None
         try:
             await attempt.go(self._call)
         finally:
@@ -178,7 +178,7 @@ class Supervisor:
             return "resized" if reason == "resize" else "drained"
         if attempt.failures is None:
             return "returned"
-        if self._policy.may_go_on and attempt.broken:
+        if self._options.may_restart and attempt.broken:
             self._progress.between = f"restarting {workers}"
             await to_the_end(self._hosts.give_up(attempt.broken))
             if await self._hosts.has_lost_some():
@@ -189,7 +189,7 @@ class Supervisor:
         """Decide if the workers are to be started again. Raises the error of `restart_if`."""
         verdict = self._policy.verdict(why, failures)
         # A worker on a host that is cut off might write beside its replacement.
-        if verdict is Verdict.END or not attempt.is_surely_over:
+        if verdict is Verdict.END or not await attempt.is_surely_over():
             return Verdict.END
         workers = counted(self._history.attempts[-1].world_size, "worker")
         restart_if = self._options.restart_if

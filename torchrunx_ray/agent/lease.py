@@ -1,0 +1,140 @@
+"""The lease of one attempt on this host."""
+
+import asyncio
+import contextlib
+import enum
+from typing import Any
+
+from ray.exceptions import RayError
+
+from torchrunx_ray.agent.held_lease import HeldLease
+from torchrunx_ray.agent.template import Template
+from torchrunx_ray.wire.clock import boot_ns
+from torchrunx_ray.wire.messages import AttemptId
+
+_EVERY_S = 1.0
+"""Interval of the requests."""
+
+_AT_FIRST_S = 0.2
+"""The same while the first lease is in force, which is long. The request after that tells the pulse of the new one."""
+
+_FIRST_WITHIN_S = 60.0
+"""Time to wait for a first renewal if the first lease ran out before the host could fork."""
+
+_KEEPERS_S = 1.0
+"""Time for the keepers to end the template, before the agent itself ends it."""
+
+_NS = 10**9
+
+
+class LeaseState(enum.Enum):
+    """States of a lease."""
+
+    WANTED = "no worker may be forked yet"
+    FIRST = "the time was given with the host's share"
+    RENEWED = "the time was given by the pulse"
+    NOT_NEEDED = "the workers live without one"
+    OVER = "the host's share has ended, or the lease ran out"
+
+
+class HostLease:
+    """Renews the lease every second, and counts its time from the moment of each request.
+
+    So a late answer extends nothing, and the lease never lasts longer than the driver believes.
+    """
+
+    def __init__(self, attempt: AttemptId, template: Template, claimed_at_ns: int) -> None:
+        self.attempt = attempt
+        self._template = template
+        self._held: HeldLease = template.lease
+        self._held.contact_at_ns = claimed_at_ns
+        self._state = LeaseState.WANTED
+        self._is_decided = asyncio.Event()
+        """Set once there is a lease, or will be none."""
+        self._renewing: asyncio.Task[None] | None = None
+        self._requests: set[asyncio.Task[None]] = set()
+
+    @property
+    def _has_run_out(self) -> bool:
+        return 0 < self._held.expires_at_ns <= boot_ns()
+
+    @property
+    def _may_extend(self) -> bool:
+        is_on = self._state not in (LeaseState.NOT_NEEDED, LeaseState.OVER)
+        return is_on and not self._has_run_out
+
+    def begin(self, first_s: float) -> None:
+        """Take the first lease, which answers the last claim, unless it came too late or was renewed already."""
+        expires_at_ns = self._held.contact_at_ns + int(first_s * _NS)
+        if self._state is LeaseState.WANTED and expires_at_ns > boot_ns():
+            self._take(LeaseState.FIRST, expires_at_ns)
+
+    def renew_with(self, pulse: Any, host_index: int, lease_s: float) -> None:
+        """Send requests to this pulse from now on."""
+        if self._may_extend:
+            self._renew_no_more()
+            self._renewing = asyncio.create_task(self._renew_often(pulse, host_index, lease_s))
+
+    async def is_held(self) -> bool:
+        """Wait until the host may fork workers. Return False if the lease has run out, or nobody grants one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_WITHIN_S):
+                await self._is_decided.wait()
+        return self._state not in (LeaseState.WANTED, LeaseState.OVER) and not self._has_run_out
+
+    def give_up(self) -> None:
+        """Let the workers live without a lease, because there is no pulse."""
+        if self._may_extend:
+            self._renew_no_more()
+            self._take(LeaseState.NOT_NEEDED, 0)
+
+    def end(self) -> None:
+        """Give the lease back, because no worker lives."""
+        if self._state is not LeaseState.OVER:
+            self._note_end()
+            self._held.clear()
+        self._renew_no_more()
+
+    async def _renew_often(self, pulse: Any, host_index: int, lease_s: float) -> None:
+        while not self._has_run_out:
+            # An answer may be lost, or late, and must not delay the next request.
+            is_first = self._state is not LeaseState.RENEWED
+            request = asyncio.create_task(self._renew(pulse, host_index, lease_s, is_first))
+            self._requests.add(request)
+            request.add_done_callback(self._requests.discard)
+            await asyncio.sleep(_AT_FIRST_S if is_first else _EVERY_S)
+        self._note_end()
+        await asyncio.sleep(_KEEPERS_S)
+        self._template.hang_up()
+
+    async def _renew(self, pulse: Any, host_index: int, lease_s: float, is_first: bool) -> None:
+        asked_at_ns = boot_ns()
+        try:
+            is_granted = await pulse.renew.remote(self.attempt, host_index, is_first)
+        except RayError:
+            return  # another request follows, perhaps to another pulse
+        if is_granted and self._may_extend:
+            self._extend(asked_at_ns, asked_at_ns + int(lease_s * _NS))
+
+    def _extend(self, asked_at_ns: int, expires_at_ns: int) -> None:
+        """Take a renewal. The first one makes the time shorter; an answer that was overtaken changes nothing."""
+        is_overtaken = expires_at_ns <= self._held.expires_at_ns
+        if self._state is LeaseState.RENEWED and is_overtaken:
+            return
+        self._held.contact_at_ns = asked_at_ns
+        self._take(LeaseState.RENEWED, expires_at_ns)
+
+    def _take(self, state: LeaseState, expires_at_ns: int) -> None:
+        self._state = state
+        self._held.set(expires_at_ns)
+        self._is_decided.set()
+
+    def _note_end(self) -> None:
+        self._state = LeaseState.OVER
+        self._is_decided.set()
+
+    def _renew_no_more(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+        for request in self._requests:
+            request.cancel()

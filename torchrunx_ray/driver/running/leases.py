@@ -1,0 +1,185 @@
+"""The leases of an attempt's hosts, as the driver counts them.
+
+A host that has no contact with the driver ends its workers when its lease runs out. The driver starts workers
+elsewhere only after that.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from ray.exceptions import RayError
+
+from torchrunx_ray.driver.agents import pulses
+from torchrunx_ray.driver.agents.pool import AgentState
+from torchrunx_ray.driver.agents.pulses import PulseLink, PulseLost
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, is_remote_client
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.running.crew import Crew
+from torchrunx_ray.wire.messages import AttemptId, LeasesWanted
+
+logger = logging.getLogger("torchrunx_ray")
+
+FIRST_S = 120.0
+"""Time of the first lease, which comes with the host's share, before any pulse is needed."""
+
+_MARGIN_S = 1.0
+"""Time for a keeper to wake up and kill. It also covers clocks that run at different speeds."""
+
+_NEEDED_AFTER_S = 20.0
+"""Time after which an attempt that still starts needs a pulse."""
+
+_AFTER_START_S = 0.3
+"""Time after the start of all workers until the attempt takes a pulse, which costs CPU."""
+
+_WATCHED_FOR = 0.2
+"""Time of one question to the pulse, as a part of a lease. A pulse that does not answer is replaced in time."""
+
+_ENDLESS_S = 1e6
+"""Stands for leases whose end is unknown."""
+
+_TRIES = 2
+"""Attempts to start a pulse for hosts that have their first leases. They end before these leases do."""
+
+_QUIET_S = 2.0
+"""Time to wait for the end of a lease without a warning."""
+
+_BEYOND_GRACE_S = 10.0
+"""Time by which a lease through ray:// is longer than the interruption that Ray allows."""
+
+
+def lease_s(options: Options) -> float:
+    """Return the time of a lease. Through ray://, Ray itself allows an interruption of a certain time."""
+    if not is_remote_client():
+        return options.host_timeout
+    grace_s = float(os.environ.get("RAY_CLIENT_RECONNECT_GRACE_PERIOD") or 30)
+    return max(options.host_timeout, grace_s + _BEYOND_GRACE_S)
+
+
+class Leases:
+    """Keeps the driver's pulse at work for an attempt, and knows whose lease must have run out.
+
+    All times are on the driver's monotonic clock. `lose` is called with the index of a host whose lease has run out.
+    """
+
+    def __init__(
+        self,
+        attempt: AttemptId,
+        crew: Crew,
+        lease_s: float,
+        lose: Callable[[int], None],
+    ) -> None:
+        self.lease_s = lease_s
+        self._attempt = attempt
+        self._crew = crew
+        self._lose = lose
+        self._pulse: PulseLink | None = None
+        """The pulse that may have granted leases, or the last one."""
+        self._over: set[int] = set()
+        """Hosts whose lease has run out."""
+        # An agent counts from its claim, which is earlier.
+        self._over_at = time.monotonic() + FIRST_S + _MARGIN_S
+        """Time at which all leases have run out that the current pulse has not granted. Infinite if unknown."""
+        self._are_needed = asyncio.Event()
+
+    def take_soon(self) -> None:
+        """Take a pulse, because all workers have started."""
+        asyncio.get_running_loop().call_later(_AFTER_START_S, self._are_needed.set)
+
+    async def hold(self) -> None:
+        """Keep a pulse at work until cancelled."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._are_needed.wait(), _NEEDED_AFTER_S)
+        with contextlib.suppress(ClusterLeft):  # the links report this
+            for _ in range(_TRIES):
+                await self._hold_as_long_as_pulses_start()
+            self._do_without()
+
+    async def fence(self, host_indices: Iterable[int]) -> bool:
+        """Refuse further leases to these hosts, and wait until they must have run out. Return False if they may not."""
+        fenced = [self._fence(index) for index in host_indices if index not in self._over]
+        return all(await asyncio.gather(*fenced))
+
+    async def _hold_as_long_as_pulses_start(self) -> None:
+        """Replace a pulse that is lost. Return when a new one does not answer."""
+        has_begun = True
+        while has_begun:
+            has_begun = False
+            try:
+                self._pulse = await pulses.acquire()
+                await self._pulse.begin(self._wanted())
+                has_begun = True
+                await self._follow(self._pulse)
+            except PulseLost as lost:
+                self._note_end(lost)
+            except RayError as error:  # Ray could not create the actor
+                logger.debug("no pulse: %s", error)
+
+    def _wanted(self) -> LeasesWanted:
+        return LeasesWanted(
+            attempt=self._attempt,
+            hosts=len(self._crew.agents),
+            lease_s=self.lease_s,
+            margin_s=_MARGIN_S,
+            until_over_s=min(self._over_at - time.monotonic(), _ENDLESS_S),
+            refused=tuple(self._over),
+        )
+
+    async def _follow(self, pulse: PulseLink) -> NoReturn:
+        """Let the hosts renew with this pulse, and report those that do not. Raises PulseLost."""
+        for index, agent in enumerate(self._crew.agents):
+            if index not in self._over and agent.state is not AgentState.GONE:
+                renew_with = agent.calls.renew_with
+                agent.connection.tell(renew_with, self._attempt, pulse.calls, index, self.lease_s)
+        while True:
+            within_s = self.lease_s * _WATCHED_FOR
+            for index in await pulse.watch(self._attempt, tuple(self._over), within_s):
+                self._over.add(index)
+                self._lose(index)
+
+    def _note_end(self, lost: PulseLost) -> None:
+        ended_at = math.inf if lost.ended_at is None else lost.ended_at
+        self._over_at = max(self._over_at, ended_at + self.lease_s + _MARGIN_S)
+
+    def _do_without(self) -> None:
+        """Let the workers live without leases, rather than lose them for want of a pulse."""
+        logger.warning(
+            "%s: Ray has not started the actor that watches this driver for the other hosts. The run goes on, but "
+            "will not be restarted if a host is silent.",
+            self._attempt.run_id,
+        )
+        self._over_at = math.inf
+        self._pulse = None
+        for agent in self._crew.agents:
+            if agent.state is not AgentState.GONE:
+                agent.connection.tell(agent.calls.need_no_lease, self._attempt)
+
+    async def _fence(self, host_index: int) -> bool:
+        over_at = self._over_at
+        if self._pulse is not None:
+            try:
+                left_s = await self._pulse.revoke(self._attempt, host_index)
+            except PulseLost as lost:
+                self._note_end(lost)
+                over_at = self._over_at
+            else:
+                now = time.monotonic()
+                # A pulse that does not know the attempt has granted nothing.
+                over_at = max(now, over_at) if left_s is None else now + left_s
+        left_s = over_at - time.monotonic()
+        if left_s >= _ENDLESS_S / 2:
+            return False
+        if left_s > _QUIET_S:
+            logger.warning(
+                "%s: waiting for %.0f s, until the workers on %s must have ended",
+                self._attempt.run_id,
+                left_s,
+                self._crew.hosts[host_index].label,
+            )
+        await asyncio.sleep(left_s)
+        return True
