@@ -156,6 +156,16 @@ class PooledAgent:
             return False
         return True
 
+    async def answers(self) -> bool:
+        """Return True if the agent lives and answers a simple call."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await self.connection.ask(self.calls.clock)
+        except (RayError, TimeoutError):
+            self.state = AgentState.GONE
+            return False
+        return True
+
     async def release(self, linger: float) -> None:
         """Let the agent rest for the next launch.
 

@@ -7,7 +7,7 @@ import logging
 
 from torchrunx_ray.driver.agents import clocks
 from torchrunx_ray.driver.agents.agent_link import AgentLink
-from torchrunx_ray.driver.agents.pool import AgentState
+from torchrunx_ray.driver.agents.pool import AgentState, PooledAgent
 from torchrunx_ray.driver.background.chores import Chores
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.call.pack_call import Call
@@ -184,9 +184,9 @@ class Attempt:
         )
 
     @property
-    def broken(self) -> set[int]:
-        """Indices of hosts whose agents cannot be used again."""
-        return {share.index for share in self._shares if share.is_broken}
+    def broken(self) -> list[PooledAgent]:
+        """Agents that cannot be used again."""
+        return [share.agent for share in self._shares if share.is_broken]
 
     @property
     def is_surely_over(self) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import enum
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torchrunx_ray.driver.running.attempt import Attempt
 from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.driver.running.watch import Watch
-from torchrunx_ray.errors import LaunchError, counted
+from torchrunx_ray.errors import AgentFailedError, LaunchError, counted
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import AttemptId
 
@@ -33,8 +34,7 @@ logger = logging.getLogger("torchrunx_ray")
 Outcome = LaunchResult[object] | Failures
 
 _TELL_AFTER_S = 2.0
-"""Time that the last output may keep a failure back until the failure is logged."""
-
+"""Time that the last output, or `restart_if`, may keep a failure back until the failure is logged."""
 
 _CALM_S = 60.0
 """Length of an attempt after which lost hosts are no series any more."""
@@ -138,9 +138,8 @@ class Supervisor:
                     return attempt
                 await self._back_off(why)
                 await to_the_end(self._hosts.give_up(attempt.broken))
-                crew, backend = await self._hosts.assemble(
-                    self._call.template, self._progress, is_fresh=False
-                )
+                self._restarts += verdict is Verdict.RESTART
+                crew, backend = await self._assemble_again()
             except asyncio.CancelledError:
                 if not attempt.was_cancelled:  # cancelled between two attempts
                     attempt.note_cancellation()
@@ -152,10 +151,28 @@ class Supervisor:
                 self._asked_about = self._with_attempts(failures, remark)
                 return attempt
             logs.expect(crew.speakers)
-            self._restarts += verdict is Verdict.RESTART
             self._tell_of_restart(verdict, failures, crew)
             self._asked_about = None
             attempt = self._begin_attempt(crew, backend, logs)
+
+    async def _assemble_again(self) -> tuple[Crew, str | None]:
+        """Return the hosts of another attempt. An agent that dies before the attempt costs one more restart."""
+        while True:
+            try:
+                return await self._hosts.assemble(
+                    self._call.template, self._progress, is_fresh=False
+                )
+            except AgentFailedError as error:
+                if self._restarts >= self._options.max_restarts:
+                    raise
+                self._restarts += 1
+                logger.warning(
+                    "%s: restart %d of %d, since the last one has failed: %s",
+                    self._call.run_name,
+                    self._restarts,
+                    self._options.max_restarts,
+                    error,
+                )
 
     async def _go(self, attempt: Attempt) -> None:
         """Run an attempt, and watch the hosts meanwhile."""
@@ -238,7 +255,12 @@ class Supervisor:
             return True
         # This object makes its exception once, so that the launch raises what `restart_if` was given.
         self._asked_about = failures = self._with_attempts(failures)
-        answer = await in_thread(_answer, self._options.restart_if, failures)
+        loop = asyncio.get_running_loop()
+        telling = loop.call_later(_TELL_AFTER_S, self._tell_of_restart_if, failures)
+        try:
+            answer = await in_thread(_answer, self._options.restart_if, failures)
+        finally:
+            telling.cancel()
         if isinstance(answer, BaseException):
             try:
                 raise answer from failures.exception
@@ -249,9 +271,8 @@ class Supervisor:
     async def _back_off(self, why: Why) -> None:
         """Wait before another attempt if hosts are lost again and again, since such losses may not count."""
         last = self._records[-1]
-        self._losses = self._losses + 1 if why == "host lost" else 0
-        if last.ended - last.begun > _CALM_S:
-            self._losses = 1
+        is_series = last.ended - last.begun < _CALM_S
+        self._losses = (self._losses * is_series) + 1 if why == "host lost" else 0
         if self._losses > 1:
             await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE_S * 2 ** (self._losses - 2)))
 
@@ -279,6 +300,14 @@ class Supervisor:
         finally:
             telling.cancel()
 
+    def _tell_of_restart_if(self, failures: Failures) -> None:
+        """Warn of the failure while `restart_if` has not answered."""
+        logger.warning(
+            "%s has failed, and waits for the answer of restart_if: %s",
+            self._call.run_name,
+            failures.in_brief,
+        )
+
     def _tell_of_last_lines(self) -> None:
         """Warn of the failure while the last output waits for a terminal or a handler."""
         attempt = self._attempt
@@ -299,7 +328,11 @@ def _answer(
     Some exceptions mean something else to a coroutine or an event loop; they are in a RuntimeError.
     """
     try:
-        return bool(restart_if(failures.exception))
+        answer: object = restart_if(failures.exception)
+        if inspect.iscoroutine(answer):
+            answer.close()
+            raise TypeError("restart_if returned a coroutine; expected True or False")
+        return bool(answer)
     except BaseException as error:
         error.add_note("Raised by restart_if, which was asked about the failure of the run.")
         if isinstance(error, Exception) and not isinstance(
