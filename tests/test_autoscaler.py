@@ -77,6 +77,29 @@ print(len(result), len(result.hostnames))
     assert "waiting for room in the Ray cluster, 0 s of 600 so far; the autoscaler " in out
 
 
+def test_smallest_size_is_demanded_and_what_is_there_besides_is_taken(address: str) -> None:
+    out = drive(
+        address,
+        """
+options = dict(workers_per_host=4, cpus_per_worker=1, gpus_per_worker=0)
+
+def until_asked():
+    while trx.context().stop_asked is None and trx.context().world_size == 4:
+        time.sleep(0.01)
+    return trx.context().world_size
+
+with trx.Launcher(hostnames=1, **options).session() as other:
+    run = trx.Launcher(hostnames=(1, 2), resize_interval=0, **options).submit(until_asked)
+    time.sleep(5)  # nothing asks for a third node, of which there can be none
+    print(run.done())
+print(*run.result())
+print([each.why for each in run.result().attempts])
+""",
+    )
+
+    assert out == "False\n8 8 8 8 8 8 8 8\n['resized', 'returned']\n"
+
+
 @pytest.mark.exhaustive
 def test_cluster_that_has_grown_to_its_end_and_is_busy_is_waited_for(address: str) -> None:
     """The newer autoscaler refuses such a group as it refuses one that can never be held."""

@@ -41,6 +41,8 @@ print({k: v for k, v in vars(launcher).items() if v != getattr(trx.Launcher(), k
 COMMAND_LINES: list[tuple[str, dict[str, Any]]] = [
     ("", {}),
     ("--hostnames 2", {"hostnames": 2}),
+    ("--hostnames 1:3 --resize-interval 5", {"hostnames": (1, 3), "resize_interval": 5.0}),
+    ("--hostnames 2 --spares 1 --max-restarts 3", {"hostnames": 2, "max_restarts": 3, "spares": 1}),
     ("--hostnames a b", {"hostnames": ("a", "b")}),
     ("--hostnames node1", {"hostnames": ("node1",)}),
     ("--hostnames slurm", {"hostnames": "slurm"}),
@@ -100,6 +102,10 @@ def test_options_are_parsed(kind: str) -> None:
     ("line", "reason"),
     [
         ("--hostnames 0", "a number of hosts of at least 1"),
+        ("--hostnames 3:1", "with 1 <= smallest <= largest"),
+        ("--hostnames 1:", "hostnames='1:': expected"),
+        ("--max-restarts -1", "an integer of at least 0"),
+        ("--spares 1.5", "spares='1.5': expected an integer of at least 0"),
         ("--timeout soon", "timeout='soon': expected seconds, more than 0."),
         ("--timeout 0", "timeout=0.0: expected seconds, more than 0."),
         (

@@ -346,6 +346,28 @@ print("SPAN", min(begun for begun, _ in spans), max(ended for _, ended in spans)
     assert first_ended < second_begun
 
 
+def test_run_of_a_job_is_restarted(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        """
+import os, signal
+import torchrunx_ray as trx
+
+def fail():
+    if trx.context().attempt == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return trx.context().attempt
+
+launcher = trx.Launcher(hostnames=(1, 2), workers_per_host=1, cpus_per_worker=4, max_restarts=1)
+print("attempts", *launcher.run(fail))
+"""
+    )
+    done = jobs.run("submit", "--working-dir", ".", "--", "python", "train.py", folder=tmp_path)
+
+    assert "attempts 1 1" in done.stdout, done.stdout + done.stderr
+    assert "restart 1 of 1" in done.stdout
+    assert wait_until(lambda: "placement groups: 0, CPUs: 0.0" in jobs.held(), 60)
+
+
 def test_failed_job_shows_its_output_and_traceback_and_how_far_it_was(
     jobs: Jobs, tmp_path: Path
 ) -> None:

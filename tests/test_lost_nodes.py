@@ -2,29 +2,26 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
 import torchrunx_ray as trx
+from tests.announced import Seen, announce_and_wait, run_until_asked, started
 from tests.clusters.raylets import raylets
-from tests.processes import above, command_line, is_alive, note, wait_until
+from tests.nodes import SOON_DEAD, all_is_free, drain, ids, node_of, raylet_pid
+from tests.processes import above, is_alive, wait_until
 from torchrunx_ray.driver.run import Run
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Cluster]:
-    """No worker has room on it. It takes a silent node for dead after 6 s; by default that takes 15 s."""
-    patience = {"health_check_period_ms": 1000, "health_check_initial_delay_ms": 1000}
-    with raylets({"num_cpus": 0, "_system_config": patience}) as cluster:
+    """No worker has room on it."""
+    with raylets({"num_cpus": 0, "_system_config": SOON_DEAD}) as cluster:
         yield cluster
 
 
@@ -34,57 +31,7 @@ def three(head: Cluster) -> Iterator[Cluster]:
     for _ in range(3 - len(ids())):
         head.add_node(num_cpus=2)
     yield head
-    assert wait_until(lambda: len(ids()) == living(head), 30)
-    assert wait_until(lambda: ray.available_resources().get("CPU", 0) == 2 * len(ids()), 30)
-
-
-def living(head: Cluster) -> int:
-    """Number of nodes whose raylet lives, whether Ray knows it or not."""
-    raylets_of = [node.all_processes["raylet"][0].process for node in head.worker_nodes]
-    return sum(process.poll() is None for process in raylets_of)
-
-
-def ids() -> list[str]:
-    return [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a rank saw of its attempt."""
-
-    attempt: int
-    restarts: int
-    rank: int
-    world_size: int
-    raylet: int
-    """Pid of the node's raylet, by which tests tell nodes apart."""
-
-
-def announce_and_wait(folder: Path) -> Seen:
-    """Note this rank of this attempt, and wait until somebody says that it may return."""
-    context = trx.context()
-    seen = Seen(
-        context.attempt, context.restarts, context.rank, context.world_size, raylet_of(os.getpid())
-    )
-    note(folder / f"{context.attempt}.{context.rank}", f"{seen.raylet} {os.getpid()}")
-    while not (folder / f"return {context.attempt}").exists():
-        time.sleep(0.01)
-    return seen
-
-
-def raylet_of(worker: int) -> int:
-    variables = Path(f"/proc/{above(worker)['agent']}/environ").read_bytes().split(b"\0")
-    (pid,) = (each[15:] for each in variables if each.startswith(b"RAY_RAYLET_PID="))
-    return int(pid)
-
-
-def started(folder: Path, attempt: int) -> dict[int, tuple[int, int]]:
-    """Pids of the raylet and the worker of each rank of an attempt that has begun its function."""
-    found: dict[int, tuple[int, int]] = {}
-    for path in folder.glob(f"{attempt}.*"):
-        raylet, pid = path.read_text().split()
-        found[int(path.name.partition(".")[2])] = int(raylet), int(pid)
-    return found
+    assert all_is_free(head)
 
 
 def finish(run: "Run[Seen]", folder: Path, attempt: int) -> list[Seen]:
@@ -159,21 +106,6 @@ def test_spare_takes_the_place_of_a_killed_agent_whose_host_becomes_the_spare(
     assert took_s < 25
 
 
-def run_until_asked(folder: Path) -> tuple[int, int, str | None]:
-    """Note this rank of this attempt, and return when asked to stop, or when somebody says so."""
-    context = trx.context()
-    note(folder / f"{context.attempt}.{context.rank}", f"{raylet_of(os.getpid())} {os.getpid()}")
-    while not (folder / f"return {context.attempt}").exists():
-        if (asked := context.stop_asked) is not None:
-            note(
-                folder / f"asked {context.attempt}",
-                f"{asked.reason} {asked.deadline} {time.time()}",
-            )
-            break
-        time.sleep(0.01)
-    return context.attempt, context.world_size, None if asked is None else asked.reason
-
-
 @pytest.fixture
 def growing(head: Cluster) -> Iterator[Cluster]:
     """A cluster with one node, to which tests add others."""
@@ -228,24 +160,3 @@ def test_drained_node_is_left_in_time_and_not_counted(three: Cluster, tmp_path: 
     assert second[1][0] not in {first[0][0], first[1][0]}
     assert [each.why for each in result.attempts] == ["drained", "returned"]
     three.remove_node(next(node for node in three.worker_nodes if raylet_pid(node) == first[1][0]))
-
-
-def node_of(raylet: int) -> str:
-    (node_id,) = (
-        word[len("--node_id=") :]
-        for word in command_line(raylet).split()
-        if word.startswith("--node_id=")
-    )
-    return node_id
-
-
-def raylet_pid(node: Any) -> int:
-    return node.all_processes["raylet"][0].process.pid
-
-
-def drain(node_id: str, within_s: int) -> None:
-    address = ray.get_runtime_context().gcs_address
-    options = ["--address", address, "--node-id", node_id, "--reason-message", "a test"]
-    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", *options, *reason]
-    subprocess.run([*command, "--deadline-remaining-seconds", str(within_s)], check=True)

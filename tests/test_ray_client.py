@@ -172,6 +172,39 @@ except trx.PlacementError as error:
     assert "a host needs 5 CPU; the largest node has 4" in done.stdout
 
 
+def test_failed_run_is_restarted_and_may_change_its_size(drive: Drive) -> None:
+    """The questions about nodes are asked inside the cluster."""
+    done = drive(
+        """
+import signal
+from tests.processes import agent_pid
+
+def fail(how):
+    attempt = trx.context().attempt
+    if attempt == 0 and how == "raise":
+        raise ValueError
+    if attempt == 0:
+        os.kill(agent_pid(), signal.SIGKILL)
+        time.sleep(1000)
+    return attempt, trx.context().world_size
+
+options = dict(workers_per_host=1, backend=None, max_restarts=1, placement_strategy="PACK")
+for hosts in (1, (1, 2)):
+    for how in ("raise", "kill"):
+        launcher = trx.Launcher(hostnames=hosts, cpus_per_worker=2, **options)
+        print(*launcher.run(fail, how))
+"""
+    )
+
+    assert done.stdout.splitlines() == [
+        "(1, 1)",
+        "(1, 1)",
+        "(1, 2) (1, 2)",
+        "(1, 2) (1, 2)",
+    ], done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
 def test_localhost_is_the_head(drive: Drive) -> None:
     done = drive(
         "without_torch = {'backend': None, 'preload': ()}\n"

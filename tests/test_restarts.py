@@ -17,8 +17,11 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 import torchrunx_ray as trx
+from tests.announced import announce_and_wait, started
 from tests.logs import Kept
+from tests.nodes import groups
 from tests.processes import above, agent_pid, is_alive, note, parent, pids, wait_until
+from torchrunx_ray.driver.background import loop
 from torchrunx_ray.driver.running import stopping
 from torchrunx_ray.worker.function.context import Context
 
@@ -328,6 +331,115 @@ def test_value_that_cannot_be_sent_is_no_reason_for_another_attempt(
     with pytest.raises(trx.PayloadError) as caught:
         patient.run(fail)
     assert len(caught.value.attempts) == 1
+
+
+def kills_its_agent_once(folder: Path) -> Path:
+    """A file that the agent of a host has bash source, and that kills this agent if asked to."""
+    file = folder / "env.sh"
+    file.write_text(f"if [ -e {folder}/kill ]; then rm {folder}/kill; kill -9 $PPID; fi\n")
+    return file
+
+
+@pytest.mark.parametrize("restarts", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_agent_that_is_killed_between_two_attempts_costs_one_more_restart(
+    cluster: None, tmp_path: Path, restarts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    one = trx.Launcher(
+        workers_per_host=1, max_restarts=restarts, env_file=kills_its_agent_once(tmp_path), linger=0
+    )
+    run = one.submit(announce_and_wait, folder)
+    assert wait_until(lambda: len(started(folder, 0)) == 1, 60)
+    note(tmp_path / "kill", "")
+    os.kill(above(started(folder, 0)[0][1])["agent"], signal.SIGKILL)
+
+    if restarts == 2:
+        assert wait_until(lambda: len(started(folder, 1)) == 1, 60)
+        (folder / "return 1").touch()
+        (seen,) = run.result(timeout=60)
+        assert (seen.attempt, seen.restarts) == (1, 2)
+        assert "restart 2 of 2, since the last one has failed" in caplog.text
+    else:
+        with pytest.raises(trx.AgentFailedError) as caught:
+            run.result(timeout=60)
+        assert any("could not be started again" in note for note in caught.value.__notes__)
+        assert len(caught.value.attempts) == 1
+    assert not (tmp_path / "kill").exists()
+
+
+def raise_once() -> int:
+    if trx.context().attempt == 0:
+        raise ValueError
+    return trx.context().attempt
+
+
+def test_run_tells_that_it_waits_for_restart_if(
+    cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ask(_: BaseException) -> bool:
+        return wait_until(lambda: "waits for the answer of restart_if" in caplog.text, 30)
+
+    one = trx.Launcher(workers_per_host=1, max_restarts=1, restart_if=ask)
+    assert list(one.run(raise_once)) == [1]
+
+
+def test_restart_if_may_ask_and_cancel_its_run(cluster: None) -> None:
+    seen: list[Any] = []
+    known = threading.Event()
+
+    def ask(_: BaseException) -> bool:
+        known.wait(30)
+        seen.extend([run.done(), run.running(), len(run.stacks()), run.spares, run.cancel()])
+        return True
+
+    one = trx.Launcher(workers_per_host=1, max_restarts=1, restart_if=ask)
+    run = one.submit(raise_once)
+    known.set()
+    with pytest.raises(CancelledError):
+        run.result(timeout=30)
+    assert wait_until(lambda: len(seen) == 5)
+    assert seen == [False, True, 0, (), True]
+
+
+def test_restart_if_that_returns_a_coroutine_is_refused(cluster: None) -> None:
+    async def decide(_: BaseException) -> bool:
+        return True
+
+    one = trx.Launcher(workers_per_host=1, max_restarts=1, restart_if=lambda e: decide(e))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="restart_if returned a coroutine"):
+        one.run(raise_once)
+
+
+@pytest.mark.slow
+def test_two_hundred_restarts_leave_nothing_behind(cluster: None) -> None:
+    samples: list[list[int]] = []
+
+    async def tasks() -> int:
+        return len(asyncio.all_tasks())
+
+    def ask(_: BaseException) -> bool:
+        count[0] += 1
+        if count[0] in (100, 200):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            handlers = len(logging.root.handlers) + len(logging.getLogger("torchrunx_ray").handlers)
+            descriptors = len(os.listdir("/proc/self/fd"))
+            there = loop.start(tasks()).result(10)
+            held = len(groups("CREATED", "PENDING"))
+            samples.append([descriptors, handlers, there, threading.active_count(), held, pages])
+        return True
+
+    def fail_often() -> int:
+        if trx.context().attempt < 200:
+            raise ValueError
+        return trx.context().attempt
+
+    count = [0]
+    one = trx.Launcher(workers_per_host=1, backend=None, max_restarts=200, restart_if=ask)
+    assert list(one.run(fail_often)) == [200]
+    before, after = samples
+    assert after[5] - before[5] < 5 * 2**20 // os.sysconf("SC_PAGE_SIZE"), samples
+    assert all(b <= a + 3 for a, b in zip(before[:5], after[:5], strict=True)), samples
 
 
 def test_context_is_for_workers() -> None:

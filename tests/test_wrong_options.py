@@ -1,12 +1,23 @@
 """Each option is refused by its name, with what it accepts."""
 
 import dataclasses
+import functools
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 import torchrunx_ray as trx
+
+
+async def _decide(error: BaseException) -> bool:
+    return True
+
+
+class _Decides:
+    async def __call__(self, _: BaseException) -> bool:
+        return True
+
 
 WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("hostnames", 0, ValueError, "a number of hosts of at least 1"),
@@ -15,6 +26,14 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("hostnames", [], ValueError, "distinct"),
     ("hostnames", [1], TypeError, "distinct names"),
     ("hostnames", 1.5, TypeError, "a number of hosts"),
+    ("hostnames", (3, 2), ValueError, "with 1 <= smallest <= largest"),
+    ("hostnames", (0, 2), ValueError, "with 1 <= smallest <= largest"),
+    ("hostnames", (1, 2, 3), ValueError, "such as (2, 4)"),
+    ("hostnames", (1,), ValueError, "such as (2, 4)"),
+    ("hostnames", (1, True), TypeError, "such as (2, 4)"),
+    ("hostnames", (1, 2.0), TypeError, "such as (2, 4)"),
+    ("hostnames", (1.0, 2.0), TypeError, "such as (2, 4)"),
+    ("hostnames", [1, 2], TypeError, "such as (2, 4)"),
     ("workers_per_host", 0, ValueError, "a number of at least 1"),
     ("workers_per_host", -2, ValueError, "a number of at least 1"),
     ("workers_per_host", 2.0, TypeError, "a number of at least 1"),
@@ -52,6 +71,15 @@ WRONG_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("host_timeout", 2.9, ValueError, "seconds, at least 3"),
     ("host_timeout", "10", TypeError, "seconds, at least 3"),
     ("restart_if", 3, TypeError, "None, or a function"),
+    ("restart_if", _decide, TypeError, "None, or a function"),
+    ("restart_if", functools.partial(_decide), TypeError, "None, or a function"),
+    ("restart_if", _Decides(), TypeError, "returns True or False"),
+    ("spares", -1, ValueError, "an integer of at least 0"),
+    ("spares", True, TypeError, "an integer of at least 0"),
+    ("spares", 1.0, TypeError, "an integer of at least 0"),
+    ("resize_interval", -1, ValueError, "seconds, at least 0"),
+    ("resize_interval", "30", TypeError, "seconds, at least 0"),
+    ("resize_interval", float("nan"), ValueError, "seconds, at least 0"),
     ("linger", -1, ValueError, "seconds"),
     ("default_env_vars", "PATH", TypeError, "patterns"),
     ("extra_env_vars", "A=1", TypeError, "NAME=value strings"),
@@ -172,6 +200,30 @@ def test_lists_of_hosts_and_workers_must_agree() -> None:
         trx.Launcher(hostnames=3, workers_per_host=[1, 1])
     with pytest.raises(ValueError, match="has 2 numbers, but hostnames=1 stands for 1 host;"):
         trx.Launcher(hostnames=1, workers_per_host=[1, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "accepted"),
+    [
+        ({"spares": 1, "hostnames": ["a", "b"]}, "give a number of hosts"),
+        ({"spares": 1, "hostnames": "slurm"}, "give a number of hosts"),
+        ({"spares": 1, "hostnames": "auto"}, "give a number of hosts"),
+        ({"spares": 1}, "give a number of hosts"),
+        ({"spares": 1, "hostnames": 2, "workers_per_host": [1, 2]}, "one number for all hosts"),
+        ({"hostnames": (1, 2), "workers_per_host": [1, 2]}, "one number for all hosts"),
+        ({"hostnames": (1, 2), "placement_strategy": "STRICT_PACK"}, "Use STRICT_SPREAD, SPREAD"),
+        (
+            {"spares": 1, "hostnames": 2, "placement_strategy": "STRICT_PACK"},
+            "Use STRICT_SPREAD, SPREAD",
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_refused(
+    options: dict[str, Any], accepted: str
+) -> None:
+    with pytest.raises(ValueError, match=accepted):
+        trx.Launcher(**options)
 
 
 def test_launcher_is_frozen() -> None:

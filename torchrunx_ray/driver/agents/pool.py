@@ -164,6 +164,16 @@ class PooledAgent:
             self.connection.tell(self.calls.forget_call, self.keeps_call_of)
         self.keeps_call_of = ""
 
+    async def answers(self) -> bool:
+        """Return True if the agent lives and answers a simple call."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await self.connection.ask(self.calls.clock)
+        except (RayError, TimeoutError):
+            self.state = AgentState.GONE
+            return False
+        return True
+
     async def release(self, linger: float) -> None:
         """Let the agent rest for the next launch.
 

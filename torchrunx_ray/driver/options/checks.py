@@ -179,7 +179,9 @@ def _check_restarts(given: Mapping[str, Any]) -> None:
     _require_number("host_timeout", timeout)
     _require(timeout >= _LEAST_HOST_TIMEOUT_S, "host_timeout", timeout)
     wanted = given["restart_if"]
-    is_plain = callable(wanted) and not inspect.iscoroutinefunction(wanted)
+    is_plain = callable(wanted) and not (
+        inspect.iscoroutinefunction(wanted) or inspect.iscoroutinefunction(type(wanted).__call__)
+    )
     _require(wanted is None or is_plain, "restart_if", wanted, kind=TypeError)
 
 
@@ -191,6 +193,12 @@ def _check_sizes(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"spares={spares} with hostnames={hosts!r}: a spare takes the place of any host, so give a number of hosts, "
             "such as hostnames=4, or hostnames=(2, 4)."
+        )
+    workers = given["workers_per_host"]
+    if spares and not isinstance(workers, int | str):
+        raise ValueError(
+            f"spares={spares} with workers_per_host={list(workers)!r}: a spare takes the place of any host, so give one "
+            'number for all hosts, or "gpu" or "cpu".'
         )
     _require_number("resize_interval", given["resize_interval"])
     strategy = given["placement_strategy"]

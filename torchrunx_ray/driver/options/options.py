@@ -147,7 +147,7 @@ class Options:
     def names_its_hosts(self) -> bool:
         """True if each host has a name that the user or Slurm has given."""
         return self.hostnames == "slurm" or not (
-            isinstance(self.hostnames, int | str) or self.is_elastic
+            isinstance(self.hostnames, int | str) or checks.size(self.hostnames)
         )
 
     @property

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 
 from torchrunx_ray.driver.cluster import draining, inventory, orphans
@@ -56,17 +57,23 @@ def off(options: Options, avoided: Collection[str]) -> Options:
     return replace(options, label_selector=selector)
 
 
-async def reserve_when_there(options: Options, progress: Progress, name: str) -> Placement:
+async def reserve_when_there(
+    wanted: Callable[[], Awaitable[Options]], limit_s: float | None, progress: Progress, name: str
+) -> Placement:
     """Reserve room, also if the cluster has no such node now: a node may join or return.
 
-    Raises PlacementError after `placement_timeout`.
+    Raises PlacementError after `limit_s`. `wanted` returns the options of each new request, whose
+    `placement_timeout` limits this one request.
     """
-    begun = time.monotonic()
+    ends_at = math.inf if limit_s is None else time.monotonic() + limit_s
     while True:
-        limit_s = options.placement_timeout
-        left_s = None if limit_s is None else max(0.0, begun + limit_s - time.monotonic())
+        options = await wanted()
+        of_request_s = math.inf if options.placement_timeout is None else options.placement_timeout
+        left_s = max(0.0, ends_at - time.monotonic())
+        within_s = min(left_s, of_request_s)
+        timeout = None if within_s == math.inf else within_s
         try:
-            return await reserve(replace(options, placement_timeout=left_s), progress, name)
+            return await reserve(replace(options, placement_timeout=timeout), progress, name)
         except PlacementError:
             if left_s == 0:
                 raise
@@ -74,11 +81,15 @@ async def reserve_when_there(options: Options, progress: Progress, name: str) ->
 
 
 async def reserve_free(
-    options: Options, held: Sequence[Host], avoided: Collection[str], name: Callable[[], str]
+    options: Options,
+    like: Host,
+    held: Sequence[Host],
+    avoided: Collection[str],
+    name: Callable[[], str],
 ) -> Placement | None:
     """Reserve room for one host that is free at this moment; None if there is none, or if others wait for room.
 
-    `held` are the hosts that the launch has. `name` returns the name of a new placement group.
+    `like` is a host of the launch, `held` are all hosts that it has. `name` returns the name of a new placement group.
     """
     connection = Connection()
     if queue.has_waiters() or await connection.call(_others_wait):
@@ -90,7 +101,7 @@ async def reserve_free(
     for node in sorted(nodes, key=lambda node: (-node.gpus, -node.cpus)):
         if node.node_id in {*avoided, *apart, *leaving} or not could_be_host(node, options):
             continue
-        plan = _plan_on(node, held[0], options, nodes)
+        plan = _plan_on(node, like, options, nodes)
         if plan is not None and is_in(plan.needed, free.get(node.node_id, {})):
             placement = await _place_now(options, plan, name(), connection)
             if placement is not None:
@@ -119,15 +130,16 @@ async def _place_now(
         await clean_up(removing, f"removing the placement group {name}")
         raise
     if hosts is None:
-        await placement_group.remove_unplaced(group, connection)
+        removing = placement_group.remove_unplaced(group, connection)
+        await clean_up(removing, f"removing the placement group {name}")
         return None
     return Placement(hosts, plan, group)
 
 
 def _others_wait() -> bool:
-    """Return True if some placement group of the cluster waits for resources that others hold."""
+    """Return True if some placement group of the cluster waits for resources, or is being placed."""
     groups = untyped_ray.util.placement_group_table().values()
     return any(
-        group["state"] == "PENDING" and group["stats"]["scheduling_state"] == "NO_RESOURCES"
+        group["state"] == "PENDING" and group["stats"]["scheduling_state"] != "INFEASIBLE"
         for group in groups
     )

@@ -12,6 +12,8 @@ from torchrunx_ray.driver.agents import pool
 from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster import inventory, token
+from torchrunx_ray.driver.cluster.connection import Connection
+from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing.gpu_question import GpuQuestion
 from torchrunx_ray.driver.placing.placement import Placement
@@ -34,6 +36,7 @@ class HeldState(enum.Enum):
 
     SOUND = "nothing speaks against it"
     SUSPECT = "its agent was lost, and perhaps its node"
+    LOST = "its node or bundle is lost, and another host takes its place"
 
 
 class HeldHost:
@@ -71,7 +74,8 @@ class HeldHost:
         while True:
             met = await self._meet(wanted, listen)
             if met is None:
-                await self.end_agent()
+                await self.give_up_agent()
+                await self._check_node()
                 continue
             ours = versions.of_this_process()
             problem = met.problem or versions.problem_between(ours, met.versions)
@@ -102,6 +106,14 @@ class HeldHost:
         """Return the GPUs of the bundle. Raises AgentFailedError if Ray cannot answer."""
         return await self._gpu_question.answer()
 
+    def has(self, agent: PooledAgent) -> bool:
+        """Return True if this is the host's agent."""
+        return self._agent is agent
+
+    async def answers(self) -> bool:
+        """Return True if the agent lives and answers."""
+        return self._agent is not None and await self._agent.answers()
+
     async def end_agent(self) -> None:
         """End the agent, even if cancelled meanwhile: nothing else refers to it."""
         agent, self._agent = self._agent, None
@@ -113,12 +125,28 @@ class HeldHost:
         self.state = HeldState.SUSPECT
         await self.end_agent()
 
+    async def abandon(self) -> None:
+        """Forget the GPUs and end the agent of a host that is lost."""
+        self._gpu_question.drop()
+        await self.give_up_agent()
+        self.state = HeldState.LOST
+
     async def release(self) -> None:
         """Let the agent rest or end, and forget the GPUs."""
         self._gpu_question.drop()
         agent, self._agent = self._agent, None
         if agent is not None:
             await agent.release(self._options.linger)
+
+    async def _check_node(self) -> None:
+        """Raise AgentFailedError if the node does not answer.
+
+        Ray itself notices the end of a node much later, and would let a new agent there wait until then.
+        """
+        if not await node_answers(self.host.node):
+            what = "the agent has ended, and the node does not answer"
+            evidence = f"{self.host.node.name} accepts no connection at the port of its raylet"
+            raise AgentFailedError(hostname=self.host.label, what=what, evidence=evidence)
 
     async def _meet(self, wanted: TemplateWanted, listen: bool) -> Met | None:
         """Return the agent's answer; None if it ended while it rested."""
@@ -148,6 +176,12 @@ class HeldHost:
                 "%s: the idle agent there %s A new agent takes its place.", label, agent.fault
             )
         return met
+
+
+async def node_answers(node: Node) -> bool:
+    """Return True if the node's raylet accepts connections."""
+    connection = Connection()
+    return await connection.call(connection.inside, inventory.answers, node)
 
 
 def _why_not_started(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import enum
+import inspect
 from collections.abc import Callable
 
 from torchrunx_ray.driver.background.loop import in_thread
@@ -85,7 +86,11 @@ def _answer(
     Some exceptions mean something else to a coroutine or an event loop; they are in a RuntimeError.
     """
     try:
-        return bool(restart_if(failures.exception))
+        answer: object = restart_if(failures.exception)
+        if inspect.iscoroutine(answer):
+            answer.close()
+            raise TypeError("restart_if returned a coroutine; expected True or False")
+        return bool(answer)
     except BaseException as error:
         error.add_note("Raised by restart_if, which was asked about the failure of the run.")
         if isinstance(error, Exception) and not isinstance(

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import itertools
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torchrunx_ray.driver.cluster import draining, inventory
@@ -14,10 +14,8 @@ from torchrunx_ray.driver.placing.labels import distinct_label
 from torchrunx_ray.driver.placing.one_more import reserve_free
 from torchrunx_ray.driver.placing.placement import Placement
 from torchrunx_ray.driver.placing.plan import Host
-from torchrunx_ray.driver.running.held_host import HeldHost, HeldState
-
-_SHUNNED_S = 10.0
-"""Time for which the node of a lost host gets no new host, although Ray may still call the node alive."""
+from torchrunx_ray.driver.running.held_host import HeldHost, HeldState, node_answers
+from torchrunx_ray.driver.running.losses import Losses
 
 
 class Roster:
@@ -27,8 +25,7 @@ class Roster:
         self._options = options
         self._placements: list[Placement] = []
         self._group_numbers = itertools.count()
-        self._lost_at: dict[str, float] = {}
-        """Times of the losses by node id, on the monotonic clock."""
+        self.losses = Losses()
         self.members: list[HeldHost] = []
         self.reserves: list[HeldHost] = []
         """Hosts without workers."""
@@ -40,17 +37,9 @@ class Roster:
     @property
     def apart(self) -> set[str]:
         """Nodes that no further host may be on, because one is there."""
-        is_apart = self._options.placement_strategy == "STRICT_SPREAD"
-        return {host.node_id for host in self.all if is_apart}
-
-    @property
-    def shunned(self) -> set[str]:
-        """Nodes whose host was lost a moment ago."""
-        now = time.monotonic()
-        return {node_id for node_id, at in self._lost_at.items() if now - at < _SHUNNED_S}
-
-    def shun(self, node_id: str) -> None:
-        self._lost_at[node_id] = time.monotonic()
+        if self._options.placement_strategy != "STRICT_SPREAD":
+            return set()
+        return {host.node_id for host in self.all if host.state is not HeldState.LOST}
 
     def group_name(self, name: str) -> str:
         """Return the name of the launch's next placement group. Ray refuses a second group with the same name."""
@@ -68,52 +57,68 @@ class Roster:
         self._placements.append(placement)
         return self._held(placement, 0, placement.hosts[0].node)
 
-    async def recruit(self, name: str) -> HeldHost | None:
-        """Reserve room for one host that is free at this moment; None if there is none."""
+    def replace(self, lost: HeldHost, host: HeldHost) -> bool:
+        """Let a host take the place of a lost one. Returns False if the place or the host's node is taken."""
+        if lost not in self.members or host.node_id in self.apart:
+            return False
+        self.members[self.members.index(lost)] = host
+        return True
+
+    async def recruit(self, name: str, like: Host | None = None) -> HeldHost | None:
+        """Return one more host in room that is free at this moment; None if there is none.
+
+        A bundle that Ray has moved, and that no host uses, is taken first. `like` is the host to replace, if any.
+        """
+        if (host := await self.moved(like)) is not None:
+            return host
         held: list[Host] = [host.host for host in self.all]
-        placement = await reserve_free(
-            self._options, held, self.shunned, functools.partial(self.group_name, name)
-        )
+        avoided = self.losses.shunned | self.losses.distrusted
+        group_name = functools.partial(self.group_name, name)
+        placement = await reserve_free(self._options, like or held[0], held, avoided, group_name)
         return None if placement is None else self.add(placement)
 
-    async def lost(self) -> dict[HeldHost, str]:
-        """Return the members whose node or bundle is lost, each with the reason."""
+    async def lost(self, hosts: Sequence[HeldHost]) -> dict[HeldHost, str]:
+        """Return those of these hosts whose node or bundle is lost, each with the reason."""
         connection = Connection()
         nodes, leaving, placed = await asyncio.gather(
             connection.call(inventory.live_nodes), draining.deadlines(connection), self._placed()
         )
         live = {node.node_id for node in nodes}
         lost: dict[HeldHost, str] = {}
-        for member in self.members:
-            if member.node_id not in live:
-                lost[member] = "its node has left the cluster"
-            elif placed[member.placement, member.bundle] != member.node_id:
-                lost[member] = "Ray has moved its bundle to another node"
-            elif member.node_id in leaving:
-                lost[member] = "Ray drains its node"
-            elif member.state is HeldState.SUSPECT and not await _answers(member.host.node):
-                lost[member] = "its node does not answer"
+        for host in hosts:
+            if host.node_id not in live:
+                lost[host] = "its node has left the cluster"
+            elif placed[host.placement, host.bundle] != host.node_id:
+                lost[host] = "Ray has moved its bundle to another node"
+            elif host.node_id in leaving:
+                lost[host] = "Ray drains its node"
+            elif host.state is not HeldState.SOUND and not await node_answers(host.host.node):
+                lost[host] = "its node does not answer"
         return lost
 
-    async def moved(self) -> HeldHost | None:
+    async def moved(self, like: Host | None = None, *, anywhere: bool = False) -> HeldHost | None:
         """Return a host for a bundle that no host uses, on a node that answers; None if there is none.
 
-        Ray places the bundle of a dead node again, once it knows of the death.
+        Ray places the bundle of a dead node again, once it knows of the death. The caller must add the host to the
+        members or the reserves at once, so that nobody else takes the bundle. `like` is the host to replace, if any.
+        `anywhere`: a node that failed twice is good enough.
         """
-        used = {(host.placement, host.bundle) for host in self.all}
         unused = {
             bundle: node_id
             for bundle, node_id in (await self._placed()).items()
-            if bundle not in used and node_id is not None
+            if node_id is not None and self._is_unused(bundle) and _is_for(bundle, like)
         }
         if not unused:
             return None
         nodes = {node.node_id: node for node in await Connection().call(inventory.live_nodes)}
-        unfit = {*self.apart, *self.shunned, *await draining.deadlines(Connection())}
-        for (placement, bundle), node_id in unused.items():
+        unfit = {*self.losses.shunned, *await draining.deadlines(Connection())}
+        unfit |= set() if anywhere else self.losses.distrusted
+        for bundle, node_id in unused.items():
             node = None if node_id in unfit else nodes.get(node_id)
-            if node is not None and await _answers(node):
-                return self._held(placement, bundle, node)
+            if node is None or node_id in self.apart or not await node_answers(node):
+                continue
+            if self._is_unused(bundle) and node_id not in self.apart:
+                return self._held(*bundle, node)
         return None
 
     async def remove_unused(self) -> None:
@@ -122,6 +127,9 @@ class Roster:
         unused = [each for each in self._placements if each not in used]
         self._placements = [each for each in self._placements if each in used]
         await asyncio.gather(*(placement.remove() for placement in unused))
+
+    def _is_unused(self, bundle: tuple[Placement, int]) -> bool:
+        return all((host.placement, host.bundle) != bundle for host in self.all)
 
     def _held(self, placement: Placement, bundle: int, node: Node) -> HeldHost:
         host = placement.hosts[bundle]
@@ -141,6 +149,7 @@ class Roster:
         }
 
 
-async def _answers(node: Node) -> bool:
-    connection = Connection()
-    return await connection.call(connection.inside, inventory.answers, node)
+def _is_for(bundle: tuple[Placement, int], like: Host | None) -> bool:
+    """Return True if the bundle is for as many workers as this host."""
+    placement, index = bundle
+    return like is None or placement.hosts[index].workers == like.workers

@@ -25,7 +25,7 @@ from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.driver.running.restart_policy import RestartPolicy, Verdict, ask_user
 from torchrunx_ray.driver.running.watch import Watch
-from torchrunx_ray.errors import LaunchError, counted
+from torchrunx_ray.errors import AgentFailedError, LaunchError, counted
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import AttemptId, Restarted
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("torchrunx_ray")
 Outcome = LaunchResult[object] | Failures
 
 _TELL_AFTER_S = 2.0
-"""Time that the last output may keep a failure back until the failure is logged."""
+"""Time that the last output, or `restart_if`, may keep a failure back until the failure is logged."""
 
 
 class Supervisor:
@@ -118,9 +118,8 @@ class Supervisor:
                 await self._policy.back_off(self._history.attempts[-1])
                 await to_the_end(self._hosts.give_up(attempt.broken))
                 hosts_before = crew.hosts
-                crew, backend = await self._hosts.assemble(
-                    self._call.template, self._progress, is_fresh=False
-                )
+                self._policy.restarts += verdict is Verdict.RESTART
+                crew, backend = await self._assemble_again()
             except asyncio.CancelledError:
                 if not attempt.was_cancelled:  # cancelled between two attempts
                     attempt.note_cancellation()
@@ -132,11 +131,28 @@ class Supervisor:
                 self._asked_about = self._with_attempts(failures, remark)
                 return attempt
             logs.expect(crew.speakers)
-            self._policy.restarts += verdict is Verdict.RESTART
             self._tell_of_restart(verdict, failures, crew)
             self._asked_about = None
             restarted = _restarted(why, failures, hosts_before, crew.hosts)
             attempt = self._begin_attempt(crew, backend, logs, restarted)
+
+    async def _assemble_again(self) -> tuple[Crew, str | None]:
+        """Return the hosts of another attempt. An agent that dies before the attempt costs one more restart."""
+        while True:
+            try:
+                return await self._hosts.assemble(
+                    self._call.template, self._progress, is_fresh=False
+                )
+            except AgentFailedError as error:
+                if self._policy.restarts >= self._options.max_restarts:
+                    raise
+                self._policy.restarts += 1
+                logger.warning(
+                    "%s: %s, since the last one has failed: %s",
+                    self._call.run_name,
+                    self._policy.in_words,
+                    error,
+                )
 
     async def _go(self, attempt: Attempt) -> Why:
         """Await an attempt, and note its end."""
@@ -197,8 +213,14 @@ class Supervisor:
             self._progress.between = "asking restart_if"
             # This object makes its exception once, so that the launch raises what `restart_if` was given.
             self._asked_about = failures = self._with_attempts(failures)
-            if not await ask_user(restart_if, failures):
-                return Verdict.END
+            telling = asyncio.get_running_loop().call_later(
+                _TELL_AFTER_S, self._tell_of_restart_if, failures
+            )
+            try:
+                if not await ask_user(restart_if, failures):
+                    return Verdict.END
+            finally:
+                telling.cancel()
         self._progress.between = f"restarting {workers}"
         return verdict
 
@@ -239,6 +261,14 @@ class Supervisor:
         after_s = (now_ns() - failures.first_ns) / 1e9
         logger.warning(
             "%s: %s, %.2f s after the failure, %s\n  %s", name, what, after_s, on, failures.in_brief
+        )
+
+    def _tell_of_restart_if(self, failures: Failures) -> None:
+        """Warn of the failure while `restart_if` has not answered."""
+        logger.warning(
+            "%s has failed, and waits for the answer of restart_if: %s",
+            self._call.run_name,
+            failures.in_brief,
         )
 
     async def _drain(self, logs: RunLogs) -> None:
