@@ -176,9 +176,9 @@ def test_host_that_was_given_up_is_fenced_before_another_attempt(
 ) -> None:
     """Its agent froze while the driver stopped its workers, so that nobody knows whether they have ended."""
     monkeypatch.setattr(stopping, "_LAST_WORDS_S", 1.0)
-    run = _fail_beside_a_frozen_agent(tmp_path, lease_s=6)
+    run = _fail_beside_a_frozen_agent(tmp_path, lease_s=10)
     worker = beating(tmp_path, rank=1)
-    until_renewed(worker, 6)
+    until_renewed(worker, 10)
     page = page_of(worker)
     with frozen(above(worker)["agent"]):
         note(tmp_path / "frozen", "")

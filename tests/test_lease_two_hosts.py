@@ -30,6 +30,10 @@ pytestmark = [
 ]
 
 
+_AWAKE_NS = 50e6
+"""Time that workers may live on a host that wakes up after its lease ran out."""
+
+
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[TwoHosts]:
     with two_hosts() as hosts:
@@ -80,6 +84,7 @@ def test_short_cut_harms_nothing_and_workers_end_in_a_long_one(
     assert gap_s(tmp_path, rank=1) > 0
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(root() is None, reason="needs root and a cgroup of which processes freeze")
 def test_workers_of_a_frozen_host_are_dead_as_soon_as_it_wakes(
     hosts: TwoHosts, tmp_path: Path
@@ -103,5 +108,5 @@ def test_workers_of_a_frozen_host_are_dead_as_soon_as_it_wakes(
         said, errors = driver.communicate(timeout=90)
     assert said.startswith("[1, 1] 10.77.0.12: the host was silent for 4 s"), errors
     assert gap_s(tmp_path, rank=1) > 0
-    print((last_beat_ns(tmp_path, 1) - thawed_ns) / 1e6, (dead_ns - thawed_ns) / 1e6, "ms")
-    assert last_beat_ns(tmp_path, rank=1) - thawed_ns < 50e6
+    assert last_beat_ns(tmp_path, rank=1) - thawed_ns < _AWAKE_NS
+    assert dead_ns - thawed_ns < _AWAKE_NS
