@@ -192,7 +192,7 @@ def test_two_lost_hosts_do_not_share_the_node_that_has_room_for_both(
     for each in first:
         kill(each)
     large = two.add_node(num_cpus=4)
-    assert wait_until(lambda: groups("PENDING") != [], 60)
+    assert wait_until(lambda: groups("CREATED") != [], 60)
     small = add(two)
     second = have_started(tmp_path, 1, 2)
 

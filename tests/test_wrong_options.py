@@ -15,7 +15,7 @@ async def _decide(error: BaseException) -> bool:
 
 
 class _Decides:
-    async def __call__(self, error: BaseException) -> bool:
+    async def __call__(self, _: BaseException) -> bool:
         return True
 
 

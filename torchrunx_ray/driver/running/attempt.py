@@ -46,6 +46,9 @@ _SILENT_STOP_S = 2.0
 _ENDING_S = 0.8
 """Time for an agent that ends itself to report that its workers are gone."""
 
+_ENDING_FOR_RESTART_S = 5.0
+"""The same if another attempt may follow, which must not begin beside workers that may live on."""
+
 _STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
 """Limits for stacks after a failure. They arrive in milliseconds, or later if the machine is busy."""
 
@@ -349,7 +352,9 @@ class Attempt:
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
                     share.agent.state = AgentState.GONE
-                    self._chores.later(_ENDING_S, share.give_up)
+                    may_go_on = self._options.max_restarts > 0 or self._options.is_elastic
+                    ending_s = _ENDING_FOR_RESTART_S if may_go_on else _ENDING_S
+                    self._chores.later(ending_s, share.give_up)
             case messages.TemplateRefused():
                 self._fail(share, None, None, event)
             case messages.HostEnded():
