@@ -68,15 +68,6 @@ def single(head: Cluster) -> Iterator[Cluster]:
         yield head
 
 
-@pytest.fixture(autouse=True)
-def _no_run_is_left() -> Iterator[None]:
-    """Kill what a test that failed leaves, which would hold the room of the next test."""
-    yield
-    for left in list(living_runs):
-        left.kill()
-        left.wait()
-
-
 @contextlib.contextmanager
 def nodes(head: Cluster, count: int) -> Iterator[None]:
     """Have so many nodes, each with room for one host. After the test they are free again."""
@@ -87,6 +78,9 @@ def nodes(head: Cluster, count: int) -> Iterator[None]:
         add(head)
     assert wait_until(lambda: len(ids()) == count, 60)
     yield
+    for left in list(living_runs):  # after a test that failed
+        left.kill()
+        left.wait()
     assert all_is_free(head), (ray.available_resources(), groups("PENDING", "CREATED"))
     assert groups("PENDING", "RESCHEDULING", "CREATED") == []
 
@@ -127,7 +121,7 @@ def agents_on(of_raylet: int) -> list[int]:
     found: list[int] = []
     for pid in pids():
         with contextlib.suppress(OSError):
-            if parent(pid) == of_raylet and "torchrunx_ray agent" in command_line(pid):
+            if parent(pid) == of_raylet and command_line(pid).startswith("ray::Agent"):
                 found.append(pid)
     return found
 
@@ -192,7 +186,7 @@ def test_two_lost_hosts_do_not_share_the_node_that_has_room_for_both(
     for each in first:
         kill(each)
     large = two.add_node(num_cpus=4)
-    assert wait_until(lambda: groups("PENDING") != [], 60)
+    assert wait_until(lambda: groups("CREATED") != [], 60)
     small = add(two)
     second = have_started(tmp_path, 1, 2)
 

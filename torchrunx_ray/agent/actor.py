@@ -319,6 +319,7 @@ class Agent:
     def _raylet_gone(self, pid: int, loop: asyncio.AbstractEventLoop) -> None:
         assert self._raylet_fd is not None
         loop.remove_reader(self._raylet_fd)
+        self._leaving = True  # no further run may claim this agent
         what = f"the raylet, Ray's process for the node (pid {pid}), ended"
         self._mailbox.of(None).put(messages.AgentFailed(now_ns(), what, "", is_ending=True))
         self._ending = asyncio.ensure_future(self._end_with_raylet())

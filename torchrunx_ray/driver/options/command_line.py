@@ -86,7 +86,7 @@ def hosts(texts: list[str]) -> int | str | tuple[int, ...] | tuple[str, ...]:
     """Return a number of hosts, a smallest and a largest number, "auto", "slurm", or names."""
     if len(texts) == 1 and texts[0] in ("auto", "slurm"):
         return texts[0]
-    if len(texts) == 1 and re.fullmatch(r"[\d:]*:\d*", texts[0]):
+    if len(texts) == 1 and re.fullmatch(r"\d+:\d*", texts[0]):
         return integers(texts[0].split(":"))
     return int(texts[0]) if len(texts) == 1 and texts[0].isdecimal() else tuple(texts)
 

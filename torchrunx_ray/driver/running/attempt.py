@@ -48,6 +48,9 @@ _SILENT_STOP_S = 2.0
 _ENDING_S = 0.8
 """Time for an agent that ends itself to report that its workers are gone."""
 
+_ENDING_FOR_RESTART_S = 5.0
+"""The same if another attempt may follow, which must not begin beside workers that may live on."""
+
 _REPORT_OF_END_S = 0.5
 """Time for an agent to report that the lease ran out. It says more than the pulse, if it can be heard."""
 
@@ -395,7 +398,8 @@ class Attempt:
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
                     share.agent.state = AgentState.GONE
-                    self._chores.later(_ENDING_S, share.give_up)
+                    ending_s = _ENDING_FOR_RESTART_S if self._options.may_restart else _ENDING_S
+                    self._chores.later(ending_s, share.give_up)
             case messages.TemplateRefused():
                 self._fail(share, None, None, event)
             case messages.HostEnded():

@@ -35,11 +35,15 @@ class Roster:
         return [*self.members, *self.reserves]
 
     @property
+    def _not_lost(self) -> list[HeldHost]:
+        return [host for host in self.all if host.state is not HeldState.LOST]
+
+    @property
     def apart(self) -> set[str]:
         """Nodes that no further host may be on, because one is there."""
         if self._options.placement_strategy != "STRICT_SPREAD":
             return set()
-        return {host.node_id for host in self.all if host.state is not HeldState.LOST}
+        return {host.node_id for host in self._not_lost}
 
     def group_name(self, name: str) -> str:
         """Return the name of the launch's next placement group. Ray refuses a second group with the same name."""
@@ -129,7 +133,7 @@ class Roster:
         await asyncio.gather(*(placement.remove() for placement in unused))
 
     def _is_unused(self, bundle: tuple[Placement, int]) -> bool:
-        return all((host.placement, host.bundle) != bundle for host in self.all)
+        return all((host.placement, host.bundle) != bundle for host in self._not_lost)
 
     def _held(self, placement: Placement, bundle: int, node: Node) -> HeldHost:
         host = placement.hosts[bundle]
