@@ -46,6 +46,9 @@ _SILENT_STOP_S = 2.0
 _ENDING_S = 0.8
 """Time for an agent that ends itself to report that its workers are gone."""
 
+_ENDING_SURELY_S = 15.0
+"""The same time if another attempt may follow: without the report, the workers might run beside it."""
+
 _STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
 """Limits for stacks after a failure. They arrive in milliseconds, or later if the machine is busy."""
 
@@ -349,7 +352,7 @@ class Attempt:
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
                     share.agent.state = AgentState.GONE
-                    self._chores.later(_ENDING_S, share.give_up)
+                    self._chores.later(self._ending_s, share.give_up)
             case messages.TemplateRefused():
                 self._fail(share, None, None, event)
             case messages.HostEnded():
@@ -365,6 +368,10 @@ class Attempt:
                 self._share_becomes(share, ShareState.DONE)
             case _:
                 pass  # a normal step of a worker
+
+    @property
+    def _ending_s(self) -> float:
+        return _ENDING_SURELY_S if self._options.may_go_on else _ENDING_S
 
     def _note(self, share: Share, event: messages.Event) -> None:
         about = event.exited if isinstance(event, messages.Died) else event

@@ -164,17 +164,12 @@ class Supervisor:
         if options.spares or options.is_elastic:
             name, template = self._call.run_name, self._call.template
             self._hosts.reserves.begin(name, template, watch.reserves_wanted)
-        watching = asyncio.create_task(watch.watch()) if self._may_go_on else None
+        watching = asyncio.create_task(watch.watch()) if self._options.may_go_on else None
         try:
             await attempt.go(self._call)
         finally:
             if watching is not None:
                 watching.cancel()
-
-    @property
-    def _may_go_on(self) -> bool:
-        """True if another attempt may follow the first one."""
-        return self._options.max_restarts > 0 or self._options.is_elastic
 
     async def _leave_hosts(self) -> None:
         await self._hosts.reserves.pause()
@@ -213,7 +208,7 @@ class Supervisor:
             return "resized" if reason == "resize" else "drained"
         if attempt.failures is None:
             return "returned"
-        if self._may_go_on and attempt.broken:
+        if self._options.may_go_on and attempt.broken:
             await to_the_end(self._hosts.give_up(attempt.broken))
             if await self._hosts.has_lost_some():
                 return "host lost"

@@ -1,0 +1,220 @@
+"""A training, and the blows that fall on it."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torchrunx_ray as trx
+from tests import hung
+from tests.chaos.blows import MOST, SILENT, Blow, Plan, kind_for, plans, strike, victim_of
+from tests.chaos.crew import Crew, Crews
+from tests.chaos.nodes import CPUS, Nodes, raylet_of, some_nodes
+from tests.chaos.training import train
+from tests.chaos.verdict import unexplained, wrong_with_journal, wrong_with_result
+from tests.processes import is_alive, wait_until
+from tests.traces import Traces
+from torchrunx_ray.driver.report.history import AttemptRecord
+from torchrunx_ray.driver.run import Run
+
+_SETTLED_S = 90.0
+"""Time for a disturbed training to run again. Only a hang takes longer."""
+
+_NEW_NODE_S = 3.0
+"""Time from the death of a raylet to the node that replaces it."""
+
+_STEP_S = 0.05
+
+
+@dataclass
+class Outcome:
+    """What came of a storm."""
+
+    blows: list[Blow]
+    attempts: tuple[AttemptRecord, ...]
+    steps: int
+    wrong: list[str] = field(default_factory=list[str])
+
+
+class Hang(Exception):
+    """The training did not run again."""
+
+
+def storm(seed: int, minutes: float, folder: Path, say: Callable[[str], None]) -> Outcome:
+    """Disturb a training for so many minutes, and check what came of it."""
+    (folder / "ranks").mkdir()
+    launcher = trx.Launcher(
+        hostnames=(1, MOST),
+        workers_per_host=CPUS,
+        cpus_per_worker=1,
+        max_restarts=100_000,
+        resize_interval=2,
+        shutdown_timeout=2,
+        linger=0,
+        name="chaos",
+    )
+    with some_nodes(3) as nodes:
+        launcher.run(int)  # first touches of Ray's store
+        before = Traces.now()
+        run = launcher.submit(train, folder, _STEP_S)
+        weather = Weather(run, Crews(folder / "ranks"), nodes, say)
+        with _killed_at_error(run):
+            weather.rage(plans(seed), time.monotonic() + 60 * minutes)
+            (folder / "enough").touch()
+            result = run.result(timeout=_SETTLED_S)
+        outcome = Outcome(weather.blows, result.attempts, result.rank(0)[0])
+        outcome.wrong += wrong_with_result(list(result))
+        outcome.wrong += wrong_with_journal(folder / "journal")
+        outcome.wrong += unexplained(result.attempts, weather.blows)
+        del result, run, weather.run
+        outcome.wrong += left_of(before, nodes)
+    return outcome
+
+
+class Weather:
+    """Lets the blows fall, and waits until the training runs again."""
+
+    def __init__(
+        self,
+        run: "Run[tuple[int, str]]",
+        crews: Crews,
+        nodes: Nodes,
+        say: Callable[[str], None],
+    ) -> None:
+        self.run = run
+        self.blows: list[Blow] = []
+        self._crews = crews
+        self._nodes = nodes
+        self._say = say
+        self._begun = time.time()
+        self._leaving: list[tuple[float, int, bool]] = []
+        """Raylets of lost nodes, each with the time at which it is removed, and if another node follows."""
+
+    def rage(self, coming: Iterator[Plan], until: float) -> None:
+        self._settle()
+        while time.monotonic() < until:
+            plan = next(coming)
+            if not plan.is_early:
+                self._settle()
+            time.sleep(plan.pause_s / (10 if plan.is_early else 1))
+            self._strike(plan)
+        self._settle()
+
+    def _strike(self, plan: Plan) -> None:
+        kind = kind_for(plan.kind, len(self._nodes.living) - len(self._leaving))
+        blow: Blow | None = None
+
+        def has_struck() -> bool:
+            nonlocal blow
+            crew = self._crews.newest()
+            if crew is None or not crew.lives:
+                return False
+            if kind in SILENT and not self._has_any(kind, crew):
+                return True
+            victim = victim_of(kind, plan.where, crew, self._crews)
+            raylet = raylet_of(self._crews.above(victim)["agent"])
+            if kind in ("raylet", "drain") and raylet in {each for _, each, _ in self._leaving}:
+                return False
+            blow = strike(kind, plan.where, crew, self._crews, self._nodes)
+            if blow is not None and kind in ("raylet", "drain"):
+                after_s = _NEW_NODE_S if kind == "raylet" else 0
+                self._leaving.append((time.monotonic() + after_s, raylet, kind == "raylet"))
+            return blow is not None
+
+        if not self._until(has_struck):
+            raise Hang(f"no victim for {kind}")
+        if blow is not None:
+            self.blows.append(blow)
+
+    def _has_any(self, kind: str, crew: Crew) -> bool:
+        return any(is_alive(self._crews.above(seen)[kind]) for seen in crew.ranks)
+
+    def _settle(self) -> None:
+        """Wait until the training runs on all nodes, and tell of the blows since it did so last."""
+        if not self._until(self._runs):
+            raise Hang(f"the training does not run again after {self._open}")
+        for blow in self._open:
+            self._tell(blow)
+        crew = self._crews.newest()
+        assert crew is not None
+        for blow in self._open:
+            blow.ran_again_at = max(blow.at, crew.complete_at)
+
+    @property
+    def _open(self) -> list[Blow]:
+        return [blow for blow in self.blows if blow.ran_again_at is None]
+
+    def _runs(self) -> bool:
+        crew = self._crews.newest()
+        if crew is None or not crew.lives:
+            return False
+        self._let_nodes_go(crew)
+        ended = [blow.attempt for blow in self._open if blow.kind not in SILENT | {"join"}]
+        is_new = all(crew.attempt > attempt for attempt in ended)
+        return is_new and not self._leaving and crew.world_size == CPUS * len(self._nodes.living)
+
+    def _let_nodes_go(self, crew: Crew) -> None:
+        """Remove nodes that the training has left, and add those that follow them."""
+        used = {raylet_of(self._crews.above(seen)["agent"]) for seen in crew.ranks}
+        for due in list(self._leaving):
+            at, raylet, is_replaced = due
+            if raylet not in used and time.monotonic() > at:
+                self._leaving.remove(due)
+                self._nodes.forget(raylet)
+                if is_replaced:
+                    self._nodes.add()
+                    self.blows.append(Blow("join", -1, crew.attempt, time.time()))
+
+    def _until(self, condition: Callable[[], bool]) -> bool:
+        def holds() -> bool:
+            try:
+                return self.run.done() or condition()
+            except OSError:  # a process ended while it was looked at
+                return False
+
+        holds_in_time = wait_until(holds, _SETTLED_S)
+        if self.run.done():
+            self.run.result(timeout=0)  # raises
+            raise Hang("the training has returned")
+        return holds_in_time
+
+    def _tell(self, blow: Blow) -> None:
+        crew = self._crews.newest()
+        assert crew is not None
+        who = f"{blow.kind}" + (f" (rank {blow.rank})" if blow.rank >= 0 else "")
+        head = f"{blow.at - self._begun:6.1f} s  attempt {blow.attempt:3}  {who:22} -> "
+        if crew.attempt == blow.attempt:
+            self._say(f"{head}goes on undisturbed")
+            return
+        whys = [each.why for each in records(self.run)[blow.attempt : crew.attempt]]
+        took_s = crew.complete_at - blow.at
+        then = f"attempt {crew.attempt:3}, {crew.world_size} workers, {took_s:5.2f} s"
+        self._say(f"{head}{then}  ({', '.join(whys)})")
+
+
+def records(run: "Run[tuple[int, str]]") -> Sequence[AttemptRecord]:
+    """Return the attempts that have ended, while the run goes on."""
+    supervisor = run._progress.supervisor
+    return [] if supervisor is None else list(supervisor._records)
+
+
+def left_of(before: Traces, nodes: Nodes) -> list[str]:
+    def left() -> list[str]:
+        cpus = CPUS * len(nodes.living)
+        return before.missing_from(Traces.now(), cpus, raylet_was_renewed=True)
+
+    return [] if wait_until(lambda: not left(), 30) else left()
+
+
+@contextmanager
+def _killed_at_error(run: "Run[tuple[int, str]]") -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Hang):
+            error.add_note(hung.seen())
+            error.add_note(json.dumps([str(each) for each in records(run)], indent=1))
+        run.kill()
+        raise
