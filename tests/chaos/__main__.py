@@ -1,6 +1,7 @@
 """The storm from a command line: `make chaos SEED=1 MINUTES=5`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  # sets what Ray reads when it is imported
-from tests.chaos.storm import Outcome, storm
+from tests.chaos.storm import SHAPES, Outcome, storm
 from tests.traces import MARK
 
 
@@ -18,21 +19,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--shape", choices=SHAPES, default="elastic")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     os.environ[MARK] = uuid.uuid4().hex
     with (
+        # Ray prints the last lines of each dead raylet's log.
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as temporary,
     ):
         os.environ["TMPDIR"] = temporary
-        outcome = storm(arguments.seed, arguments.minutes, Path(folder), say)
+        outcome = storm(
+            arguments.seed, arguments.minutes, Path(folder), say, SHAPES[arguments.shape]
+        )
     say(summary(outcome))
     return len(outcome.wrong) > 0
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(text, file=sys.__stdout__, flush=True)
 
 
 def summary(outcome: Outcome) -> str:

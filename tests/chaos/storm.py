@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torchrunx_ray as trx
 from tests import hung
-from tests.chaos.blows import MOST, SILENT, Blow, Plan, kind_for, plans, strike, victim_of
+from tests.chaos.blows import FEWEST, MOST, SILENT, Blow, Plan, kind_for, plans, strike, victim_of
 from tests.chaos.crew import Crew, Crews
 from tests.chaos.nodes import CPUS, Nodes, raylet_of, some_nodes
 from tests.chaos.training import train
@@ -28,6 +28,20 @@ _NEW_NODE_S = 3.0
 _STEP_S = 0.05
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Options that say on how many hosts the training runs."""
+
+    hostnames: int | tuple[int, int]
+    spares: int = 0
+
+    def hosts_on(self, nodes: int) -> int:
+        return self.hostnames if isinstance(self.hostnames, int) else min(self.hostnames[1], nodes)
+
+
+SHAPES = {"elastic": Shape((1, MOST)), "spares": Shape(FEWEST, spares=1)}
+
+
 @dataclass
 class Outcome:
     """What came of a storm."""
@@ -42,11 +56,14 @@ class Hang(Exception):
     """The training did not run again."""
 
 
-def storm(seed: int, minutes: float, folder: Path, say: Callable[[str], None]) -> Outcome:
+def storm(
+    seed: int, minutes: float, folder: Path, say: Callable[[str], None], shape: Shape
+) -> Outcome:
     """Disturb a training for so many minutes, and check what came of it."""
     (folder / "ranks").mkdir()
     launcher = trx.Launcher(
-        hostnames=(1, MOST),
+        hostnames=shape.hostnames,
+        spares=shape.spares,
         workers_per_host=CPUS,
         cpus_per_worker=1,
         max_restarts=100_000,
@@ -59,7 +76,7 @@ def storm(seed: int, minutes: float, folder: Path, say: Callable[[str], None]) -
         launcher.run(int)  # first touches of Ray's store
         before = Traces.now()
         run = launcher.submit(train, folder, _STEP_S)
-        weather = Weather(run, Crews(folder / "ranks"), nodes, say)
+        weather = Weather(run, shape, Crews(folder / "ranks"), nodes, say)
         with _killed_at_error(run):
             weather.rage(plans(seed), time.monotonic() + 60 * minutes)
             (folder / "enough").touch()
@@ -73,24 +90,45 @@ def storm(seed: int, minutes: float, folder: Path, say: Callable[[str], None]) -
     return outcome
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """A node that is dead or drained, and still in the cluster."""
+
+    raylet: int
+    attempt: int
+    since: float
+    is_replaced: bool
+
+    def is_due(self, attempt: int) -> bool:
+        """Return True if it is time to remove the node, given the attempt that runs.
+
+        A drained node stays until the training runs without it. Without host_timeout, a run ends if a host vanishes
+        in the moment in which its workers return.
+        """
+        if self.is_replaced:
+            return time.monotonic() > self.since + _NEW_NODE_S
+        return attempt > self.attempt
+
+
 class Weather:
     """Lets the blows fall, and waits until the training runs again."""
 
     def __init__(
         self,
         run: "Run[tuple[int, str]]",
+        shape: Shape,
         crews: Crews,
         nodes: Nodes,
         say: Callable[[str], None],
     ) -> None:
         self.run = run
         self.blows: list[Blow] = []
+        self._shape = shape
         self._crews = crews
         self._nodes = nodes
         self._say = say
         self._begun = time.time()
-        self._leaving: list[tuple[float, int, bool]] = []
-        """Raylets of lost nodes, each with the time at which it is removed, and if another node follows."""
+        self._leaving: list[Leaving] = []
 
     def rage(self, coming: Iterator[Plan], until: float) -> None:
         self._settle()
@@ -115,12 +153,13 @@ class Weather:
                 return True
             victim = victim_of(kind, plan.where, crew, self._crews)
             raylet = raylet_of(self._crews.above(victim)["agent"])
-            if kind in ("raylet", "drain") and raylet in {each for _, each, _ in self._leaving}:
+            if kind in ("raylet", "drain") and raylet in {each.raylet for each in self._leaving}:
                 return False
             blow = strike(kind, plan.where, crew, self._crews, self._nodes)
             if blow is not None and kind in ("raylet", "drain"):
-                after_s = _NEW_NODE_S if kind == "raylet" else 0
-                self._leaving.append((time.monotonic() + after_s, raylet, kind == "raylet"))
+                self._leaving.append(
+                    Leaving(raylet, crew.attempt, time.monotonic(), kind == "raylet")
+                )
             return blow is not None
 
         if not self._until(has_struck):
@@ -150,26 +189,31 @@ class Weather:
         crew = self._crews.newest()
         if crew is None or not crew.lives:
             return False
-        self._let_nodes_go(crew)
         ended = [blow.attempt for blow in self._open if blow.kind not in SILENT | {"join"}]
         is_new = all(crew.attempt > attempt for attempt in ended)
-        return is_new and not self._leaving and crew.world_size == CPUS * len(self._nodes.living)
+        hosts = self._shape.hosts_on(len(self._nodes.living))
+        return is_new and not self._leaving and crew.world_size == CPUS * hosts
 
-    def _let_nodes_go(self, crew: Crew) -> None:
+    def _let_nodes_go(self) -> None:
         """Remove nodes that the training has left, and add those that follow them."""
-        used = {raylet_of(self._crews.above(seen)["agent"]) for seen in crew.ranks}
-        for due in list(self._leaving):
-            at, raylet, is_replaced = due
-            if raylet not in used and time.monotonic() > at:
-                self._leaving.remove(due)
-                self._nodes.forget(raylet)
-                if is_replaced:
+        crew = self._crews.newest()
+        if crew is None:
+            return
+        used = {
+            raylet_of(self._crews.above(seen)["agent"]) for seen in crew.ranks if is_alive(seen.pid)
+        }
+        for leaving in list(self._leaving):
+            if leaving.is_due(crew.attempt) and leaving.raylet not in used:
+                self._leaving.remove(leaving)
+                self._nodes.forget(leaving.raylet)
+                if leaving.is_replaced:
                     self._nodes.add()
                     self.blows.append(Blow("join", -1, crew.attempt, time.time()))
 
     def _until(self, condition: Callable[[], bool]) -> bool:
         def holds() -> bool:
             try:
+                self._let_nodes_go()
                 return self.run.done() or condition()
             except OSError:  # a process ended while it was looked at
                 return False
