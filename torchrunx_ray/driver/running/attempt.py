@@ -47,7 +47,10 @@ _ENDING_S = 0.8
 """Time for an agent that ends itself to report that its workers are gone."""
 
 _ENDING_SURELY_S = 15.0
-"""The same time if another attempt may follow: without the report, the workers might run beside it."""
+"""Time after which an agent that ends itself has ended its workers, although it could not report this.
+
+Ray ends an agent about a second after its raylet, and a busy agent has not reported by then. Its keepers follow it.
+"""
 
 _STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
 """Limits for stacks after a failure. They arrive in milliseconds, or later if the machine is busy."""
@@ -310,9 +313,11 @@ class Attempt:
         finally:
             share.values = link.values
             self._share_becomes(share, ShareState.LOST)
-            share.has_agent_died = link.has_agent_died
+            share.has_agent_died = share.has_agent_died or link.has_agent_died
         if failed is not None:
             self._fail(share, None, None, failed)
+        if share.is_ending and share.has_doubt and self._options.may_go_on:
+            await asyncio.Event().wait()  # until `_give_up_ending` cancels this task
 
     def _hear(self, share: Share, event: messages.Event) -> None:
         """Handle an event. A bug here must not prevent the handling of later events."""
@@ -352,7 +357,8 @@ class Attempt:
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
                     share.agent.state = AgentState.GONE
-                    self._chores.later(self._ending_s, share.give_up)
+                    share.is_ending = True
+                    self._chores.later(self._ending_s, self._give_up_ending, share)
             case messages.TemplateRefused():
                 self._fail(share, None, None, event)
             case messages.HostEnded():
@@ -372,6 +378,11 @@ class Attempt:
     @property
     def _ending_s(self) -> float:
         return _ENDING_SURELY_S if self._options.may_go_on else _ENDING_S
+
+    def _give_up_ending(self, share: Share) -> None:
+        """Take an agent that ends itself for dead if enough time has passed, and do not wait for its report."""
+        share.has_agent_died = share.has_agent_died or self._options.may_go_on
+        share.give_up()
 
     def _note(self, share: Share, event: messages.Event) -> None:
         about = event.exited if isinstance(event, messages.Died) else event

@@ -59,6 +59,8 @@ class Share:
         """True if the agent has reported that no process of the attempt is left."""
         self.has_agent_died = False
         """True if the agent's process is gone, with which its keepers end all processes of the attempt."""
+        self.is_ending = False
+        """True if the agent has reported that it ends itself, and its workers before."""
         self._stop_reason: StopReason | None = None
         """Reason of the last request to the function, which the order to stop repeats in case it arrives first."""
         self.is_deaf = False
