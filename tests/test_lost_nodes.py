@@ -134,6 +134,29 @@ def test_elastic_run_goes_on_without_a_lost_node_and_does_not_count_it(
     assert took_s < 5
 
 
+def test_spare_that_is_not_warm_yet_takes_the_place_of_a_lost_host(
+    growing: Cluster, tmp_path: Path
+) -> None:
+    growing.add_node(num_cpus=2)
+    launcher = trx.Launcher(
+        hostnames=2, workers_per_host=1, cpus_per_worker=2, max_restarts=1, spares=1
+    )
+    run = launcher.submit(announce_and_wait, tmp_path)
+    assert wait_until(lambda: len(started(tmp_path, 0)) == 2, 60)
+    growing.add_node(num_cpus=2)
+    assert wait_until(lambda: groups() == 2, 60)
+    os.kill(started(tmp_path, 0)[1][0], signal.SIGKILL)
+
+    assert wait_until(lambda: len(started(tmp_path, 1)) == 2, 60)
+    finish(run, tmp_path, 1)
+
+
+def groups() -> int:
+    """Return the number of placement groups that have their resources."""
+    table: dict[str, Any] = ray.util.placement_group_table()
+    return sum(group["state"] == "CREATED" for group in table.values())
+
+
 @pytest.mark.slow
 def test_run_goes_on_if_the_agent_of_a_killed_raylet_ends_before_it_can_report(
     three: Cluster, tmp_path: Path

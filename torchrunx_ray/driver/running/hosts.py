@@ -183,7 +183,12 @@ class Hosts:
         self._roster.members = [member for member in members if member not in lost]
 
     async def _await_host(self, lost: HeldHost, progress: Progress) -> HeldHost:
-        """Wait for a host in the place of a lost one: of a group of its own, or of a bundle that Ray has moved."""
+        """Wait for a host in the place of a lost one: of a group of its own, or of a bundle that Ray has moved.
+
+        A reserve that is still cold may hold the only room that there is.
+        """
+        if (cold := self.reserves.take_cold()) is not None:
+            return cold
         leaving = await draining.deadlines(Connection())
         avoided = {*self._roster.apart, *self._roster.shunned, *leaving}
         options = in_place_of(lost.host, self._options, avoided)
