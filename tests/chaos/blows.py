@@ -1,5 +1,6 @@
 """Ways to disturb a training, and the ends of attempts that each of them explains."""
 
+import contextlib
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from tests.chaos.crew import Crew, Crews
 from tests.chaos.nodes import Nodes, raylet_of
 from tests.chaos.training import Seen
-from tests.processes import is_alive
+from tests.processes import command_line, is_alive, pids, wait_until
 
 EXPLAINS: dict[str, set[str]] = {
     "worker": {"failed"},
@@ -23,15 +24,25 @@ EXPLAINS: dict[str, set[str]] = {
     "raylet": {"failed", "host lost"},
     "drain": {"drained", "host lost"},
     "join": {"resized"},
+    "worker twice": {"failed"},
+    "template twice": {"failed"},
+    "agent twice": {"failed"},
     # "frozen agent": {"host lost"},  # with host_timeout: nobody else ends a run with a frozen agent
 }
 """Kinds of blows, each with the reasons for which an attempt may end because of it."""
 
+AGAIN = {
+    "worker twice": "torchrunx_ray: worker rank",
+    "template twice": "torchrunx_ray: template",
+    "agent twice": "ray::Agent",
+}
+"""Kinds that also kill the process that takes the place of the first victim, by its title, as soon as it is there."""
+
 SILENT = {kind for kind, whys in EXPLAINS.items() if not whys}
 """Blows that the training does not notice."""
 
-FROZEN_S = 30.0
 DRAINED_S = 8
+_SUCCESSOR_S = 20.0
 FEWEST, MOST = 2, 4
 """Limits for the number of nodes. The training goes on with one."""
 
@@ -82,8 +93,35 @@ def victim_of(kind: str, where: float, crew: Crew, crews: Crews) -> Seen:
     """Return the rank to strike: another one if its keeper, which a run does not replace, was killed before."""
     first = int(where * crew.world_size)
     ranks = [*crew.ranks[first:], *crew.ranks[:first]]
-    living = [seen for seen in ranks if is_alive(crews.above(seen).get(kind, seen.pid))]
+    whom = kind.removesuffix(" twice")
+    living = [seen for seen in ranks if is_alive(crews.above(seen).get(whom, seen.pid))]
     return (living or ranks)[0]
+
+
+def titled(title: str) -> set[int]:
+    found: set[int] = set()
+    for pid in pids():
+        try:
+            if command_line(pid).startswith(title):
+                found.add(pid)
+        except OSError:
+            continue
+    return found
+
+
+def kill_next(title: str, known: set[int]) -> bool:
+    """Kill the first process with this title that is not known. Return False if none comes."""
+    found = set[int]()
+
+    def is_there() -> bool:
+        found.update(titled(title) - known)
+        return bool(found)
+
+    if not wait_until(is_there, _SUCCESSOR_S):
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(min(found), signal.SIGKILL)
+    return True
 
 
 def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> Blow | None:
@@ -93,8 +131,6 @@ def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> B
     now = time.time()
     try:
         match kind:
-            case "worker":
-                os.kill(victim.pid, signal.SIGKILL)
             case "all workers":
                 for seen in crew.ranks:
                     if seen.mark == victim.mark:
@@ -112,8 +148,10 @@ def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> B
                 nodes.add()
             case "frozen agent":
                 os.kill(above["agent"], signal.SIGSTOP)
+            case "worker" | "worker twice":
+                os.kill(victim.pid, signal.SIGKILL)
             case _:
-                os.kill(above[kind], signal.SIGKILL)
+                os.kill(above[kind.removesuffix(" twice")], signal.SIGKILL)
     except (ProcessLookupError, FileNotFoundError):
         return None
     return Blow(kind, victim.rank, crew.attempt, now)

@@ -4,7 +4,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.chaos.blows import SILENT, Blow, Plan, kind_for, strike, victim_of
+from tests.chaos.blows import (
+    AGAIN,
+    SILENT,
+    Blow,
+    Plan,
+    kill_next,
+    kind_for,
+    strike,
+    titled,
+    victim_of,
+)
 from tests.chaos.crew import Crew, Crews
 from tests.chaos.nodes import CPUS, Nodes, raylet_of
 from tests.processes import is_alive, wait_until
@@ -85,6 +95,7 @@ class Weather:
     def _strike(self, plan: Plan) -> None:
         kind = kind_for(plan.kind, len(self._nodes.living) - len(self._leaving))
         blow: Blow | None = None
+        known = titled(AGAIN[kind]) if kind in AGAIN else set[int]()
 
         def has_struck() -> bool:
             nonlocal blow
@@ -108,6 +119,11 @@ class Weather:
             raise Hang(f"no victim for {kind}")
         if blow is not None:
             self.blows.append(blow)
+            self._strike_again(blow, known)
+
+    def _strike_again(self, blow: Blow, known: set[int]) -> None:
+        if blow.kind in AGAIN and kill_next(AGAIN[blow.kind], known):
+            self.blows.append(Blow(blow.kind, blow.rank, blow.attempt, time.time()))
 
     def _has_any(self, kind: str, crew: Crew) -> bool:
         return any(is_alive(self._crews.above(seen)[kind]) for seen in crew.ranks)

@@ -85,9 +85,17 @@ class Hosts:
                     logger.warning("an agent could not be released: %s", done)
 
     async def assemble(
-        self, template: TemplateWanted, progress: Progress, *, is_fresh: bool
+        self,
+        template: TemplateWanted,
+        progress: Progress,
+        *,
+        is_fresh: bool = False,
+        tries: int = 1,
     ) -> tuple[Crew, str | None]:
-        """Return the hosts with an agent on each. Lost hosts are replaced first, unless the hosts are fresh."""
+        """Return the hosts with an agent on each. Lost hosts are replaced first, unless the hosts are fresh.
+
+        `tries` is how often an agent may fail although its node is not lost.
+        """
         while True:
             if self.is_closed:
                 raise RuntimeError("the session is closed")
@@ -103,7 +111,9 @@ class Hosts:
                 gpu_ids = await _all_or_first_error([member.gpu_ids() for member in members])
             except (AgentFailedError, RayError):
                 if not await _answered(self._roster.lost()):
-                    raise
+                    tries -= 1
+                    if tries == 0:
+                        raise
                 is_fresh = False
                 continue
             hosts, agents = [each.host for each in members], [each.agent for each in members]

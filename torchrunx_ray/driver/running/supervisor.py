@@ -39,6 +39,9 @@ _TELL_AFTER_S = 2.0
 _CALM_S = 60.0
 """Length of an attempt after which lost hosts are no series any more."""
 
+_ASSEMBLIES = 5
+"""Times that a run tries to start its agents before another attempt. Agents worked before, so a death is no mistake."""
+
 _PAUSE_S = 0.5
 _MOST_PAUSE_S = 30.0
 
@@ -139,7 +142,7 @@ class Supervisor:
                 await self._back_off(why)
                 await to_the_end(self._hosts.give_up(attempt.broken))
                 crew, backend = await self._hosts.assemble(
-                    self._call.template, self._progress, is_fresh=False
+                    self._call.template, self._progress, tries=_ASSEMBLIES
                 )
             except asyncio.CancelledError:
                 if not attempt.was_cancelled:  # cancelled between two attempts
