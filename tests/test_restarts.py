@@ -17,9 +17,18 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 import torchrunx_ray as trx
-from tests.chaos.blows import kill_next, titled
 from tests.logs import Kept
-from tests.processes import above, agent_pid, is_alive, note, parent, pids, wait_until
+from tests.processes import (
+    above,
+    agent_pid,
+    is_alive,
+    kill_next,
+    note,
+    parent,
+    pids,
+    titled,
+    wait_until,
+)
 from torchrunx_ray.driver.running import stopping
 from torchrunx_ray.worker.function.context import Context
 

@@ -1,6 +1,5 @@
 """Ways to disturb a training, and the ends of attempts that each of them explains."""
 
-import contextlib
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from tests.chaos.crew import Crew, Crews
 from tests.chaos.nodes import Nodes, raylet_of
 from tests.chaos.training import Seen
-from tests.processes import command_line, is_alive, pids, wait_until
+from tests.processes import is_alive, titled
 
 EXPLAINS: dict[str, set[str]] = {
     "worker": {"failed"},
@@ -24,6 +23,7 @@ EXPLAINS: dict[str, set[str]] = {
     "raylet": {"failed", "host lost"},
     "drain": {"drained", "host lost"},
     "join": {"resized"},
+    "idle agent": set(),
     "worker twice": {"failed"},
     "template twice": {"failed"},
     "agent twice": {"failed"},
@@ -42,7 +42,6 @@ SILENT = {kind for kind, whys in EXPLAINS.items() if not whys}
 """Blows that the training does not notice."""
 
 DRAINED_S = 8
-_SUCCESSOR_S = 20.0
 FEWEST, MOST = 2, 4
 """Limits for the number of nodes. The training goes on with one."""
 
@@ -98,30 +97,9 @@ def victim_of(kind: str, where: float, crew: Crew, crews: Crews) -> Seen:
     return (living or ranks)[0]
 
 
-def titled(title: str) -> set[int]:
-    found: set[int] = set()
-    for pid in pids():
-        try:
-            if command_line(pid).startswith(title):
-                found.add(pid)
-        except OSError:
-            continue
-    return found
-
-
-def kill_next(title: str, known: set[int]) -> bool:
-    """Kill the first process with this title that is not known. Return False if none comes."""
-    found = set[int]()
-
-    def is_there() -> bool:
-        found.update(titled(title) - known)
-        return bool(found)
-
-    if not wait_until(is_there, _SUCCESSOR_S):
-        return False
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(min(found), signal.SIGKILL)
-    return True
+def idle_agents(crew: Crew, crews: Crews) -> set[int]:
+    """Return the agents of spares, and of hosts that are about to join."""
+    return titled("ray::Agent") - {crews.above(seen)["agent"] for seen in crew.ranks}
 
 
 def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> Blow | None:
@@ -148,6 +126,8 @@ def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> B
                 nodes.add()
             case "frozen agent":
                 os.kill(above["agent"], signal.SIGSTOP)
+            case "idle agent":
+                os.kill(max(idle_agents(crew, crews)), signal.SIGKILL)
             case "worker" | "worker twice":
                 os.kill(victim.pid, signal.SIGKILL)
             case _:
