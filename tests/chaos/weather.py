@@ -116,6 +116,8 @@ class Weather:
             self.blows.append(Blow(blow.kind, blow.rank, blow.attempt, time.time()))
 
     def _has_any(self, kind: str, crew: Crew) -> bool:
+        if kind == "idle agent":
+            return bool(idle_agents(crew, self._crews))
         return any(is_alive(self._crews.above(seen)[kind]) for seen in crew.ranks)
 
     def _settle(self) -> None:
