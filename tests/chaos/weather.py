@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.chaos.blows import AGAIN, SILENT, Blow, Plan, kind_for, strike, victim_of
+from tests.chaos.blows import AGAIN, SILENT, Blow, Plan, idle_agents, kind_for, strike, victim_of
 from tests.chaos.crew import Crew, Crews
 from tests.chaos.nodes import CPUS, Nodes, raylet_of
 from tests.processes import is_alive, kill_next, titled, wait_until
