@@ -23,7 +23,7 @@ LANES ?= 3
 in_lanes = $(shell tests/lane true >/dev/null 2>&1 && \
 	echo "-o timeout_method=signal --dist loadgroup --tx '$(LANES)*popen//python=tests/lane $(1)/python'")
 
-.PHONY: environments demo test test-ci test-alone test-all test-oldest test-newest test-integrations check bench docs dist format clean
+.PHONY: environments demo test test-ci test-alone test-all test-oldest test-newest test-integrations check bench chaos docs dist format clean
 
 # A Ray of its own: the machine may have others, or their remains.
 demo: $(READY)
@@ -74,6 +74,10 @@ check: $(READY)
 # With torchrunx, torchrun, Ray Train and Monarch beside us, in an environment of their own. ARGS=--quick: a first look.
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
+
+# A training under random kills, which must end as if nothing had happened; needs root. ARGS="--shape spares": spares.
+chaos: $(READY)
+	tests/lane $(BIN)/python -m tests.chaos --seed $(or $(SEED),0) --minutes $(or $(MINUTES),1) $(ARGS)
 
 # Into site/. It ends at a link or an anchor that leads nowhere.
 docs: $(DOCS)/.ready

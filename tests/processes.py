@@ -1,6 +1,8 @@
 """What the machine's process table says of our processes."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -62,6 +64,33 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
 def pids() -> list[int]:
     """Return those of all processes, in whatever namespace of networks."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def titled(title: str) -> set[int]:
+    """Return the pids of the processes whose command line begins so."""
+    found: set[int] = set()
+    for pid in pids():
+        try:
+            if command_line(pid).startswith(title):
+                found.add(pid)
+        except OSError:
+            continue
+    return found
+
+
+def kill_next(title: str, known: set[int], timeout_s: float = 20) -> bool:
+    """Kill the first process with this title that is not known. Return False if none comes."""
+    found = set[int]()
+
+    def is_there() -> bool:
+        found.update(titled(title) - known)
+        return bool(found)
+
+    if not wait_until(is_there, timeout_s):
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(min(found), signal.SIGKILL)
+    return True
 
 
 def own_mark() -> str:

@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 import torchrunx_ray as trx
 from tests.announced import Seen, announce_and_wait, run_until_asked, started
 from tests.clusters.raylets import raylets
-from tests.nodes import SOON_DEAD, all_is_free, drain, ids, node_of, raylet_pid
+from tests.nodes import SOON_DEAD, all_is_free, drain, groups, ids, node_of, raylet_pid
 from tests.processes import above, is_alive, wait_until
 from torchrunx_ray.driver.run import Run
 
@@ -79,6 +79,42 @@ def test_elastic_run_goes_on_without_a_lost_node_and_does_not_count_it(
     assert seen.raylet == first[1][0]
     assert not any(is_alive(pid) for _, pid in first.values())
     assert took_s < 25
+
+
+def test_spare_that_is_not_warm_yet_takes_the_place_of_a_lost_host(
+    growing: Cluster, tmp_path: Path
+) -> None:
+    growing.add_node(num_cpus=2)
+    launcher = trx.Launcher(
+        hostnames=2, workers_per_host=1, cpus_per_worker=2, max_restarts=1, spares=1
+    )
+    run = launcher.submit(announce_and_wait, tmp_path)
+    assert wait_until(lambda: len(started(tmp_path, 0)) == 2, 60)
+    growing.add_node(num_cpus=2)
+    assert wait_until(lambda: len(groups("CREATED")) == 2, 60)
+    os.kill(started(tmp_path, 0)[1][0], signal.SIGKILL)
+
+    assert wait_until(lambda: len(started(tmp_path, 1)) == 2, 60)
+    finish(run, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_run_goes_on_if_the_agent_of_a_killed_raylet_ends_before_it_can_report(
+    three: Cluster, tmp_path: Path
+) -> None:
+    launcher = trx.Launcher(hostnames=(1, 2), workers_per_host=1, cpus_per_worker=2)
+    run = launcher.submit(announce_and_wait, tmp_path)
+    assert wait_until(lambda: len(started(tmp_path, 0)) == 2, 60)
+    first = started(tmp_path, 0)
+    raylet, worker = first[1]
+    keeper = above(worker)["outer keeper"]
+    os.kill(keeper, signal.SIGSTOP)  # the agent waits for it until Ray ends the agent
+    os.kill(raylet, signal.SIGKILL)
+
+    assert wait_until(lambda: started(tmp_path, 1).get(0, first[0])[1] != first[0][1], 60)
+    assert not any(is_alive(pid) for _, pid in first.values())
+    os.kill(keeper, signal.SIGKILL)
+    assert {seen.attempt for seen in finish(run, tmp_path, 1)} == {1}
 
 
 def test_spare_takes_the_place_of_a_killed_agent_whose_host_becomes_the_spare(

@@ -20,7 +20,17 @@ import torchrunx_ray as trx
 from tests.announced import announce_and_wait, started
 from tests.logs import Kept
 from tests.nodes import groups
-from tests.processes import above, agent_pid, is_alive, note, parent, pids, wait_until
+from tests.processes import (
+    above,
+    agent_pid,
+    is_alive,
+    kill_next,
+    note,
+    parent,
+    pids,
+    titled,
+    wait_until,
+)
 from torchrunx_ray.driver.background import loop
 from torchrunx_ray.driver.running import stopping
 from torchrunx_ray.worker.function.context import Context
@@ -85,6 +95,25 @@ def test_killed_process_is_replaced(patient: trx.Launcher, whom: str, tmp_path: 
     os.kill(pid if whom == "worker" else victim(whom, pid), signal.SIGKILL)
 
     assert list(run.result(timeout=60)) == [1, 1]
+
+
+def test_agent_that_is_killed_while_it_takes_the_place_of_another_is_replaced(
+    patient: trx.Launcher, tmp_path: Path
+) -> None:
+    def announce_and_wait() -> int:
+        attempt = trx.context().attempt
+        if attempt == 0:
+            note(tmp_path / os.environ["RANK"], str(agent_pid()))
+            time.sleep(1000)
+        return attempt
+
+    run = patient.submit(announce_and_wait)
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    known = titled("ray::Agent")
+    os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
+    assert kill_next("ray::Agent", known)
+
+    assert run.result(timeout=60).rank(0) >= 1
 
 
 def victim(whom: str, worker_pid: int) -> int:

@@ -95,10 +95,17 @@ class Mending:
             if host is not None:
                 members[members.index(member)] = host
         holes = [member for member in members if member in lost]
-        least = self._options.least_hosts or 1
+        is_fixed = self._options.names_its_hosts
+        least = self._options.least_hosts or (len(members) if is_fixed else 1)
         awaited = holes[: max(0, least - (len(members) - len(holes)))]
+        awaited = [member for member in awaited if not self._takes_cold_one(member)]
         await all_or_first_error([self._fill_place(member, progress) for member in awaited])
         self._roster.members = [member for member in members if member not in lost]
+
+    def _takes_cold_one(self, lost: HeldHost) -> bool:
+        """Let a reserve that is not warm yet take a lost host's place. It may hold the only room that there is."""
+        host = self._reserves.take(warm_only=False)
+        return host is not None and self._roster.replace(lost, host)
 
     async def _fill_place(self, lost: HeldHost, progress: Progress) -> None:
         """Wait for a host in the place of a lost one: of a group of its own, or of a bundle that Ray has moved."""

@@ -58,6 +58,13 @@ class Reserves:
         self._forget(host)
         return host
 
+    def take_cold(self) -> HeldHost | None:
+        """Return a host that is not warm yet, which the caller then owns; None if there is none. Call after `pause`."""
+        cold = next((host for host in self._roster.reserves if host not in self.ready), None)
+        if cold is not None:
+            self._roster.reserves.remove(cold)
+        return cold
+
     def put(self, host: HeldHost) -> None:
         """Take a host without an agent. The host is ready when it is warm again."""
         self._roster.reserves.append(host)

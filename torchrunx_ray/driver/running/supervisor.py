@@ -37,6 +37,10 @@ _TELL_AFTER_S = 2.0
 """Time that the last output, or `restart_if`, may keep a failure back until the failure is logged."""
 
 
+_TRIES = 5
+"""Number of times that an elastic run tries to start its agents again when no restart is left."""
+
+
 class Supervisor:
     """Owner of all that belongs to the run and not to one attempt: logs, timeline, progress."""
 
@@ -137,20 +141,27 @@ class Supervisor:
             attempt = self._begin_attempt(crew, backend, logs, restarted)
 
     async def _assemble_again(self) -> tuple[Crew, str | None]:
-        """Return the hosts of another attempt. An agent that dies before the attempt costs one more restart."""
+        """Return the hosts of another attempt. An agent that dies before the attempt costs one more restart.
+
+        If none is left, an elastic run still tries some times: agents have worked there before.
+        """
+        tries = _TRIES if self._options.is_elastic else 0
         while True:
             try:
                 return await self._hosts.assemble(
                     self._call.template, self._progress, is_fresh=False
                 )
             except AgentFailedError as error:
-                if self._policy.restarts >= self._options.max_restarts:
+                has_restarts = self._policy.restarts < self._options.max_restarts
+                if not (has_restarts or tries):
                     raise
-                self._policy.restarts += 1
+                self._policy.restarts += has_restarts
+                tries -= not has_restarts
+                again = self._policy.in_words if has_restarts else "starting again"
                 logger.warning(
-                    "%s: %s, since the last one has failed: %s",
+                    "%s: %s, since the last start has failed: %s",
                     self._call.run_name,
-                    self._policy.in_words,
+                    again,
                     error,
                 )
 

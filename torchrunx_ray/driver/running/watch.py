@@ -25,6 +25,8 @@ class Watch:
         self._hosts = hosts
         self._options = options
         self._may_grow_at = time.monotonic() + options.resize_interval
+        self._drains: dict[str, float | None] = {}
+        """Draining hosts of which the function was told."""
 
     def reserves_wanted(self) -> int:
         """Return the number of hosts to keep warm: the spares, and those that may join now."""
@@ -51,7 +53,10 @@ class Watch:
 
     async def _look(self) -> None:
         leaving = await self._hosts.leaving()
+        if leaving and leaving == self._drains:
+            return  # the deadline is the same, although it is a little nearer by this clock
         if leaving:
+            self._drains = dict(leaving)
             grace_s = self._options.shutdown_timeout
             ends = [at for at in leaving.values() if at is not None]
             within_s = max(0.0, min(ends) - time.time() - grace_s) if ends else grace_s

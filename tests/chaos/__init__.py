@@ -1,0 +1,1 @@
+"""A training under random kills, which must end as if nothing had happened."""
