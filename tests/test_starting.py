@@ -15,7 +15,7 @@ from tests.conftest import RunScript
 from torchrunx_ray.driver.agents import pool
 from torchrunx_ray.driver.background import loop
 from torchrunx_ray.driver.call.pack_call import put_call
-from torchrunx_ray.driver.running import attempt
+from torchrunx_ray.driver.running import start_limits
 
 SLOW_ON_ONE_HOST = """
 import os, time
@@ -170,8 +170,8 @@ def test_host_that_cannot_fork_is_told_of_and_fails_the_run_in_the_end(
         f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.05)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(attempt, "_SLOW_START_S", 1.0)
-    monkeypatch.setattr(attempt, "_START_S", 3.0)
+    monkeypatch.setattr(start_limits, "_SLOW_START_S", 1.0)
+    monkeypatch.setattr(start_limits, "_START_S", 3.0)
     hangs = dataclasses.replace(one, preload=("waits_for_gate",), linger=0)
     why = "no worker can be forked{}: its template still imports waits_for_gate"
     try:

@@ -67,7 +67,7 @@ def test_function_that_returns_after_it_was_asked_is_not_signalled(
         assert asked.reason == "drain"
         assert asked.deadline is not None
         assert asked_at + FAR_S <= asked.deadline <= seen_at + FAR_S
-    assert attempt.has_seen_stop == {0, 1}
+    assert attempt.stop_request.seen_by == {0, 1}
     assert attempt.failures is None
     assert attempt._stopping.order is None
 
@@ -94,7 +94,7 @@ def test_rank_that_returns_without_a_look_has_not_seen_the_request(
     attempt = ask_to_stop(run, "drain", FAR_S)
     (tmp_path / "gate").touch()
     run.result(timeout=60)
-    assert attempt.has_seen_stop == {1}
+    assert attempt.stop_request.seen_by == {1}
 
 
 def test_look_before_the_request_does_not_count(pair: trx.Launcher, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_look_before_the_request_does_not_count(pair: trx.Launcher, tmp_path: Pa
     attempt = ask_to_stop(run, "drain", FAR_S)
     (tmp_path / "gate").touch()
     run.result(timeout=60)
-    assert attempt.has_seen_stop == set()
+    assert attempt.stop_request.seen_by == set()
 
 
 def test_more_urgent_request_replaces_another(pair: trx.Launcher, tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_more_urgent_request_replaces_another(pair: trx.Launcher, tmp_path: Path
     attempt = ask_to_stop(run, "cancel", FAR_S)
     seen = [("resize", True), ("resize", False), ("drain", True), ("cancel", False)]
     assert list(run.result(timeout=60)) == [seen, seen]
-    assert attempt.stop_asked is not None
-    assert attempt.stop_asked.reason == "cancel"
+    assert attempt.stop_request.asked is not None
+    assert attempt.stop_request.asked.reason == "cancel"
 
 
 def test_request_that_was_replaced_stops_nobody_at_its_end(
@@ -172,7 +172,7 @@ def test_function_that_does_not_look_gets_sigterm_after_the_time(
         run.wait()
     assert attempt.failures is None
     assert set(attempt._stopped) == {0, 1}
-    assert attempt.has_seen_stop == set()
+    assert attempt.stop_request.seen_by == set()
 
 
 def test_rank_that_returns_in_time_is_not_among_the_stopped(
@@ -189,7 +189,7 @@ def test_rank_that_returns_in_time_is_not_among_the_stopped(
     run.wait()
     assert attempt.failures is None
     assert set(attempt._stopped) == {1}
-    assert attempt.has_seen_stop == {0}
+    assert attempt.stop_request.seen_by == {0}
 
 
 def test_function_that_ignores_both_is_killed(
@@ -299,8 +299,8 @@ def test_request_belongs_to_its_attempt(pair: trx.Launcher, tmp_path: Path) -> N
     attempt = ask_to_stop(run, "drain", FAR_S)
     assert list(run.result(timeout=60)) == [None, None]
     attempt.ask_to_stop("cancel", 0)  # the attempt is over, and nobody is told
-    assert attempt.stop_asked is not None
-    assert attempt.stop_asked.reason == "drain"
+    assert attempt.stop_request.asked is not None
+    assert attempt.stop_request.asked.reason == "drain"
 
 
 def test_look_costs_less_than_a_microsecond(pair: trx.Launcher, tmp_path: Path) -> None:

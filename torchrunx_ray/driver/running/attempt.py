@@ -15,7 +15,7 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output import host_story
 from torchrunx_ray.driver.output.host_story import HostEvent
 from torchrunx_ray.driver.output.run_logs import RunLogs
-from torchrunx_ray.driver.report.failures import DriverFailed, Failure, Failures, NotJoined, Report
+from torchrunx_ray.driver.report.failures import DriverFailed, Failure, Failures, Report
 from torchrunx_ray.driver.report.results import Value
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.stored import until_stored
@@ -25,22 +25,18 @@ from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.leases import FIRST_S, Leases, lease_s
 from torchrunx_ray.driver.running.ledger import Ledger
 from torchrunx_ray.driver.running.share import End, Share, ShareState
+from torchrunx_ray.driver.running.start_limits import StartLimits
+from torchrunx_ray.driver.running.stop_request import StopRequest
 from torchrunx_ray.driver.running.stopping import Stopping
 from torchrunx_ray.driver.running.stragglers import Stragglers
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
-from torchrunx_ray.wire.stop_board import StopAsked, StopReason, asked_within, is_more_urgent
+from torchrunx_ray.wire.stop_board import StopAsked, StopReason
 
 logger = logging.getLogger("torchrunx_ray")
 
 _STUCK_KILLED_S = 0.5
 """Time that a handler or terminal may take for one piece of output after a run is killed."""
-
-_SLOW_START_S = 60.0
-"""Time that a host may take until it can fork before a warning."""
-
-_START_S = 1800.0
-"""Time that a host may take until it can fork before the run fails."""
 
 _SILENT_STOP_S = 2.0
 """Time that a failed run may take to stop its workers before a warning names the failure."""
@@ -132,13 +128,10 @@ class Attempt:
         self._leases = None
         if options.may_restart:
             self._leases = Leases(id_, crew, lease_s(options), self._lease_is_over)
+        self._limits = StartLimits(self._shares, crew, timeline, options)
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
-        self.stop_asked: StopAsked | None = None
-        """The current request to the function, on the driver's clock."""
-        self._stop_asked_ns = 0
-        self.has_seen_stop: set[int] = set()
-        """Ranks that have returned after they had read a request."""
+        self.stop_request = StopRequest(self._shares)
         self._sizes: dict[tuple[int, int], int] = {}
         """Sizes of the values, by host index and local rank."""
         self._stacks = Stacks({})
@@ -156,8 +149,7 @@ class Attempt:
             if self._leases is not None:
                 self._chores.begin(self._leases.hold())
             watching = [share.watch(self._watch(share, call)) for share in self._shares]
-            for wait_s, is_enough in ((_SLOW_START_S, False), (_START_S, True)):
-                self._chores.later(wait_s, self._check_can_fork, wait_s, is_enough)
+            self._limits.begin(self._chores, self._is_starting, self._lose)
             await to_the_end(asyncio.wait(watching), self.note_cancellation)
             for task in watching:
                 if not task.cancelled():
@@ -254,25 +246,19 @@ class Attempt:
 
     @property
     def ended_as_asked(self) -> StopReason | None:
-        """The reason of the request to stop if the attempt ended because of the request, else None.
-
-        Functions that returned without a look at the request have done their work.
-        """
-        if self.stop_asked is None:
-            return None
-        if (failures := self.failures) is not None:
-            was_asked = failures.first_ns >= self._stop_asked_ns
-        else:
-            have_all_returned = len(self._timeline.finished) == len(self._crew.places)
-            was_asked = bool(self.has_seen_stop) or not have_all_returned
-        return self.stop_asked.reason if was_asked else None
+        """The reason of the request to stop if the attempt ended because of the request, else None."""
+        have_all_returned = len(self._timeline.finished) == len(self._crew.places)
+        return self.stop_request.reason_of_end(self.failures, have_all_returned=have_all_returned)
 
     def ask_to_stop(self, reason: StopReason, within_s: float | None) -> bool:
         """Ask the function to return. After `within_s`, unless it is None, stop the workers that are left.
 
         Does nothing and returns False if the last request is as urgent. A more urgent request has its own time.
         """
-        if (asked := self._tell_function(reason, within_s)) is None:
+        if (
+            self._phase is Phase.ENDED
+            or (asked := self.stop_request.make(reason, within_s)) is None
+        ):
             return False
         for share in self._shares:
             who = self._crew.speaker(share.index, None)
@@ -281,20 +267,8 @@ class Attempt:
             self._chores.later(within_s, self._stop_if_last, asked)
         return True
 
-    def _tell_function(self, reason: StopReason, within_s: float | None) -> StopAsked | None:
-        """Pass a request on to all hosts and return it; None if the last request is as urgent."""
-        asked = asked_within(reason, within_s)
-        if self._phase is Phase.ENDED or not is_more_urgent(asked, self.stop_asked):
-            return None
-        self.stop_asked = asked
-        self._stop_asked_ns = self._stop_asked_ns or now_ns()
-        for share in self._shares:
-            if not share.is_over and share.agent.connection.is_ours():
-                share.ask_to_stop(reason, within_s)
-        return asked
-
     def _stop_if_last(self, asked: StopAsked) -> None:
-        if self.stop_asked is asked:
+        if self.stop_request.asked is asked:
             self._stop(self._options.shutdown_timeout)
 
     def _ask(self, asked: Asked) -> None:
@@ -388,7 +362,7 @@ class Attempt:
                 self._sizes[share.index, event.local_rank] = event.size
                 self._stragglers.has_returned(rank)
                 if event.has_seen_stop:
-                    self.has_seen_stop.add(rank)
+                    self.stop_request.seen_by.add(rank)
                 self._ledger.look_for_others(self._timeline.finished)
             case messages.Failed():
                 self._fail(share, event.local_rank, event.time_ns, event)
@@ -480,42 +454,17 @@ class Attempt:
             for agent in self._crew.agents:
                 agent.connection.tell(agent.calls.fork, self._id)
 
-    def _check_can_fork(self, waited_s: float, is_enough: bool) -> None:
-        """Warn about hosts that keep the others waiting. If `is_enough`, fail the run."""
-        if self._phase is not Phase.STARTING or self.was_cancelled:
-            return
-        for share in self._shares:
-            if share.state is not ShareState.STARTING:
-                continue
-            what = f"{waited_s:g} s after the run began no worker can be forked"
-            if share.index in self._timeline.loaded:
-                why = "the function and its arguments are still on their way to the template"
-            else:  # an agent gets the run only together with its arguments
-                preload = ", ".join(self._options.preload)
-                of_template = f"still imports {preload}" if preload else "is still being started"
-                why = f"its template {of_template}, or the arguments are still on their way there"
-            if is_enough:
-                self._lose(share, what, why)
-            else:
-                logger.warning("%s: %s: %s", share.label, what, why)
+    def _is_starting(self) -> bool:
+        return self._phase is Phase.STARTING and not self.was_cancelled
 
     def _check_joined(self) -> None:
         """Tell who is missing, also if those who waited for them have just given up."""
-        waits = (
-            self._phase in (Phase.JOINING, Phase.SETTLING)
-            and not self._ledger.cause_is_known.is_set()
-        )
-        if not waits or self.was_cancelled:
+        waits = self._phase in (Phase.JOINING, Phase.SETTLING)
+        if not waits or self._ledger.cause_is_known.is_set() or self.was_cancelled:
             return
-        missing = {
-            place.rank: self._shares[place.host_index].label
-            for place in self._crew.places
-            if place.rank not in self._timeline.joined
-        }
-        if missing:
-            host_index = next(p.host_index for p in self._crew.places if p.rank in missing)
-            not_joined = NotJoined(self._options.timeout, missing)
-            self._fail(self._shares[host_index], None, None, not_joined)
+        if (missing := self._limits.not_joined()) is not None:
+            share, report = missing
+            self._fail(share, None, None, report)
 
     def _lose(self, share: Share, what: str, evidence: str) -> None:
         self._fail(share, None, None, messages.AgentFailed(now_ns(), what, evidence))
@@ -555,7 +504,7 @@ class Attempt:
 
     async def _look_and_stop(self) -> None:
         grace_s = self._options.shutdown_timeout
-        self._tell_function("cancel", self._stopping.grace_left_s(grace_s))
+        self.stop_request.make("cancel", self._stopping.grace_left_s(grace_s))
         self.stacks_at_stop = await self._look(_STACKS_AT_CANCEL)
         self._stop(grace_s)
 

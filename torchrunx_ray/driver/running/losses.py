@@ -1,4 +1,4 @@
-"""Nodes on which a launch has lost hosts or agents."""
+"""Nodes that have failed a launch."""
 
 import time
 from collections import defaultdict
@@ -13,7 +13,7 @@ _MOST_FAILURES = 2
 
 
 class Losses:
-    """What a launch remembers of nodes that failed. Used only in the background loop."""
+    """Memory of the nodes on which a launch has lost hosts or agents. Used only in the background loop."""
 
     def __init__(self) -> None:
         self._lost_at: dict[str, float] = {}

@@ -31,7 +31,7 @@ class ShareState(enum.IntEnum):
 
 
 class End(enum.Enum):
-    """What is known of the end of a share's processes, which must not live beside those of another attempt."""
+    """Knowledge of the end of a share's processes, which must not live beside those of another attempt."""
 
     UNKNOWN = "nothing: the agent may be frozen, cut off or ending"
     NOT_KILLED = "SIGKILL did not end some processes"
