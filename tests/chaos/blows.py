@@ -1,8 +1,10 @@
 """Ways to disturb a training, and the ends of attempts that each of them explains."""
 
+import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +47,7 @@ LEAVE = {"raylet", "idle raylet", "drain"}
 SILENT = {"keeper", "outer keeper", "idle agent", "idle raylet"}
 """Kinds that need not end an attempt."""
 
+FROZEN_S = 30.0
 DRAINED_S = 8
 FEWEST, MOST = 2, 4
 """Limits for the number of nodes. The training goes on with one."""
@@ -106,6 +109,19 @@ def idle_agents(crew: Crew, crews: Crews) -> set[int]:
     return titled("ray::Agent") - {crews.above(seen)["agent"] for seen in crew.ranks}
 
 
+def freeze(pid: int) -> None:
+    """Stop a process for a while, unless it is killed before."""
+    os.kill(pid, signal.SIGSTOP)
+    thawing = threading.Timer(FROZEN_S, thaw, [pid])
+    thawing.daemon = True
+    thawing.start()
+
+
+def thaw(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
 def agent_of(kind: str, victim: Seen, crew: Crew, crews: Crews) -> int:
     if kind.startswith("idle"):
         return max(idle_agents(crew, crews))
@@ -136,7 +152,7 @@ def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> B
             case "join":
                 nodes.add()
             case "frozen agent":
-                os.kill(above["agent"], signal.SIGSTOP)
+                freeze(agent)
             case "idle agent":
                 os.kill(agent, signal.SIGKILL)
             case "worker" | "worker twice":
