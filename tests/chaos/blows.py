@@ -1,8 +1,10 @@
 """Ways to disturb a training, and the ends of attempts that each of them explains."""
 
+import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ EXPLAINS: dict[str, set[str]] = {
     "raylet": {"failed", "host lost"},
     "drain": {"drained", "host lost"},
     "join": {"resized"},
-    "idle agent": set(),
+    "idle agent": {"failed"},  # it may become a member's before the blow falls
+    "idle raylet": {"failed", "host lost"},
     "worker twice": {"failed"},
     "template twice": {"failed"},
     "agent twice": {"failed"},
@@ -38,9 +41,13 @@ AGAIN = {
 }
 """Kinds that also kill the process that takes the place of the first victim, by its title, as soon as it is there."""
 
-SILENT = {kind for kind, whys in EXPLAINS.items() if not whys}
-"""Blows that the training does not notice."""
+LEAVE = {"raylet", "idle raylet", "drain"}
+"""Kinds that take a node away."""
 
+SILENT = {"keeper", "outer keeper", "idle agent", "idle raylet"}
+"""Kinds that need not end an attempt."""
+
+FROZEN_S = 30.0
 DRAINED_S = 8
 FEWEST, MOST = 2, 4
 """Limits for the number of nodes. The training goes on with one."""
@@ -83,7 +90,7 @@ def kind_for(kind: str, nodes: int) -> str:
     """Return the kind of the next blow, so that the number of nodes stays within its limits."""
     if kind == "join" and nodes >= MOST:
         return "drain"
-    if kind in ("drain", "raylet") and nodes <= FEWEST:
+    if kind in LEAVE and nodes <= FEWEST:
         return "join"
     return kind
 
@@ -102,10 +109,30 @@ def idle_agents(crew: Crew, crews: Crews) -> set[int]:
     return titled("ray::Agent") - {crews.above(seen)["agent"] for seen in crew.ranks}
 
 
+def freeze(pid: int) -> None:
+    """Stop a process for a while, unless it is killed before."""
+    os.kill(pid, signal.SIGSTOP)
+    thawing = threading.Timer(FROZEN_S, thaw, [pid])
+    thawing.daemon = True
+    thawing.start()
+
+
+def thaw(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def agent_of(kind: str, victim: Seen, crew: Crew, crews: Crews) -> int:
+    if kind.startswith("idle"):
+        return max(idle_agents(crew, crews))
+    return crews.above(victim)["agent"]
+
+
 def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> Blow | None:
     """Disturb an attempt. Return None if the victim is gone already."""
     victim = victim_of(kind, where, crew, crews)
     above = crews.above(victim)
+    agent = agent_of(kind, victim, crew, crews)
     now = time.time()
     try:
         match kind:
@@ -118,16 +145,16 @@ def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> B
                 if store is None:
                     return None
                 os.kill(store, signal.SIGKILL)
-            case "raylet":
-                nodes.kill(raylet_of(above["agent"]))
+            case "raylet" | "idle raylet":
+                nodes.kill(raylet_of(agent))
             case "drain":
-                nodes.drain(raylet_of(above["agent"]), DRAINED_S)
+                nodes.drain(raylet_of(agent), DRAINED_S)
             case "join":
                 nodes.add()
             case "frozen agent":
-                os.kill(above["agent"], signal.SIGSTOP)
+                freeze(agent)
             case "idle agent":
-                os.kill(max(idle_agents(crew, crews)), signal.SIGKILL)
+                os.kill(agent, signal.SIGKILL)
             case "worker" | "worker twice":
                 os.kill(victim.pid, signal.SIGKILL)
             case _:

@@ -54,6 +54,7 @@ def storm(
     )
     with some_nodes(3) as nodes:
         launcher.run(int)  # first touches of Ray's store
+        assert wait_until(lambda: nodes.free_cpus() == 3 * CPUS)
         before = Traces.now()
         run = launcher.submit(train, folder, _STEP_S)
         weather = Weather(run, shape, Crews(folder / "ranks"), nodes, say)

@@ -4,7 +4,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.chaos.blows import AGAIN, SILENT, Blow, Plan, idle_agents, kind_for, strike, victim_of
+from tests.chaos.blows import (
+    AGAIN,
+    LEAVE,
+    SILENT,
+    Blow,
+    Plan,
+    agent_of,
+    idle_agents,
+    kind_for,
+    strike,
+    victim_of,
+)
 from tests.chaos.crew import Crew, Crews
 from tests.chaos.nodes import CPUS, Nodes, raylet_of
 from tests.processes import is_alive, kill_next, titled, wait_until
@@ -95,14 +106,13 @@ class Weather:
             if kind in SILENT and not self._has_any(kind, crew):
                 return True
             victim = victim_of(kind, plan.where, crew, self._crews)
-            raylet = raylet_of(self._crews.above(victim)["agent"])
-            if kind in ("raylet", "drain") and raylet in {each.raylet for each in self._leaving}:
+            raylet = raylet_of(agent_of(kind, victim, crew, self._crews))
+            if kind in LEAVE and raylet in {each.raylet for each in self._leaving}:
                 return False
             blow = strike(kind, plan.where, crew, self._crews, self._nodes)
-            if blow is not None and kind in ("raylet", "drain"):
-                self._leaving.append(
-                    Leaving(raylet, crew.attempt, time.monotonic(), kind == "raylet")
-                )
+            if blow is not None and kind in LEAVE:
+                leaving = Leaving(raylet, crew.attempt, time.monotonic(), kind != "drain")
+                self._leaving.append(leaving)
             return blow is not None
 
         if not self._until(has_struck):
@@ -116,7 +126,7 @@ class Weather:
             self.blows.append(Blow(blow.kind, blow.rank, blow.attempt, time.time()))
 
     def _has_any(self, kind: str, crew: Crew) -> bool:
-        if kind == "idle agent":
+        if kind.startswith("idle"):
             return bool(idle_agents(crew, self._crews))
         return any(is_alive(self._crews.above(seen)[kind]) for seen in crew.ranks)
 
