@@ -3,14 +3,18 @@
 import contextlib
 import os
 
-from torchrunx_ray.wire.lease import LeasePage
+from torchrunx_ray.wire.clock import boot_ns
+from torchrunx_ray.wire.lease import READ_EVERY_S, LeasePage
+
+_SHORT_NS = int(1.5 * READ_EVERY_S * 10**9)
+"""Time below which the keepers might read a new lease too late."""
 
 
 class HeldLease:
     """Writes the time at which the keepers end the template with all its descendants.
 
     A keeper wakes up at the time that it read last. So each keeper is told through a pipe of its own if there is an
-    earlier time.
+    earlier time. It is not told of the long first lease, since that would cost CPU during a launch.
     """
 
     def __init__(self) -> None:
@@ -39,7 +43,8 @@ class HeldLease:
         """Begin a lease, or change its time."""
         last_ns = self._page.expires_at_ns
         self._page.expires_at_ns = expires_at_ns
-        if last_ns == 0 or expires_at_ns < last_ns:
+        is_short = expires_at_ns - boot_ns() < _SHORT_NS
+        if is_short and (last_ns == 0 or expires_at_ns < last_ns):
             for fd in self._telling:
                 # A full pipe wakes the keeper as well. A keeper that is gone needs no lease.
                 with contextlib.suppress(BlockingIOError, BrokenPipeError):

@@ -63,6 +63,11 @@ class HostLease:
         is_on = self._state not in (LeaseState.NOT_NEEDED, LeaseState.OVER)
         return is_on and not self._has_run_out
 
+    @property
+    def is_decided(self) -> bool:
+        """True if `is_held` answers at once."""
+        return self._is_decided.is_set()
+
     def begin(self, first_s: float) -> None:
         """Take the first lease, which answers the last claim, unless it came too late or was renewed already."""
         expires_at_ns = self._held.contact_at_ns + int(first_s * _NS)

@@ -93,7 +93,11 @@ class HostRun:
         if self._state is State.STARTING:
             self._check(await self._template.hold_call(values, self._is_starting))
         if self._lease is not None and self._state is State.STARTING:
-            self._check_lease(await self._unless_stopped(self._lease.is_held()))
+            asked = self._lease.is_held()
+            # Two tasks, as `_unless_stopped` needs them, would cost each launch some time.
+            self._check_lease(
+                await (asked if self._lease.is_decided else self._unless_stopped(asked))
+            )
         if self._state is State.STARTING:
             self._mailbox.put(messages.CanFork())
             if self._wanted.forks_when_told:

@@ -10,6 +10,9 @@ import os
 
 from torchrunx_ray.wire import linux
 
+READ_EVERY_S = 60.0
+"""Longest time until a keeper reads the page again. A lease that lasts well beyond needs no wake-up."""
+
 _SIZE = mmap.PAGESIZE
 _EXPIRES_AT, _RAN_OUT_AT = 0, 64  # each in a cache line of its own
 
