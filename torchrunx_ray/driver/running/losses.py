@@ -13,7 +13,7 @@ _MOST_FAILURES = 2
 
 
 class Losses:
-    """What a launch remembers of nodes that failed. Used only in the background loop."""
+    """Failures of nodes, as a launch remembers them. Used only in the background loop."""
 
     def __init__(self) -> None:
         self._lost_at: dict[str, float] = {}
