@@ -388,7 +388,7 @@ def test_agent_that_is_killed_between_two_attempts_costs_one_more_restart(
         (folder / "return 1").touch()
         (seen,) = run.result(timeout=60)
         assert (seen.attempt, seen.restarts) == (1, 2)
-        assert "restart 2 of 2, since the last one has failed" in caplog.text
+        assert "restart 2 of 2, since the last start has failed" in caplog.text
     else:
         with pytest.raises(trx.AgentFailedError) as caught:
             run.result(timeout=60)
@@ -419,7 +419,7 @@ def test_restart_if_may_ask_and_cancel_its_run(cluster: None) -> None:
 
     def ask(_: BaseException) -> bool:
         known.wait(30)
-        seen.extend([run.done(), run.running(), len(run.stacks()), run.spares, run.cancel()])
+        seen.extend([run.done(), run.running(), bool(run.stacks()), run.spares, run.cancel()])
         return True
 
     one = trx.Launcher(workers_per_host=1, max_restarts=1, restart_if=ask)
@@ -428,7 +428,7 @@ def test_restart_if_may_ask_and_cancel_its_run(cluster: None) -> None:
     with pytest.raises(CancelledError):
         run.result(timeout=30)
     assert wait_until(lambda: len(seen) == 5)
-    assert seen == [False, True, 0, (), True]
+    assert seen == [False, True, False, (), True]
 
 
 def test_restart_if_that_returns_a_coroutine_is_refused(cluster: None) -> None:

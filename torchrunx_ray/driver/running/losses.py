@@ -1,4 +1,4 @@
-"""Nodes that have failed a launch."""
+"""Nodes on which a launch has lost hosts or agents."""
 
 import time
 from collections import defaultdict
@@ -13,7 +13,7 @@ _MOST_FAILURES = 2
 
 
 class Losses:
-    """Memory of the nodes on which a launch has lost hosts or agents. Used only in the background loop."""
+    """Failures of nodes, as a launch remembers them. Used only in the background loop."""
 
     def __init__(self) -> None:
         self._lost_at: dict[str, float] = {}

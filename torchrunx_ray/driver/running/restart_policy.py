@@ -44,7 +44,7 @@ class RestartPolicy:
 
     def verdict(self, why: Why, failures: Failures | None) -> Verdict:
         """Return the decision, which `restart_if` may still turn into the end."""
-        if why in ("returned", "stopped"):
+        if why in ("returned", "stopped") or not self._options.may_restart:
             return Verdict.END
         if why in ("resized", "drained") or (why == "host lost" and self._options.is_elastic):
             return Verdict.GO_ON

@@ -243,12 +243,12 @@ class Supervisor:
         restarted: Restarted | None = None,
     ) -> Attempt:
         id_ = AttemptId(self._call.run_name, len(self._history.attempts))
+        self._history.begin(crew.hostnames, len(crew.places))
         logs.begin_attempt(id_)
         progress, restarts = self._progress, self._policy.restarts
         self._attempt = Attempt(
             id_, self._options, crew, backend, progress.timeline, logs, restarts, restarted
         )
-        self._history.begin(crew.hostnames, len(crew.places))
         progress.workers = self._attempt.workers
         progress.restart = self._policy.in_words
         progress.between = ""
