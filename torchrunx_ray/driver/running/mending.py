@@ -111,16 +111,22 @@ class Mending:
         """Wait for a host in the place of a lost one: of a group of its own, or of a bundle that Ray has moved."""
         reserving = asyncio.create_task(self._reserve_place(lost, progress))
         moving = asyncio.create_task(self._until_moved(lost))
+        for task in (reserving, moving):
+            # Only one of two errors is raised. asyncio would report the other one.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        del task
         try:
             await asyncio.wait({reserving, moving}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (reserving, moving):
-                if task.done() and lost in self._roster.members:
-                    task.result()
+            if reserving.done() and lost in self._roster.members:
+                reserving.result()
+            if moving.done() and lost in self._roster.members:
+                moving.result()
         finally:
-            for task in (reserving, moving):
-                task.cancel()
+            reserving.cancel()
+            moving.cancel()
             await to_the_end(asyncio.wait({reserving, moving}))
-            del reserving, moving  # an exception refers to this frame
+            # An exception refers to this frame, and must not wait for Python's gc.
+            del reserving, moving
 
     async def _reserve_place(self, lost: HeldHost, progress: Progress) -> None:
         """Reserve room of its own for a host in the place of a lost one.
