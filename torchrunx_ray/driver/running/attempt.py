@@ -204,17 +204,18 @@ class Attempt:
         """Agents that cannot be used again."""
         return {share.agent for share in self._shares if share.is_broken}
 
-    async def is_surely_over(self) -> bool:
-        """Return False if processes of the attempt may live on, on a host that is cut off, frozen or ending.
+    async def hosts_in_doubt(self) -> list[str]:
+        """Return the hosts on which processes of the attempt may live on, since they are cut off, frozen or ending.
 
-        Wait until the leases of such hosts must have run out.
+        Wait first until the leases of such hosts must have run out.
         """
         unknown = [share for share in self._shares if share.end is End.UNKNOWN]
         leases = self._leases
         if leases and unknown and await leases.fence(share.index for share in unknown):
             for share in unknown:
                 share.note_end(End.LEASE_OVER)
-        return all(share.end not in (End.UNKNOWN, End.NOT_KILLED) for share in self._shares)
+        in_doubt = (End.UNKNOWN, End.NOT_KILLED)
+        return [share.label for share in self._shares if share.end in in_doubt]
 
     def _lease_is_over(self, host_index: int) -> None:
         """Give up a host whose lease must have run out, unless its agent reports the end of its workers."""
