@@ -255,11 +255,12 @@ class Attempt:
         """Ask the function to return. After `within_s`, unless it is None, stop the workers that are left.
 
         Does nothing and returns False if the last request is as urgent. A more urgent request has its own time.
+        A resize is not worth it once the attempt comes to its end: the work of ranks that have returned would be lost.
         """
-        if (
-            self._phase is Phase.ENDED
-            or (asked := self.stop_request.make(reason, within_s)) is None
-        ):
+        is_near_end = self._phase >= Phase.SETTLING or bool(self._timeline.finished)
+        if self._phase is Phase.ENDED or (reason == "resize" and is_near_end):
+            return False
+        if (asked := self.stop_request.make(reason, within_s)) is None:
             return False
         for share in self._shares:
             who = self._crew.speaker(share.index, None)
