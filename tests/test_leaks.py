@@ -1,5 +1,6 @@
 """Arguments and values go when nobody uses them any more."""
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -18,6 +19,41 @@ from tests import processes
 from tests.memory import MIB, megabytes, shared_memory, status
 from tests.traces import objects_in_store
 from torchrunx_ray.driver.running.attempt import Attempt
+from torchrunx_ray.driver.running.together import all_or_first_error
+
+
+class _OwnError(Exception):
+    """An error that can be weakly referenced."""
+
+
+@pytest.mark.parametrize("others", [(), ("fail",), ("wait",)], ids=" and ".join)
+def test_error_of_work_that_is_done_together_goes_without_python_collecting_garbage(
+    others: tuple[str, ...],
+) -> None:
+    """The last task of the list, and so its error, stayed in the frame that raised the error."""
+
+    async def work(what: str) -> None:
+        await asyncio.sleep(60 if what == "wait" else 0)
+        raise _OwnError
+
+    async def error() -> "weakref.ref[BaseException]":
+        try:
+            await all_or_first_error([work(what) for what in (*others, "fail")])
+        except _OwnError as raised:
+            return weakref.ref(raised)
+        raise AssertionError
+
+    async def is_gone() -> bool:
+        raised = await error()
+        for _ in range(10):  # the loop lets go of the tasks that have ended
+            await asyncio.sleep(0)
+        return raised() is None
+
+    gc.disable()
+    try:
+        assert asyncio.run(is_gone())
+    finally:
+        gc.enable()
 
 
 def test_session_does_not_keep_the_values_of_its_runs(cluster: None) -> None:

@@ -176,6 +176,36 @@ def test_predicate_that_raises_ends_the_run_with_both_errors(cluster: None) -> N
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_predicate_that_raises_the_failure_again_ends_the_run_with_it(cluster: None) -> None:
+    """It became its own cause, in the place of the traceback of the worker."""
+
+    def ask(error: BaseException) -> bool:
+        raise error
+
+    def fail() -> None:
+        raise KeyError("of the function")
+
+    launcher = trx.Launcher(workers_per_host=1, max_restarts=1, restart_if=ask)
+    with pytest.raises(KeyError, match="of the function") as caught:
+        launcher.run(fail)
+    assert isinstance(caught.value.__cause__, trx.RemoteFailure)
+
+
+def test_launch_error_of_a_predicate_is_no_error_of_the_next_start(cluster: None) -> None:
+    """Its text was told as the reason why the run could not be started again."""
+
+    def ask(_: BaseException) -> bool:
+        raise trx.LaunchError("of the predicate")
+
+    def fail() -> None:
+        raise KeyError("of the function")
+
+    launcher = trx.Launcher(workers_per_host=1, max_restarts=1, restart_if=ask)
+    with pytest.raises(trx.LaunchError, match="of the predicate") as caught:
+        launcher.run(fail)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 def test_cancel_between_two_attempts_ends_the_run(cluster: None) -> None:
     asked, goes_on = threading.Event(), threading.Event()
 

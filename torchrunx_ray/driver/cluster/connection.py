@@ -27,6 +27,12 @@ untyped_ray: Any = ray
 _LOOK_AROUND_S = 1.0
 """Interval at which a waiting driver checks that it still belongs to the cluster."""
 
+_NEWS_S = 0.5
+"""Interval at which a running launch looks for news of the cluster, for which Ray has no event."""
+
+_NEWS_THROUGH_CLIENT_S = 2.0
+"""The same through ray://, where a look takes tasks that the cluster has to run."""
+
 _lost: set[object] = set()
 """Connections through ray:// that Ray has given up."""
 
@@ -243,6 +249,11 @@ def _init() -> None:
 def is_remote_client() -> bool:
     """Return True if this driver is connected through ray://, which offers less information."""
     return untyped_ray.util.client.ray.is_connected()
+
+
+def news_interval_s() -> float:
+    """Return the interval at which a running launch looks for nodes that join or drain."""
+    return _NEWS_THROUGH_CLIENT_S if is_remote_client() else _NEWS_S
 
 
 def was_begun_by_launch() -> bool:

@@ -155,11 +155,6 @@ class Options:
         """True if the number of hosts may change during a run."""
         return self.least_hosts != self.most_hosts
 
-    @property
-    def may_go_on(self) -> bool:
-        """True if another attempt may follow the first one."""
-        return self.max_restarts > 0 or self.is_elastic
-
     def _sizes(self) -> tuple[int | None, int | None]:
         hosts = self.hostnames
         if isinstance(hosts, str):

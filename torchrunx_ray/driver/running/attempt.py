@@ -204,17 +204,18 @@ class Attempt:
         """Agents that cannot be used again."""
         return {share.agent for share in self._shares if share.is_broken}
 
-    async def is_surely_over(self) -> bool:
-        """Return False if processes of the attempt may live on, on a host that is cut off, frozen or ending.
+    async def hosts_in_doubt(self) -> list[str]:
+        """Return the hosts on which processes of the attempt may live on, since they are cut off, frozen or ending.
 
-        Wait until the leases of such hosts must have run out.
+        Wait first until the leases of such hosts must have run out.
         """
         unknown = [share for share in self._shares if share.end is End.UNKNOWN]
         leases = self._leases
         if leases and unknown and await leases.fence(share.index for share in unknown):
             for share in unknown:
                 share.note_end(End.LEASE_OVER)
-        return all(share.end not in (End.UNKNOWN, End.NOT_KILLED) for share in self._shares)
+        in_doubt = (End.UNKNOWN, End.NOT_KILLED)
+        return [share.label for share in self._shares if share.end in in_doubt]
 
     def _lease_is_over(self, host_index: int) -> None:
         """Give up a host whose lease must have run out, unless its agent reports the end of its workers."""
@@ -254,11 +255,12 @@ class Attempt:
         """Ask the function to return. After `within_s`, unless it is None, stop the workers that are left.
 
         Does nothing and returns False if the last request is as urgent. A more urgent request has its own time.
+        A resize is not worth it once the attempt comes to its end: the work of ranks that have returned would be lost.
         """
-        if (
-            self._phase is Phase.ENDED
-            or (asked := self.stop_request.make(reason, within_s)) is None
-        ):
+        is_near_end = self._phase >= Phase.SETTLING or bool(self._timeline.finished)
+        if self._phase is Phase.ENDED or (reason == "resize" and is_near_end):
+            return False
+        if (asked := self.stop_request.make(reason, within_s)) is None:
             return False
         for share in self._shares:
             who = self._crew.speaker(share.index, None)

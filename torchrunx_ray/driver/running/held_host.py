@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import enum
 import logging
-from collections.abc import Collection
 
 from ray.exceptions import RayError
 
@@ -25,7 +24,7 @@ from torchrunx_ray.wire.messages import Met, TemplateWanted
 logger = logging.getLogger("torchrunx_ray")
 
 _SILENT_S = 15.0
-"""Time without an answer from an agent before a warning.
+"""Time without an answer from an agent before a warning, or before an agent that warms up is checked.
 
 An agent starts in a few seconds, unless packages are installed first. A running agent answers at once.
 """
@@ -64,9 +63,6 @@ class HeldHost:
     def node_id(self) -> str:
         return self.host.node.node_id
 
-    def has_one_of(self, agents: Collection[PooledAgent]) -> bool:
-        return self._agent in agents
-
     async def meet(self, template: TemplateWanted, *, listen: bool) -> Met:
         """Claim an agent on this host, and replace an agent that died since its last run."""
         label = self.host.label
@@ -89,11 +85,24 @@ class HeldHost:
             return met
 
     async def warm(self, template: TemplateWanted) -> None:
-        """Wait until workers can be forked. Raises AgentFailedError or LaunchError if they cannot be."""
+        """Wait until workers can be forked. Raises AgentFailedError or LaunchError if they cannot be.
+
+        Raises TimeoutError if the agent freezes meanwhile.
+        """
         await self.meet(template, listen=False)
-        refused: messages.TemplateRefused | None = await self.agent.connection.ask(
-            self.agent.calls.warm
-        )
+        agent = self.agent
+        warming = asyncio.create_task(agent.connection.ask(agent.calls.warm))
+        try:
+            while not warming.done():
+                await asyncio.wait({warming}, timeout=_SILENT_S)
+                if warming.done() or await agent.answers():
+                    continue
+                if not warming.done():
+                    raise TimeoutError("its agent does not answer")
+            refused: messages.TemplateRefused | None = warming.result()
+        finally:
+            warming.cancel()
+            del warming  # an exception refers to this frame, and must not wait for Python's gc
         if refused is not None:
             raise LaunchError(f"On {self.host.label}: {refused.problem}")
 

@@ -167,6 +167,8 @@ class Leases:
             except PulseLost as lost:
                 self._note_end(lost)
                 over_at = self._over_at
+            except ClusterLeft:
+                return False  # nobody answers any more
             else:
                 now = time.monotonic()
                 # A pulse that does not know the attempt has granted nothing.

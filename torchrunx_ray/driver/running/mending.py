@@ -62,7 +62,7 @@ class Mending:
         """Add the hosts that an elastic launch may have, and for which there is room at this moment."""
         while self.missing > 0:
             host = self._reserves.take(warm_only=False)
-            host = host or await self._roster.recruit(progress.name)
+            host = host or await answered(self._roster.recruit(progress.name))
             if host is None:
                 return
             self._roster.members.append(host)
@@ -78,7 +78,7 @@ class Mending:
                 members[i] = spare
                 self._reserves.put(member)
             elif self._may_move(member) and (
-                host := await self._roster.recruit(progress.name, member.host)
+                host := await answered(self._roster.recruit(progress.name, member.host))
             ):
                 members[i] = host
                 await to_the_end(member.abandon())
@@ -91,7 +91,7 @@ class Mending:
         """Fill the places of lost hosts, or close up if enough hosts are left."""
         members = self._roster.members
         for member in lost:
-            host = self._reserves.take() or await self._roster.moved(member.host)
+            host = self._reserves.take() or await answered(self._roster.moved(member.host))
             if host is not None:
                 members[members.index(member)] = host
         holes = [member for member in members if member in lost]
@@ -105,22 +105,31 @@ class Mending:
     def _takes_cold_one(self, lost: HeldHost) -> bool:
         """Let a reserve that is not warm yet take a lost host's place. It may hold the only room that there is."""
         host = self._reserves.take(warm_only=False)
-        return host is not None and self._roster.replace(lost, host)
+        if host is None or self._roster.replace(lost, host):
+            return host is not None
+        self._reserves.put(host)
+        return False
 
     async def _fill_place(self, lost: HeldHost, progress: Progress) -> None:
         """Wait for a host in the place of a lost one: of a group of its own, or of a bundle that Ray has moved."""
         reserving = asyncio.create_task(self._reserve_place(lost, progress))
         moving = asyncio.create_task(self._until_moved(lost))
+        for task in (reserving, moving):
+            # Only one of two errors is raised. asyncio would report the other one.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        del task
         try:
             await asyncio.wait({reserving, moving}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (reserving, moving):
-                if task.done() and lost in self._roster.members:
-                    task.result()
+            if reserving.done() and lost in self._roster.members:
+                reserving.result()
+            if moving.done() and lost in self._roster.members:
+                moving.result()
         finally:
-            for task in (reserving, moving):
-                task.cancel()
+            reserving.cancel()
+            moving.cancel()
             await to_the_end(asyncio.wait({reserving, moving}))
-            del reserving, moving  # an exception refers to this frame
+            # An exception refers to this frame, and must not wait for Python's gc.
+            del reserving, moving
 
     async def _reserve_place(self, lost: HeldHost, progress: Progress) -> None:
         """Reserve room of its own for a host in the place of a lost one.

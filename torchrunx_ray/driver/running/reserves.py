@@ -8,16 +8,13 @@ from collections.abc import Callable
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.background.loop import to_the_end
-from torchrunx_ray.driver.cluster.connection import ClusterLeft
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, news_interval_s
 from torchrunx_ray.driver.running.held_host import HeldHost
 from torchrunx_ray.driver.running.roster import Roster
 from torchrunx_ray.errors import LaunchError, counted
 from torchrunx_ray.wire.messages import TemplateWanted
 
 logger = logging.getLogger("torchrunx_ray")
-
-_LOOK_S = 0.5
-"""Interval at which room for more hosts is looked for. Ray has no event for a node that joins or room that becomes free."""
 
 _CHECK_S = 2.0
 """Interval at which the agents and nodes of the reserves are checked. Nothing else asks them anything."""
@@ -58,13 +55,6 @@ class Reserves:
         self._forget(host)
         return host
 
-    def take_cold(self) -> HeldHost | None:
-        """Return a host that is not warm yet, which the caller then owns; None if there is none. Call after `pause`."""
-        cold = next((host for host in self._roster.reserves if host not in self.ready), None)
-        if cold is not None:
-            self._roster.reserves.remove(cold)
-        return cold
-
     def put(self, host: HeldHost) -> None:
         """Take a host without an agent. The host is ready when it is warm again."""
         self._roster.reserves.append(host)
@@ -90,7 +80,7 @@ class Reserves:
     async def _work(self, name: str, template: TemplateWanted, wanted: Callable[[], int]) -> None:
         """Go on until cancelled: the run does not depend on the reserves."""
         while True:
-            pause_s = _LOOK_S
+            pause_s = news_interval_s()
             try:
                 pause_s = await self._step(name, template, wanted)
             except ClusterLeft:
@@ -105,7 +95,9 @@ class Reserves:
         host = next((each for each in self._roster.reserves if each not in self.ready), None)
         if host is None and len(self.ready) < wanted():
             host = await self._recruit(name)
-        return _LOOK_S if host is None else await self._warm(name, host, template)
+        if host is None:
+            return news_interval_s()
+        return await self._warm(name, host, template)
 
     async def _recruit(self, name: str) -> HeldHost | None:
         host = await self._roster.recruit(name)

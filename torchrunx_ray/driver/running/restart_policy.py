@@ -81,7 +81,7 @@ async def ask_user(restart_if: Callable[[BaseException], bool], failures: Failur
 def _answer(
     restart_if: Callable[[BaseException], bool], failures: Failures
 ) -> bool | BaseException:
-    """Return the answer of `restart_if`, or its error as a value.
+    """Return the answer of `restart_if`, or its error as a value. To raise the failure again means no.
 
     Some exceptions mean something else to a coroutine or an event loop; they are in a RuntimeError.
     """
@@ -92,6 +92,8 @@ def _answer(
             raise TypeError("restart_if returned a coroutine; expected True or False")
         return bool(answer)
     except BaseException as error:
+        if error is failures.exception:
+            return False  # the launch raises it
         error.add_note("Raised by restart_if, which was asked about the failure of the run.")
         if isinstance(error, Exception) and not isinstance(
             error, StopIteration | StopAsyncIteration

@@ -112,11 +112,11 @@ class Supervisor:
     ) -> Attempt:
         """Try as often as the failures and the options allow. Return the last attempt."""
         while True:
-            failures: Failures | None = None
+            why: Why = "failed"
+            verdict: Verdict | None = None
             try:
                 why = await self._go(attempt)
-                failures = attempt.failures
-                verdict = await self._verdict(attempt, why, failures)
+                verdict = await self._verdict(attempt, why)
                 if verdict is Verdict.END:
                     return attempt
                 await self._policy.back_off(self._history.attempts[-1])
@@ -128,13 +128,18 @@ class Supervisor:
                 if not attempt.was_cancelled:  # cancelled between two attempts
                     attempt.note_cancellation()
                 raise
-            except (LaunchError, RayError) as error:
+            except (LaunchError, RayError, OSError, ValueError) as error:
+                if verdict is None:
+                    raise  # such as the error of `restart_if`
+                failures = attempt.failures
                 if failures is None:
+                    error.add_note(f"The run was {why}, and could not be started again.")
                     raise
                 remark = f"The run could not be started again: {error}"
                 self._asked_about = self._with_attempts(failures, remark)
                 return attempt
             logs.expect(crew.speakers)
+            failures = attempt.failures
             self._tell_of_restart(verdict, failures, crew)
             self._asked_about = None
             restarted = _restarted(why, failures, hosts_before, crew.hosts)
@@ -208,16 +213,30 @@ class Supervisor:
         if self._options.may_restart and attempt.broken:
             self._progress.between = f"restarting {workers}"
             await to_the_end(self._hosts.give_up(attempt.broken))
-            if await self._hosts.has_lost_some():
+            if await self._has_lost_hosts():
                 return "host lost"
         return "failed"
 
-    async def _verdict(self, attempt: Attempt, why: Why, failures: Failures | None) -> Verdict:
+    async def _has_lost_hosts(self) -> bool:
+        """Return True if the node of a host is lost. An error of this query must not replace the failure."""
+        try:
+            return await self._hosts.has_lost_some()
+        except (LaunchError, RayError) as error:
+            logger.warning(
+                "%s has failed, and Ray does not say if a host is lost: %s",
+                self._call.run_name,
+                error,
+            )
+            return False
+
+    async def _verdict(self, attempt: Attempt, why: Why) -> Verdict:
         """Decide if the workers are to be started again. Raises the error of `restart_if`."""
+        failures = attempt.failures
         verdict = self._policy.verdict(why, failures)
-        # A worker on a host that is cut off might write beside its replacement.
-        if verdict is Verdict.END or not await attempt.is_surely_over():
-            return Verdict.END
+        if verdict is Verdict.END:
+            return verdict
+        if in_doubt := await attempt.hosts_in_doubt():
+            return self._end_in_doubt(in_doubt, failures)
         workers = counted(self._history.attempts[-1].world_size, "worker")
         restart_if = self._options.restart_if
         if verdict is Verdict.RESTART and restart_if is not None and failures is not None:
@@ -234,6 +253,22 @@ class Supervisor:
                 telling.cancel()
         self._progress.between = f"restarting {workers}"
         return verdict
+
+    def _end_in_doubt(self, hosts: Sequence[str], failures: Failures | None) -> Verdict:
+        """End the run: a worker that lives on might write beside its replacement.
+
+        Raises AgentFailedError if nothing else has failed. The workers were asked to stop, so they have no values.
+        """
+        where = ", ".join(hosts)
+        if failures is None:
+            what = "the workers were asked to stop, and some of their processes may live on"
+            raise AgentFailedError(hostname=where, what=what)
+        remark = (
+            f"The run was not started again: processes of this attempt may live on {where}, and would run beside the new "
+            "ones."
+        )
+        self._asked_about = self._with_attempts(failures, remark)
+        return Verdict.END
 
     def _begin_attempt(
         self,

@@ -18,11 +18,14 @@ async def all_or_first_error(work: "Sequence[Coroutine[Any, Any, T]]") -> list[T
     if not tasks:
         return []
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        failed = [task for task in tasks if task.done() and task.exception() is not None]
-        return [task.result() for task in failed or tasks]
+        return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await to_the_end(asyncio.wait(tasks))
+        await to_the_end(_cancelled(tasks))
         del tasks, work  # an exception refers to this frame, and must not wait for Python's gc
+
+
+async def _cancelled(tasks: "Sequence[asyncio.Task[Any]]") -> None:
+    """Cancel tasks, and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

@@ -5,15 +5,12 @@ import contextlib
 import logging
 import time
 
-from torchrunx_ray.driver.cluster.connection import ClusterLeft
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, news_interval_s
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.running.attempt import Attempt
 from torchrunx_ray.driver.running.hosts import Hosts
 
 logger = logging.getLogger("torchrunx_ray")
-
-_LOOK_S = 0.5
-"""Interval at which Ray is asked for draining nodes. Ray has no event for them."""
 
 
 class Watch:
@@ -81,6 +78,6 @@ class Watch:
     async def _until_news(self) -> None:
         changed = self._hosts.reserves.changed
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LOOK_S):
+            async with asyncio.timeout(news_interval_s()):
                 await changed.wait()
         changed.clear()
