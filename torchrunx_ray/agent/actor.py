@@ -14,13 +14,13 @@ import ray
 from torchrunx_ray.agent import template_environment
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.kept_call import KeptCall
-from torchrunx_ray.agent.lease import HostLease
+from torchrunx_ray.agent.lease import HostLease, LeaseOfClaim
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Template
 from torchrunx_ray.wire import linux, messages, versions
-from torchrunx_ray.wire.clock import boot_ns, now_ns
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.stop_board import StopReason, asked_within
 from torchrunx_ray.wire.values.payload import Packed, carry_values_packed
 
@@ -70,9 +70,7 @@ class Agent:
         """The last claim whose run is over."""
         self._rest_ends: asyncio.TimerHandle | None = None
         self._leaving = False
-        self._claimed_at_ns = 0
-        """Time at which the newest claim arrived, on the clock of leases."""
-        self._lease: HostLease | None = None
+        self._lease = LeaseOfClaim()
         self._raylet_fd: int | None = None
 
     def __repr__(self) -> str:
@@ -89,7 +87,7 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         if self._serves(claim):
             self._forget_last_claim()
-            self._claimed_at_ns = boot_ns()
+            self._lease.claim()
         self._watch_raylet()
         if self._serves(claim) and not self._leaving:
             async with self._having_template:
@@ -128,10 +126,7 @@ class Agent:
         kept = self._kept_call.values_for(wanted.worker, values)
         listening, self._listening = self._listening, None
         self._metrics.begins(wanted, now_ns())
-        lease = None
-        if wanted.first_lease_s is not None:
-            lease = self._lease_of(wanted.worker.attempt)
-            lease.begin(wanted.first_lease_s)
+        lease = self._lease.begin(wanted.worker.attempt, self._template, wanted.first_lease_s)
         run = HostRun(wanted, self._template, self._mailbox, listening, self._ip, lease)
         self._run = run
         for order in self._early[run.attempt]:
@@ -146,21 +141,20 @@ class Agent:
     async def renew_with(
         self, attempt: messages.AttemptId, pulse: Any, host_index: int, lease_s: float
     ) -> None:
-        """Renew the lease of an attempt's workers with this pulse. This call may come before `start`."""
-        if self._serves(self._claim) and self._template is not None:
-            self._lease_of(attempt).renew_with(pulse, host_index, lease_s)
+        """Renew the lease of an attempt's workers with this pulse. Like `stop`, this may come early or late."""
+        if (lease := self._lease_of(attempt)) is not None:
+            lease.renew_with(pulse, host_index, lease_s)
 
     async def need_no_lease(self, attempt: messages.AttemptId) -> None:
-        """Let an attempt's workers live without contact with the driver."""
-        if self._lease is not None and self._lease.attempt == attempt:
-            self._lease.give_up()
+        """Let an attempt's workers live without contact with the driver. Like `stop`, this may come early or late."""
+        if (lease := self._lease_of(attempt)) is not None:
+            lease.give_up()
 
-    def _lease_of(self, attempt: messages.AttemptId) -> HostLease:
-        assert self._template is not None
-        if self._lease is None or self._lease.attempt != attempt:
-            self._end_lease()
-            self._lease = HostLease(attempt, self._template, self._claimed_at_ns)
-        return self._lease
+    def _lease_of(self, attempt: messages.AttemptId) -> HostLease | None:
+        """Return the lease of an attempt; None if the attempt cannot be the current one."""
+        if self._template is None or not self._serves(self._claim):
+            return None
+        return self._lease.of(attempt, self._template)
 
     async def fork(self, attempt: messages.AttemptId) -> None:
         """Fork the workers of a run that waits until all hosts can fork."""
@@ -246,12 +240,7 @@ class Agent:
         if self._listening is not None:  # the run that asked for the port was cancelled
             self._listening.close()
             self._listening = None
-        self._end_lease()
-
-    def _end_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.end()
-            self._lease = None
+        self._lease.end()
 
     async def close(self) -> None:
         """End everything that this agent started; return when all of it is gone."""
