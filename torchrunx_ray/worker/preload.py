@@ -106,25 +106,22 @@ def _settings() -> dict[str, str]:
     }
 
 
-def learn(meanwhile: Callable[[], None]) -> bool:
-    """Import the module that workers imported themselves. Return False if forking is no longer safe.
+def learn(meanwhile: Callable[[], None]) -> None:
+    """Import the module that workers imported themselves. Raise Refusal if forking is no longer safe.
 
     The import takes long, so `meanwhile` is called again and again during it.
     """
     if not is_to_learn():
-        return True
+        return
     variables = dict(os.environ)
     try:
         with import_hook.between_imports(meanwhile):
             load([_LATE])
-    except Refusal:
-        return False
     finally:
         # The import sets some that a function may want to set.
         for name in os.environ.keys() - variables.keys():
             del os.environ[name]
         os.environ.update(variables)
-    return True
 
 
 def _import(module: str) -> None:
