@@ -17,6 +17,7 @@ from tests.logs import Kept
 from tests.processes import note, wait_until
 from torchrunx_ray.driver.agents.agent_link import AgentLink
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
+from torchrunx_ray.driver.output import run_logs
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.output.speaker import Speaker
 from torchrunx_ray.driver.output.to_files import ToFiles
@@ -42,6 +43,22 @@ async def test_line_without_an_end_is_written_at_the_end_of_the_run(kept: Kept) 
     await logs.drain()
 
     assert kept.said == [("INFO", "loading...")]
+
+
+async def test_lines_say_whose_they_are_once_another_attempt_has_more_ranks(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_logs, "driver_has_configured_logging", lambda: False)
+    first, second = (Speaker("vm", i, i, is_first_host=True) for i in range(2))
+    logs = RunLogs("run", trx.Launcher(console_ranks="all"), "auto", None, [first])
+    logs.put(first, "stdout", b"alone\n", time.time())
+    while logs.is_at_work:
+        await asyncio.sleep(0.01)
+    logs.expect([first, second])
+    logs.put(second, "stdout", b"together\n", time.time())
+    await logs.drain()
+
+    assert capfd.readouterr().out == "alone\n[vm:1] together\n"
 
 
 def test_run_that_cannot_begin_leaves_no_thread(
