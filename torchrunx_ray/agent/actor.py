@@ -1,6 +1,7 @@
 """The Ray actor that is a launch's agent on one host."""
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -30,6 +31,13 @@ VALUES = "values"
 """The concurrency group of the calls that return values."""
 
 _POLL_S = 5.0
+
+_CLOSING_S = 15.0
+"""Time for keepers and template to end before an agent exits without them. The keepers then notice its end.
+
+Longer than they wait for processes that SIGKILL does not end. A keeper that is frozen never ends, unless Ray kills it
+with the agent.
+"""
 
 _LAST_WORDS_S = 1.0
 """Time for the driver to receive the reason before an agent without a raylet exits."""
@@ -248,6 +256,13 @@ class Agent:
         if self._template is not None:
             await self._template.close()
 
+    async def _closes_in_time(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSING_S):
+                await self.close()
+                return True
+        return False
+
     async def retire(self) -> None:
         _ray.actor.exit_actor()
 
@@ -256,7 +271,7 @@ class Agent:
         self._ending = asyncio.ensure_future(self._close_and_retire())
 
     async def _close_and_retire(self) -> None:
-        await self.close()
+        await self._closes_in_time()
         # Only a method that Ray called can exit its actor cleanly.
         self._context.current_actor.retire.remote()
 
@@ -314,8 +329,7 @@ class Agent:
         self._ending = asyncio.ensure_future(self._end_with_raylet())
 
     async def _end_with_raylet(self) -> None:
-        await self.close()
-        if self._run is not None:
+        if await self._closes_in_time() and self._run is not None:
             self._run.everything_is_gone()
         await asyncio.sleep(_LAST_WORDS_S)
         os._exit(1)
