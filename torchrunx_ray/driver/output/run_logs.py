@@ -94,9 +94,8 @@ class RunLogs:
             self.tell(self._hosts[hostname], host_story.left_out(attempt), now)
         self._hosts = hosts
         for who in self._workers:
-            place = who.hostname, who.local_rank
-            new_rank = None if self._ranks.get(place) == who.rank else who.rank
-            self._ranks[place] = who.rank
+            new_rank = None if self._ranks.get(who.place) == who.rank else who.rank
+            self._ranks[who.place] = who.rank
             if attempt.number:
                 self.tell(who, host_story.begin_again(attempt, new_rank), now)
 
