@@ -89,7 +89,7 @@ def note_late_imports() -> None:
 
 
 def may_learn() -> bool:
-    """Return True if workers may have to import a module that the template could import once for all."""
+    """Return True if each worker may have to import a module that the template could import for all of them."""
     return "torch" in sys.modules and _LATE not in sys.modules
 
 

@@ -49,7 +49,7 @@ def main(channel: Channel) -> NoReturn:
 
 
 _IDLE_S = 0.5
-"""Time without messages before the template imports what workers of a run with restarts had to import."""
+"""Time without messages before the template imports what workers had to import, while a run goes on."""
 
 
 class _Template:
