@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -299,6 +301,21 @@ async def test_answer_that_comes_late_extends_nothing(cluster: None) -> None:
     await asyncio.sleep(2)
     assert template.lease.expires_at_ns == expires_at_ns
     assert not await lease.is_held()
+
+
+async def test_host_that_waited_long_for_others_has_no_shorter_first_lease() -> None:
+    """A new host's runtime_env took 110 s. The lease of the others then ended in the middle of their start."""
+    waited_s = 110.0
+    template, leases_here = _Template(), LeaseOfClaim()
+    leases_here.claim()
+    leases_here._claimed_at_ns -= int(waited_s * 1e9)
+    agent: Any = SimpleNamespace(met_at=time.monotonic() - waited_s)
+    crew: Any = None
+    attempt = AttemptId("run", 0)
+    first_s = leases.Leases(attempt, crew, LEASE_S, lambda _: None).first_s(agent)
+    leases_here.begin(attempt, template, first_s)  # pyright: ignore[reportArgumentType]  # see _Template
+    left_s = (template.lease.expires_at_ns - boot_ns()) / 1e9
+    assert leases.FIRST_S - 1 < left_s < leases.FIRST_S
 
 
 async def test_late_order_of_an_earlier_attempt_leaves_the_lease_of_the_next_one_alone() -> None:
