@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -27,7 +29,7 @@ from tests.leases import (
 from tests.processes import above, is_alive, note, wait_until
 from tests.soon import soon
 from torchrunx_ray.agent.held_lease import HeldLease
-from torchrunx_ray.agent.lease import HostLease
+from torchrunx_ray.agent.lease import HostLease, LeaseOfClaim
 from torchrunx_ray.driver.running import leases, stopping
 from torchrunx_ray.pulse.driver_process import DriverProcess
 from torchrunx_ray.pulse.grants import Grants
@@ -299,6 +301,43 @@ async def test_answer_that_comes_late_extends_nothing(cluster: None) -> None:
     await asyncio.sleep(2)
     assert template.lease.expires_at_ns == expires_at_ns
     assert not await lease.is_held()
+
+
+async def test_host_that_waited_long_for_others_has_no_shorter_first_lease() -> None:
+    """A new host's runtime_env took 110 s. The lease of the others then ended in the middle of their start."""
+    waited_s = 110.0
+    template, leases_here = _Template(), LeaseOfClaim()
+    leases_here.claim()
+    leases_here._claimed_at_ns -= int(waited_s * 1e9)
+    agent: Any = SimpleNamespace(met_at=time.monotonic() - waited_s)
+    crew: Any = None
+    attempt = AttemptId("run", 0)
+    first_s = leases.Leases(attempt, crew, LEASE_S, lambda _: None).first_s(agent)
+    leases_here.begin(attempt, template, first_s)  # pyright: ignore[reportArgumentType]  # see _Template
+    left_s = (template.lease.expires_at_ns - boot_ns()) / 1e9
+    assert leases.FIRST_S - 1 < left_s < leases.FIRST_S
+
+
+async def test_late_order_of_an_earlier_attempt_leaves_the_lease_of_the_next_one_alone() -> None:
+    template, leases_here = _Template(), LeaseOfClaim()
+    for number in (0, 1):
+        leases_here.claim()
+        leases_here.begin(AttemptId("run", number), template, 100)  # pyright: ignore[reportArgumentType]  # see _Template
+    assert leases_here.of(AttemptId("run", 0), template) is None  # pyright: ignore[reportArgumentType]
+    assert template.lease.expires_at_ns > boot_ns()
+    leases_here.claim()
+    assert template.lease.expires_at_ns == 0
+
+
+async def test_order_to_live_without_a_lease_may_come_before_the_attempt() -> None:
+    template, leases_here = _Template(), LeaseOfClaim()
+    leases_here.claim()
+    early = leases_here.of(AttemptId("run", 0), template)  # pyright: ignore[reportArgumentType]  # see _Template
+    assert early is not None
+    early.give_up()
+    assert leases_here.begin(AttemptId("run", 0), template, 100) is early  # pyright: ignore[reportArgumentType]
+    assert await early.is_held()
+    assert template.lease.expires_at_ns == 0
 
 
 def wanted(*, lease_s: float, until_over_s: float, refused: tuple[int, ...] = ()) -> LeasesWanted:

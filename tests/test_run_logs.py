@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 
 import torchrunx_ray as trx
-from tests.logs import Kept
+from tests.logs import HEAD, Kept
 from tests.processes import note, wait_until
 from torchrunx_ray.driver.agents.agent_link import AgentLink
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
+from torchrunx_ray.driver.output import run_logs
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.output.speaker import Speaker
 from torchrunx_ray.driver.output.to_files import ToFiles
 from torchrunx_ray.driver.running import stopping
+from torchrunx_ray.wire.messages import AttemptId
 
 
 async def test_record_that_cannot_be_read_ends_neither_the_output_nor_the_run(kept: Kept) -> None:
@@ -42,6 +44,39 @@ async def test_line_without_an_end_is_written_at_the_end_of_the_run(kept: Kept) 
     await logs.drain()
 
     assert kept.said == [("INFO", "loading...")]
+
+
+async def test_line_without_an_end_is_written_before_another_attempt_begins(tmp_path: Path) -> None:
+    """The host was lost in the middle of a line, and then has another rank in the same file."""
+    files = ToFiles(str(tmp_path))
+    before, after = (Speaker("vm", 0, rank, is_first_host=rank == 0) for rank in (1, 0))
+    logs = RunLogs("run", trx.Launcher(console_ranks=()), "auto", files, [before])
+    logs.begin_attempt(AttemptId("run", 0))
+    logs.put(before, "stdout", b"half a li", time.time())
+    logs.expect([after])
+    logs.begin_attempt(AttemptId("run", 1))
+    logs.put(after, "stdout", b"well\n", time.time())
+    await logs.drain()
+
+    assert files.directory is not None
+    lines = HEAD.sub("", (files.directory / "vm[0].log").read_text()).splitlines()
+    assert lines == ["half a li", "attempt 1 begins as rank 0", "well"]
+
+
+async def test_lines_say_whose_they_are_once_another_attempt_has_more_ranks(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_logs, "driver_has_configured_logging", lambda: False)
+    first, second = (Speaker("vm", i, i, is_first_host=True) for i in range(2))
+    logs = RunLogs("run", trx.Launcher(console_ranks="all"), "auto", None, [first])
+    logs.put(first, "stdout", b"alone\n", time.time())
+    while logs.is_at_work:
+        await asyncio.sleep(0.01)
+    logs.expect([first, second])
+    logs.put(second, "stdout", b"together\n", time.time())
+    await logs.drain()
+
+    assert capfd.readouterr().out == "alone\n[vm:1] together\n"
 
 
 def test_run_that_cannot_begin_leaves_no_thread(

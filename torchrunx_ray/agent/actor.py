@@ -1,6 +1,7 @@
 """The Ray actor that is a launch's agent on one host."""
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,13 +15,13 @@ import ray
 from torchrunx_ray.agent import template_environment
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.kept_call import KeptCall
-from torchrunx_ray.agent.lease import HostLease
+from torchrunx_ray.agent.lease import HostLease, LeaseOfClaim
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Template
 from torchrunx_ray.wire import linux, messages, versions
-from torchrunx_ray.wire.clock import boot_ns, now_ns
+from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.stop_board import StopReason, asked_within
 from torchrunx_ray.wire.values.payload import Packed, carry_values_packed
 
@@ -30,6 +31,13 @@ VALUES = "values"
 """The concurrency group of the calls that return values."""
 
 _POLL_S = 5.0
+
+_CLOSING_S = 15.0
+"""Time for keepers and template to end before an agent exits without them. The keepers then notice its end.
+
+Longer than they wait for processes that SIGKILL does not end. A keeper that is frozen never ends, unless Ray kills it
+with the agent.
+"""
 
 _LAST_WORDS_S = 1.0
 """Time for the driver to receive the reason before an agent without a raylet exits."""
@@ -70,9 +78,7 @@ class Agent:
         """The last claim whose run is over."""
         self._rest_ends: asyncio.TimerHandle | None = None
         self._leaving = False
-        self._claimed_at_ns = 0
-        """Time at which the newest claim arrived, on the clock of leases."""
-        self._lease: HostLease | None = None
+        self._lease = LeaseOfClaim()
         self._raylet_fd: int | None = None
 
     def __repr__(self) -> str:
@@ -89,7 +95,7 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         if self._serves(claim):
             self._forget_last_claim()
-            self._claimed_at_ns = boot_ns()
+            self._lease.claim()
         self._watch_raylet()
         if self._serves(claim) and not self._leaving:
             async with self._having_template:
@@ -128,10 +134,7 @@ class Agent:
         kept = self._kept_call.values_for(wanted.worker, values)
         listening, self._listening = self._listening, None
         self._metrics.begins(wanted, now_ns())
-        lease = None
-        if wanted.first_lease_s is not None:
-            lease = self._lease_of(wanted.worker.attempt)
-            lease.begin(wanted.first_lease_s)
+        lease = self._lease.begin(wanted.worker.attempt, self._template, wanted.first_lease_s)
         run = HostRun(wanted, self._template, self._mailbox, listening, self._ip, lease)
         self._run = run
         for order in self._early[run.attempt]:
@@ -146,21 +149,20 @@ class Agent:
     async def renew_with(
         self, attempt: messages.AttemptId, pulse: Any, host_index: int, lease_s: float
     ) -> None:
-        """Renew the lease of an attempt's workers with this pulse. This call may come before `start`."""
-        if self._serves(self._claim) and self._template is not None:
-            self._lease_of(attempt).renew_with(pulse, host_index, lease_s)
+        """Renew the lease of an attempt's workers with this pulse. Like `stop`, this may come early or late."""
+        if (lease := self._lease_of(attempt)) is not None:
+            lease.renew_with(pulse, host_index, lease_s)
 
     async def need_no_lease(self, attempt: messages.AttemptId) -> None:
-        """Let an attempt's workers live without contact with the driver."""
-        if self._lease is not None and self._lease.attempt == attempt:
-            self._lease.give_up()
+        """Let an attempt's workers live without contact with the driver. Like `stop`, this may come early or late."""
+        if (lease := self._lease_of(attempt)) is not None:
+            lease.give_up()
 
-    def _lease_of(self, attempt: messages.AttemptId) -> HostLease:
-        assert self._template is not None
-        if self._lease is None or self._lease.attempt != attempt:
-            self._end_lease()
-            self._lease = HostLease(attempt, self._template, self._claimed_at_ns)
-        return self._lease
+    def _lease_of(self, attempt: messages.AttemptId) -> HostLease | None:
+        """Return the lease of an attempt; None if the attempt cannot be the current one."""
+        if self._template is None or not self._serves(self._claim):
+            return None
+        return self._lease.of(attempt, self._template)
 
     async def fork(self, attempt: messages.AttemptId) -> None:
         """Fork the workers of a run that waits until all hosts can fork."""
@@ -246,18 +248,20 @@ class Agent:
         if self._listening is not None:  # the run that asked for the port was cancelled
             self._listening.close()
             self._listening = None
-        self._end_lease()
-
-    def _end_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.end()
-            self._lease = None
+        self._lease.end()
 
     async def close(self) -> None:
         """End everything that this agent started; return when all of it is gone."""
         self._attach()
         if self._template is not None:
             await self._template.close()
+
+    async def _closes_in_time(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSING_S):
+                await self.close()
+                return True
+        return False
 
     async def retire(self) -> None:
         _ray.actor.exit_actor()
@@ -267,7 +271,7 @@ class Agent:
         self._ending = asyncio.ensure_future(self._close_and_retire())
 
     async def _close_and_retire(self) -> None:
-        await self.close()
+        await self._closes_in_time()
         # Only a method that Ray called can exit its actor cleanly.
         self._context.current_actor.retire.remote()
 
@@ -325,8 +329,7 @@ class Agent:
         self._ending = asyncio.ensure_future(self._end_with_raylet())
 
     async def _end_with_raylet(self) -> None:
-        await self.close()
-        if self._run is not None:
+        if await self._closes_in_time() and self._run is not None:
             self._run.everything_is_gone()
         await asyncio.sleep(_LAST_WORDS_S)
         os._exit(1)

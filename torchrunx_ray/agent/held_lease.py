@@ -14,7 +14,7 @@ class HeldLease:
     """Writes the time at which the keepers end the template with all its descendants.
 
     A keeper wakes up at the time that it read last. So each keeper is told through a pipe of its own if there is an
-    earlier time. It is not told of the long first lease, since that would cost CPU during a launch.
+    earlier time. No keeper is told of the long first lease, since its wake-up would cost CPU during a launch.
     """
 
     def __init__(self) -> None:

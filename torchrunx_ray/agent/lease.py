@@ -1,4 +1,4 @@
-"""The lease of one attempt on this host."""
+"""The lease of an attempt on this host."""
 
 import asyncio
 import contextlib
@@ -143,3 +143,56 @@ class HostLease:
             self._renewing.cancel()
         for request in self._requests:
             request.cancel()
+
+
+class LeaseOfClaim:
+    """The lease of the attempt for which the agent was claimed.
+
+    Ray may deliver an order about a lease before its attempt begins here, or after another one has begun.
+    """
+
+    def __init__(self) -> None:
+        self._claimed_at_ns = 0
+        """Time at which the newest claim arrived, on the clock of leases."""
+        self._begun: AttemptId | None = None
+        """The attempt that has begun under the newest claim."""
+        self._lease: HostLease | None = None
+
+    def claim(self) -> None:
+        """Begin a claim, from which the first lease counts."""
+        self.end()
+        self._claimed_at_ns = boot_ns()
+
+    def begin(
+        self, attempt: AttemptId, template: Template, first_s: float | None
+    ) -> HostLease | None:
+        """Begin an attempt, and return its lease; None if it needs none, without a time for the first one."""
+        self._begun = attempt
+        if first_s is None:
+            self._end_lease()
+            return None
+        lease = self._lease_of(attempt, template)
+        lease.begin(first_s)
+        return lease
+
+    def of(self, attempt: AttemptId, template: Template) -> HostLease | None:
+        """Return the lease of an attempt, which may not have begun yet; None if another one has begun."""
+        if self._begun not in (None, attempt):
+            return None
+        return self._lease_of(attempt, template)
+
+    def end(self) -> None:
+        """End the claim with its lease."""
+        self._begun = None
+        self._end_lease()
+
+    def _lease_of(self, attempt: AttemptId, template: Template) -> HostLease:
+        if self._lease is None or self._lease.attempt != attempt:
+            self._end_lease()
+            self._lease = HostLease(attempt, template, self._claimed_at_ns)
+        return self._lease
+
+    def _end_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.end()
+            self._lease = None

@@ -249,8 +249,7 @@ class HostRun:
     def _check(self, answer: messages.Forked | messages.ForkFailed | None) -> None:
         if isinstance(answer, messages.ForkFailed) and self._state is State.STARTING:
             self._fork_no_more()
-            what = "no process could be forked"
-            self._fail(what, f"{answer.reason}; check the host's limits on processes and memory")
+            self._fail("no process could be forked", answer.reason)
 
     def _check_lease(self, is_held: bool | None) -> None:
         if not is_held and self._state is State.STARTING:

@@ -18,7 +18,7 @@ _EXPIRES_AT, _RAN_OUT_AT = 0, 64  # each in a cache line of its own
 
 
 class LeasePage:
-    """Two times in shared memory. Each has one writer at a time.
+    """Two times in shared memory. The agent writes the one, and the keepers write the other.
 
     ctypes copies an aligned 8-byte integer with one instruction, so that no reader sees half of a new time.
     """

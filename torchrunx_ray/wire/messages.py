@@ -409,7 +409,10 @@ class Forked:
 
 @dataclass(frozen=True)
 class ForkFailed:
-    """Answer to ForkStore, ForkWorker and HoldCall if the host allows no more processes or memory."""
+    """Answer to ForkStore, ForkWorker and HoldCall if the host allows no more processes or memory.
+
+    Also sent if forks are not safe any more after an import of the template.
+    """
 
     reason: str
 

@@ -109,7 +109,7 @@ def kill_children(reap: Callable[[], bool] = reap_ended) -> list[int]:
 
 
 def has_grandchild(child: int, pid: int) -> bool:
-    """Return True if this process is a child of that child, or has just become one of ours by the child's end."""
+    """Return True if `pid` is a child of `child`, or has become a child of this process by the end of `child`."""
     with contextlib.suppress(OSError):
         return int(proc.stat(pid)[1]) in (child, os.getpid())
     return False

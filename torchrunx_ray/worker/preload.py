@@ -89,7 +89,7 @@ def note_late_imports() -> None:
 
 
 def may_learn() -> bool:
-    """Return True if workers may have to import a module that the template could import once for all."""
+    """Return True if each worker may have to import a module that the template could import for all of them."""
     return "torch" in sys.modules and _LATE not in sys.modules
 
 
@@ -106,25 +106,22 @@ def _settings() -> dict[str, str]:
     }
 
 
-def learn(meanwhile: Callable[[], None]) -> bool:
-    """Import the module that workers imported themselves. Return False if forking is no longer safe.
+def learn(meanwhile: Callable[[], None]) -> None:
+    """Import the module that workers imported themselves. Raise Refusal if forking is no longer safe.
 
     The import takes long, so `meanwhile` is called again and again during it.
     """
     if not is_to_learn():
-        return True
+        return
     variables = dict(os.environ)
     try:
         with import_hook.between_imports(meanwhile):
             load([_LATE])
-    except Refusal:
-        return False
     finally:
         # The import sets some that a function may want to set.
         for name in os.environ.keys() - variables.keys():
             del os.environ[name]
         os.environ.update(variables)
-    return True
 
 
 def _import(module: str) -> None:

@@ -49,14 +49,15 @@ def main(channel: Channel) -> NoReturn:
 
 
 _IDLE_S = 0.5
-"""Time without messages before the template imports what workers of a run with restarts had to import."""
+"""Time without messages before the template imports what workers had to import, while a run goes on."""
 
 
 class _Template:
     def __init__(self, channel: Channel, setup: messages.TemplateSetup) -> None:
         self._channel = channel
         self._start_method: messages.StartMethod = setup.start_method
-        self._can_fork = True
+        self._problem: str | None = None
+        """Reason why forks are not safe any more. The template then ends after its last child."""
         self._is_learning = self._learns_at_once = False
         self._waits_for_import: tuple[object, list[int]] | None = None
         """A fork that was asked for during an import, and its descriptors."""
@@ -72,7 +73,7 @@ class _Template:
         signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
 
     def serve(self) -> None:
-        while self._can_fork or self._children:
+        while self._problem is None or self._children:
             is_idle = not self._serve_once(self._until_look_s())
             if is_idle or self._learns_at_once:
                 self._learn()
@@ -106,11 +107,22 @@ class _Template:
 
         self._learns_at_once = False
         self._is_learning = True
-        self._can_fork = self._can_fork and preload.learn(serve)
+        try:
+            if self._problem is None:
+                preload.learn(serve)
+        except preload.Refusal as refusal:
+            self._refuse_forks(refusal)
         self._is_learning = False
         if self._waits_for_import is not None:
             waiting, self._waits_for_import = self._waits_for_import, None
             self._obey(*waiting)
+
+    def _refuse_forks(self, refusal: preload.Refusal) -> None:
+        """Fork no more after an import that went wrong. The agent starts another template for the next attempt."""
+        self._problem = f"the template imported what workers had imported: {refusal.args[0]}"
+        line = f"torchrunx_ray: no worker can be forked any more: {self._problem}\n"
+        with contextlib.suppress(OSError):  # the agent is gone, which an import may have hidden
+            os.write(2, line.encode(errors="backslashreplace"))
 
     def _obey(self, message: object, fds: list[int]) -> None:
         if self._is_learning and isinstance(message, messages.ForkWorker | messages.ForkStore):
@@ -149,7 +161,7 @@ class _Template:
         try:
             self._call = call = HeldCall(wanted.layout, self._start_method)
         except OSError as error:
-            self._channel.send(messages.ForkFailed(str(error)))
+            self._channel.send(_refused(error))
         else:
             self._channel.send(messages.CallHeld(os.getpid(), call.address), [call.fd])
 
@@ -180,14 +192,7 @@ class _Template:
 
     def _fork(self, fds: list[int], local_rank: int | None, live: Callable[[], NoReturn]) -> None:
         """Fork a child that does nothing but `live`, and tell the agent. The parent closes `fds`."""
-        try:
-            if not self._can_fork:
-                raise OSError("forks are not safe after the last import of the template")
-            pid = os.fork()
-        except OSError as error:
-            pid, answer = None, messages.ForkFailed(str(error))
-        else:
-            answer = messages.Forked(pid)
+        pid, answer = self._try_to_fork()
         if pid == 0:
             try:
                 self._let_go()
@@ -206,6 +211,15 @@ class _Template:
             with contextlib.suppress(PermissionError):
                 os.setpgid(pid, pid)
         self._children[pid] = local_rank
+
+    def _try_to_fork(self) -> tuple[int | None, messages.Forked | messages.ForkFailed]:
+        if self._problem is not None:
+            return None, messages.ForkFailed(self._problem)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            return None, _refused(error)
+        return pid, messages.Forked(pid)
 
     def _let_go(self) -> None:
         """Release what belongs to the template. Called in a new child."""
@@ -227,3 +241,7 @@ class _Template:
         self._has_failed |= exit_code != 0
         code, signum = (None, -exit_code) if exit_code < 0 else (exit_code, None)
         self._channel.send(messages.Exited(local_rank, pid, now_ns(), code, signum, peak_memory))
+
+
+def _refused(error: OSError) -> messages.ForkFailed:
+    return messages.ForkFailed(f"{error}; check the host's limits on processes and memory")

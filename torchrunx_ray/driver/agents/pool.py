@@ -89,6 +89,8 @@ class PooledAgent:
     state: AgentState = AgentState.NEW
     claims: int = 0
     """Number of runs that have claimed the agent."""
+    met_at: float = -math.inf
+    """Time of the answer to the last claim, on the driver's monotonic clock. The claim arrived before that."""
     fault: str = ""
     """Reason why a resting agent was given up, as the rest of a sentence about the agent."""
     rests_until: float = 0
@@ -121,6 +123,7 @@ class PooledAgent:
         finally:
             meeting.cancel()
             del meeting  # an exception refers to this frame, and must not wait for Python's gc
+        self.met_at = time.monotonic()
         if is_new:
             self.state = AgentState.MET
         return None if met.leaving else met

@@ -45,6 +45,8 @@ class RunLogs:
         self._console_ranks = options.console_ranks
         self._speakers: Sequence[Speaker] = ()
         self._workers: Sequence[Speaker] = ()
+        self._shows_many = False
+        """True if the console shows several ranks of the attempt."""
         self._taken: set[Speaker] = set()
         """Speakers whose output the console or the driver's loggers take."""
         self._hosts: dict[str, Speaker] = {}
@@ -73,7 +75,9 @@ class RunLogs:
         self._speakers = speakers
         self._workers = [who for who in speakers if who.rank is not None]
         first_template = {who for who in speakers if who.rank is None and who.is_first_host}
-        self._taken |= {*self._shown_ranks(), *first_template}
+        shown = self._shown_ranks()
+        self._shows_many = len(shown) > 1
+        self._taken |= {*shown, *first_template}
 
     def begin_attempt(self, attempt: AttemptId) -> None:
         """Begin an attempt's story in the files of its hosts, and of workers that are started again."""
@@ -90,9 +94,8 @@ class RunLogs:
             self.tell(self._hosts[hostname], host_story.left_out(attempt), now)
         self._hosts = hosts
         for who in self._workers:
-            place = who.hostname, who.local_rank
-            new_rank = None if self._ranks.get(place) == who.rank else who.rank
-            self._ranks[place] = who.rank
+            new_rank = None if self._ranks.get(who.place) == who.rank else who.rank
+            self._ranks[who.place] = who.rank
             if attempt.number:
                 self.tell(who, host_story.begin_again(attempt, new_rank), now)
 
@@ -205,7 +208,8 @@ class RunLogs:
         if driver_has_configured_logging():
             self._sinks.append(ToLoggers(self._run_name, takes))
         else:
-            self._sinks.append(ToConsole(self._run_name, takes, shows_many=len(shown) > 1))
+            sink = ToConsole(self._run_name, takes, shows_many=lambda: self._shows_many)
+            self._sinks.append(sink)
         self._levels += [who.record_level for who in self._taken]
 
     def _shown_ranks(self) -> Sequence[Speaker]:

@@ -31,6 +31,11 @@ class Speaker:
         return f"{self.hostname}:{'template' if self.rank is None else self.rank}"
 
     @property
+    def place(self) -> tuple[str, int | None]:
+        """The worker's place on its host, by which its file is named. Another attempt may give it another rank."""
+        return self.hostname, self.local_rank
+
+    @property
     def logger_name(self) -> str:
         name = f"{ROOT}.{self.hostname}"
         return name if self.local_rank is None else f"{name}.{self.local_rank}"

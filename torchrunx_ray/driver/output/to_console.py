@@ -19,8 +19,9 @@ class ToConsole(Sink):
     """
 
     def __init__(
-        self, run_name: str, takes: Callable[[Speaker], bool], *, shows_many: bool
+        self, run_name: str, takes: Callable[[Speaker], bool], *, shows_many: Callable[[], bool]
     ) -> None:
+        """`shows_many` returns True while several ranks are shown; an elastic run may get more."""
         self._run_name = run_name
         self._takes = takes
         self._shows_many = shows_many
@@ -49,7 +50,7 @@ class ToConsole(Sink):
             console.write("stderr", self._headed(who, "stderr", text + "\n"))
 
     def _is_verbatim(self, who: Speaker) -> bool:
-        return not self._shows_many and who.rank is not None and len(living) <= 1
+        return not self._shows_many() and who.rank is not None and len(living) <= 1
 
     def _headed(self, who: Speaker, stream: TextStream, lines: str) -> str:
         if self._is_verbatim(who):

@@ -106,8 +106,9 @@ class Writer:
     def _write(self, said: Said) -> None:
         """Write to one sink after the other. The first sink has the whole piece before the next may block."""
         if said.stream is None:
-            if said.who.rank is not None:  # another attempt of the worker begins
-                self._end_lines([each for each in self._source.cutters if each[0] == said.who])
+            if said.who.rank is not None:  # another attempt begins in the worker's place
+                cutters = self._source.cutters
+                self._end_lines([each for each in cutters if each[0].place == said.who.place])
             for sink in self._takers():
                 self._try(sink.host_line, said.who, said.data.decode(), said.time_s)
             return

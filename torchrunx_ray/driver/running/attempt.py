@@ -22,7 +22,7 @@ from torchrunx_ray.driver.report.stored import until_stored
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.report.workers import Workers
 from torchrunx_ray.driver.running.crew import Crew
-from torchrunx_ray.driver.running.leases import FIRST_S, Leases, lease_s
+from torchrunx_ray.driver.running.leases import Leases, lease_s
 from torchrunx_ray.driver.running.ledger import Ledger
 from torchrunx_ray.driver.running.share import End, Share, ShareState
 from torchrunx_ray.driver.running.start_limits import StartLimits
@@ -316,7 +316,7 @@ class Attempt:
             gpus_per_worker=self._crew.hosts[share.index].gpus_per_worker,
             forks_when_told=self._forks_when_told,
             restarted=self._restarted if share.index == 0 else None,
-            first_lease_s=None if self._leases is None else FIRST_S,
+            first_lease_s=None if self._leases is None else self._leases.first_s(share.agent),
         )
 
     async def _watch(self, share: Share, call: Call) -> None:

@@ -16,7 +16,7 @@ from typing import NoReturn
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.agents import pulses
-from torchrunx_ray.driver.agents.pool import AgentState
+from torchrunx_ray.driver.agents.pool import AgentState, PooledAgent
 from torchrunx_ray.driver.agents.pulses import PulseLink, PulseLost
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, is_remote_client
 from torchrunx_ray.driver.options.options import Options
@@ -26,7 +26,7 @@ from torchrunx_ray.wire.messages import AttemptId, LeasesWanted
 logger = logging.getLogger("torchrunx_ray")
 
 FIRST_S = 120.0
-"""Time of the first lease, which comes with the host's share, before any pulse is needed."""
+"""Time of the first lease from the begin of the attempt. It comes with the host's share, before any pulse is needed."""
 
 _MARGIN_S = 1.0
 """Time for a keeper to wake up and kill. It also covers clocks that run at different speeds."""
@@ -82,10 +82,17 @@ class Leases:
         """The pulse that may have granted leases, or the last one."""
         self._over: set[int] = set()
         """Hosts whose lease has run out."""
-        # An agent counts from its claim, which is earlier.
-        self._over_at = time.monotonic() + FIRST_S + _MARGIN_S
+        self._begun_at = time.monotonic()
+        self._over_at = self._begun_at + FIRST_S + _MARGIN_S
         """Time at which all leases have run out that the current pulse has not granted. Infinite if unknown."""
         self._are_needed = asyncio.Event()
+
+    def first_s(self, agent: PooledAgent) -> float:
+        """Return the time of an agent's first lease, which the agent counts from its last claim.
+
+        That was before the attempt: other hosts may have taken minutes to get ready.
+        """
+        return FIRST_S + (self._begun_at - agent.met_at)
 
     def take_soon(self) -> None:
         """Take a pulse, because all workers have started."""
