@@ -1,10 +1,13 @@
 """Train with DDP on one to three hosts, and go on after the loss of workers and hosts.
 
-The function saves a checkpoint every 20 steps, and when it is asked to stop. Every attempt resumes from the last
-checkpoint, with as many workers as there are. All workers together see the same batch in each step, however many they
-are, so the result does not depend on what was lost on the way.
+The function saves a checkpoint every 20 steps, and when the run is about to change its hosts. If you press Ctrl-C, the
+steps since the last checkpoint are lost. Every attempt resumes from the last checkpoint, with as many workers as there
+are. All workers together see the same batch in each step, however many they are, so the result does not depend on
+what was lost on the way.
 
     python examples/resume.py checkpoint.pt
+
+Start it again to continue. If the checkpoint has all steps already, the second run ends at once.
 """
 
 import argparse
