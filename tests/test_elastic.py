@@ -228,6 +228,23 @@ def test_run_that_waits_for_room_for_a_lost_host_ends_promptly(
     assert wait_until(lambda: named_agents() == [], 30)
 
 
+def test_run_that_finds_no_room_for_a_lost_host_tells_for_how_long_it_has_waited(
+    three: Cluster, tmp_path: Path
+) -> None:
+    """The error told of a limit of 0 s, the time left to the last request."""
+    patient = launcher(hostnames=2, max_restarts=1, linger=0, placement_timeout=14)
+    run = patient.submit(announce_and_wait, tmp_path)
+    first = have_started(tmp_path, 0, 2)
+    with launcher(hostnames=1, linger=0).session():
+        kill(first[1])
+        assert wait_until(lambda: "restarting 2 workers: 0/1 hosts, waiting" in repr(run), 30)
+        with pytest.raises(trx.AgentFailedError) as caught:
+            run.result(timeout=60)
+    told = "\n".join(caught.value.__notes__)
+    assert "No host could take the place of a lost one within placement_timeout=14 s" in told
+    assert "=0 s" not in told
+
+
 SCRIPT = """
 import os, sys, time
 from pathlib import Path

@@ -27,6 +27,9 @@ _NODE_ID = "ray.io/node-id"
 _AGAIN_S = 1.0
 """Pause before a launch asks again for room that the cluster cannot have as it is."""
 
+_TELL_EVERY_S = 60.0
+"""Interval of the warnings of a launch that waits for a node to join."""
+
 _PLACED_S = 1
 """Time for Ray to place a group into room that is free, in whole seconds. It takes milliseconds."""
 
@@ -65,19 +68,50 @@ async def reserve_when_there(
     Raises PlacementError after `limit_s`. `wanted` returns the options of each new request, whose
     `placement_timeout` limits this one request.
     """
-    ends_at = math.inf if limit_s is None else time.monotonic() + limit_s
-    while True:
-        options = await wanted()
-        of_request_s = math.inf if options.placement_timeout is None else options.placement_timeout
-        left_s = max(0.0, ends_at - time.monotonic())
-        within_s = min(left_s, of_request_s)
-        timeout = None if within_s == math.inf else within_s
-        try:
-            return await reserve(replace(options, placement_timeout=timeout), progress, name)
-        except PlacementError:
-            if left_s == 0:
-                raise
-        await asyncio.sleep(_AGAIN_S)
+    begun = time.monotonic()
+    ends_at = math.inf if limit_s is None else begun + limit_s
+    tells_at = begun
+    try:
+        while True:
+            options = await wanted()
+            of_request_s = (
+                math.inf if options.placement_timeout is None else options.placement_timeout
+            )
+            within_s = min(of_request_s, max(0.0, ends_at - time.monotonic()))
+            timeout = None if within_s == math.inf else within_s
+            try:
+                return await reserve(replace(options, placement_timeout=timeout), progress, name)
+            except PlacementError as error:
+                now = time.monotonic()
+                if now + _AGAIN_S >= ends_at:
+                    raise _too_late(error, limit_s) from None
+                progress.waiting_for = "no node can take a lost host's place yet"
+                # A request with a limit of its own says nothing of the cluster as a whole.
+                if options.placement_timeout is None and now >= tells_at:
+                    tells_at = now + _TELL_EVERY_S
+                    _tell_of_wait(progress.name, now - begun, limit_s, error)
+            await asyncio.sleep(_AGAIN_S)
+    finally:
+        progress.waiting_for = ""
+
+
+def _too_late(error: PlacementError, limit_s: float | None) -> PlacementError:
+    """Return the error of the last request as an error of the whole wait."""
+    late = PlacementError(
+        f"No host could take the place of a lost one within placement_timeout={limit_s:g} s. The last request: {error}"
+    )
+    late.wanted, late.free, late.total = error.wanted, error.free, error.total
+    return late
+
+
+def _tell_of_wait(name: str, waited_s: float, limit_s: float | None, error: PlacementError) -> None:
+    logger.warning(
+        "%s is waiting for a node that can take the place of a lost host, %.0f s%s so far: %s",
+        name,
+        waited_s,
+        "" if limit_s is None else f" of {limit_s:g}",
+        error,
+    )
 
 
 async def reserve_free(

@@ -85,7 +85,7 @@ class Progress:
         if timeline.met_ns is None:
             return "starting agents"
         if self.between:
-            return self.between
+            return ": ".join(filter(None, (self.between, self.waiting_for)))
         ranks = len(timeline.places)
         if timeline.is_stopping:
             return f"stopping {counted(ranks, 'worker')}"

@@ -132,4 +132,5 @@ class Hosts:
             options = replace(options, hostnames=options.least_hosts)
         name = self._roster.group_name(progress.name)
         self._roster.add_members(await reserve(options, progress, name))
+        progress.waiting_for = ""
         await self._mending.take_free(progress)
