@@ -490,8 +490,9 @@ class Attempt:
         """Warn of the failure while workers stop, which `shutdown_timeout` may make slow."""
         assert self.failures is not None
         logger.warning(
-            "%s has failed, and is stopping its workers, for %g s at most: %s",
+            "%s has failed, and is stopping its workers%s, for %g s at most: %s",
             self._id.run_id,
+            " before it may start again" if self._restarts < self._options.max_restarts else "",
             self._stopping.longest_s(self._options.shutdown_timeout),
             self.failures.in_brief,
         )
