@@ -30,7 +30,7 @@ EXPLAINS: dict[str, set[str]] = {
     "worker twice": {"failed"},
     "template twice": {"failed"},
     "agent twice": {"failed"},
-    # "frozen agent": {"host lost"},  # with host_timeout: nobody else ends a run with a frozen agent
+    "frozen agent": {"failed", "host lost"},
 }
 """Kinds of blows, each with the reasons for which an attempt may end because of it."""
 

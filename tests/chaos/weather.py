@@ -200,5 +200,4 @@ class Weather:
 
 def records(run: "Run[tuple[int, str]]") -> Sequence[AttemptRecord]:
     """Return the attempts that have ended, while the run goes on."""
-    supervisor = run._progress.supervisor
-    return [] if supervisor is None else list(supervisor._records)
+    return [attempt for attempt in run.attempts if attempt.why is not None]
