@@ -77,6 +77,7 @@ print(len(result), len(result.hostnames))
     assert "waiting for room in the Ray cluster, 0 s of 600 so far; the autoscaler " in out
 
 
+@v2_only
 def test_smallest_size_is_demanded_and_what_is_there_besides_is_taken(address: str) -> None:
     out = drive(
         address,
@@ -97,7 +98,8 @@ print([each.why for each in run.result().attempts])
 """,
     )
 
-    assert out == "False\n8 8 8 8 8 8 8 8\n['resized', 'returned']\n"
+    assert "False\n" in out
+    assert "\n8 8 8 8 8 8 8 8\n['resized', 'returned']\n" in out
 
 
 @pytest.mark.exhaustive
