@@ -52,7 +52,7 @@ class PulseLink:
     def __init__(self, calls: Any, connection: Connection) -> None:
         self.calls = calls
         self.connection = connection
-        self._has_answered = False
+        self.has_answered = False
         self._ending: asyncio.Task[float | None] | None = None
 
     @property
@@ -80,13 +80,13 @@ class PulseLink:
             except (RayError, TimeoutError):
                 self._ending = self._ending or asyncio.create_task(self._end())
             else:
-                self._has_answered = True
+                self.has_answered = True
                 return answer
         assert self._ending is not None
         raise PulseLost(await asyncio.shield(self._ending))
 
     async def _answer(self, takes_s: float, method: Any, *args: Any) -> Any:
-        answer_s = _ANSWER_S if self._has_answered else _STARTING_S
+        answer_s = _ANSWER_S if self.has_answered else _STARTING_S
         answer = asyncio.create_task(self.connection.ask(method, *args))
         try:
             # After user code has held the GIL, this loop sees the timeout before an answer that came in time.
@@ -131,6 +131,11 @@ _current: PulseLink | None = None
 """The pulse of this process's runs. Used only in the background loop."""
 
 _acquiring: asyncio.Lock | None = None
+
+
+def is_at_hand() -> bool:
+    """Return True if this driver has a pulse that has answered."""
+    return _current is not None and _current.is_usable and _current.has_answered
 
 
 async def acquire() -> PulseLink:

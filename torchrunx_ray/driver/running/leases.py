@@ -28,6 +28,9 @@ logger = logging.getLogger("torchrunx_ray")
 FIRST_S = 120.0
 """Time of the first lease from the begin of the attempt. It comes with the host's share, before any pulse is needed."""
 
+_UNTIL_RENEWED_S = 10.0
+"""Time by which the first lease is longer than the others if there is a pulse already, which renews it at once."""
+
 _MARGIN_S = 1.0
 """Time for a keeper to wake up and kill. It also covers clocks that run at different speeds."""
 
@@ -83,7 +86,9 @@ class Leases:
         self._over: set[int] = set()
         """Hosts whose lease has run out."""
         self._begun_at = time.monotonic()
-        self._over_at = self._begun_at + FIRST_S + _MARGIN_S
+        self._has_pulse = pulses.is_at_hand()
+        self._first_s = lease_s + _UNTIL_RENEWED_S if self._has_pulse else FIRST_S
+        self._over_at = self._begun_at + self._first_s + _MARGIN_S
         """Time at which all leases have run out that the current pulse has not granted. Infinite if unknown."""
         self._are_needed = asyncio.Event()
 
@@ -92,7 +97,7 @@ class Leases:
 
         That was before the attempt: other hosts may have taken minutes to get ready.
         """
-        return FIRST_S + (self._begun_at - agent.met_at)
+        return self._first_s + (self._begun_at - agent.met_at)
 
     def take_soon(self) -> None:
         """Take a pulse, because all workers have started."""
@@ -100,8 +105,9 @@ class Leases:
 
     async def hold(self) -> None:
         """Keep a pulse at work until cancelled."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._are_needed.wait(), _NEEDED_AFTER_S)
+        if not self._has_pulse:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._are_needed.wait(), _NEEDED_AFTER_S)
         with contextlib.suppress(ClusterLeft):  # the links report this
             for _ in range(_TRIES):
                 await self._hold_as_long_as_pulses_start()
