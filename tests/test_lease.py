@@ -30,6 +30,7 @@ from tests.processes import above, is_alive, note, wait_until
 from tests.soon import soon
 from torchrunx_ray.agent.held_lease import HeldLease
 from torchrunx_ray.agent.lease import HostLease, LeaseOfClaim
+from torchrunx_ray.driver.agents import pulses
 from torchrunx_ray.driver.running import leases, stopping
 from torchrunx_ray.pulse.driver_process import DriverProcess
 from torchrunx_ray.pulse.grants import Grants
