@@ -196,3 +196,23 @@ def test_drained_node_is_left_in_time_and_not_counted(three: Cluster, tmp_path: 
     assert second[1][0] not in {first[0][0], first[1][0]}
     assert [each.why for each in result.attempts] == ["drained", "returned"]
     three.remove_node(next(node for node in three.worker_nodes if raylet_pid(node) == first[1][0]))
+
+
+def test_elastic_run_begins_without_hosts_that_cannot_serve(
+    three: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only one host finds what its env_file needs."""
+    env_file = tmp_path / "env"
+    env_file.write_text(f"mkdir {tmp_path}/taken || {{ echo 'not on this host' >&2; false; }}\n")
+    launcher = trx.Launcher(
+        hostnames=(1, 3), workers_per_host=1, cpus_per_worker=2, env_file=env_file, linger=0
+    )
+
+    assert [seen.world_size for seen in launcher.run(see)] == [1]
+    assert "goes on without" in caplog.text
+    assert "not on this host" in caplog.text
+
+
+def see() -> Seen:
+    context = trx.context()
+    return Seen(context.attempt, context.restarts, context.rank, context.world_size, 0)

@@ -11,7 +11,7 @@ from torchrunx_ray.driver.agents import pool
 from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster import inventory, token
-from torchrunx_ray.driver.cluster.connection import Connection
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing.gpu_question import GpuQuestion
@@ -33,7 +33,9 @@ An agent starts in a few seconds, unless packages are installed first. A running
 class HeldState(enum.Enum):
     """States of a held host."""
 
-    SOUND = "nothing speaks against it"
+    NEW = "no agent has been met on it"
+    UNFIT = "the first agent could not be met"
+    SOUND = "its last agent was met"
     SUSPECT = "its agent was lost, and perhaps its node"
     LOST = "its node or bundle is lost, and another host takes its place"
 
@@ -45,7 +47,7 @@ class HeldHost:
         self.host = host
         self.placement = placement
         self.bundle = bundle
-        self.state = HeldState.SOUND
+        self.state = HeldState.NEW
         self._options = options
         self._agent: PooledAgent | None = None
         # Asked while the agent starts, since Ray has to start a process for the answer.
@@ -65,6 +67,17 @@ class HeldHost:
 
     async def meet(self, template: TemplateWanted, *, listen: bool) -> Met:
         """Claim an agent on this host, and replace an agent that died since its last run."""
+        is_new = self.state is HeldState.NEW
+        try:
+            return await self._meet_living(template, listen)
+        except ClusterLeft:
+            raise
+        except LaunchError:
+            if is_new:
+                self.state = HeldState.UNFIT
+            raise
+
+    async def _meet_living(self, template: TemplateWanted, listen: bool) -> Met:
         label = self.host.label
         wanted = dataclasses.replace(template, one_worker=self.host.workers == 1)
         while True:

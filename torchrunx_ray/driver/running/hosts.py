@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster import draining
-from torchrunx_ray.driver.cluster.connection import Connection
+from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing.placement import reserve
 from torchrunx_ray.driver.placing.plan import Host
@@ -21,7 +21,7 @@ from torchrunx_ray.driver.running.ray_answers import answered
 from torchrunx_ray.driver.running.reserves import Reserves
 from torchrunx_ray.driver.running.roster import Roster
 from torchrunx_ray.driver.running.together import all_or_first_error
-from torchrunx_ray.errors import AgentFailedError
+from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire.messages import TemplateWanted
 
 logger = logging.getLogger("torchrunx_ray")
@@ -92,13 +92,22 @@ class Hosts:
                     [member.meet(template, listen=i == 0) for i, member in enumerate(members)]
                 )
                 gpu_ids = await all_or_first_error([member.gpu_ids() for member in members])
-            except (AgentFailedError, RayError):
-                if not await answered(self._roster.lost(self._roster.members)):
+            except ClusterLeft:
+                raise
+            except (LaunchError, RayError) as error:
+                if not await self._can_do_without(progress, error):
                     raise
                 is_fresh = False
                 continue
             hosts, agents = [each.host for each in members], [each.agent for each in members]
             return Crew(hosts, agents, met, gpu_ids), members[0].placement.backend
+
+    async def _can_do_without(self, progress: Progress, error: BaseException) -> bool:
+        """Return True if the hosts that an error is about are left out, or will be replaced."""
+        if await self._mending.leave_out_unfit(progress, error):
+            return True
+        is_of_agent = isinstance(error, AgentFailedError | RayError)
+        return is_of_agent and bool(await answered(self._roster.lost(self._roster.members)))
 
     def forget_call(self) -> None:
         """Let the agents free the function and the arguments of a run that has ended."""

@@ -58,6 +58,23 @@ class Mending:
         finally:
             await to_the_end(self._roster.remove_unused())
 
+    async def leave_out_unfit(self, progress: Progress, error: BaseException) -> bool:
+        """Let an elastic launch go on without new hosts that could not be met. Returns False if it needs them."""
+        members = self._roster.members
+        unfit = [member for member in members if member.state is HeldState.UNFIT]
+        least = self._options.least_hosts
+        if not (unfit and self._options.is_elastic and least):
+            return False
+        if len(members) - len(unfit) < least:
+            return False
+        for member in unfit:
+            logger.warning("%s goes on without %s: %s", progress.name, member.host.label, error)
+            self._roster.losses.distrust(member.node_id)
+            members.remove(member)
+            await to_the_end(member.abandon())
+        await to_the_end(self._roster.remove_unused())
+        return True
+
     async def take_free(self, progress: Progress) -> None:
         """Add the hosts that an elastic launch may have, and for which there is room at this moment."""
         while self.missing > 0:

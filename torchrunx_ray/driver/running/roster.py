@@ -17,6 +17,8 @@ from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.driver.running.held_host import HeldHost, HeldState, node_answers
 from torchrunx_ray.driver.running.losses import Losses
 
+_DOUBTFUL = (HeldState.SUSPECT, HeldState.UNFIT)
+
 
 class Roster:
     """Members of a launch in the order of their ranks, and its reserves. Used only in the background loop."""
@@ -96,7 +98,7 @@ class Roster:
                 lost[host] = "Ray has moved its bundle to another node"
             elif host.node_id in leaving:
                 lost[host] = "Ray drains its node"
-            elif host.state is not HeldState.SOUND and not await node_answers(host.host.node):
+            elif host.state in _DOUBTFUL and not await node_answers(host.host.node):
                 lost[host] = "its node does not answer"
         return lost
 
