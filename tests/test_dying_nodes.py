@@ -136,7 +136,7 @@ def test_launch_is_placed_again_when_a_node_dies_before_its_agent_begins(
         signal_raylet(placed["bundles_to_node_id"][0], signal.SIGKILL)
 
         assert len(run.result(timeout=100)) == 2
-    assert "a node died before the run began; placing the run again" in caplog.text
+    assert "is lost: its node has left the cluster" in caplog.text
 
 
 def test_session_goes_on_elsewhere_when_its_node_dies(nodes: Cluster) -> None:
@@ -147,8 +147,6 @@ def test_session_goes_on_elsewhere_when_its_node_dies(nodes: Cluster) -> None:
         assert placed is not None
         signal_raylet(placed["bundles_to_node_id"][0], signal.SIGKILL)
 
-        with pytest.raises(trx.AgentFailedError):
-            session.run(signal.pause)
         assert len(session.run(os.getpid)) == 2
 
 
@@ -161,8 +159,6 @@ def test_session_that_found_no_room_for_a_dead_node_finds_it_later(nodes: Cluste
         assert placed is not None
         with launcher.session():  # on the other node
             signal_raylet(placed["bundles_to_node_id"][0], signal.SIGKILL)
-            with pytest.raises(trx.AgentFailedError):
-                session.run(signal.pause)
             for _ in range(2):
                 with pytest.raises(trx.PlacementError, match="no room for this launch within"):
                     session.run(os.getpid)
