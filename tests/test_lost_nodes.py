@@ -17,6 +17,9 @@ from tests.nodes import SOON_DEAD, all_is_free, drain, groups, ids, node_of, ray
 from tests.processes import above, is_alive, wait_until
 from torchrunx_ray.driver.run import Run
 
+# A cluster of several raylets costs 10 s of CPU, and each new node 3 s.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Cluster]:
@@ -81,6 +84,7 @@ def test_elastic_run_goes_on_without_a_lost_node_and_does_not_count_it(
     assert took_s < 25
 
 
+@pytest.mark.exhaustive
 def test_spare_that_is_not_warm_yet_takes_the_place_of_a_lost_host(
     growing: Cluster, tmp_path: Path
 ) -> None:
@@ -98,7 +102,7 @@ def test_spare_that_is_not_warm_yet_takes_the_place_of_a_lost_host(
     finish(run, tmp_path, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_run_goes_on_if_the_agent_of_a_killed_raylet_ends_before_it_can_report(
     three: Cluster, tmp_path: Path
 ) -> None:
