@@ -78,6 +78,7 @@ print(len(result), len(result.hostnames))
 
 
 @v2_only
+@pytest.mark.exhaustive
 def test_smallest_size_is_demanded_and_what_is_there_besides_is_taken(address: str) -> None:
     out = drive(
         address,

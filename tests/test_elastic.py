@@ -40,7 +40,7 @@ from tests.processes import above, command_line, is_alive, note, parent, pids, w
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.driver.run import _living as living_runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(200)]
 
 
 @pytest.fixture(scope="module")

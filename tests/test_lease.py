@@ -60,7 +60,7 @@ def frozen(*pids: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "whom", [["agent"], pytest.param(["agent", "keeper"], marks=pytest.mark.slow)]
+    "whom", [["agent"], pytest.param(["agent", "keeper"], marks=pytest.mark.exhaustive)]
 )
 def test_workers_of_a_frozen_agent_have_ended_before_others_begin(
     patient: trx.Launcher, whom: list[str], tmp_path: Path
@@ -105,7 +105,7 @@ print(list(result), result.attempts[0].failure)
     assert gap_s(tmp_path) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_user_code_that_holds_the_gil_of_the_driver_harms_no_worker(
     cluster: None, joined: None, tmp_path: Path
 ) -> None:
@@ -141,7 +141,7 @@ def driver(script: str) -> "Iterator[subprocess.Popen[str]]":
             process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_pulse_is_replaced_before_a_lease_runs_out(cluster: None, tmp_path: Path) -> None:
     launcher = trx.Launcher(workers_per_host=1, backend=None, max_restarts=1, linger=0)
     run = launcher.submit(beat(tmp_path))
@@ -157,7 +157,7 @@ def test_killed_pulse_is_replaced_before_a_lease_runs_out(cluster: None, tmp_pat
     assert -1 < outlived_s(tmp_path, page) < 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pulse_that_does_not_answer_is_replaced(cluster: None, tmp_path: Path) -> None:
     launcher = trx.Launcher(workers_per_host=1, backend=None, max_restarts=1, linger=0)
     run = launcher.submit(beat(tmp_path))
@@ -173,7 +173,7 @@ def test_pulse_that_does_not_answer_is_replaced(cluster: None, tmp_path: Path) -
     run.cancel()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_host_that_was_given_up_is_fenced_before_another_attempt(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +190,7 @@ def test_host_that_was_given_up_is_fenced_before_another_attempt(
     assert gap_s(tmp_path, rank=1) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cancel_ends_the_run_while_it_waits_for_a_lease_to_run_out(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +260,7 @@ def test_lease_before_the_pulse_is_there_is_long(
     assert patient.run(left_s).rank(0) < 30
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_leases_run_out_although_both_keepers_were_killed(
     cluster: None, joined: None, tmp_path: Path
 ) -> None:

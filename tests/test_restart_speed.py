@@ -132,7 +132,7 @@ def test_each_run_of_a_session_sends_its_own_arguments(cluster: None, sent: Sent
     assert sent.values == [1, 0, 0] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_arguments_of_a_run_that_has_ended_are_freed(cluster: None) -> None:
     """The object store then has room for the next ones."""
     import ray
@@ -147,7 +147,7 @@ def test_arguments_of_a_run_that_has_ended_are_freed(cluster: None) -> None:
         assert wait_until(lambda: free() > before - 50 * MIB, 30)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_template_learns_from_a_worker_that_was_killed(cluster: None) -> None:
     def step() -> bool:
         had_it = preload._LATE in sys.modules
@@ -163,7 +163,7 @@ def test_template_learns_from_a_worker_that_was_killed(cluster: None) -> None:
     assert launcher.run(step).rank(0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_worker_may_die_while_its_template_learns(cluster: None) -> None:
     """The template then forks after the import: a worker with half of a module would fail."""
 

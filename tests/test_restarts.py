@@ -339,7 +339,7 @@ def test_cancel_in_a_later_attempt_stops_its_workers(patient: trx.Launcher, tmp_
     assert not any(is_alive(int(path.read_text())) for path in tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_many_restarts_leave_nothing(cluster: None) -> None:
     def fail_often() -> int:
         if trx.context().attempt < 40:
@@ -399,7 +399,7 @@ def kills_its_agent_once(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("restarts", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("restarts", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_agent_that_is_killed_between_two_attempts_costs_one_more_restart(
     cluster: None, tmp_path: Path, restarts: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -470,7 +470,7 @@ def test_restart_if_that_returns_a_coroutine_is_refused(cluster: None) -> None:
         one.run(raise_once)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_hundred_restarts_leave_nothing_behind(cluster: None) -> None:
     samples: list[list[int]] = []
 

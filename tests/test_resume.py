@@ -23,7 +23,7 @@ def three() -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resumed_training_ends_with_the_loss_of_an_undisturbed_one(
     three: Cluster, tmp_path: Path
 ) -> None:

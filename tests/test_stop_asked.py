@@ -26,7 +26,7 @@ FAR_S = 500.0
 """Time that no test waits for."""
 
 
-@pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)])
 def start_method(request: pytest.FixtureRequest) -> StartMethod:
     return request.param
 
@@ -367,7 +367,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(compiler() is None, reason="needs a C compiler for a clock that is wrong")
 def test_deadline_is_on_the_clock_of_the_host(
     run_script: RunScript, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -382,7 +382,7 @@ def test_deadline_is_on_the_clock_of_the_host(
     assert 0 < left_s <= 100
 
 
-@pytest.mark.parametrize("attempts", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attempts", [15, pytest.param(200, marks=pytest.mark.exhaustive)])
 def test_many_attempts_leave_no_descriptor_and_no_mapping(
     cluster: None, attempts: int, tmp_path: Path
 ) -> None:
