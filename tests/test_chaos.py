@@ -10,9 +10,9 @@ from tests.conftest import SHOWN_AT_END
 from tests.traces import MARK
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("shape", ["elastic", pytest.param("spares", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("shape", ["elastic", "spares"])
 def test_disturbed_training_ends_with_the_parameters_of_an_undisturbed_one(
     shape: str,
     tmp_path: Path,
