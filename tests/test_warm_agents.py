@@ -105,6 +105,25 @@ def test_file_that_a_run_writes_does_not_cost_the_next_its_template(
     assert launcher.run(write).rank(0) == launcher.run(write).rank(0)
 
 
+def test_launches_that_follow_each_other_share_one_agent_of_several(
+    cluster: None, tmp_path: Path
+) -> None:
+    """They took turns: every second launch found cold memory, and no agent rested long enough to end."""
+    launcher = own_agent("two at once")
+
+    def wait_for_each_other() -> int:
+        (tmp_path / str(os.getpid())).touch()
+        assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+        return os.getppid()
+
+    runs = [launcher.submit(wait_for_each_other) for _ in range(2)]
+    templates = {run.result(timeout=60).rank(0) for run in runs}
+    used = [launcher.run(os.getppid).rank(0) for _ in range(3)]
+
+    assert len(templates) == 2
+    assert len(set(used)) == 1 and set(used) < templates, (used, templates)
+
+
 @pytest.mark.slow
 def test_no_more_than_eight_agents_rest_on_a_node(cluster: None) -> None:
     """Every value of a variable needs a template of its own: a sweep of them left one each."""

@@ -226,10 +226,10 @@ def _still_resting() -> list[PooledAgent]:
 async def acquire(
     node_id: str, label: str, wanted: TemplateWanted, options: Options
 ) -> PooledAgent:
-    """Return a fitting agent that rests on the node, or a new agent."""
+    """Return the fitting agent on the node that has rested least, whose memory is warmest, or a new agent."""
     runtime_env = repr(options.runtime_env)
     found: list[list[str]] = []
-    for agent in _still_resting():
+    for agent in reversed(_still_resting()):
         if agent.node_id != node_id:
             continue
         if (agent.wanted, agent.runtime_env) == (wanted, runtime_env):
