@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from notes import note
 
 
 def no_op() -> None:
@@ -25,15 +26,10 @@ def step_and_wait(folder: str, *, sleeps: bool = False) -> None:
     begun, rank, attempt = time.time(), os.environ["RANK"], 0
     while Path(folder, f"begun {attempt} {rank}").exists():
         attempt += 1
-    _note(folder, f"begun {attempt} {rank}", begun)
+    note(folder, f"begun {attempt} {rank}", begun)
     ddp_step()
-    _note(folder, f"stepped {attempt} {rank}", time.time())
+    note(folder, f"stepped {attempt} {rank}", time.time())
     while attempt == 0:
         if not sleeps:
             dist.all_reduce(torch.ones(1))
         time.sleep(0.02)
-
-
-def _note(folder: str, name: str, time_s: float) -> None:
-    Path(folder, "unfinished " + name).write_text(f"{time_s} {os.getpid()}")
-    Path(folder, "unfinished " + name).rename(Path(folder, name))

@@ -7,7 +7,7 @@ torch._dynamo. Templates have imported it after an earlier run, or have learned 
 killed ("first run"). A killed template is compared with `python -c 'import torch, torch.distributed'` ("floor"), since
 its replacement must import torch.
 
-The last rows are launches that nothing disturbs: the time from the call until the function's first line, with
+The rows with raylets are told of in `lost_hosts.py`; `--skip-hosts` leaves them out. The last rows are launches that nothing disturbs: the time from the call until the function's first line, with
 max_restarts=3 and without, in turn.
 
     python benchmarks/restarts.py [--samples 10] [--peers torchrun,ray-train] [--peer-samples 10]
@@ -31,8 +31,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import lost_hosts
 import ray
 from functions import step_and_wait
+from notes import pid_above, until_noted
 from table import print_table
 
 import torchrunx_ray as trx
@@ -42,44 +44,25 @@ LEARNS_S = 2.5
 """Time for a template to notice and to import what its workers imported."""
 
 FLOOR = "floor: import torch"
-START_S, STEP_S, AGENT_S, RATIO = 0.4, 0.8, 3.0, 1.03
+START_S, STEP_S, RATIO = 0.4, 0.8, 1.03
 OF_TEMPLATE_S = 0.5
 """Time beyond the floor for a run whose template is killed."""
 
 
-def until_noted(folder: str, kind: str, attempts: Sequence[int], patience_s: float) -> float:
-    """Wait until all workers of one of these attempts have noted this. Return the time of the last one."""
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
-        for attempt in attempts:
-            notes = [Path(folder, f"{kind} {attempt} {rank}") for rank in range(WORKERS)]
-            if all(each.exists() for each in notes):
-                return max(float(each.read_text().split()[0]) for each in notes)
-        time.sleep(0.005)
-    raise TimeoutError(f"no attempt has {kind} on all ranks after {patience_s:g} s")
-
-
 def after_kill(folder: str, victim: str, patience_s: float) -> dict[str, float]:
     """Kill once all workers have stepped. Return the time until the next attempt's first line and first step."""
-    until_noted(folder, "stepped", [0], 120)
+    until_noted(folder, "stepped", [0], WORKERS, 120)
     time.sleep(LEARNS_S)
-    pid = pid_of(victim, int(Path(folder, "begun 0 1").read_text().split()[1]))
+    worker = int(Path(folder, "begun 0 1").read_text().split()[1])
     killed_at = time.time()
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid_above(worker, victim), signal.SIGKILL)
     later: dict[str, float] = {}
     for kind, what in (("begun", "first line"), ("stepped", "first step")):
         try:
-            later[what] = until_noted(folder, kind, [1, 2], patience_s) - killed_at
+            later[what] = until_noted(folder, kind, [1, 2], WORKERS, patience_s) - killed_at
         except TimeoutError:
             return {**later, f"{what} (given up)": patience_s}
     return later
-
-
-def pid_of(victim: str, worker: int) -> int:
-    above = [worker]
-    while len(above) < 5:  # worker, template, keeper, outer keeper, agent
-        above.append(int(Path(f"/proc/{above[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
-    return above[("worker", "template", "keeper", "outer keeper", "agent").index(victim)]
 
 
 def ours(
@@ -179,6 +162,7 @@ def main() -> None:
     parser.add_argument("--peer-samples", type=int, default=10)
     parser.add_argument("--peers", default="torchrun,ray-train")
     parser.add_argument("--patience", type=float, default=30)
+    parser.add_argument("--skip-hosts", action="store_true")
     parser.add_argument("--json", help="where to write the times, too")
     arguments = parser.parse_args()
     os.environ["TORCHRUNX_LOG_DIR"] = ""
@@ -190,6 +174,8 @@ def main() -> None:
     ]
     times = measure(arguments.samples, peers, arguments.peer_samples, arguments.patience)
     ray.shutdown()
+    if not arguments.skip_hosts:
+        times |= lost_hosts.measure(arguments.samples)
     show(times)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(times, indent=1))
@@ -216,8 +202,7 @@ def measure(
             add("SIGKILL of the worker, peers asleep", asleep)
             new = dataclasses.replace(patient, extra_env_vars={"SAMPLE": str(sample)}, linger=0)
             add("SIGKILL of the worker, first run", ours(new, "worker", patience_s))
-            for victim in ("template", "agent"):
-                add(f"SIGKILL of the {victim}", ours(patient, victim, patience_s))
+            add("SIGKILL of the template", ours(patient, "template", patience_s))
         for peer in peers:
             if sample < peer_samples:
                 add(f"SIGKILL of the worker, {peer}", of_peer(peer, patience_s))
@@ -248,7 +233,7 @@ def show(times: Mapping[str, Sequence[float]]) -> None:
         "SIGKILL of the worker, first run: first line": START_S,
         "SIGKILL of the worker, first run: first step": STEP_S,
         "SIGKILL of the template: first line": floor_s + OF_TEMPLATE_S,
-        "SIGKILL of the agent: first line": AGENT_S,
+        **lost_hosts.TARGETS,
     }
 
     def last(name: str, _median: float) -> str:

@@ -332,3 +332,24 @@ print(len(launcher.run(os.getpid)))
 """
     )
     assert done.stdout.splitlines() == ["can't start new thread", "1"], done.stderr
+
+
+def test_driver_that_has_forked_can_still_start_agents(
+    run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
+) -> None:
+    """The child dropped what it had inherited. It told Ray so, on the parent's connection, which was of no more use."""
+    done = run_script(
+        """
+import gc, os, time, torchrunx_ray as trx
+launcher = trx.Launcher(workers_per_host=1, backend=None, max_restarts=1)
+launcher.run(time.sleep, 1)
+for i in range(3):
+    child = os.fork()
+    if child == 0:
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(len(trx.Launcher(workers_per_host=1, backend=None, extra_env_vars={"I": str(i)}).submit(os.getpid).result(20)))
+"""
+    )
+    assert done.stdout.split() == ["1", "1", "1"], done.stderr[-3000:]

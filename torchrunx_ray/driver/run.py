@@ -395,11 +395,13 @@ stays_in_driver(
 )
 
 
-def _leave_to_parent() -> None:
-    """End the runs in a forked child, which has the runs but not their thread."""
+def _leave_to_parent() -> object:
+    """End the runs in a forked child, which has the runs but not their thread. Return what was inherited."""
+    inherited = [(run, vars(run).copy(), leave) for run, leave in _living.items()]
     for leave in _living.values():
         leave()
     _living.clear()
+    return inherited
 
 
 in_child(_leave_to_parent)

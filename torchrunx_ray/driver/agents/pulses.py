@@ -163,9 +163,11 @@ def _create() -> Any:
     return actor_class.options(**options).remote(driver)
 
 
-def _forget() -> None:
+def _forget() -> object:
     global _current, _acquiring
+    inherited = _current, _acquiring
     _current = _acquiring = None
+    return inherited
 
 
 in_child(_forget)

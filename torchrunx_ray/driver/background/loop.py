@@ -226,11 +226,13 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
             loop.run_forever()
 
 
-def _forget() -> None:
-    """Drop the loop in a forked child, which does not have its thread."""
+def _forget() -> object:
+    """Leave the loop in a forked child, which does not have its thread. Return what was inherited."""
     global _loop, _lock
+    inherited = _loop, dict(_ends)
     _loop, _lock = None, threading.Lock()
     _ends.clear()
+    return inherited
 
 
 in_child(_forget)

@@ -78,10 +78,12 @@ class OwnLines(logging.Filter):
         with self._was_written:
             self._was_written.wait_for(lambda: self._written >= put, _PATIENCE_S)
 
-    def forget(self) -> None:
-        """Reset the state in a forked child, which has neither the loop nor the writing thread."""
+    def forget(self) -> object:
+        """Reset the state in a forked child, which has neither the loop nor the writing thread. Return the old state."""
+        inherited = vars(self).copy()
         logging.getLogger("torchrunx_ray").removeFilter(self)
         self.__init__()
+        return inherited
 
     def _write_all(self) -> None:
         while True:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from torchrunx_ray.driver.background.forks import in_child
+from torchrunx_ray.driver.background.forks import empty_in_child
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster.connection import ClusterLeft
 
@@ -65,4 +65,4 @@ async def _logged(work: Coroutine[Any, Any, object], what: str) -> None:
         logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
 
 
-in_child(_under_way.clear)
+empty_in_child(_under_way)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from torchrunx_ray.driver.background.forks import in_child
+from torchrunx_ray.driver.background.forks import empty_in_child
 from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.errors import amounts_in_words
 
@@ -48,4 +48,4 @@ def _in_words(
 
 
 # A forked child has none of its parent's sessions.
-in_child(_open.clear)
+empty_in_child(_open)

@@ -119,10 +119,12 @@ def _stirred_for_s() -> float:
     return max(0.0, _last_asked + _STIR_S - time.monotonic())
 
 
-def _forget() -> None:
-    """Reset the state in a forked child, which has none of its parent's launches."""
+def _forget() -> object:
+    """Reset the state in a forked child, which has none of its parent's launches. Return what was inherited."""
     global _last_asked, _at_ray
+    inherited = _at_ray
     _last_asked, _at_ray = float("-inf"), asyncio.Lock()
+    return inherited
 
 
 in_child(_forget)

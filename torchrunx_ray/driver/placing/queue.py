@@ -197,10 +197,11 @@ def recent_for_s() -> float:
     return max(0.0, _queue.last_release + _RELEASE_S - time.monotonic())
 
 
-def _forget() -> None:
-    """Reset the queue in a forked child, which has none of its parent's launches."""
+def _forget() -> object:
+    """Reset the queue in a forked child, which has none of its parent's launches. Return the parent's queue."""
     global _queue
-    _queue = _Queue()
+    inherited, _queue = _queue, _Queue()
+    return inherited
 
 
 in_child(_forget)

@@ -3,7 +3,7 @@
 import time
 from enum import Enum, auto
 
-from torchrunx_ray.driver.background.forks import in_child
+from torchrunx_ray.driver.background.forks import empty_in_child
 
 EVERY_S = 10.0
 
@@ -52,4 +52,4 @@ def forget(name: str) -> None:
 
 
 # A forked child has none of its parent's launches.
-in_child(_waiting.clear)
+empty_in_child(_waiting)

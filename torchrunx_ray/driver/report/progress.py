@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from torchrunx_ray.driver.background.forks import in_child
+from torchrunx_ray.driver.background.forks import empty_in_child
 from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.history import History
 from torchrunx_ray.driver.report.stacks import Stacks
@@ -133,4 +133,4 @@ living: set[Progress] = set()
 """Runs of this process that have not ended."""
 
 # A forked child has none of its parent's runs.
-in_child(living.clear)
+empty_in_child(living)

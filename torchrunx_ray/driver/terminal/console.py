@@ -87,10 +87,12 @@ class Console:
             if self._live is not None and not self._statuses:
                 self._end_live()
 
-    def forget(self) -> None:
-        """Reset the state in a forked child, which has none of the parent's runs or threads."""
+    def forget(self) -> object:
+        """Reset the state in a forked child, which has none of the parent's runs or threads. Return the old state."""
+        inherited = vars(self).copy()
         self._remove_proxies()
         self.__init__()
+        return inherited
 
     def _begin_live(self) -> None:
         from rich.console import Console as RichConsole
