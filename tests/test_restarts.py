@@ -1,5 +1,6 @@
 """A run whose workers fail is started again, as often as `max_restarts` allows."""
 
+import ast
 import asyncio
 import dataclasses
 import logging
@@ -14,7 +15,10 @@ from typing import Any
 
 import pytest
 import ray
+import torch
+import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup
+from torch.distributed.distributed_c10d import _get_default_store
 
 import torchrunx_ray as trx
 from tests.announced import announce_and_wait, started
@@ -95,6 +99,44 @@ def test_killed_process_is_replaced(patient: trx.Launcher, whom: str, tmp_path: 
     os.kill(pid if whom == "worker" else victim(whom, pid), signal.SIGKILL)
 
     assert list(run.result(timeout=60)) == [1, 1]
+
+
+def test_no_key_of_an_earlier_attempt_is_left_in_the_store(
+    patient: trx.Launcher, tmp_path: Path
+) -> None:
+    """With torchrun, the next attempt reads the addresses that a killed one has left (pytorch#135712)."""
+
+    def meet() -> dict[str, bytes]:
+        dist.all_reduce(torch.ones(1))  # every rank has told the others where it is
+        store = _get_default_store()
+        mine = f"of attempt {trx.context().attempt}, rank {dist.get_rank()}"
+        store.set(mine, mine)
+        dist.barrier()
+        seen = {key: store.get(key) for key in store.list_keys()}
+        dist.barrier()
+        if trx.context().attempt == 0:
+            note(tmp_path / str(dist.get_rank()), repr(seen))
+            if dist.get_rank() == 1:
+                assert wait_until((tmp_path / "0").exists)
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        return seen
+
+    second = patient.run(meet).rank(0)
+    first: dict[str, bytes] = ast.literal_eval((tmp_path / "0").read_text())
+
+    def marks(of_attempt: dict[str, bytes]) -> set[str]:
+        return {key for key in of_attempt if "of attempt" in key}
+
+    assert {mark[-len("of attempt 0, rank 0") :] for mark in marks(first)} == {
+        "of attempt 0, rank 0",
+        "of attempt 0, rank 1",
+    }
+    assert len(marks(second)) == 2
+    assert not marks(first) & marks(second)
+    addresses = [key for key in first if key in second and len(first[key]) > 20]
+    assert addresses, first
+    assert not [key for key in addresses if first[key] == second[key]]
 
 
 def test_agent_that_is_killed_while_it_takes_the_place_of_another_is_replaced(
