@@ -1,4 +1,4 @@
-"""Functions that all compared launchers run, in an existing process group."""
+"""Functions that launchers run in an existing process group. Workers import this module, so it imports little."""
 
 import os
 import time
@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from notes import note
+
+import torchrunx_ray as trx
 
 
 def no_op() -> None:
@@ -33,3 +35,11 @@ def step_and_wait(folder: str, *, sleeps: bool = False) -> None:
         if not sleeps:
             dist.all_reduce(torch.ones(1))
         time.sleep(0.02)
+
+
+def wait_for_change(folder: str) -> None:
+    """Note the first line of each attempt. Return from the first one only if it is asked to stop."""
+    begun, context = time.time(), trx.context()
+    note(folder, f"begun {context.attempt} {context.rank}", begun)
+    while context.stop_asked is None and not Path(folder, "return").exists():
+        time.sleep(0.005)

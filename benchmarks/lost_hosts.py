@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from notes import note, pid_above, until_noted
+from functions import wait_for_change
+from notes import pid_above, until_noted
 from ray.cluster_utils import Cluster
 
 import torchrunx_ray as trx
@@ -84,14 +85,6 @@ def after_arrival(launcher: trx.Launcher, cluster: Cluster) -> float:
         Path(folder, "return").touch()
         run.result()
         return took_s
-
-
-def wait_for_change(folder: str) -> None:
-    """Note the first line of each attempt. Return from the first one only if it is asked to stop."""
-    begun, context = time.time(), trx.context()
-    note(folder, f"begun {context.attempt} {context.rank}", begun)
-    while context.stop_asked is None and not Path(folder, "return").exists():
-        time.sleep(0.005)
 
 
 @contextmanager
