@@ -186,13 +186,15 @@ def test_two_lost_hosts_do_not_share_the_node_that_has_room_for_both(
     for each in first:
         kill(each)
     large = two.add_node(num_cpus=4)
-    assert wait_until(lambda: groups("CREATED") != [], 60)
-    small = add(two)
-    second = have_started(tmp_path, 1, 2)
+    try:
+        assert wait_until(lambda: groups("CREATED") != [], 60)
+        small = add(two)
+        second = have_started(tmp_path, 1, 2)
 
-    assert {*second} == {raylet_pid(large), small}
-    finish(run, tmp_path, 1)
-    two.remove_node(large)
+        assert {*second} == {raylet_pid(large), small}
+        finish(run, tmp_path, 1)
+    finally:
+        two.remove_node(large)
 
 
 # Ends of a run that is between two attempts.
