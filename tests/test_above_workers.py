@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -113,6 +115,29 @@ def test_keepers_are_not_in_the_group_that_ray_ends_with_the_agent(launcher: trx
         return {os.getpgid(pid) for pid in keepers}, above["outer keeper"]
 
     assert all(groups == {outer} for groups, outer in launcher.run(groups))
+
+
+def test_keepers_alone_run_before_other_processes(launcher: trx.Launcher) -> None:
+    """On a host that wakes up, a worker would run until a keeper has its turn."""
+    take = "import os; os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))"
+    if subprocess.run([sys.executable, "-c", take], capture_output=True).returncode != 0:
+        pytest.skip("no process here may take a real-time priority")
+
+    def priorities() -> dict[str, tuple[int, int]]:
+        pids = {**processes.above(os.getpid()), "worker": os.getpid()}
+        del pids["agent"]
+        return {
+            name: (os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid))
+            for name, pid in pids.items()
+        }
+
+    first, usual = (os.SCHED_RR | os.SCHED_RESET_ON_FORK, 0), (os.SCHED_OTHER, 0)
+    assert launcher.run(priorities).rank(0) == {
+        "outer keeper": first,
+        "keeper": first,
+        "template": usual,
+        "worker": usual,
+    }
 
 
 def test_workers_die_even_when_all_above_them_are_killed_at_once(

@@ -30,8 +30,8 @@ pytestmark = [
 ]
 
 
-_AWAKE_NS = 200e6
-"""Time that workers may live on a host that wakes up after its lease ran out. All its processes wake at once."""
+_AWAKE_NS = 50e6
+"""Time that workers may live on a host that wakes up after its lease ran out. Root's keepers run before all others."""
 
 
 @pytest.fixture(scope="module")

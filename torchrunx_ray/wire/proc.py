@@ -1,5 +1,6 @@
 """The kernel's table of processes, as /proc shows it."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,13 @@ def pids() -> Iterator[int]:
 def stat(pid: int | str) -> list[str]:
     """Return the fields of a process's stat line, beginning with the state: state, parent, group, ..."""
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process's main thread; none if this kernel does not list them."""
+    with contextlib.suppress(OSError):  # built without CONFIG_PROC_CHILDREN, or the process has ended
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def environment(pid: int) -> list[bytes]:

@@ -55,11 +55,16 @@ def signal_group(group: int, signum: int) -> None:
 
 
 def kill_session(leader: int) -> None:
-    """Kill the processes of a session, the leader first. This is quicker than to wait until the kernel does.
+    """Kill the processes of a session, the leader and its children first. The kernel would do so later.
 
     The leader must be a descendant of this process. Processes that only clean up are spared, see `kill_children`.
     """
-    _ignore_missing(os.kill, leader, signal.SIGKILL)
+    _ignore_missing(os.kill, leader, signal.SIGKILL)  # a fork that it has begun fails
+    children = proc.children(leader)  # none if it has ended; the kernel has killed them then
+    for pid in children:
+        _ignore_missing(os.kill, pid, signal.SIGKILL)
+    for pid in (*children, leader):
+        _let_end_first(pid)
     for pid, (_state, _parent, _group, session, *_) in _every_process():
         if int(session) == leader and not (_is_resource_tracker(pid) or ends_by_itself(pid)):
             _ignore_missing(os.kill, pid, signal.SIGKILL)
@@ -150,6 +155,13 @@ def _is_resource_tracker(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
+
+
+def _let_end_first(pid: int) -> None:
+    """Give a killed process a real-time priority, if allowed: all of its threads must run once more to end."""
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setscheduler(int(thread), os.SCHED_RR, os.sched_param(1))
 
 
 def _ignore_missing(call: Callable[[int, int], None], target: int, signum: int) -> None:

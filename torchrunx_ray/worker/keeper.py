@@ -93,6 +93,7 @@ def _keep(
         os.kill(child_pid, end_with)  # the pid cannot be reused until the child is reaped below
 
     signal.signal(signal.SIGTERM, end)
+    _precede_others()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     child_fd = linux.pidfd_open(child_pid)
     has_lease_ended = lease.runs_out_before([agent_fd, child_fd])
@@ -133,6 +134,17 @@ def _shed_what_ray_gave() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
     with contextlib.suppress(PermissionError):  # only root may raise its own priority
         os.setpriority(os.PRIO_PROCESS, 0, 0)
+
+
+def _precede_others() -> None:
+    """Run before all other processes, if that is allowed. Children do not inherit this.
+
+    All processes of a frozen host wake up at once, and the workers must not run before they are killed. A nice value
+    would not do: where Linux groups processes by session, it counts only within the session.
+    """
+    with contextlib.suppress(OSError):  # a sandbox may not know the call
+        policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+        os.sched_setscheduler(0, policy, os.sched_param(1))
 
 
 if __name__ == "__main__":
