@@ -120,10 +120,11 @@ class Hosts:
         if ending := [asyncio.create_task(member.give_up_agent()) for member in members]:
             await to_the_end(asyncio.wait(ending))
 
-    async def has_lost_some(self) -> bool:
-        """Return True if the node of a host is lost."""
+    async def lost(self) -> set[str]:
+        """Return the names of the hosts whose node is lost or draining."""
         await self.reserves.pause()  # it may remove a placement, about which Ray is asked here
-        return bool(await answered(self._roster.lost(self._roster.members)))
+        lost = await answered(self._roster.lost(self._roster.members))
+        return {member.host.label for member in lost}
 
     async def leaving(self) -> dict[str, float | None]:
         """Return the hosts whose nodes Ray drains, with the times at which they end."""
