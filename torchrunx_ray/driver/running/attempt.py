@@ -195,9 +195,8 @@ class Attempt:
         order = self._stopping.order
         stopped_at_ns = None if order is None else order.first_ns
         started = frozenset(self._timeline.started)
-        return Failures(
-            failures, stopped, self._stacks, self._logs.directory, stopped_at_ns, started
-        )
+        stacks = Stacks(self._stacks.by_rank, frozenset(self._timeline.finished))
+        return Failures(failures, stopped, stacks, self._logs.directory, stopped_at_ns, started)
 
     @property
     def broken(self) -> set[PooledAgent]:
