@@ -66,7 +66,7 @@ def test_lost_node_at_a_fixed_size_is_replaced_and_the_others_keep_their_ranks(
 
 
 def test_elastic_run_goes_on_without_a_lost_node_and_does_not_count_it(
-    three: Cluster, tmp_path: Path
+    three: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     launcher = trx.Launcher(hostnames=(1, 2), workers_per_host=1, cpus_per_worker=2)
     run = launcher.submit(announce_and_wait, tmp_path)
@@ -75,10 +75,14 @@ def test_elastic_run_goes_on_without_a_lost_node_and_does_not_count_it(
     with trx.Launcher(hostnames=1, workers_per_host=1, cpus_per_worker=2).session():
         os.kill(first[0][0], signal.SIGKILL)
         lost_at = time.monotonic()
+    caplog.set_level("INFO", "torchrunx_ray")
         assert wait_until(lambda: len(started(tmp_path, 1)) == 1, 60)
         took_s = time.monotonic() - lost_at
         (seen,) = finish(run, tmp_path, 1)
     assert (seen.attempt, seen.restarts, seen.rank, seen.world_size) == (1, 0, 0, 1)
+    told = next(r.getMessage() for r in caplog.records if "launching on" in r.getMessage())
+    assert "launching on 2 hosts (" in told
+    assert ") of 1 to 2: 2 workers, 0 GPUs, " in told
     assert seen.raylet == first[1][0]
     assert not any(is_alive(pid) for _, pid in first.values())
     assert took_s < 25

@@ -82,6 +82,7 @@ def test_last_failure_is_raised_as_itself_with_all_attempts(patient: trx.Launche
     assert isinstance(cause, trx.RemoteFailure)
     assert [each.number for each in cause.attempts] == [0, 1, 2]
     assert [each.why for each in cause.attempts] == ["failed"] * 3
+    assert "This was restart 2 of 2; no restart is left." in caught.value.__notes__
 
 
 @pytest.mark.parametrize("whom", ["worker", "store", "template", "agent"])

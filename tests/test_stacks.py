@@ -1,6 +1,8 @@
 """What the workers are doing: on demand, and beside failures."""
 
+import atexit
 import ctypes
+import dataclasses
 import logging
 import os
 import signal
@@ -317,3 +319,31 @@ def test_stacks_asked_for_by_others_are_shown_as_output(
 
     assert launcher.run(ask_oneself).rank(0) == "alive"
     assert "in ask_oneself" in capfd.readouterr().err
+
+
+def test_rank_that_does_not_answer_because_it_has_returned_is_told_apart() -> None:
+    stacks = Stacks({0: "", 1: "", 2: ""}, returned=[1])
+    assert stacks.summary.splitlines()[0] == "rank 1: has returned"
+    assert stacks.summary.splitlines()[1].startswith("ranks 0, 2: no answer")
+    assert str(stacks) == stacks.summary
+    assert stacks.without([0, 2]).summary == "rank 1: has returned"
+
+
+def test_error_tells_which_rank_had_returned(launcher: trx.Launcher, tmp_path: Path) -> None:
+    """Its process still lives when another rank fails, but does not answer in the short time before a restart."""
+
+    def return_or_fail() -> None:
+        if os.environ["RANK"] == "0":
+            hold_gil = ctypes.PyDLL(None).sleep
+            atexit.register(lambda: [(tmp_path / "returned").touch(), hold_gil(1000)])
+            return
+        assert processes.wait_until((tmp_path / "returned").exists, 60)
+        raise ValueError("beside a rank that had returned")
+
+    with pytest.raises(ValueError, match="beside a rank") as caught:
+        dataclasses.replace(
+            launcher, shutdown_timeout=0.5, max_restarts=1, restart_if=lambda _: False
+        ).run(return_or_fail)
+    told = "\n".join(caught.value.__notes__)
+    assert "rank 0: has returned" in told
+    assert "no answer" not in told

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import torchrunx_ray as trx
 from tests.asking import ask_to_stop
@@ -301,6 +302,84 @@ def test_request_belongs_to_its_attempt(pair: trx.Launcher, tmp_path: Path) -> N
     attempt.ask_to_stop("cancel", 0)  # the attempt is over, and nobody is told
     assert attempt.stop_request.asked is not None
     assert attempt.stop_request.asked.reason == "drain"
+
+
+def never(_: BaseException) -> bool:
+    raise AssertionError("restart_if was asked about a consequence of the stop")
+
+
+def test_exception_of_a_function_that_was_asked_to_stop_counts_and_is_asked_about(
+    pair: trx.Launcher, tmp_path: Path
+) -> None:
+    def raise_when_asked() -> int:
+        if trx.context().attempt == 0:
+            stop_when_asked(tmp_path)
+            if os.environ["RANK"] == "1":
+                raise ValueError("while it saved")
+        return trx.context().restarts
+
+    asked: list[BaseException] = []
+    restart_if = lambda error: not asked.append(error)  # noqa: E731
+    run = replace(pair, max_restarts=1, restart_if=restart_if).submit(raise_when_asked)
+    assert are_ready(tmp_path)
+    ask_to_stop(run, "drain", FAR_S)
+    assert list(run.result(timeout=60)) == [1, 1]
+    assert [(type(each), each.args) for each in asked] == [(ValueError, ("while it saved",))]
+    assert [each.why for each in run.attempts] == ["failed", "returned"]
+
+
+def test_exception_of_a_worker_that_got_sigterm_does_not_count(
+    pair: trx.Launcher, tmp_path: Path
+) -> None:
+    def raise_at_sigterm() -> int:
+        def stop(*_: object) -> None:
+            raise ValueError("SIGTERM")
+
+        if trx.context().attempt == 0:
+            signal.signal(signal.SIGTERM, stop)
+            say_ready(tmp_path)
+            time.sleep(1000)
+        return trx.context().restarts
+
+    run = replace(pair, max_restarts=1, restart_if=never).submit(raise_at_sigterm)
+    assert are_ready(tmp_path)
+    ask_to_stop(run, "drain", 0.2)
+    assert list(run.result(timeout=60)) == [0, 0]
+    assert [each.why for each in run.attempts] == ["drained", "returned"]
+
+
+def test_errors_of_peers_that_were_left_alone_do_not_count(
+    pair: trx.Launcher, tmp_path: Path
+) -> None:
+    def leave_alone() -> int:
+        if trx.context().attempt == 0:
+            if os.environ["RANK"] == "0":
+                stop_when_asked(tmp_path)
+            else:
+                say_ready(tmp_path)
+                dist.barrier()
+        return trx.context().restarts
+
+    run = replace(pair, backend="gloo", max_restarts=1, restart_if=never).submit(leave_alone)
+    assert are_ready(tmp_path)
+    ask_to_stop(run, "drain", FAR_S)
+    assert list(run.result(timeout=60)) == [0, 0]
+    assert [each.why for each in run.attempts] == ["drained", "returned"]
+
+
+def test_worker_that_is_killed_after_the_request_counts(pair: trx.Launcher, tmp_path: Path) -> None:
+    def wait() -> int:
+        if trx.context().attempt == 0:
+            say_ready(tmp_path)
+            time.sleep(1000)
+        return trx.context().restarts
+
+    run = replace(pair, max_restarts=1, shutdown_timeout=30).submit(wait)
+    assert are_ready(tmp_path)
+    ask_to_stop(run, "drain", FAR_S)
+    os.kill(int((tmp_path / "ready 1").read_text()), signal.SIGKILL)
+    assert list(run.result(timeout=60)) == [1, 1]
+    assert [each.why for each in run.attempts] == ["failed", "returned"]
 
 
 def test_look_costs_less_than_a_microsecond(pair: trx.Launcher, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from ray.util.placement_group import PlacementGroup
 from torchrunx_ray.driver.cluster import inventory, orphans
 from torchrunx_ray.driver.cluster.clean_up import clean_up
 from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
-from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing import placement_group, queue, reminders
 from torchrunx_ray.driver.placing.labels import labels
@@ -134,7 +133,6 @@ async def _place(options: Options, progress: Progress, name: str, begun: float) 
         raise
     placement = Placement(hosts, plan, group)
     with contextlib.suppress(Exception):  # a log handler may fail; the placement must be returned
-        logger.info("%s: %s", progress.name, _in_words(plan, hosts, nodes))
         _say_who_shares(options, hosts)
     return placement
 
@@ -171,16 +169,17 @@ def _say_who_shares(options: Options, hosts: Sequence[Host]) -> None:
                 logger.warning(said)
 
 
-def _in_words(plan: Plan, hosts: Sequence[Host], nodes: Sequence[Node]) -> str:
-    """Return the launch's plan in words, for the launch's first log line."""
+def in_words(hosts: Sequence[Host], backend: str | None, options: Options) -> str:
+    """Return where a launch begins in words, for its first log line."""
     workers = sum(host.workers for host in hosts)
     gpus = sum(host.bundle.get("GPU", 0) for host in hosts)
+    of_sizes = f" of {options.least_hosts} to {options.most_hosts}" if options.is_elastic else ""
     text = (
-        f"launching on {counted(len(hosts), 'host')} ({', '.join(host.label for host in hosts)}): "
-        f"{counted(workers, 'worker')}, {counted(gpus, 'GPU')}, backend {plan.backend}"
+        f"launching on {counted(len(hosts), 'host')} ({', '.join(host.label for host in hosts)}){of_sizes}: "
+        f"{counted(workers, 'worker')}, {counted(gpus, 'GPU')}, backend {backend}"
     )
-    used = {host.node.node_id for host in hosts}
-    unused = sum(node.gpus for node in nodes if node.node_id in used) - gpus
+    gpus_of_nodes = {host.node.node_id: host.node.gpus for host in hosts}
+    unused = sum(gpus_of_nodes.values()) - gpus
     if unused <= 0:
         return text
     return f"{text}; {counted(unused, 'GPU')} of these hosts {'stays' if unused == 1 else 'stay'} unused"

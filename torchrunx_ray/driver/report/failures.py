@@ -139,6 +139,25 @@ class Failures:
         """Time of the first failure, on the driver's clock."""
         return self._in_order()[0].time_ns
 
+    def have_own_cause(self, lost: Collection[str]) -> bool:
+        """Return True if neither the loss of these hosts nor the stop of the workers explains the failures.
+
+        An error in a collective is no cause by itself: a peer that is gone makes it. A process that ends on a lost
+        host belongs to the loss, and whatever fails later may come of the loss. An exception of the function is a
+        cause on any host.
+        """
+        for failure in self._in_order():
+            if not self._was_before_stop(failure):
+                return False
+            match failure.report:
+                case messages.Failed(in_collective=True):
+                    continue
+                case messages.Failed() as report if not _is_exit(report):
+                    return True
+                case _:
+                    return failure.hostname not in lost
+        return False
+
     @property
     def in_brief(self) -> str:
         first = self._in_order()[0]

@@ -1,7 +1,7 @@
 """Stacks of the workers, and their summary in words."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -41,11 +41,12 @@ class Stacks:
     """The Python stacks of a run's workers at one moment. As text, equal stacks are grouped.
 
     `by_rank` has the stacks of all threads of each worker, as faulthandler prints them. The text is empty if
-    the worker did not answer.
+    the worker did not answer. `returned` has the ranks that are known to have left the function.
     """
 
-    def __init__(self, by_rank: Mapping[int, str]) -> None:
+    def __init__(self, by_rank: Mapping[int, str], returned: Collection[int] = ()) -> None:
         self.by_rank = dict(sorted(by_rank.items()))
+        self._returned = frozenset(returned)
 
     @cached_property
     def groups(self) -> list[tuple[list[int], tuple[Frame, ...]]]:
@@ -58,21 +59,33 @@ class Stacks:
     @property
     def summary(self) -> str:
         """One line for each group: "ranks 0, 2-7: train (train.py:33), in all_reduce"."""
-        return "\n".join(f"{in_words(ranks)}: {_where(frames)}" for ranks, frames in self.groups)
+        return "\n".join(line for line, _ in self._lines())
 
     def without(self, ranks: Iterable[int]) -> "Stacks":
         left_out = set(ranks)
-        return Stacks({rank: text for rank, text in self.by_rank.items() if rank not in left_out})
+        by_rank = {rank: text for rank, text in self.by_rank.items() if rank not in left_out}
+        return Stacks(by_rank, self._returned)
 
     def __bool__(self) -> bool:
         return bool(self.by_rank)
 
     def __str__(self) -> str:
         lines: list[str] = []
-        for ranks, frames in self.groups:
-            lines.append(f"{in_words(ranks)}: {_where(frames)}")
+        for line, frames in self._lines():
+            lines.append(line)
             lines += [f"  {frame}" for frame in frames]
         return "\n".join(lines)
+
+    def _lines(self) -> list[tuple[str, tuple[Frame, ...]]]:
+        """Return a line for each group. A rank that does not answer, but has returned, is apart from the others."""
+        lines: list[tuple[str, tuple[Frame, ...]]] = []
+        for ranks, frames in self.groups:
+            returned = [] if frames else [rank for rank in ranks if rank in self._returned]
+            if returned:
+                lines.append((f"{in_words(returned)}: has returned", frames))
+            if others := [rank for rank in ranks if rank not in returned]:
+                lines.append((f"{in_words(others)}: {_where(frames)}", frames))
+        return lines
 
     def __repr__(self) -> str:
         return f"<Stacks of {in_words(self.by_rank)}>"

@@ -195,9 +195,8 @@ class Attempt:
         order = self._stopping.order
         stopped_at_ns = None if order is None else order.first_ns
         started = frozenset(self._timeline.started)
-        return Failures(
-            failures, stopped, self._stacks, self._logs.directory, stopped_at_ns, started
-        )
+        stacks = Stacks(self._stacks.by_rank, frozenset(self._timeline.finished))
+        return Failures(failures, stopped, stacks, self._logs.directory, stopped_at_ns, started)
 
     @property
     def broken(self) -> set[PooledAgent]:
@@ -246,10 +245,8 @@ class Attempt:
         self._ask(Asked.TO_DIE)
 
     @property
-    def ended_as_asked(self) -> StopReason | None:
-        """The reason of the request to stop if the attempt ended because of the request, else None."""
-        have_all_returned = len(self._timeline.finished) == len(self._crew.places)
-        return self.stop_request.reason_of_end(self.failures, have_all_returned=have_all_returned)
+    def have_all_returned(self) -> bool:
+        return len(self._timeline.finished) == len(self._crew.places)
 
     def ask_to_stop(self, reason: StopReason, within_s: float | None) -> bool:
         """Ask the function to return. After `within_s`, unless it is None, stop the workers that are left.

@@ -1,6 +1,7 @@
 """Hosts that are held for one run or a session, with an agent on each."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Collection
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster import draining
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.options.options import Options
-from torchrunx_ray.driver.placing.placement import reserve
+from torchrunx_ray.driver.placing.placement import in_words, reserve
 from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.running.crew import Crew
@@ -120,10 +121,11 @@ class Hosts:
         if ending := [asyncio.create_task(member.give_up_agent()) for member in members]:
             await to_the_end(asyncio.wait(ending))
 
-    async def has_lost_some(self) -> bool:
-        """Return True if the node of a host is lost."""
+    async def lost(self) -> set[str]:
+        """Return the names of the hosts whose node is lost or draining."""
         await self.reserves.pause()  # it may remove a placement, about which Ray is asked here
-        return bool(await answered(self._roster.lost(self._roster.members)))
+        lost = await answered(self._roster.lost(self._roster.members))
+        return {member.host.label for member in lost}
 
     async def leaving(self) -> dict[str, float | None]:
         """Return the hosts whose nodes Ray drains, with the times at which they end."""
@@ -143,3 +145,7 @@ class Hosts:
         self._roster.add_members(await reserve(options, progress, name))
         progress.waiting_for = ""
         await self._mending.take_free(progress)
+        members = self._roster.members
+        hosts, backend = [member.host for member in members], members[0].placement.backend
+        with contextlib.suppress(Exception):  # the launch must not depend on a log handler
+            logger.info("%s: %s", progress.name, in_words(hosts, backend, self._options))

@@ -18,6 +18,9 @@ _FIRST_PAUSE_S = 0.5
 
 _LONGEST_PAUSE_S = 30.0
 
+_MOST_LOSSES = 5
+"""Length of a series of lost hosts after which a loss counts, unless the launch may lose more hosts than that."""
+
 
 class Verdict(enum.Enum):
     """Decision after an attempt."""
@@ -35,33 +38,62 @@ class RestartPolicy:
         self.restarts = 0
         """Number of restarts that count."""
         self._losses = 0
-        """Length of the current series of lost hosts."""
+        """Length of the current series of attempts that lost a host soon after they began."""
 
     @property
     def in_words(self) -> str:
         """Return words such as "restart 1 of 3"; "" before the first restart."""
         return f"restart {self.restarts} of {self._options.max_restarts}" if self.restarts else ""
 
-    def verdict(self, why: Why, failures: Failures | None) -> Verdict:
-        """Return the decision, which `restart_if` may still turn into the end."""
-        if why in ("returned", "stopped") or not self._options.may_restart:
-            return Verdict.END
-        if why in ("resized", "drained") or (why == "host lost" and self._options.is_elastic):
-            return Verdict.GO_ON
-        has_restarts = self.restarts < self._options.max_restarts
-        may_restart = has_restarts and failures is not None and failures.may_go_away
-        return Verdict.RESTART if may_restart else Verdict.END
+    @property
+    def last_words(self) -> str:
+        """Return why no other attempt follows a failure; "" if there is nothing to tell."""
+        words: list[str] = []
+        if self._losses_count:
+            words.append(
+                f"{self._losses} attempts in a row have lost a host less than {_CALM_S:.0f} s after they began, so the "
+                "function may be the cause. Such a loss counts as a failure."
+            )
+        if self.restarts and not self._has_restarts:
+            words.append(f"This was {self.in_words}; no restart is left.")
+        return " ".join(words)
 
-    async def back_off(self, last: AttemptRecord) -> None:
-        """Wait before another attempt if hosts are lost again and again, since such losses may not count."""
+    def note_end(self, last: AttemptRecord) -> None:
+        """Note how an attempt ended, before the verdict."""
         if last.why != "host lost":
             self._losses = 0
             return
         is_calm = last.ended is not None and last.ended - last.begun > _CALM_S
-        self._losses = 1 if is_calm else self._losses + 1
+        self._losses = 0 if is_calm else self._losses + 1
+
+    def verdict(self, why: Why, failures: Failures | None) -> Verdict:
+        """Return the decision, which `restart_if` may still turn into the end."""
+        if why in ("returned", "stopped") or not self._options.may_restart:
+            return Verdict.END
+        if why in ("resized", "drained"):
+            return Verdict.GO_ON
+        if why == "host lost" and self._options.is_elastic and not self._losses_count:
+            return Verdict.GO_ON
+        may_restart = self._has_restarts and failures is not None and failures.may_go_away
+        return Verdict.RESTART if may_restart else Verdict.END
+
+    async def back_off(self) -> None:
+        """Wait before another attempt if hosts are lost again and again, since such losses may not count."""
         if self._losses > 1:
-            pause_s = _FIRST_PAUSE_S * 2 ** (self._losses - 2)
-            await asyncio.sleep(min(_LONGEST_PAUSE_S, pause_s))
+            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._losses - 2, 10))
+            await asyncio.sleep(pause_s)
+
+    @property
+    def _has_restarts(self) -> bool:
+        return self.restarts < self._options.max_restarts
+
+    @property
+    def _losses_count(self) -> bool:
+        """True if an elastic launch has lost hosts so often that the function may be the cause."""
+        least, most = self._options.least_hosts, self._options.most_hosts
+        if not self._options.is_elastic or least is None or most is None:
+            return False
+        return self._losses > max(_MOST_LOSSES, most - least)
 
 
 async def ask_user(restart_if: Callable[[BaseException], bool], failures: Failures) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.running.share import Share
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.stop_board import StopAsked, StopReason, asked_within, is_more_urgent
@@ -31,17 +30,6 @@ class StopRequest:
                 share.ask_to_stop(reason, within_s)
         return asked
 
-    def reason_of_end(
-        self, failures: Failures | None, *, have_all_returned: bool
-    ) -> StopReason | None:
-        """Return the reason of the request if the attempt ended because of it, else None.
-
-        Functions that returned without a look at the request have done their work.
-        """
-        if self.asked is None:
-            return None
-        if failures is not None:
-            was_followed = failures.first_ns >= self._first_ns
-        else:
-            was_followed = bool(self.seen_by) or not have_all_returned
-        return self.asked.reason if was_followed else None
+    def was_made_before(self, time_ns: int) -> bool:
+        """Return True if the function had been asked to stop by then."""
+        return self.asked is not None and time_ns >= self._first_ns

@@ -49,7 +49,7 @@ class Stragglers:
                 stacks |= of_host.result()
             else:
                 of_host.cancel()
-        return Stacks(stacks)
+        return Stacks(stacks, self._returned)
 
     def has_returned(self, rank: int) -> None:
         """Note that a rank has returned, and begin again to wait for the others."""

@@ -25,6 +25,7 @@ from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.driver.running.restart_policy import RestartPolicy, Verdict, ask_user
 from torchrunx_ray.driver.running.watch import Watch
+from torchrunx_ray.driver.running.why_ended import why_failed, why_returned
 from torchrunx_ray.errors import AgentFailedError, LaunchError, counted
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.messages import AttemptId, Restarted
@@ -41,6 +42,17 @@ _TRIES = 5
 """Number of times that an elastic run tries to start its agents again when no restart is left."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Decision:
+    """Decision about what follows an attempt, with all that the user gets to know if the run ends."""
+
+    verdict: Verdict
+    remark: str = ""
+    """Reason why no other attempt follows, if there is one to tell."""
+    judged: Failures | None = None
+    """Failures about which `restart_if` was asked. The launch raises the same exception object."""
+
+
 class Supervisor:
     """Owner of all that belongs to the run and not to one attempt: logs, timeline, progress."""
 
@@ -54,8 +66,6 @@ class Supervisor:
         self._progress = progress
         self._history = progress.history
         self._policy = RestartPolicy(options)
-        self._asked_about: Failures | None = None
-        """Failures that end the run, if `restart_if` was asked about them, or no restart was possible."""
 
     async def stacks(self) -> Stacks:
         """Return the stacks of the workers that live."""
@@ -90,11 +100,11 @@ class Supervisor:
             progress.supervisor = self
             try:
                 try:
-                    attempt = await self._until_last(attempt, crew, backend, logs)
+                    last = await self._until_last(attempt, crew, backend, logs)
                 finally:
                     progress.between = ""
                     await self._drain(logs)
-                outcome = self._asked_about or await attempt.outcome()
+                outcome = last.judged or await self._attempt.outcome()
             finally:
                 # Other threads read these as soon as there is no supervisor.
                 progress.stacks_at_stop = self._attempt.stacks_at_stop
@@ -102,46 +112,42 @@ class Supervisor:
                 progress.supervisor = None
                 await to_the_end(self._leave_hosts())
         if isinstance(outcome, Failures):
-            return outcome if outcome is self._asked_about else self._with_attempts(outcome)
+            return outcome if outcome is last.judged else self._with_attempts(outcome, last.remark)
         attempts = self._history.attempts
         hostnames = attempts[-1].hostnames
         return LaunchResult(hostnames, outcome, timeline, progress.log_directory, attempts)
 
     async def _until_last(
         self, attempt: Attempt, crew: Crew, backend: str | None, logs: RunLogs
-    ) -> Attempt:
-        """Try as often as the failures and the options allow. Return the last attempt."""
+    ) -> _Decision:
+        """Try as often as the failures and the options allow. Return the decision that ends the run."""
         while True:
             why: Why = "failed"
-            verdict: Verdict | None = None
+            decision: _Decision | None = None
             try:
                 why = await self._go(attempt)
-                verdict = await self._verdict(attempt, why)
-                if verdict is Verdict.END:
-                    return attempt
-                await self._policy.back_off(self._history.attempts[-1])
+                decision = await self._decide(attempt, why)
+                if decision.verdict is Verdict.END:
+                    return decision
+                await self._policy.back_off()
                 await to_the_end(self._hosts.give_up(attempt.broken))
                 hosts_before = crew.hosts
-                self._policy.restarts += verdict is Verdict.RESTART
+                self._policy.restarts += decision.verdict is Verdict.RESTART
                 crew, backend = await self._assemble_again()
             except asyncio.CancelledError:
                 if not attempt.was_cancelled:  # cancelled between two attempts
                     attempt.note_cancellation()
                 raise
             except (LaunchError, RayError, OSError, ValueError) as error:
-                if verdict is None:
+                if decision is None:
                     raise  # such as the error of `restart_if`
-                failures = attempt.failures
-                if failures is None:
+                if attempt.failures is None:
                     error.add_note(f"The run was {why}, and could not be started again.")
                     raise
-                remark = f"The run could not be started again: {error}"
-                self._asked_about = self._with_attempts(failures, remark)
-                return attempt
+                return _Decision(Verdict.END, f"The run could not be started again: {error}")
             logs.expect(crew.speakers)
             failures = attempt.failures
-            self._tell_of_restart(verdict, failures, crew)
-            self._asked_about = None
+            self._tell_of_restart(decision.verdict, failures, crew)
             restarted = _restarted(why, failures, hosts_before, crew.hosts)
             attempt = self._begin_attempt(crew, backend, logs, restarted)
 
@@ -201,74 +207,62 @@ class Supervisor:
                 watching.cancel()
 
     async def _why_ended(self, attempt: Attempt) -> Why:
-        """Return the reason, after a look at the hosts whose agents are lost."""
-        workers = counted(self._history.attempts[-1].world_size, "worker")
+        """Return the reason, after a look at the hosts if a loss may be the reason."""
         if attempt.was_cancelled:
             return "stopped"
-        if (reason := attempt.ended_as_asked) is not None:
-            self._progress.between = f"restarting {workers}"
-            return "resized" if reason == "resize" else "drained"
-        if attempt.failures is None:
-            return "returned"
-        if self._options.may_restart and attempt.broken:
-            self._progress.between = f"restarting {workers}"
+        failures, request = attempt.failures, attempt.stop_request
+        if failures is None:
+            return why_returned(request, have_all_returned=attempt.have_all_returned)
+        if not self._options.may_restart:
+            return "failed"
+        lost: set[str] = set()
+        if attempt.broken or request.asked is not None:
+            self._progress.between = self._restarting
             await to_the_end(self._hosts.give_up(attempt.broken))
-            if await self._has_lost_hosts():
-                return "host lost"
-        return "failed"
+            lost = await self._lost_hosts()
+        return why_failed(failures, request, lost)
 
-    async def _has_lost_hosts(self) -> bool:
-        """Return True if the node of a host is lost. An error of this query must not replace the failure."""
+    async def _lost_hosts(self) -> set[str]:
+        """Return the names of lost and draining hosts. An error of this query must not replace the failure."""
         try:
-            return await self._hosts.has_lost_some()
+            return await self._hosts.lost()
         except (LaunchError, RayError) as error:
             logger.warning(
                 "%s has failed, and Ray does not say if a host is lost: %s",
                 self._call.run_name,
                 error,
             )
-            return False
+            return set()
 
-    async def _verdict(self, attempt: Attempt, why: Why) -> Verdict:
+    @property
+    def _restarting(self) -> str:
+        return f"restarting {counted(self._history.attempts[-1].world_size, 'worker')}"
+
+    async def _decide(self, attempt: Attempt, why: Why) -> _Decision:
         """Decide if the workers are to be started again. Raises the error of `restart_if`."""
         failures = attempt.failures
+        self._policy.note_end(self._history.attempts[-1])
         verdict = self._policy.verdict(why, failures)
         if verdict is Verdict.END:
-            return verdict
+            return _Decision(verdict, self._policy.last_words)
+        self._progress.between = self._restarting
         if in_doubt := await attempt.hosts_in_doubt():
-            return self._end_in_doubt(in_doubt, failures)
-        workers = counted(self._history.attempts[-1].world_size, "worker")
+            return _end_in_doubt(in_doubt, failures)
         restart_if = self._options.restart_if
-        if verdict is Verdict.RESTART and restart_if is not None and failures is not None:
-            self._progress.between = "asking restart_if"
-            # This object makes its exception once, so that the launch raises what `restart_if` was given.
-            self._asked_about = failures = self._with_attempts(failures)
-            telling = asyncio.get_running_loop().call_later(
-                _TELL_AFTER_S, self._tell_of_restart_if, failures
-            )
-            try:
-                if not await ask_user(restart_if, failures):
-                    return Verdict.END
-            finally:
-                telling.cancel()
-        self._progress.between = f"restarting {workers}"
-        return verdict
-
-    def _end_in_doubt(self, hosts: Sequence[str], failures: Failures | None) -> Verdict:
-        """End the run: a worker that lives on might write beside its replacement.
-
-        Raises AgentFailedError if nothing else has failed. The workers were asked to stop, so they have no values.
-        """
-        where = ", ".join(hosts)
-        if failures is None:
-            what = "the workers were asked to stop, and some of their processes may live on"
-            raise AgentFailedError(hostname=where, what=what)
-        remark = (
-            f"The run was not started again: processes of this attempt may live on {where}, and would run beside the new "
-            "ones."
+        if verdict is not Verdict.RESTART or restart_if is None or failures is None:
+            return _Decision(verdict)
+        self._progress.between = "asking restart_if"
+        judged = self._with_attempts(failures)
+        telling = asyncio.get_running_loop().call_later(
+            _TELL_AFTER_S, self._tell_of_restart_if, judged
         )
-        self._asked_about = self._with_attempts(failures, remark)
-        return Verdict.END
+        try:
+            if not await ask_user(restart_if, judged):
+                return _Decision(Verdict.END, judged=judged)
+        finally:
+            telling.cancel()
+        self._progress.between = self._restarting
+        return _Decision(verdict)
 
     def _begin_attempt(
         self,
@@ -336,6 +330,22 @@ class Supervisor:
                 self._call.run_name,
                 attempt.failures.in_brief,
             )
+
+
+def _end_in_doubt(hosts: Sequence[str], failures: Failures | None) -> _Decision:
+    """End the run: a worker that lives on might write beside its replacement.
+
+    Raises AgentFailedError if nothing else has failed. The workers were asked to stop, so they have no values.
+    """
+    where = ", ".join(hosts)
+    if failures is None:
+        what = "the workers were asked to stop, and some of their processes may live on"
+        raise AgentFailedError(hostname=where, what=what)
+    remark = (
+        f"The run was not started again: processes of this attempt may live on {where}, and would run beside the new "
+        "ones."
+    )
+    return _Decision(Verdict.END, remark)
 
 
 def _restarted(
