@@ -78,12 +78,12 @@ def titled(title: str) -> set[int]:
     return found
 
 
-def kill_next(title: str, known: set[int], timeout_s: float = 20) -> bool:
-    """Kill the first process with this title that is not known. Return False if none comes."""
+def kill_next(find: Callable[[], set[int]], known: set[int], timeout_s: float = 20) -> bool:
+    """Kill the first process that is found and not known. Return False if none comes."""
     found = set[int]()
 
     def is_there() -> bool:
-        found.update(titled(title) - known)
+        found.update(find() - known)
         return bool(found)
 
     if not wait_until(is_there, timeout_s):

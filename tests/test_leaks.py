@@ -81,14 +81,18 @@ def test_failed_run_leaves_nothing_to_the_event_loop(one: trx.Launcher, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["return", "raise", "agent", "cancel"])
+@pytest.mark.parametrize("how", ["return", "raise", "agent", "cancel", "restart"])
 def test_what_ended_leaves_rays_store_before_python_collects_garbage(
     cluster: None, how: str, tmp_path: Path
 ) -> None:
-    """Reference cycles kept arguments (killed agent, cancelled run), and values (in a session)."""
+    """Reference cycles kept arguments (killed agent, cancelled run), and values (in a session, with restarts)."""
 
     def end(large: torch.Tensor) -> torch.Tensor:
         processes.note(tmp_path / str(os.getpid()), "")
+        if how == "restart":
+            if trx.context().attempt == 0:
+                raise ValueError
+            return large
         if how == "raise":
             raise ValueError
         if how == "agent":
@@ -97,7 +101,8 @@ def test_what_ended_leaves_rays_store_before_python_collects_garbage(
             time.sleep(0.01)
         return large
 
-    with trx.Launcher(workers_per_host=1).session() as session:
+    max_restarts = 1 if how == "restart" else 0
+    with trx.Launcher(workers_per_host=1, max_restarts=max_restarts).session() as session:
         gc.collect()  # what other tests left
         before = objects_in_store()
         gc.disable()

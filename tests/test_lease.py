@@ -327,7 +327,7 @@ async def test_host_that_waited_long_for_others_has_no_shorter_first_lease(
     agent: Any = SimpleNamespace(met_at=time.monotonic() - waited_s)
     crew: Any = None
     attempt = AttemptId("run", 0)
-    first_s = leases.Leases(attempt, crew, LEASE_S, lambda _: None).first_s(agent)
+    first_s = leases.Leases(attempt, crew, LEASE_S).first_s(agent)
     leases_here.begin(attempt, template, first_s)  # pyright: ignore[reportArgumentType]  # see _Template
     left_s = (template.lease.expires_at_ns - boot_ns()) / 1e9
     assert leases.FIRST_S - 1 < left_s < leases.FIRST_S

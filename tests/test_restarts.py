@@ -154,7 +154,7 @@ def test_agent_that_is_killed_while_it_takes_the_place_of_another_is_replaced(
     assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
     known = titled("ray::Agent")
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
-    assert kill_next("ray::Agent", known)
+    assert kill_next(lambda: titled("ray::Agent"), known)
 
     assert run.result(timeout=60).rank(0) >= 1
 

@@ -9,9 +9,11 @@ import tempfile
 import uuid
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 
 import tests.conftest  # noqa: F401  # sets what Ray reads when it is imported
 from tests.chaos.storm import SHAPES, Outcome, storm
+from tests.chaos.weather import Effect
 from tests.traces import MARK
 
 
@@ -43,16 +45,17 @@ def say(text: str) -> None:
 
 
 def summary(outcome: Outcome) -> str:
-    took_s = defaultdict[str, list[float]](list)
-    for blow in outcome.blows:
-        assert blow.ran_again_at is not None
-        took_s[blow.kind].append(blow.ran_again_at - blow.at)
-    lines = [f"\n{'':14}{'blows':>6}{'seconds until it ran on all nodes':>36}"]
-    for kind, times in sorted(took_s.items()):
-        median = sorted(times)[len(times) // 2]
-        span = f"{min(times):.2f} to {max(times):.2f}, median {median:.2f}"
-        lines.append(f"{kind:14}{len(times):6}{span:>36}")
-    lines.append(f"{len(outcome.attempts)} attempts, {outcome.steps} steps")
+    lines = [f"\n{'':16}{'blows':>6}{'ended an attempt':>18}{'seconds until the next step':>34}"]
+    by_kind = defaultdict[str, list[Effect]](list)
+    for effect in outcome.effects:
+        by_kind[effect.blow.kind].append(effect)
+    for kind, effects in sorted(by_kind.items()):
+        ended = [effect for effect in effects if effect.ended is not None]
+        took_s = [effect.step_after_s for effect in ended if effect.step_after_s is not None]
+        times = f"median {median(took_s):.2f}, at most {max(took_s):.2f}" if took_s else ""
+        lines.append(f"{kind:16}{len(effects):6}{len(ended):18}{times:>34}")
+    counts = f"{len(outcome.effects)} blows, {len(outcome.attempts)} attempts"
+    lines.append(f"{counts}, {outcome.steps} steps")
     lines += [f"WRONG: {each}" for each in outcome.wrong] or ["as if nothing had happened"]
     return "\n".join(lines)
 

@@ -1,6 +1,8 @@
 """Ways to disturb a training, and the ends of attempts that each of them explains."""
 
 import contextlib
+import enum
+import math
 import os
 import random
 import signal
@@ -10,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.chaos.crew import Crew, Crews
-from tests.chaos.nodes import Nodes, raylet_of
+from tests.chaos.nodes import Nodes, host_of, on_hosts
 from tests.chaos.training import Seen
-from tests.processes import is_alive, titled
+from tests.processes import is_alive
 
 EXPLAINS: dict[str, set[str]] = {
     "worker": {"failed"},
@@ -31,6 +33,8 @@ EXPLAINS: dict[str, set[str]] = {
     "template twice": {"failed"},
     "agent twice": {"failed"},
     "frozen agent": {"failed", "host lost"},
+    "short cut": set(),
+    "long cut": {"failed", "host lost"},
 }
 """Kinds of blows, each with the reasons for which an attempt may end because of it."""
 
@@ -44,11 +48,21 @@ AGAIN = {
 LEAVE = {"raylet", "idle raylet", "drain"}
 """Kinds that take a node away."""
 
-SILENT = {"keeper", "outer keeper", "idle agent", "idle raylet"}
-"""Kinds that need not end an attempt."""
+BLAMED = {"agent", "agent twice", "idle agent", "frozen agent", "long cut"}
+"""Kinds for which the run blames the node."""
+
+SILENT = {"keeper", "outer keeper", "idle agent", "idle raylet", "short cut", "join"}
+"""Kinds that need not end the attempt that they fall on."""
+
+CUT_S = {"short cut": 4.0, "long cut": 14.0}
+"""Kinds that cut a host's network, each with the time. A lease lasts for 10 s, and a host is given up a second later."""
 
 FROZEN_S = 30.0
 DRAINED_S = 8
+
+_LASTS_S = {**CUT_S, "frozen agent": FROZEN_S, "join": math.inf}
+"""Time after a blow of a kind in which it may end an attempt. A node may join long before the run may grow."""
+
 FEWEST, MOST = 2, 4
 """Limits for the number of nodes. The training goes on with one."""
 
@@ -61,7 +75,20 @@ class Blow:
     rank: int
     attempt: int
     at: float
-    ran_again_at: float | None = None
+    is_told: bool = False
+
+    @property
+    def over_at(self) -> float:
+        """Time from which it ends no attempt any more."""
+        return self.at + _LASTS_S.get(self.kind, 0)
+
+
+class Calm(enum.Enum):
+    """State of the training for which a blow waits."""
+
+    NONE = "some workers may be dead"
+    RUNS = "it takes steps again"
+    FULL = "it takes steps on all nodes"
 
 
 @dataclass(frozen=True)
@@ -71,9 +98,12 @@ class Plan:
     kind: str
     where: float
     """Rank of the victim, as a fraction of the number of ranks."""
+    after: Calm
     pause_s: float
-    is_early: bool
-    """True if the blow does not wait until the training runs again."""
+
+
+_AFTER = [Calm.NONE] * 3 + [Calm.RUNS] * 5 + [Calm.FULL] * 2
+_LONGEST_PAUSE_S = 0.5
 
 
 def plans(seed: int) -> Iterator[Plan]:
@@ -83,7 +113,8 @@ def plans(seed: int) -> Iterator[Plan]:
         kinds = list(EXPLAINS)
         chance.shuffle(kinds)
         for kind in kinds:
-            yield Plan(kind, chance.random(), chance.uniform(0, 2), chance.random() < 0.25)
+            pause_s = chance.uniform(0, _LONGEST_PAUSE_S)
+            yield Plan(kind, chance.random(), chance.choice(_AFTER), pause_s)
 
 
 def kind_for(kind: str, nodes: int) -> str:
@@ -106,7 +137,7 @@ def victim_of(kind: str, where: float, crew: Crew, crews: Crews) -> Seen:
 
 def idle_agents(crew: Crew, crews: Crews) -> set[int]:
     """Return the agents of spares, and of hosts that are about to join."""
-    return titled("ray::Agent") - {crews.above(seen)["agent"] for seen in crew.ranks}
+    return on_hosts("ray::Agent") - {crews.above(seen)["agent"] for seen in crew.ranks}
 
 
 def freeze(pid: int) -> None:
@@ -146,9 +177,11 @@ def strike(kind: str, where: float, crew: Crew, crews: Crews, nodes: Nodes) -> B
                     return None
                 os.kill(store, signal.SIGKILL)
             case "raylet" | "idle raylet":
-                nodes.kill(raylet_of(agent))
+                nodes.kill(host_of(agent))
             case "drain":
-                nodes.drain(raylet_of(agent), DRAINED_S)
+                nodes.drain(host_of(agent), DRAINED_S)
+            case "short cut" | "long cut":
+                nodes.cut(host_of(agent), CUT_S[kind])
             case "join":
                 nodes.add()
             case "frozen agent":

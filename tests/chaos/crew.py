@@ -15,8 +15,6 @@ class Crew:
 
     attempt: int
     ranks: tuple[Seen, ...]
-    complete_at: float
-    """Time at which the last rank began the function, in seconds since the epoch."""
 
     @property
     def world_size(self) -> int:
@@ -44,9 +42,8 @@ class Crews:
             if ranks and len(ranks) == ranks[0].world_size:
                 for seen in ranks:
                     self._above.setdefault(seen.mark, seen.above)
-                complete_at = max(path.stat().st_mtime for path in paths)
                 ranks.sort(key=lambda seen: seen.rank)
-                return Crew(attempt, tuple(ranks), complete_at)
+                return Crew(attempt, tuple(ranks))
         return None
 
     def above(self, seen: Seen) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """A training, and the blows that fall on it."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,19 +10,20 @@ from pathlib import Path
 
 import torchrunx_ray as trx
 from tests import hung
-from tests.chaos.blows import FEWEST, MOST, Blow, plans
+from tests.chaos.blows import FEWEST, MOST, plans
 from tests.chaos.crew import Crews
+from tests.chaos.journal import Journal
 from tests.chaos.nodes import CPUS, Nodes, some_nodes
 from tests.chaos.training import train
 from tests.chaos.verdict import unexplained, wrong_with_journal, wrong_with_result
-from tests.chaos.weather import SETTLED_S, Hang, Shape, Weather, records
+from tests.chaos.weather import SETTLED_S, Effect, Hang, Shape, Weather, records
+from tests.leases import until_renewed
 from tests.processes import wait_until
 from tests.traces import Traces
 from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.run import Run
 
 _STEP_S = 0.05
-
 
 SHAPES = {"elastic": Shape((1, MOST)), "spares": Shape(FEWEST, spares=1)}
 
@@ -30,7 +32,7 @@ SHAPES = {"elastic": Shape((1, MOST)), "spares": Shape(FEWEST, spares=1)}
 class Outcome:
     """What came of a storm."""
 
-    blows: list[Blow]
+    effects: list[Effect]
     attempts: tuple[AttemptRecord, ...]
     steps: int
     wrong: list[str] = field(default_factory=list[str])
@@ -53,22 +55,28 @@ def storm(
         name="chaos",
     )
     with some_nodes(3) as nodes:
-        launcher.run(int)  # first touches of Ray's store
+        # The first touches of Ray's store. The first lease of a driver is too long for a storm.
+        launcher.run(renew, launcher.host_timeout)
         assert wait_until(lambda: nodes.free_cpus() == 3 * CPUS)
         before = Traces.now()
         run = launcher.submit(train, folder, _STEP_S)
-        weather = Weather(run, shape, Crews(folder / "ranks"), nodes, say)
+        journal = Journal(folder / "journal")
+        weather = Weather(run, shape, Crews(folder / "ranks"), journal, nodes, say)
         with _killed_at_error(run):
             weather.rage(plans(seed), time.monotonic() + 60 * minutes)
             (folder / "enough").touch()
             result = run.result(timeout=SETTLED_S)
-        outcome = Outcome(weather.blows, result.attempts, result.rank(0)[0])
+        outcome = Outcome(weather.effects(), result.attempts, result.rank(0)[0])
         outcome.wrong += wrong_with_result(list(result))
-        outcome.wrong += wrong_with_journal(folder / "journal")
+        outcome.wrong += wrong_with_journal(journal)
         outcome.wrong += unexplained(result.attempts, weather.blows)
         del result, run, weather.run
         outcome.wrong += left_of(before, nodes)
     return outcome
+
+
+def renew(lease_s: float) -> None:
+    until_renewed(os.getpid(), lease_s)
 
 
 def left_of(before: Traces, nodes: Nodes) -> list[str]:

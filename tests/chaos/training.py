@@ -103,7 +103,7 @@ def train(folder: Path, pause_s: float) -> tuple[int, str]:
         if ends.any():
             return state.step, state.digest
         state.update(all_gradients(state, rank, world_size))
-        line = f"{trx.context().attempt} {rank} {state.step} {state.digest}\n"
+        line = f"{trx.context().attempt} {rank} {state.step} {state.digest} {time.time()}\n"
         os.write(journal, line.encode())
         time.sleep(pause_s)
 

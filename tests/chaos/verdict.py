@@ -1,9 +1,9 @@
 """Checks of a training after it was disturbed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from tests.chaos.blows import EXPLAINS, Blow
+from tests.chaos.journal import Journal
 from tests.chaos.training import train_alone
 from torchrunx_ray.driver.report.history import AttemptRecord
 
@@ -20,36 +20,56 @@ def wrong_with_result(values: Sequence[tuple[int, str]]) -> list[str]:
     return [] if digest == undisturbed else [f"step {step}: {digest}, undisturbed {undisturbed}"]
 
 
-def wrong_with_journal(journal: Path) -> list[str]:
+def wrong_with_journal(journal: Journal) -> list[str]:
     """Check that a step has one result, and that no worker ran beside those of a later attempt."""
     wrong: list[str] = []
-    digests: dict[str, str] = {}
+    digests: dict[int, str] = {}
     newest = 0
-    for line in journal.read_text().splitlines():
-        attempt, rank, step, digest = line.split()
-        if int(attempt) < newest:
-            wrong.append(f"rank {rank} of attempt {attempt} took a step beside attempt {newest}")
-        newest = max(newest, int(attempt))
-        if digests.setdefault(step, digest) != digest:
-            wrong.append(f"step {step} of attempt {attempt} on rank {rank}: {digest}")
+    for step in journal.steps():
+        who = f"rank {step.rank} of attempt {step.attempt}"
+        if step.attempt < newest:
+            wrong.append(f"{who} took a step beside attempt {newest}")
+        newest = max(newest, step.attempt)
+        if digests.setdefault(step.number, step.digest) != step.digest:
+            wrong.append(f"step {step.number} of {who}: {step.digest}")
     return wrong
+
+
+def causes(attempts: Sequence[AttemptRecord], blows: Sequence[Blow]) -> dict[int, Blow]:
+    """Return the blow that ended each attempt, by the attempt's number. Each blow explains one end."""
+    by_aim = _matched(attempts, blows, prefer_aim=True)
+    by_time = _matched(attempts, blows, prefer_aim=False)
+    return by_aim if len(by_aim) == len(by_time) else by_time
+
+
+def _matched(
+    attempts: Sequence[AttemptRecord], blows: Sequence[Blow], *, prefer_aim: bool
+) -> dict[int, Blow]:
+    """Explain as many ends as possible. With `prefer_aim`, blows on the attempt itself are likelier causes."""
+    # Of several nodes that have joined, the last one is the likeliest cause of a resize.
+    left = sorted(blows, key=lambda blow: (blow.over_at, -blow.at))
+    found: dict[int, Blow] = {}
+    for attempt in attempts:
+        possible = [blow for blow in left if _explains(blow, attempt)]
+        aimed = [blow for blow in possible if prefer_aim and blow.attempt == attempt.number]
+        if possible:
+            found[attempt.number] = (aimed or possible)[0]
+            left.remove(found[attempt.number])
+    return found
 
 
 def unexplained(attempts: Sequence[AttemptRecord], blows: Sequence[Blow]) -> list[str]:
-    """Return the attempts that ended although nothing was done to them. Each blow explains one end."""
-    left = sorted(blows, key=lambda blow: blow.at)
-    wrong: list[str] = []
-    for attempt in attempts[:-1]:
-        causes = [blow for blow in left if _explains(blow, attempt)]
-        if causes:
-            left.remove(causes[0])
-        else:
-            wrong.append(f"attempt {attempt.number} {attempt.why}: {attempt.failure}")
-    return wrong
+    """Return the attempts that ended although nothing was done to them."""
+    ended = attempts[:-1]
+    explained = causes(ended, blows)
+    return [
+        f"attempt {attempt.number} {attempt.why}: {attempt.failure}"
+        for attempt in ended
+        if attempt.number not in explained
+    ]
 
 
 def _explains(blow: Blow, attempt: AttemptRecord) -> bool:
-    if attempt.why not in EXPLAINS[blow.kind] or blow.at > attempt.ended:
-        return False
-    # A node may join long before the run may grow.
-    return attempt.why == "resized" or blow.at > attempt.begun - _EARLY_S
+    assert attempt.ended is not None
+    is_of_its_time = blow.over_at > attempt.begun - _EARLY_S and blow.at < attempt.ended
+    return is_of_its_time and attempt.why in EXPLAINS[blow.kind]

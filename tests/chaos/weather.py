@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from tests.chaos.blows import (
     AGAIN,
+    BLAMED,
+    CUT_S,
     LEAVE,
     SILENT,
     Blow,
+    Calm,
     Plan,
     agent_of,
     idle_agents,
@@ -17,16 +20,21 @@ from tests.chaos.blows import (
     victim_of,
 )
 from tests.chaos.crew import Crew, Crews
-from tests.chaos.nodes import CPUS, Nodes, raylet_of
-from tests.processes import is_alive, kill_next, titled, wait_until
+from tests.chaos.journal import Journal
+from tests.chaos.nodes import CPUS, Nodes, host_of, is_left, on_hosts
+from tests.chaos.verdict import causes
+from tests.processes import is_alive, kill_next, wait_until
 from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.run import Run
 
 SETTLED_S = 90.0
 """Time for a disturbed training to run again. Only a hang takes longer."""
 
-_NEW_NODE_S = 3.0
+_NEW_NODE_S = 1.0
 """Time from the death of a raylet to the node that replaces it."""
+
+_AVOIDED_S = 15.0
+"""Time after which an unused node on which agents have failed is replaced. The run may avoid it for ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Hang(Exception):
 class Leaving:
     """A node that is dead or drained, and still in the cluster."""
 
-    raylet: int
+    host: str
     attempt: int
     since: float
     is_replaced: bool
@@ -63,6 +71,23 @@ class Leaving:
         return attempt > self.attempt
 
 
+@dataclass(frozen=True)
+class Effect:
+    """What came of a blow."""
+
+    blow: Blow
+    ended: AttemptRecord | None
+    """The attempt that the blow ended. None if it ended none, or another blow was faster."""
+    step_after_s: float | None
+    """Time from the blow to the first step of the attempt that followed. None if the training was not disturbed."""
+
+    def __str__(self) -> str:
+        if self.step_after_s is None:
+            return "no harm"
+        why = "another blow ended its attempt" if self.ended is None else self.ended.why
+        return f"{why}; next step after {self.step_after_s:.2f} s"
+
+
 class Weather:
     """Lets the blows fall, and waits until the training runs again."""
 
@@ -71,6 +96,7 @@ class Weather:
         run: "Run[tuple[int, str]]",
         shape: Shape,
         crews: Crews,
+        journal: Journal,
         nodes: Nodes,
         say: Callable[[str], None],
     ) -> None:
@@ -78,25 +104,43 @@ class Weather:
         self.blows: list[Blow] = []
         self._shape = shape
         self._crews = crews
+        self._journal = journal
         self._nodes = nodes
         self._say = say
         self._begun = time.time()
         self._leaving: list[Leaving] = []
+        self._blamed_since: dict[str, float] = {}
+        """Hosts on which agents have failed, each with the time of the last failure, or of its last use since."""
 
     def rage(self, coming: Iterator[Plan], until: float) -> None:
-        self._settle()
+        self._settle(Calm.FULL)
         while time.monotonic() < until:
             plan = next(coming)
-            if not plan.is_early:
-                self._settle()
-            time.sleep(plan.pause_s / (10 if plan.is_early else 1))
+            self._settle(plan.after)
+            time.sleep(plan.pause_s)
             self._strike(plan)
-        self._settle()
+        self._settle(Calm.FULL)
+
+    def effects(self) -> list[Effect]:
+        """Return what has come of each blow so far, in order."""
+        ends = {id(blow): number for number, blow in causes(records(self.run), self.blows).items()}
+        return [self._effect(blow, ends.get(id(blow))) for blow in self.blows]
+
+    def _effect(self, blow: Blow, ended: int | None) -> Effect:
+        number = blow.attempt if ended is None else ended
+        if ended is None and blow.kind in SILENT:
+            return Effect(blow, None, None)
+        steps_at = (
+            self._journal.first_step_at(after.number) for after in self.run.attempts[number + 1 :]
+        )
+        step_at = next((at for at in steps_at if at is not None), None)
+        record = None if ended is None else self.run.attempts[ended]
+        return Effect(blow, record, None if step_at is None else step_at - blow.at)
 
     def _strike(self, plan: Plan) -> None:
         kind = kind_for(plan.kind, len(self._nodes.living) - len(self._leaving))
         blow: Blow | None = None
-        known = titled(AGAIN[kind]) if kind in AGAIN else set[int]()
+        known = on_hosts(AGAIN[kind]) if kind in AGAIN else set[int]()
 
         def has_struck() -> bool:
             nonlocal blow
@@ -106,12 +150,16 @@ class Weather:
             if kind in SILENT and not self._has_any(kind, crew):
                 return True
             victim = victim_of(kind, plan.where, crew, self._crews)
-            raylet = raylet_of(agent_of(kind, victim, crew, self._crews))
-            if kind in LEAVE and raylet in {each.raylet for each in self._leaving}:
+            host = host_of(agent_of(kind, victim, crew, self._crews))
+            if kind in LEAVE and host in {each.host for each in self._leaving}:
+                return False
+            if kind in CUT_S and self._nodes.living[host].is_cut:
                 return False
             blow = strike(kind, plan.where, crew, self._crews, self._nodes)
+            if blow is not None and kind in BLAMED:
+                self._blamed_since[host] = time.monotonic()
             if blow is not None and kind in LEAVE:
-                leaving = Leaving(raylet, crew.attempt, time.monotonic(), kind != "drain")
+                leaving = Leaving(host, crew.attempt, time.monotonic(), kind != "drain")
                 self._leaving.append(leaving)
             return blow is not None
 
@@ -122,53 +170,73 @@ class Weather:
             self._strike_again(blow, known)
 
     def _strike_again(self, blow: Blow, known: set[int]) -> None:
-        if blow.kind in AGAIN and kill_next(AGAIN[blow.kind], known):
+        if blow.kind in AGAIN and kill_next(lambda: on_hosts(AGAIN[blow.kind]), known):
             self.blows.append(Blow(blow.kind, blow.rank, blow.attempt, time.time()))
 
     def _has_any(self, kind: str, crew: Crew) -> bool:
         if kind.startswith("idle"):
             return bool(idle_agents(crew, self._crews))
-        return any(is_alive(self._crews.above(seen)[kind]) for seen in crew.ranks)
+        if kind.endswith("keeper"):
+            return any(is_alive(self._crews.above(seen)[kind]) for seen in crew.ranks)
+        return True
 
-    def _settle(self) -> None:
-        """Wait until the training runs on all nodes, and tell of the blows since it did so last."""
-        if not self._until(self._runs):
-            raise Hang(f"the training does not run again after {self._open}")
-        for blow in self._open:
-            self._tell(blow)
-        crew = self._crews.newest()
-        assert crew is not None
-        for blow in self._open:
-            blow.ran_again_at = max(blow.at, crew.complete_at)
+    def _settle(self, calm: Calm) -> None:
+        """Wait until the training runs so well. On all nodes: tell of the blows since it did so last."""
+        if calm is Calm.NONE:
+            return
+        if not self._until(lambda: self._runs(calm)):
+            open_blows = [blow for blow in self.blows if not blow.is_told]
+            raise Hang(f"the training does not run again after {open_blows}")
+        if calm is Calm.FULL:
+            for effect in self.effects():
+                if not effect.blow.is_told:
+                    self._tell(effect)
+                    effect.blow.is_told = True
 
-    @property
-    def _open(self) -> list[Blow]:
-        return [blow for blow in self.blows if blow.ran_again_at is None]
-
-    def _runs(self) -> bool:
+    def _runs(self, calm: Calm) -> bool:
         crew = self._crews.newest()
         if crew is None or not crew.lives:
             return False
-        ended = [blow.attempt for blow in self._open if blow.kind not in SILENT | {"join"}]
-        is_new = all(crew.attempt > attempt for attempt in ended)
-        hosts = self._shape.hosts_on(len(self._nodes.living))
-        return is_new and not self._leaving and crew.world_size == CPUS * hosts
+        struck = [blow.attempt for blow in self.blows if blow.kind not in SILENT]
+        if crew.attempt <= max(struck, default=-1):
+            return False
+        nodes = self._nodes.living.values()
+        disturbed_at = [blow.at for blow in self.blows] + [node.mended_at or 0 for node in nodes]
+        if self._journal.last_step_at(crew.attempt) <= max(disturbed_at):
+            return False
+        hosts = self._shape.hosts_on(len(nodes))
+        is_full = not self._leaving and crew.world_size == CPUS * hosts
+        return is_full or calm is Calm.RUNS
 
     def _let_nodes_go(self) -> None:
         """Remove nodes that the training has left, and add those that follow them."""
         crew = self._crews.newest()
         if crew is None:
             return
-        used = {
-            raylet_of(self._crews.above(seen)["agent"]) for seen in crew.ranks if is_alive(seen.pid)
-        }
+        for host in self._avoided(crew):
+            self._leaving.append(Leaving(host, crew.attempt, time.monotonic(), is_replaced=True))
         for leaving in list(self._leaving):
-            if leaving.is_due(crew.attempt) and leaving.raylet not in used:
+            if leaving.is_due(crew.attempt) and is_left(leaving.host):
                 self._leaving.remove(leaving)
-                self._nodes.forget(leaving.raylet)
+                self._nodes.forget(leaving.host)
+                self._blamed_since.pop(leaving.host, None)
                 if leaving.is_replaced:
-                    self._nodes.add()
                     self.blows.append(Blow("join", -1, crew.attempt, time.time()))
+                    self._nodes.add()
+
+    def _avoided(self, crew: Crew) -> list[str]:
+        """Return the nodes that the training avoids, since agents have failed there."""
+        now = time.monotonic()
+        used = {
+            host_of(self._crews.above(seen)["agent"]) for seen in crew.ranks if is_alive(seen.pid)
+        }
+        leaving = {each.host for each in self._leaving}
+        self._blamed_since.update((host, now) for host in used & self._blamed_since.keys())
+        return [
+            host
+            for host, since in self._blamed_since.items()
+            if now > since + _AVOIDED_S and host not in leaving
+        ]
 
     def _until(self, condition: Callable[[], bool]) -> bool:
         def holds() -> bool:
@@ -184,18 +252,11 @@ class Weather:
             raise Hang("the training has returned")
         return holds_in_time
 
-    def _tell(self, blow: Blow) -> None:
-        crew = self._crews.newest()
-        assert crew is not None
+    def _tell(self, effect: Effect) -> None:
+        blow = effect.blow
         who = f"{blow.kind}" + (f" (rank {blow.rank})" if blow.rank >= 0 else "")
-        head = f"{blow.at - self._begun:6.1f} s  attempt {blow.attempt:3}  {who:22} -> "
-        if crew.attempt == blow.attempt:
-            self._say(f"{head}goes on undisturbed")
-            return
-        whys = [each.why for each in records(self.run)[blow.attempt : crew.attempt]]
-        took_s = crew.complete_at - blow.at
-        then = f"attempt {crew.attempt:3}, {crew.world_size} workers, {took_s:5.2f} s"
-        self._say(f"{head}{then}  ({', '.join(whys)})")
+        at_s = blow.at - self._begun
+        self._say(f"{at_s:6.1f} s  attempt {blow.attempt:3}  {who:24} -> {effect}")
 
 
 def records(run: "Run[tuple[int, str]]") -> Sequence[AttemptRecord]:

@@ -24,12 +24,15 @@ def namespaces_are_possible() -> bool:
 
 
 @contextlib.contextmanager
-def network() -> Iterator[None]:
-    _take_down()
+def network(ips: Mapping[str, str] = IPS, own: str | None = None) -> Iterator[None]:
+    """Have these hosts on a bridge, without processes. With `own`, this process is on it too, with this address."""
+    _take_down(ips)
     try:
         _ip("link", "add", _BRIDGE, "type", "bridge")
         _ip("link", "set", _BRIDGE, "up")
-        for host, address in IPS.items():
+        if own is not None:
+            _ip("addr", "add", f"{own}/24", "dev", _BRIDGE)
+        for host, address in ips.items():
             _ip("netns", "add", host)
             _ip("link", "add", f"{host}v", "type", "veth", "peer", "name", "eth0", "netns", host)
             _ip("link", "set", f"{host}v", "master", _BRIDGE, "up")
@@ -41,11 +44,11 @@ def network() -> Iterator[None]:
                 _ip("-n", host, *command.split())
         yield
     finally:
-        _take_down()
+        _take_down(ips)
 
 
-def _take_down() -> None:
-    for host in IPS:
+def _take_down(ips: Mapping[str, str]) -> None:
+    for host in ips:
         # By itself: with its namespace it would go at some later time.
         subprocess.run(["ip", "link", "del", f"{host}v"], capture_output=True, check=False)
         subprocess.run(["ip", "netns", "del", host], capture_output=True, check=False)
@@ -124,11 +127,19 @@ class TwoHosts:
 @contextlib.contextmanager
 def cut_off(host: str) -> Iterator[None]:
     """Cut the host's link, which loses packets in both directions and tells nobody."""
-    _ip("link", "set", f"{host}v", "down")
+    cut(host)
     try:
         yield
     finally:
-        _ip("link", "set", f"{host}v", "up")
+        mend(host)
+
+
+def cut(host: str) -> None:
+    _ip("link", "set", f"{host}v", "down")
+
+
+def mend(host: str) -> None:
+    _ip("link", "set", f"{host}v", "up")
 
 
 def pids_on(host: str) -> list[int]:

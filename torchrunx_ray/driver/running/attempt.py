@@ -127,7 +127,7 @@ class Attempt:
         self._stopping = Stopping(self._shares, logs, self._chores)
         self._leases = None
         if options.may_restart:
-            self._leases = Leases(id_, crew, lease_s(options), self._lease_is_over)
+            self._leases = Leases(id_, crew, lease_s(options))
         self._limits = StartLimits(self._shares, crew, timeline, options)
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
@@ -147,7 +147,7 @@ class Attempt:
         try:
             self._chores.begin(clocks.compare(self._crew.agents))
             if self._leases is not None:
-                self._chores.begin(self._leases.hold())
+                self._chores.begin(self._leases.hold(self._lease_is_over))
             watching = [share.watch(self._watch(share, call)) for share in self._shares]
             self._limits.begin(self._chores, self._is_starting, self._lose)
             await to_the_end(asyncio.wait(watching), self.note_cancellation)

@@ -67,20 +67,13 @@ def lease_s(options: Options) -> float:
 class Leases:
     """Keeps the driver's pulse at work for an attempt, and knows whose lease must have run out.
 
-    All times are on the driver's monotonic clock. `lose` is called with the index of a host whose lease has run out.
+    All times are on the driver's monotonic clock.
     """
 
-    def __init__(
-        self,
-        attempt: AttemptId,
-        crew: Crew,
-        lease_s: float,
-        lose: Callable[[int], None],
-    ) -> None:
+    def __init__(self, attempt: AttemptId, crew: Crew, lease_s: float) -> None:
         self.lease_s = lease_s
         self._attempt = attempt
         self._crew = crew
-        self._lose = lose
         self._pulse: PulseLink | None = None
         """The pulse that may have granted leases, or the last one."""
         self._over: set[int] = set()
@@ -103,14 +96,18 @@ class Leases:
         """Take a pulse, because all workers have started."""
         asyncio.get_running_loop().call_later(_AFTER_START_S, self._are_needed.set)
 
-    async def hold(self) -> None:
-        """Keep a pulse at work until cancelled."""
+    async def hold(self, lose: Callable[[int], None]) -> None:
+        """Keep a pulse at work until cancelled.
+
+        `lose` is called with the index of a host whose lease has run out. It is not kept, as it refers to the
+        attempt: a cycle would keep the attempt's values until Python's gc runs.
+        """
         if not self._has_pulse:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._are_needed.wait(), _NEEDED_AFTER_S)
         with contextlib.suppress(ClusterLeft):  # the links report this
             for _ in range(_TRIES):
-                await self._hold_as_long_as_pulses_start()
+                await self._hold_as_long_as_pulses_start(lose)
             self._do_without()
 
     async def fence(self, host_indices: Iterable[int]) -> bool:
@@ -118,7 +115,7 @@ class Leases:
         fenced = [self._fence(index) for index in host_indices if index not in self._over]
         return all(await asyncio.gather(*fenced))
 
-    async def _hold_as_long_as_pulses_start(self) -> None:
+    async def _hold_as_long_as_pulses_start(self, lose: Callable[[int], None]) -> None:
         """Replace a pulse that is lost. Return when a new one does not answer."""
         has_begun = True
         while has_begun:
@@ -127,7 +124,7 @@ class Leases:
                 self._pulse = await pulses.acquire()
                 await self._pulse.begin(self._wanted())
                 has_begun = True
-                await self._follow(self._pulse)
+                await self._follow(self._pulse, lose)
             except PulseLost as lost:
                 self._note_end(lost)
             except RayError as error:  # Ray could not create the actor
@@ -143,7 +140,7 @@ class Leases:
             refused=tuple(self._over),
         )
 
-    async def _follow(self, pulse: PulseLink) -> NoReturn:
+    async def _follow(self, pulse: PulseLink, lose: Callable[[int], None]) -> NoReturn:
         """Let the hosts renew with this pulse, and report those that do not. Raises PulseLost."""
         for index, agent in enumerate(self._crew.agents):
             if index not in self._over and agent.state is not AgentState.GONE:
@@ -153,7 +150,7 @@ class Leases:
             within_s = self.lease_s * _WATCHED_FOR
             for index in await pulse.watch(self._attempt, tuple(self._over), within_s):
                 self._over.add(index)
-                self._lose(index)
+                lose(index)
 
     def _note_end(self, lost: PulseLost) -> None:
         ended_at = math.inf if lost.ended_at is None else lost.ended_at
