@@ -246,7 +246,7 @@ class Supervisor:
         if verdict is Verdict.END:
             return _Decision(verdict, self._policy.last_words)
         self._progress.between = self._restarting
-        if in_doubt := await attempt.hosts_in_doubt():
+        if in_doubt := await attempt.silent_hosts.in_doubt():
             return _end_in_doubt(in_doubt, failures)
         restart_if = self._options.restart_if
         if verdict is not Verdict.RESTART or restart_if is None or failures is None:
