@@ -90,6 +90,7 @@ class Supervisor:
         async with self._hosts.turn:
             progress.waits_for_turn = False
             await references.wait_for(call.inserted, Connection())
+            await self._hosts.until_fenced(call.run_name)
             timeline.placed_ns = now_ns()
             crew, backend = await self._hosts.assemble(call.template, progress, is_fresh=is_fresh)
             timeline.met_ns = now_ns()
@@ -286,6 +287,7 @@ class Supervisor:
     async def _leave_hosts(self) -> None:
         self._hosts.forget_call()
         await self._hosts.reserves.pause()
+        self._hosts.fence(self._attempt.silent_hosts.fences())
         await self._hosts.give_up(self._attempt.broken)
 
     def _with_attempts(self, failures: Failures, remark: str = "") -> Failures:
