@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torchrunx_ray.wire.environment import MARK
@@ -126,3 +126,15 @@ def note(path: Path, text: object) -> None:
     unfinished = path.parent.with_name(f"{path.parent.name}.{path.name}.{os.getpid()}")
     unfinished.write_text(str(text))
     unfinished.rename(path)
+
+
+@contextlib.contextmanager
+def frozen(*pids: int) -> Iterator[None]:
+    """Stop these processes, and let those go on that still live."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in filter(is_alive, pids):
+            os.kill(pid, signal.SIGCONT)

@@ -26,7 +26,7 @@ from tests.leases import (
     pulse_pids,
     until_renewed,
 )
-from tests.processes import above, is_alive, note, wait_until
+from tests.processes import above, frozen, is_alive, note, wait_until
 from tests.soon import soon
 from torchrunx_ray.agent.held_lease import HeldLease
 from torchrunx_ray.agent.lease import HostLease, LeaseOfClaim
@@ -45,18 +45,6 @@ def patient(cluster: None) -> trx.Launcher:
     return trx.Launcher(
         workers_per_host=1, backend=None, max_restarts=2, host_timeout=LEASE_S, linger=0
     )
-
-
-@contextmanager
-def frozen(*pids: int) -> Iterator[None]:
-    """Stop these processes, and let those go on that still live."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in filter(is_alive, pids):
-            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +174,23 @@ def test_host_that_was_given_up_is_fenced_before_another_attempt(
     with frozen(above(worker)["agent"]):
         note(tmp_path / "frozen", "")
         assert list(run.result(timeout=60)) == [1, 1]
-    assert -1 < outlived_s(tmp_path, page, rank=1) < 1
+    # Ray may end the agent, and so the worker, some seconds before the lease runs out.
+    assert outlived_s(tmp_path, page, rank=1) < 1
+    assert gap_s(tmp_path, rank=1) > 0
+
+
+@pytest.mark.exhaustive
+def test_lease_runs_out_while_the_launch_waits_for_the_report_of_a_host(
+    cluster: None, tmp_path: Path
+) -> None:
+    """Its agent renews the lease, but cannot end the workers: their template is frozen."""
+    run = _fail_beside_a_frozen_agent(tmp_path, lease_s=10)
+    worker = beating(tmp_path, rank=1)
+    until_renewed(worker, 10)
+    with frozen(above(worker)["template"]):
+        note(tmp_path / "frozen", "")
+        with soon(stopping._LAST_WORDS_S + 5):
+            assert list(run.result(timeout=60)) == [1, 1]
     assert gap_s(tmp_path, rank=1) > 0
 
 

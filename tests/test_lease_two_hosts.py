@@ -110,3 +110,36 @@ def test_workers_of_a_frozen_host_are_dead_as_soon_as_it_wakes(
     assert gap_s(tmp_path, rank=1) > 0
     assert last_beat_ns(tmp_path, rank=1) - thawed_ns < _AWAKE_NS
     assert dead_ns - thawed_ns < _AWAKE_NS
+
+
+def test_run_of_a_session_begins_after_the_lease_on_a_host_that_was_cut_off(
+    hosts: TwoHosts, tmp_path: Path
+) -> None:
+    """The earlier run was killed, and nobody could tell its worker there."""
+    lease_s = 5.0
+    script = f"""
+from pathlib import Path
+from tests.leases import beat
+from tests.processes import wait_until
+from torchrunx_ray.wire.clock import boot_ns
+folder = Path({str(tmp_path)!r})
+launcher = trx.Launcher(hostnames=(1, 2), workers_per_host=1, backend=None, host_timeout={lease_s})
+with launcher.session() as session:
+    run = session.submit(beat(folder))
+    assert wait_until((folder / "cut").exists, 60)
+    run.kill()
+    print(min(session.run(boot_ns)), flush=True)
+"""
+    with hosts.begin(script) as driver:
+        try:
+            workers = [beating(tmp_path, rank) for rank in (0, 1)]
+            for worker in workers:
+                until_renewed(worker, lease_s)
+            (cut,) = (rank for rank in (0, 1) if workers[rank] in pids_on("trxh2"))
+            with cut_off("trxh2"):
+                (tmp_path / "cut").touch()
+                assert wait_until(lambda: not is_alive(workers[cut]), 4 * lease_s)
+                said, errors = driver.communicate(timeout=60)
+        finally:
+            driver.kill()
+    assert int(said) > last_beat_ns(tmp_path, cut), errors

@@ -11,11 +11,14 @@ import ray
 from ray.cluster_utils import Cluster
 
 import torchrunx_ray as trx
-from tests.announced import Seen, announce_and_wait, run_until_asked, started
+from tests.announced import Seen, announce_and_wait, raylet_of, run_until_asked, started
 from tests.clusters.raylets import raylets
+from tests.leases import beat, beating, last_beat_ns, until_renewed
 from tests.nodes import SOON_DEAD, all_is_free, drain, groups, ids, node_of, raylet_pid
-from tests.processes import above, is_alive, wait_until
+from tests.processes import above, frozen, is_alive, note, wait_until
 from torchrunx_ray.driver.run import Run
+from torchrunx_ray.driver.running import restart_policy
+from torchrunx_ray.wire.clock import boot_ns
 
 # A cluster of several raylets costs 10 s of CPU, and each new node 3 s.
 pytestmark = pytest.mark.slow
@@ -38,8 +41,12 @@ def three(head: Cluster) -> Iterator[Cluster]:
 
 
 def finish(run: "Run[Seen]", folder: Path, attempt: int) -> list[Seen]:
+    return list(result_of(run, folder, attempt))
+
+
+def result_of(run: "Run[Seen]", folder: Path, attempt: int) -> "trx.LaunchResult[Seen]":
     (folder / f"return {attempt}").touch()
-    return list(run.result(timeout=60))
+    return run.result(timeout=60)
 
 
 def test_lost_node_at_a_fixed_size_is_replaced_and_the_others_keep_their_ranks(
@@ -68,24 +75,129 @@ def test_lost_node_at_a_fixed_size_is_replaced_and_the_others_keep_their_ranks(
 def test_elastic_run_goes_on_without_a_lost_node_and_does_not_count_it(
     three: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "torchrunx_ray")
     launcher = trx.Launcher(hostnames=(1, 2), workers_per_host=1, cpus_per_worker=2)
     run = launcher.submit(announce_and_wait, tmp_path)
     assert wait_until(lambda: len(started(tmp_path, 0)) == 2, 60)
     first = started(tmp_path, 0)
+    told = next(r.getMessage() for r in caplog.records if "launching on" in r.getMessage())
+    assert "launching on 2 hosts (" in told
+    assert ") of 1 to 2: 2 workers, 0 GPUs, " in told
     with trx.Launcher(hostnames=1, workers_per_host=1, cpus_per_worker=2).session():
         os.kill(first[0][0], signal.SIGKILL)
         lost_at = time.monotonic()
-    caplog.set_level("INFO", "torchrunx_ray")
         assert wait_until(lambda: len(started(tmp_path, 1)) == 1, 60)
         took_s = time.monotonic() - lost_at
         (seen,) = finish(run, tmp_path, 1)
     assert (seen.attempt, seen.restarts, seen.rank, seen.world_size) == (1, 0, 0, 1)
-    told = next(r.getMessage() for r in caplog.records if "launching on" in r.getMessage())
-    assert "launching on 2 hosts (" in told
-    assert ") of 1 to 2: 2 workers, 0 GPUs, " in told
     assert seen.raylet == first[1][0]
     assert not any(is_alive(pid) for _, pid in first.values())
     assert took_s < 25
+
+
+def raise_beside_a_lost_host(folder: Path) -> int:
+    """Raise on rank 0. The host of the other rank may be lost as soon as the launch stops this rank."""
+    context = trx.context()
+    if context.attempt > 0:
+        return context.restarts
+    signal.signal(signal.SIGTERM, lambda *_: (folder / "stopping").touch())
+    note(folder / f"0.{context.rank}", f"{raylet_of(os.getpid())} {os.getpid()}")
+    if context.rank == 0:
+        wait_until(lambda: len(started(folder, 0)) == 2, 60)
+        raise ValueError("before the loss")
+    wait_until(lambda: False, 1000)
+    return -1
+
+
+def test_exception_before_a_host_is_lost_counts_and_is_asked_about(
+    three: Cluster, tmp_path: Path
+) -> None:
+    asked: list[BaseException] = []
+    launcher = trx.Launcher(
+        hostnames=(1, 2),
+        workers_per_host=1,
+        cpus_per_worker=2,
+        backend=None,
+        max_restarts=1,
+        restart_if=lambda error: not asked.append(error),
+    )
+    run = launcher.submit(raise_beside_a_lost_host, tmp_path)
+    assert wait_until((tmp_path / "stopping").exists, 60)
+    os.kill(started(tmp_path, 0)[1][0], signal.SIGKILL)
+
+    assert set(run.result(timeout=60)) == {1}
+    assert [(type(each), each.args) for each in asked] == [(ValueError, ("before the loss",))]
+    assert [each.why for each in run.attempts] == ["failed", "returned"]
+
+
+@pytest.mark.exhaustive
+def test_elastic_run_goes_on_without_a_host_that_is_frozen_as_a_whole(
+    three: Cluster, tmp_path: Path
+) -> None:
+    """The kernel still accepts connections for the frozen raylet, and Ray calls the node alive for a minute."""
+    launcher = trx.Launcher(
+        hostnames=(1, 2), workers_per_host=1, cpus_per_worker=2, host_timeout=5, shutdown_timeout=1
+    )
+    run = launcher.submit(announce_and_wait, tmp_path)
+    assert wait_until(lambda: len(started(tmp_path, 0)) == 2, 60)
+    raylet, worker = started(tmp_path, 0)[1]
+    until_renewed(worker, launcher.host_timeout)
+    with frozen(raylet, *above(worker).values(), worker):
+        frozen_at = time.monotonic()
+        assert wait_until(lambda: len(started(tmp_path, 1)) == 2, 60)
+        took_s = time.monotonic() - frozen_at
+        result = result_of(run, tmp_path, 1)
+    assert [each.why for each in result.attempts] == ["host lost", "returned"]
+    assert raylet not in {seen.raylet for seen in result}
+    assert took_s < 20
+
+
+def test_run_of_a_session_begins_after_the_lease_of_an_earlier_run_on_a_silent_host(
+    three: Cluster, tmp_path: Path
+) -> None:
+    """Ray cannot end the agent: its raylet is frozen, too. So the worker lives until its keepers end it."""
+    lease_s = 5.0
+    launcher = trx.Launcher(
+        hostnames=1,
+        workers_per_host=1,
+        cpus_per_worker=2,
+        backend=None,
+        max_restarts=1,
+        host_timeout=lease_s,
+        linger=0,
+    )
+    with launcher.session() as session:
+        run = session.submit(beat(tmp_path))
+        worker = beating(tmp_path)
+        until_renewed(worker, lease_s)
+        with frozen(raylet_of(worker), above(worker)["agent"]):
+            run.kill()
+            begun_ns = session.run(boot_ns).rank(0)
+            assert begun_ns > last_beat_ns(tmp_path, rank=0)
+            assert not is_alive(worker)
+
+
+def take_the_node_down(folder: Path) -> None:
+    context = trx.context()
+    note(folder / f"{context.attempt}.{context.rank}", f"{raylet_of(os.getpid())} {os.getpid()}")
+    if context.rank == 0:
+        wait_until(lambda: len(started(folder, context.attempt)) == context.world_size, 60)
+        os.kill(raylet_of(os.getpid()), signal.SIGKILL)
+    time.sleep(1000)
+
+
+def test_function_that_takes_its_node_down_each_time_does_not_restart_for_ever(
+    three: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restart_policy, "_MOST_LOSSES", 1)
+    launcher = trx.Launcher(hostnames=(1, 2), workers_per_host=1, cpus_per_worker=2)
+    run = launcher.submit(take_the_node_down, tmp_path)
+
+    with pytest.raises(trx.AgentFailedError) as caught:
+        run.result(timeout=90)
+    assert [each.why for each in run.attempts] == ["host lost", "host lost"]
+    told = "\n".join(caught.value.__notes__)
+    assert "2 attempts in a row have lost a host less than 60 s after they began" in told
 
 
 @pytest.mark.exhaustive

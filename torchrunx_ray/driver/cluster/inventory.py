@@ -20,6 +20,12 @@ _raylet: Any = ray._raylet  # Cython, without types
 _CONNECT_S = 1.0
 """Time for a connection to a raylet. A host that is cut off does not answer."""
 
+_SPEAK_S = 2.0
+"""Time for a raylet to speak on a connection. A frozen raylet never does."""
+
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""First bytes of a client of HTTP/2, which gRPC speaks: its preface, and empty settings."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -140,15 +146,20 @@ def _when_it_left(info: Any) -> int:
 
 
 def answers(node: Node) -> bool:
-    """Return True if the raylet's port accepts a connection. Ray itself reports a dead raylet 15 to 30 s later.
+    """Return True if the raylet speaks on a connection. Ray itself reports a dead or frozen raylet 15 to 60 s later.
 
-    Called inside the cluster, like `free_by_node`. This may block for _CONNECT_S.
+    The kernel accepts connections also for a frozen process. Called inside the cluster, like `free_by_node`. This may
+    block for _CONNECT_S and _SPEAK_S.
     """
     try:
-        socket.create_connection((node.ip, node.port), _CONNECT_S).close()
+        with socket.create_connection((node.ip, node.port), _CONNECT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false", ""):
+                return True  # a server with TLS waits for another hello
+            connection.settimeout(_SPEAK_S)
+            connection.sendall(_HELLO)
+            return bool(connection.recv(1))
     except OSError:
         return False
-    return True
 
 
 def free_by_node() -> dict[str, dict[str, float]]:

@@ -22,9 +22,9 @@ from torchrunx_ray.driver.report.stored import until_stored
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.report.workers import Workers
 from torchrunx_ray.driver.running.crew import Crew
-from torchrunx_ray.driver.running.leases import Leases, lease_s
 from torchrunx_ray.driver.running.ledger import Ledger
 from torchrunx_ray.driver.running.share import End, Share, ShareState
+from torchrunx_ray.driver.running.silent_hosts import SilentHosts
 from torchrunx_ray.driver.running.start_limits import StartLimits
 from torchrunx_ray.driver.running.stop_request import StopRequest
 from torchrunx_ray.driver.running.stopping import Stopping
@@ -46,14 +46,6 @@ _ENDING_S = 0.8
 
 _ENDING_FOR_RESTART_S = 5.0
 """The same if another attempt may follow, which must not begin beside workers that may live on."""
-
-_REPORT_OF_END_S = 0.5
-"""Time for an agent to report that the lease ran out. It says more than the pulse, if it can be heard."""
-
-_SILENT = (
-    "its agent or the whole host is frozen or very busy, or the network to it is cut. The lease of its workers has run "
-    "out, so they have ended"
-)
 
 _STACKS_AFTER_FAILURE = messages.StacksWanted(within_s=1.0, thread_s=0.1)
 """Limits for stacks after a failure. They arrive in milliseconds, or later if the machine is busy."""
@@ -124,10 +116,11 @@ class Attempt:
         self._shares = [
             Share(i, host.label, crew.agents[i], id_) for i, host in enumerate(crew.hosts)
         ]
-        self._stopping = Stopping(self._shares, logs, self._chores)
-        self._leases = None
-        if options.may_restart:
-            self._leases = Leases(id_, crew, lease_s(options))
+        self.silent_hosts = SilentHosts(
+            id_, options, crew, self._shares, self._chores, self._fail_host
+        )
+        self._leases = self.silent_hosts.leases
+        self._stopping = Stopping(self._shares, logs, self._chores, self.silent_hosts)
         self._limits = StartLimits(self._shares, crew, timeline, options)
         self._stopped: dict[int, str] = {}
         """Ranks that the run itself has stopped, with their hosts."""
@@ -147,7 +140,7 @@ class Attempt:
         try:
             self._chores.begin(clocks.compare(self._crew.agents))
             if self._leases is not None:
-                self._chores.begin(self._leases.hold(self._lease_is_over))
+                self._chores.begin(self.silent_hosts.watch(self._leases))
             watching = [share.watch(self._watch(share, call)) for share in self._shares]
             self._limits.begin(self._chores, self._is_starting, self._lose)
             await to_the_end(asyncio.wait(watching), self.note_cancellation)
@@ -158,6 +151,7 @@ class Attempt:
             self._become(Phase.ENDED)
             self._stragglers.close()
             self._chores.close()
+            self.silent_hosts.close()
             for share in self._shares:
                 share.close()
 
@@ -202,31 +196,6 @@ class Attempt:
     def broken(self) -> set[PooledAgent]:
         """Agents that cannot be used again."""
         return {share.agent for share in self._shares if share.is_broken}
-
-    async def hosts_in_doubt(self) -> list[str]:
-        """Return the hosts on which processes of the attempt may live on, since they are cut off, frozen or ending.
-
-        Wait first until the leases of such hosts must have run out.
-        """
-        unknown = [share for share in self._shares if share.end is End.UNKNOWN]
-        leases = self._leases
-        if leases and unknown and await leases.fence(share.index for share in unknown):
-            for share in unknown:
-                share.note_end(End.LEASE_OVER)
-        in_doubt = (End.UNKNOWN, End.NOT_KILLED)
-        return [share.label for share in self._shares if share.end in in_doubt]
-
-    def _lease_is_over(self, host_index: int) -> None:
-        """Give up a host whose lease must have run out, unless its agent reports the end of its workers."""
-        self._chores.later(_REPORT_OF_END_S, self._lose_silent, self._shares[host_index])
-
-    def _lose_silent(self, share: Share) -> None:
-        if share.is_over or not share.is_watched:
-            return
-        assert self._leases is not None
-        self._lose(share, f"the host was silent for {self._leases.lease_s:g} s", _SILENT)
-        share.note_end(End.LEASE_OVER)
-        share.give_up()
 
     async def stacks(self) -> Stacks:
         """Return the stacks of the living workers."""
@@ -371,6 +340,7 @@ class Attempt:
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
                     share.agent.state = AgentState.GONE
+                    self.silent_hosts.refuse(share)
                     ending_s = _ENDING_FOR_RESTART_S if self._options.may_restart else _ENDING_S
                     self._chores.later(ending_s, share.give_up)
             case messages.TemplateRefused():
@@ -467,6 +437,9 @@ class Attempt:
 
     def _lose(self, share: Share, what: str, evidence: str) -> None:
         self._fail(share, None, None, messages.AgentFailed(now_ns(), what, evidence))
+
+    def _fail_host(self, share: Share, time_ns: int, report: messages.AgentFailed) -> None:
+        self._fail(share, None, time_ns, report)
 
     def _fail(
         self, share: Share, local_rank: int | None, time_ns: int | None, report: Report

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ray.exceptions import RayError
@@ -27,6 +27,9 @@ from torchrunx_ray.wire.messages import TemplateWanted
 
 logger = logging.getLogger("torchrunx_ray")
 
+_QUIET_S = 2.0
+"""Time to wait for the end of an earlier run's workers without a warning."""
+
 
 class Hosts:
     """Reserves hosts, replaces lost ones, and gives all of them back. Used only in the background loop."""
@@ -36,6 +39,8 @@ class Hosts:
         self._roster = Roster(options)
         self.reserves = Reserves(self._roster, options.spares)
         self._mending = Mending(options, self._roster, self.reserves)
+        self._fences: dict[str, asyncio.Task[bool]] = {}
+        """Waits for the ends of an earlier run's workers on silent hosts, by the names of the hosts."""
         self.is_closed = False
         self.turn = asyncio.Lock()
         """Held by one run at a time, and while the hosts are taken or given back."""
@@ -66,6 +71,8 @@ class Hosts:
         """Let the agents rest or end, and give the room back. Safe to call again."""
         async with self.turn:
             self.is_closed = True
+            for fence in self._fences.values():
+                fence.cancel()
             await self.reserves.close()
             held = self._roster.all
             self._roster.members, self._roster.reserves = [], []
@@ -115,6 +122,35 @@ class Hosts:
         for host in self._roster.all:
             host.forget_call()
 
+    def fence(self, fences: Mapping[str, "asyncio.Task[bool]"]) -> None:
+        """Let the next run wait until the workers of a run that has ended must have ended, too, on silent hosts."""
+        self._fences.update(fences)
+
+    async def until_fenced(self, run_name: str) -> None:
+        """Wait until no worker of an earlier run may live on. Warn if some may live for ever."""
+        fences, self._fences = self._fences, {}
+        try:
+            if fences:
+                await asyncio.wait(fences.values(), timeout=_QUIET_S)
+            if late := [label for label, fence in fences.items() if not fence.done()]:
+                logger.warning(
+                    "%s: waiting until the lease of an earlier run's workers on %s has run out: the host is silent, and "
+                    "they would run beside the new ones.",
+                    run_name,
+                    ", ".join(late),
+                )
+                await asyncio.wait(fences.values())
+        except asyncio.CancelledError:
+            self._fences.update(fences)  # for the run after this one
+            raise
+        if left := [label for label, fence in fences.items() if not _has_ended(fence)]:
+            logger.warning(
+                "%s: the workers of an earlier run may live on %s, beside those of this run: the host is silent, and Ray "
+                "does not say that the actor that grants leases has ended.",
+                run_name,
+                ", ".join(left),
+            )
+
     async def give_up(self, agents: Collection[PooledAgent]) -> None:
         """End the agents that a run has lost, even if cancelled meanwhile: nothing else refers to them."""
         members = [member for member in self._roster.all if any(map(member.has, agents))]
@@ -149,3 +185,7 @@ class Hosts:
         hosts, backend = [member.host for member in members], members[0].placement.backend
         with contextlib.suppress(Exception):  # the launch must not depend on a log handler
             logger.info("%s: %s", progress.name, in_words(hosts, backend, self._options))
+
+
+def _has_ended(fence: "asyncio.Task[bool]") -> bool:
+    return not fence.cancelled() and fence.exception() is None and fence.result()

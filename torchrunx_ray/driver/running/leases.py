@@ -84,6 +84,20 @@ class Leases:
         self._over_at = self._begun_at + self._first_s + _MARGIN_S
         """Time at which all leases have run out that the current pulse has not granted. Infinite if unknown."""
         self._are_needed = asyncio.Event()
+        self._fences: dict[int, asyncio.Task[bool]] = {}
+        """Waits for the ends of the leases of hosts that get no more, by host index."""
+        self._ends_at: dict[int, float] = {}
+        """Times of these ends, as far as they are known."""
+
+    @property
+    def longest_silence_s(self) -> float:
+        """The time after the last sign of a host at which its lease must have run out."""
+        return self.lease_s + _MARGIN_S
+
+    @property
+    def _refused(self) -> set[int]:
+        """Hosts that get no more leases."""
+        return {*self._over, *self._fences}
 
     def first_s(self, agent: PooledAgent) -> float:
         """Return the time of an agent's first lease, which the agent counts from its last claim.
@@ -110,10 +124,40 @@ class Leases:
                 await self._hold_as_long_as_pulses_start(lose)
             self._do_without()
 
+    def refuse(self, host_index: int) -> "asyncio.Task[bool]":
+        """Refuse further leases to a host, and begin to wait until the last one must have run out.
+
+        The task returns False if the lease may never run out. It outlives the attempt.
+        """
+        if host_index not in self._fences:
+            self._fences[host_index] = asyncio.create_task(self._fence(host_index))
+        return self._fences[host_index]
+
+    def forget(self, host_index: int) -> None:
+        """Wait no more for the end of a lease: the workers are known to have ended."""
+        if (fence := self._fences.pop(host_index, None)) is not None:
+            fence.cancel()
+
     async def fence(self, host_indices: Iterable[int]) -> bool:
         """Refuse further leases to these hosts, and wait until they must have run out. Return False if they may not."""
-        fenced = [self._fence(index) for index in host_indices if index not in self._over]
-        return all(await asyncio.gather(*fenced))
+        fences = {index: self.refuse(index) for index in host_indices if index not in self._over}
+        telling = asyncio.get_running_loop().call_later(_QUIET_S, self._tell_of_wait, fences)
+        try:
+            return all(await asyncio.gather(*map(asyncio.shield, fences.values())))
+        finally:
+            telling.cancel()
+
+    def _tell_of_wait(self, host_indices: Iterable[int]) -> None:
+        now = time.monotonic()
+        left_s = {i: self._ends_at.get(i, now) - now for i in host_indices}
+        waiting = {i: s for i, s in left_s.items() if s > 0}
+        if waiting:
+            logger.warning(
+                "%s: waiting for %.0f s, until the workers on %s must have ended",
+                self._attempt.run_id,
+                max(waiting.values()),
+                ", ".join(self._crew.hosts[i].label for i in waiting),
+            )
 
     async def _hold_as_long_as_pulses_start(self, lose: Callable[[int], None]) -> None:
         """Replace a pulse that is lost. Return when a new one does not answer."""
@@ -137,13 +181,13 @@ class Leases:
             lease_s=self.lease_s,
             margin_s=_MARGIN_S,
             until_over_s=min(self._over_at - time.monotonic(), _ENDLESS_S),
-            refused=tuple(self._over),
+            refused=tuple(self._refused),
         )
 
     async def _follow(self, pulse: PulseLink, lose: Callable[[int], None]) -> NoReturn:
         """Let the hosts renew with this pulse, and report those that do not. Raises PulseLost."""
         for index, agent in enumerate(self._crew.agents):
-            if index not in self._over and agent.state is not AgentState.GONE:
+            if index not in self._refused and agent.state is not AgentState.GONE:
                 renew_with = agent.calls.renew_with
                 agent.connection.tell(renew_with, self._attempt, pulse.calls, index, self.lease_s)
         while True:
@@ -165,8 +209,8 @@ class Leases:
         )
         self._over_at = math.inf
         self._pulse = None
-        for agent in self._crew.agents:
-            if agent.state is not AgentState.GONE:
+        for index, agent in enumerate(self._crew.agents):
+            if index not in self._refused and agent.state is not AgentState.GONE:
                 agent.connection.tell(agent.calls.need_no_lease, self._attempt)
 
     async def _fence(self, host_index: int) -> bool:
@@ -186,12 +230,6 @@ class Leases:
         left_s = over_at - time.monotonic()
         if left_s >= _ENDLESS_S / 2:
             return False
-        if left_s > _QUIET_S:
-            logger.warning(
-                "%s: waiting for %.0f s, until the workers on %s must have ended",
-                self._attempt.run_id,
-                left_s,
-                self._crew.hosts[host_index].label,
-            )
+        self._ends_at[host_index] = over_at
         await asyncio.sleep(left_s)
         return True

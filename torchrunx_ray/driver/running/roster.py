@@ -3,6 +3,8 @@
 import asyncio
 import functools
 import itertools
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +21,9 @@ from torchrunx_ray.driver.running.losses import Losses
 
 _DOUBTFUL = (HeldState.SUSPECT, HeldState.UNFIT)
 
+_SILENT_S = 5.0
+"""Time for which a node that has not answered is not asked again. A question to a silent node takes seconds."""
+
 
 class Roster:
     """Members of a launch in the order of their ranks, and its reserves. Used only in the background loop."""
@@ -28,6 +33,8 @@ class Roster:
         self._placements: list[Placement] = []
         self._group_numbers = itertools.count()
         self.losses = Losses()
+        self._silent_at: dict[str, float] = {}
+        """Times at which nodes did not answer, by node id, on the monotonic clock."""
         self.members: list[HeldHost] = []
         self.reserves: list[HeldHost] = []
         """Hosts without workers."""
@@ -98,7 +105,7 @@ class Roster:
                 lost[host] = "Ray has moved its bundle to another node"
             elif host.node_id in leaving:
                 lost[host] = "Ray drains its node"
-            elif host.state in _DOUBTFUL and not await node_answers(host.host.node):
+            elif host.state in _DOUBTFUL and not await self._answers(host.host.node):
                 lost[host] = "its node does not answer"
         return lost
 
@@ -121,7 +128,7 @@ class Roster:
         unfit |= set() if anywhere else self.losses.distrusted
         for bundle, node_id in unused.items():
             node = None if node_id in unfit else nodes.get(node_id)
-            if node is None or node_id in self.apart or not await node_answers(node):
+            if node is None or node_id in self.apart or not await self._answers(node):
                 continue
             if self._is_unused(bundle) and node_id not in self.apart:
                 return self._held(*bundle, node)
@@ -133,6 +140,14 @@ class Roster:
         unused = [each for each in self._placements if each not in used]
         self._placements = [each for each in self._placements if each in used]
         await asyncio.gather(*(placement.remove() for placement in unused))
+
+    async def _answers(self, node: Node) -> bool:
+        if time.monotonic() - self._silent_at.get(node.node_id, -math.inf) < _SILENT_S:
+            return False
+        answers = await node_answers(node)
+        if not answers:
+            self._silent_at[node.node_id] = time.monotonic()
+        return answers
 
     def _is_unused(self, bundle: tuple[Placement, int]) -> bool:
         return all((host.placement, host.bundle) != bundle for host in self._not_lost)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torchrunx_ray.driver.background.chores import Chores
 from torchrunx_ray.driver.output.run_logs import RunLogs
 from torchrunx_ray.driver.running.share import Share
+from torchrunx_ray.driver.running.silent_hosts import SilentHosts
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
 
@@ -44,8 +45,11 @@ class StopOrder:
 class Stopping:
     """Tells the hosts of an attempt to stop, and gives up those that do not."""
 
-    def __init__(self, shares: Sequence[Share], logs: RunLogs, chores: Chores) -> None:
+    def __init__(
+        self, shares: Sequence[Share], logs: RunLogs, chores: Chores, silent_hosts: SilentHosts
+    ) -> None:
         self._shares = shares
+        self._silent_hosts = silent_hosts
         self._logs = logs
         self._chores = chores
         self.order: StopOrder | None = None
@@ -67,6 +71,7 @@ class Stopping:
         for share in told:
             share.stop(grace_s)
         self._chores.later(self.longest_s(grace_s), self._give_up, lose)
+        self._silent_hosts.refuse_unheard(self.longest_s(grace_s), grace_s)
         return told
 
     @staticmethod

@@ -90,6 +90,7 @@ class Supervisor:
         async with self._hosts.turn:
             progress.waits_for_turn = False
             await references.wait_for(call.inserted, Connection())
+            await self._hosts.until_fenced(call.run_name)
             timeline.placed_ns = now_ns()
             crew, backend = await self._hosts.assemble(call.template, progress, is_fresh=is_fresh)
             timeline.met_ns = now_ns()
@@ -246,7 +247,7 @@ class Supervisor:
         if verdict is Verdict.END:
             return _Decision(verdict, self._policy.last_words)
         self._progress.between = self._restarting
-        if in_doubt := await attempt.hosts_in_doubt():
+        if in_doubt := await attempt.silent_hosts.in_doubt():
             return _end_in_doubt(in_doubt, failures)
         restart_if = self._options.restart_if
         if verdict is not Verdict.RESTART or restart_if is None or failures is None:
@@ -286,6 +287,7 @@ class Supervisor:
     async def _leave_hosts(self) -> None:
         self._hosts.forget_call()
         await self._hosts.reserves.pause()
+        self._hosts.fence(self._attempt.silent_hosts.fences())
         await self._hosts.give_up(self._attempt.broken)
 
     def _with_attempts(self, failures: Failures, remark: str = "") -> Failures:
