@@ -62,8 +62,11 @@ class Template:
 
     @property
     def is_whole(self) -> bool:
-        """True if the outer keeper and the template can serve another run."""
-        return not (self._closing or self._gone_at_ns) and self._keeper.process.poll() is None
+        """True if the keepers and the template can serve another attempt.
+
+        With one keeper, nobody could clean up if it was killed together with the agent.
+        """
+        return not (self._closing or self._gone_at_ns) and self.lease.has_both_keepers
 
     @property
     def is_ready(self) -> bool:
