@@ -278,11 +278,12 @@ launcher.run(beat(Path({str(tmp_path)!r})))
     with driver(script) as process:
         worker = beating(tmp_path)
         until_renewed(worker, LEASE_S)
-        over = above(worker)
+        over, page = above(worker), page_of(worker)
         for name in ("outer keeper", "keeper"):
             os.kill(over[name], signal.SIGKILL)
         with frozen(process.pid):
             assert wait_until(lambda: not is_alive(worker))
+            assert -1 < outlived_s(tmp_path, page) < 1
 
 
 class _Template:
@@ -290,9 +291,10 @@ class _Template:
 
     def __init__(self) -> None:
         self.lease = HeldLease()
+        self.has_hung_up = asyncio.Event()
 
     def hang_up(self) -> None:
-        pass
+        self.has_hung_up.set()
 
 
 async def test_answer_that_comes_late_extends_nothing(cluster: None) -> None:
@@ -316,6 +318,17 @@ async def test_answer_that_comes_late_extends_nothing(cluster: None) -> None:
     lease.renew_with(slow, 0, LEASE_S)
     await asyncio.sleep(2)
     assert template.lease.expires_at_ns == expires_at_ns
+    assert not await lease.is_held()
+
+
+async def test_agent_hangs_up_after_a_first_lease_that_nobody_renews() -> None:
+    """Both keepers may have been killed."""
+    template = _Template()
+    lease = HostLease(AttemptId("run", 0), template, boot_ns())  # pyright: ignore[reportArgumentType]  # see _Template
+    lease.begin(0.5)
+    async with asyncio.timeout(20):
+        await template.has_hung_up.wait()
+    assert boot_ns() > template.lease.expires_at_ns
     assert not await lease.is_held()
 
 

@@ -86,6 +86,44 @@ def test_template_learns_from_a_run_that_failed(cluster: None) -> None:
     assert seen == ["False", "True"]
 
 
+FAILS = "time.sleep(1)\n            raise ImportError('spoilt')"
+HANGS = "time.sleep(1000)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoilt", [FAILS, HANGS], ids=["fails", "hangs"])
+def test_launch_after_an_import_that_went_wrong_has_another_template(
+    cluster: None, spoilt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began while the template still learnt, and then no worker could be forked."""
+    (tmp_path / "spoils.py").write_text(f"""
+import os, sys, time
+from torchrunx_ray.worker import preload
+
+preload._STUCK_S = 2.0
+template = os.getpid()
+
+
+class Spoils:
+    def find_spec(self, name, path, target=None):
+        if name == "torch._dynamo.config" and os.getpid() == template:
+            {spoilt}
+
+
+sys.meta_path.insert(0, Spoils())
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def step() -> int:
+        torch.optim.AdamW([torch.ones(1, requires_grad=True)]).step()
+        return os.getppid()
+
+    launcher = trx.Launcher(workers_per_host=1, preload=("torch", "spoils"))
+    first, second = (launcher.run(step).rank(0) for _ in range(2))
+
+    assert first != second
+
+
 @pytest.mark.slow
 def test_template_does_not_learn_where_the_function_says_how_to_import(cluster: None) -> None:
     """torch._dynamo reads such variables once."""

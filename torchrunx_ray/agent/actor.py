@@ -291,10 +291,11 @@ class Agent:
         return None
 
     async def _have_template(self) -> None:
-        """Replace the template if it was killed or its env_file has changed."""
+        """Replace the template if it lost a keeper, cannot fork any more, or its env_file has changed."""
         self._attach()
         version = template_environment.env_file_version(self._wanted, self._cwd)
         if self._template is not None:
+            await self._template.until_learned()
             if self._template.is_whole and version == self._env_file_version:
                 return
             await self._template.close()

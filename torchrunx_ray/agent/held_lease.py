@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 
 from torchrunx_ray.wire.clock import boot_ns
 from torchrunx_ray.wire.lease import READ_EVERY_S, LeasePage
@@ -38,6 +39,14 @@ class HeldLease:
     def ran_out_at_ns(self) -> int:
         """Time at which a keeper has begun to end the template because the lease had run out; 0 before that."""
         return self._page.ran_out_at_ns
+
+    @property
+    def has_both_keepers(self) -> bool:
+        """True if each keeper still has its end of its pipe."""
+        pipes = select.poll()
+        for fd in self._telling:
+            pipes.register(fd, 0)  # the end of the reader is reported always
+        return not pipes.poll(0)
 
     def set(self, expires_at_ns: int) -> None:
         """Begin a lease, or change its time."""

@@ -21,8 +21,8 @@ _AT_FIRST_S = 0.2
 _FIRST_WITHIN_S = 60.0
 """Time to wait for a first renewal if the first lease ran out before the host could fork."""
 
-_KEEPERS_S = 1.0
-"""Time for the keepers to end the template, before the agent itself ends it."""
+_KEEPERS_S = 0.5
+"""Time for the keepers to end the template, before the agent itself ends it. The driver allows for a second."""
 
 _NS = 10**9
 
@@ -52,6 +52,8 @@ class HostLease:
         self._is_decided = asyncio.Event()
         """Set once there is a lease, or will be none."""
         self._renewing: asyncio.Task[None] | None = None
+        self._hanging_up: asyncio.Task[None] | None = None
+        """Waits until the lease has run out."""
         self._requests: set[asyncio.Task[None]] = set()
 
     @property
@@ -90,7 +92,7 @@ class HostLease:
     def give_up(self) -> None:
         """Let the workers live without a lease, because there is no pulse."""
         if self._may_extend:
-            self._renew_no_more()
+            self._stop_tasks()
             self._take(LeaseState.NOT_NEEDED, 0)
 
     def end(self) -> None:
@@ -98,7 +100,7 @@ class HostLease:
         if self._state is not LeaseState.OVER:
             self._note_end()
             self._held.clear()
-        self._renew_no_more()
+        self._stop_tasks()
 
     async def _renew_often(self, pulse: Any, host_index: int, lease_s: float) -> None:
         while not self._has_run_out:
@@ -108,6 +110,11 @@ class HostLease:
             self._requests.add(request)
             request.add_done_callback(self._requests.discard)
             await asyncio.sleep(_AT_FIRST_S if is_first else _EVERY_S)
+
+    async def _hang_up_once_over(self) -> None:
+        """End the template some time after its lease ran out, in case both keepers were killed."""
+        while (left_ns := self._held.expires_at_ns - boot_ns()) > 0:
+            await asyncio.sleep(min(_EVERY_S, left_ns / _NS))
         self._note_end()
         await asyncio.sleep(_KEEPERS_S)
         self._template.hang_up()
@@ -133,10 +140,17 @@ class HostLease:
         self._state = state
         self._held.set(expires_at_ns)
         self._is_decided.set()
+        if self._hanging_up is None and state is not LeaseState.NOT_NEEDED:
+            self._hanging_up = asyncio.create_task(self._hang_up_once_over())
 
     def _note_end(self) -> None:
         self._state = LeaseState.OVER
         self._is_decided.set()
+
+    def _stop_tasks(self) -> None:
+        self._renew_no_more()
+        if self._hanging_up is not None:
+            self._hanging_up.cancel()
 
     def _renew_no_more(self) -> None:
         if self._renewing is not None:

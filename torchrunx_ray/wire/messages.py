@@ -392,6 +392,18 @@ class TemplateRefused:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """The template imports what workers had to import. It forks again after that."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The import is over. If it went wrong, the template forks no more."""
+
+    may_fork: bool
+
+
+@dataclass(frozen=True)
 class CallHeld:
     """Answer to HoldCall. Descriptor: the template's memory or the file, to write to."""
 

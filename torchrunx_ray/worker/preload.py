@@ -30,11 +30,18 @@ _NOT_SETTINGS = ("TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
 
 _settings_of_template: dict[str, str] = {}
 
+_STUCK_S = 30.0
+"""Longest time from one imported module to the next, once the template serves."""
+
 _SPAWN = "Take the module out of preload, or pass start_method='spawn'."
 
 
 class Refusal(Exception):
     """The template cannot be forked from. Its arguments are those of TemplateRefused."""
+
+
+class _ImportStuck(BaseException):
+    """An import takes too long. Modules that try optional imports do not catch it."""
 
 
 def load(modules: Sequence[str]) -> None:
@@ -109,19 +116,33 @@ def _settings() -> dict[str, str]:
 def learn(meanwhile: Callable[[], None]) -> None:
     """Import the module that workers imported themselves. Raise Refusal if forking is no longer safe.
 
-    The import takes long, so `meanwhile` is called again and again during it.
+    The import takes long, so `meanwhile` is called again and again during it. It is given up if it does not get from one
+    module to the next in time, because nobody would hear how a worker ends. That cannot be done while it hangs in C.
     """
     if not is_to_learn():
         return
     variables = dict(os.environ)
+
+    def between() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        meanwhile()
+        signal.setitimer(signal.ITIMER_REAL, _STUCK_S)
+
+    signal.signal(signal.SIGALRM, _give_up)
     try:
-        with import_hook.between_imports(meanwhile):
+        with import_hook.between_imports(between):
             load([_LATE])
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         # The import sets some that a function may want to set.
         for name in os.environ.keys() - variables.keys():
             del os.environ[name]
         os.environ.update(variables)
+
+
+def _give_up(_signum: int, _frame: object) -> NoReturn:
+    raise _ImportStuck(f"no further module within {_STUCK_S:g} s")
 
 
 def _import(module: str) -> None:

@@ -7,6 +7,7 @@ descendants and exits.
 """
 
 import contextlib
+import enum
 import faulthandler
 import os
 import signal
@@ -52,19 +53,32 @@ _IDLE_S = 0.5
 """Time without messages before the template imports what workers had to import, while a run goes on."""
 
 
+class _State(enum.Enum):
+    """States of a template after its first imports: OPEN, LEARNING, and then OPEN again, or SPENT for good."""
+
+    OPEN = "forks"
+    LEARNING = "imports what workers had to import, or is about to; a fork waits until this is over"
+    SPENT = "forks no more, since an import went wrong; ends after its last child"
+
+
+class _Sequel(enum.Enum):
+    """What follows the current attempt. A worker of a run makes it POSSIBLE, and one that fails LIKELY."""
+
+    NONE = "the run ends with this attempt"
+    POSSIBLE = "another attempt, if a worker fails"
+    LIKELY = "another attempt, perhaps at once"
+
+
 class _Template:
     def __init__(self, channel: Channel, setup: messages.TemplateSetup) -> None:
         self._channel = channel
         self._start_method: messages.StartMethod = setup.start_method
-        self._problem: str | None = None
-        """Reason why forks are not safe any more. The template then ends after its last child."""
-        self._is_learning = self._learns_at_once = False
-        self._waits_for_import: tuple[object, list[int]] | None = None
+        self._state = _State.OPEN
+        self._problem = ""
+        """Reason why this template is spent."""
+        self._waiting: tuple[object, list[int]] | None = None
         """A fork that was asked for during an import, and its descriptors."""
-        self._may_restart = False
-        """True if another attempt may follow the current one."""
-        self._has_failed = False
-        """True if a worker of the attempt has failed."""
+        self._sequel = _Sequel.NONE
         self._call: HeldCall | None = None
         self._children: dict[int, int | None] = {}
         """Local rank by pid; None for the store."""
@@ -73,9 +87,10 @@ class _Template:
         signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
 
     def serve(self) -> None:
-        while self._problem is None or self._children:
-            is_idle = not self._serve_once(self._until_look_s())
-            if is_idle or self._learns_at_once:
+        while self._state is not _State.SPENT or self._children:
+            if not self._serve_once(self._until_look_s()):
+                self._begin_to_learn()
+            if self._state is _State.LEARNING:
                 self._learn()
 
     def _serve_once(self, timeout_s: float | None) -> bool:
@@ -91,9 +106,15 @@ class _Template:
 
     def _until_look_s(self) -> float | None:
         """Return the time without messages after which this template may learn. None if there is nothing to learn."""
-        if self._may_restart and self._children and preload.may_learn():
-            return _IDLE_S
-        return _IDLE_S if preload.is_to_learn() else None
+        is_followed = self._sequel is not _Sequel.NONE and self._children
+        may_learn = preload.may_learn() if is_followed else preload.is_to_learn()
+        return _IDLE_S if may_learn and self._state is _State.OPEN else None
+
+    def _begin_to_learn(self) -> None:
+        """Tell the agent of an import, if there is one to do. The agent then claims this template only after it."""
+        if self._state is _State.OPEN and preload.is_to_learn():
+            self._state = _State.LEARNING
+            self._channel.send(messages.Learning())
 
     def _learn(self) -> None:
         """Import what workers had to import, and serve all the while, except forks.
@@ -102,31 +123,30 @@ class _Template:
         """
 
         def serve() -> None:
-            while self._waits_for_import is None and self._serve_once(0):
+            while self._waiting is None and self._serve_once(0):
                 pass
 
-        self._learns_at_once = False
-        self._is_learning = True
         try:
-            if self._problem is None:
-                preload.learn(serve)
+            preload.learn(serve)
+            self._state = _State.OPEN
         except preload.Refusal as refusal:
-            self._refuse_forks(refusal)
-        self._is_learning = False
-        if self._waits_for_import is not None:
-            waiting, self._waits_for_import = self._waits_for_import, None
+            self._state = _State.SPENT
+            self._say_why(refusal)
+        self._channel.send(messages.Learned(self._state is _State.OPEN))
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
             self._obey(*waiting)
 
-    def _refuse_forks(self, refusal: preload.Refusal) -> None:
-        """Fork no more after an import that went wrong. The agent starts another template for the next attempt."""
+    def _say_why(self, refusal: preload.Refusal) -> None:
         self._problem = f"the template imported what workers had imported: {refusal.args[0]}"
         line = f"torchrunx_ray: no worker can be forked any more: {self._problem}\n"
         with contextlib.suppress(OSError):  # the agent is gone, which an import may have hidden
             os.write(2, line.encode(errors="backslashreplace"))
 
     def _obey(self, message: object, fds: list[int]) -> None:
-        if self._is_learning and isinstance(message, messages.ForkWorker | messages.ForkStore):
-            self._waits_for_import = message, fds
+        is_fork = isinstance(message, messages.ForkWorker | messages.ForkStore)
+        if is_fork and self._state is _State.LEARNING:
+            self._waiting = message, fds
             return
         match message:
             case messages.ForkWorker():
@@ -146,16 +166,13 @@ class _Template:
             case messages.EndRun():
                 self._drop_call()
                 left = process_tree.kill_children(self._reap)
+                # Learn now, unless another attempt of the run may follow at once.
+                if self._sequel is not _Sequel.LIKELY:
+                    self._begin_to_learn()
+                self._sequel = _Sequel.NONE
                 self._channel.send(messages.RunEnded(tuple(left)))
-                self._run_has_ended()
             case _:
                 raise TypeError(f"a template does not know {message!r}")
-
-    def _run_has_ended(self) -> None:
-        """Learn now, unless another attempt of the run may follow at once."""
-        is_followed = self._may_restart and self._has_failed
-        self._may_restart = self._has_failed = False
-        self._learns_at_once = not is_followed
 
     def _hold_call(self, wanted: messages.HoldCall) -> None:
         try:
@@ -173,7 +190,8 @@ class _Template:
     def _fork_worker(self, wanted: messages.ForkWorker, fds: list[int]) -> None:
         assert self._call is not None
         call, template_pid = self._call, os.getpid()
-        self._may_restart = wanted.worker.may_be_restarted
+        if wanted.worker.may_be_restarted and self._sequel is _Sequel.NONE:
+            self._sequel = _Sequel.POSSIBLE
 
         def live() -> NoReturn:
             become_worker(wanted, fds, template_pid, call, self._start_method)
@@ -213,7 +231,7 @@ class _Template:
         self._children[pid] = local_rank
 
     def _try_to_fork(self) -> tuple[int | None, messages.Forked | messages.ForkFailed]:
-        if self._problem is not None:
+        if self._state is _State.SPENT:
             return None, messages.ForkFailed(self._problem)
         try:
             pid = os.fork()
@@ -238,7 +256,8 @@ class _Template:
         local_rank = self._children.pop(pid)
         if local_rank is not None:
             process_tree.signal_group(pid, signal.SIGKILL)
-        self._has_failed |= exit_code != 0
+        if exit_code != 0 and self._sequel is _Sequel.POSSIBLE:
+            self._sequel = _Sequel.LIKELY
         code, signum = (None, -exit_code) if exit_code < 0 else (exit_code, None)
         self._channel.send(messages.Exited(local_rank, pid, now_ns(), code, signum, peak_memory))
 

@@ -144,22 +144,19 @@ class PooledAgent:
             if meeting.done():
                 return
             is_late = time.monotonic() >= gives_up_at
-            answers = await self._answers()
-            if not meeting.done() and (is_late or not answers):
-                self.state = AgentState.GONE
-                self.fault = _NEVER_READY.format(_READY_S) if answers else _NO_ANSWER
+            fault = _NEVER_READY.format(_READY_S) if is_late else ""
+            try:
+                await self._answer()
+            except TimeoutError:
+                fault = _NO_ANSWER
+            if fault and not meeting.done():
+                self.state, self.fault = AgentState.GONE, fault
                 raise TimeoutError
 
-    async def _answers(self) -> bool:
-        """Return False if the agent does not answer a call that a living agent answers at once."""
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                await self.connection.ask(self.calls.clock)
-        except RayError:
-            pass  # the pending call to `meet` raises the reason
-        except TimeoutError:
-            return False
-        return True
+    async def _answer(self) -> None:
+        """Make a call that a living agent answers at once. Raises RayError or TimeoutError if it does not."""
+        async with asyncio.timeout(_ANSWER_S):
+            await self.connection.ask(self.calls.clock)
 
     def forget_call(self) -> None:
         """Let the agent free the function and the arguments of a run that has ended."""
@@ -170,8 +167,7 @@ class PooledAgent:
     async def answers(self) -> bool:
         """Return True if the agent lives and answers a simple call."""
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                await self.connection.ask(self.calls.clock)
+            await self._answer()
         except (RayError, TimeoutError):
             self.state = AgentState.GONE
             return False
