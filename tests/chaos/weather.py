@@ -213,7 +213,7 @@ class Weather:
         crew = self._crews.newest()
         if crew is None:
             return
-        for host in self._avoided(crew):
+        for host in self._avoided():
             self._leaving.append(Leaving(host, crew.attempt, time.monotonic(), is_replaced=True))
         for leaving in list(self._leaving):
             if leaving.is_due(crew.attempt) and is_left(leaving.host):
@@ -224,12 +224,10 @@ class Weather:
                     self.blows.append(Blow("join", -1, crew.attempt, time.time()))
                     self._nodes.add()
 
-    def _avoided(self, crew: Crew) -> list[str]:
-        """Return the nodes that the training avoids, since agents have failed there."""
+    def _avoided(self) -> list[str]:
+        """Return the nodes that have no agent any more, since agents have failed there."""
         now = time.monotonic()
-        used = {
-            host_of(self._crews.above(seen)["agent"]) for seen in crew.ranks if is_alive(seen.pid)
-        }
+        used = {host_of(pid) for pid in on_hosts("ray::Agent")}
         leaving = {each.host for each in self._leaving}
         self._blamed_since.update((host, now) for host in used & self._blamed_since.keys())
         return [
