@@ -85,3 +85,14 @@ for _ in range(1000):
         said = [rank.communicate(timeout=100)[1] for rank in ranks]
 
     assert foreign_errors.names_gloo(said[0]), said
+
+
+def test_actor_whose_node_has_died_is_no_actor_that_was_refused() -> None:
+    """A driver with a token was told that the cluster may have none."""
+    died = (
+        "The actor died because its node has died. Node Id: 3ce84d6f\n\tthe actor's node was terminated "
+        "unexpectedly: health check failed due to missing too many heartbeats\n"
+    )
+    never_ran = "The actor never ran - it was cancelled before it started running."
+    assert foreign_errors.has_never_run(never_ran)
+    assert not foreign_errors.has_never_run(died + never_ran)

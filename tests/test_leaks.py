@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ import torchrunx_ray as trx
 from tests import processes
 from tests.memory import MIB, megabytes, shared_memory, status
 from tests.traces import objects_in_store
+from torchrunx_ray.driver.background.own_lines import OwnLines
 from torchrunx_ray.driver.running.attempt import Attempt
 from torchrunx_ray.driver.running.together import all_or_first_error
 
@@ -78,6 +80,22 @@ def test_failed_run_leaves_nothing_to_the_event_loop(one: trx.Launcher, tmp_path
     with pytest.raises(ZeroDivisionError):
         run.result()
     assert processes.wait_until(lambda: (gc.collect(), attempt())[1] is None, 10)
+
+
+@pytest.mark.unconfigured_logging
+def test_last_log_line_keeps_nothing_of_what_it_was_about() -> None:
+    """The error of a failed start kept the run, and so its arguments, until the next line."""
+    lines = OwnLines()
+    lines.divert_this_thread()
+    try:
+        error = _OwnError()
+        logging.getLogger("torchrunx_ray").warning("%s", error)
+        lines.wait_until_written()
+        kept = weakref.ref(error)
+        del error
+        assert processes.wait_until(lambda: kept() is None, 10)
+    finally:
+        lines.forget()
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tests.chaos.blows import EXPLAINS, Blow
+from tests.chaos.blows import EXPLAINS, SILENT, Blow
 from tests.chaos.journal import Journal
 from tests.chaos.training import train_alone
 from torchrunx_ray.driver.report.history import AttemptRecord
@@ -45,16 +45,20 @@ def causes(attempts: Sequence[AttemptRecord], blows: Sequence[Blow]) -> dict[int
 def _matched(
     attempts: Sequence[AttemptRecord], blows: Sequence[Blow], *, prefer_aim: bool
 ) -> dict[int, Blow]:
-    """Explain as many ends as possible. With `prefer_aim`, blows on the attempt itself are likelier causes."""
+    """Explain as many ends as possible.
+
+    With `prefer_aim`, blows on the attempt itself are likelier causes than others, and idle processes less likely ones.
+    """
     # Of several nodes that have joined, the last one is the likeliest cause of a resize.
     left = sorted(blows, key=lambda blow: (blow.over_at, -blow.at))
     found: dict[int, Blow] = {}
     for attempt in attempts:
         possible = [blow for blow in left if _explains(blow, attempt)]
-        aimed = [blow for blow in possible if prefer_aim and blow.attempt == attempt.number]
+        if prefer_aim:
+            possible.sort(key=lambda blow: (blow.attempt != attempt.number, blow.kind in SILENT))
         if possible:
-            found[attempt.number] = (aimed or possible)[0]
-            left.remove(found[attempt.number])
+            found[attempt.number] = possible[0]
+            left.remove(possible[0])
     return found
 
 

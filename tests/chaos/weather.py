@@ -33,7 +33,7 @@ SETTLED_S = 90.0
 _NEW_NODE_S = 1.0
 """Time from the death of a raylet to the node that replaces it."""
 
-_AVOIDED_S = 15.0
+_AVOIDED_S = 20.0
 """Time after which an unused node on which agents have failed is replaced. The run may avoid it for ten minutes."""
 
 
@@ -213,23 +213,24 @@ class Weather:
         crew = self._crews.newest()
         if crew is None:
             return
-        for host in self._avoided(crew):
-            self._leaving.append(Leaving(host, crew.attempt, time.monotonic(), is_replaced=True))
         for leaving in list(self._leaving):
             if leaving.is_due(crew.attempt) and is_left(leaving.host):
                 self._leaving.remove(leaving)
-                self._nodes.forget(leaving.host)
-                self._blamed_since.pop(leaving.host, None)
-                if leaving.is_replaced:
-                    self.blows.append(Blow("join", -1, crew.attempt, time.time()))
-                    self._nodes.add()
+                self._remove(leaving.host, crew, is_replaced=leaving.is_replaced)
+        for host in self._avoided():
+            self._remove(host, crew, is_replaced=True)
 
-    def _avoided(self, crew: Crew) -> list[str]:
-        """Return the nodes that the training avoids, since agents have failed there."""
+    def _remove(self, host: str, crew: Crew, *, is_replaced: bool) -> None:
+        self._nodes.forget(host)
+        self._blamed_since.pop(host, None)
+        if is_replaced:
+            self.blows.append(Blow("join", -1, crew.attempt, time.time()))
+            self._nodes.add()
+
+    def _avoided(self) -> list[str]:
+        """Return the nodes that have no agent any more, since agents have failed there."""
         now = time.monotonic()
-        used = {
-            host_of(self._crews.above(seen)["agent"]) for seen in crew.ranks if is_alive(seen.pid)
-        }
+        used = {host_of(pid) for pid in on_hosts("ray::Agent")}
         leaving = {each.host for each in self._leaving}
         self._blamed_since.update((host, now) for host in used & self._blamed_since.keys())
         return [

@@ -92,6 +92,8 @@ class OwnLines(logging.Filter):
                 context.run(logging.getLogger(record.name).handle, record)
             except BaseException as error:  # including sys.exit in a handler
                 self._warn_once.tell(error)
+            # An error in the record refers to the run and its arguments, and the next record may be hours away.
+            del context, record
             self._tell_of_dropped()
             with self._was_written:
                 self._written += 1
