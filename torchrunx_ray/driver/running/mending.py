@@ -51,6 +51,9 @@ class Mending:
                 logger.warning("%s: the host %s is lost: %s", progress.name, member.host.label, why)
                 self._roster.losses.note_lost_host(member.node_id)
             await asyncio.gather(*(member.abandon() for member in lost))
+            # While Ray looks for a place for a lost bundle, and each node that could take it is full, Ray 2.60 places
+            # no other group.
+            await to_the_end(self._roster.remove_unused())
             await self._fill(lost, progress)
             await self._leave_bad_hosts(progress)
             await self.take_free(progress)

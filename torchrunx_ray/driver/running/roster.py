@@ -99,7 +99,9 @@ class Roster:
         live = {node.node_id for node in nodes}
         lost: dict[HeldHost, str] = {}
         for host in hosts:
-            if host.node_id not in live:
+            if host.state is HeldState.LOST:
+                lost[host] = "it was lost before, and has not been replaced"
+            elif host.node_id not in live:
                 lost[host] = "its node has left the cluster"
             elif placed[host.placement, host.bundle] != host.node_id:
                 lost[host] = "Ray has moved its bundle to another node"
@@ -135,8 +137,8 @@ class Roster:
         return None
 
     async def remove_unused(self) -> None:
-        """Remove the placements none of whose bundles has a host."""
-        used = {host.placement for host in self.all}
+        """Remove the placements none of whose bundles has a host that is not lost."""
+        used = {host.placement for host in self._not_lost}
         unused = [each for each in self._placements if each not in used]
         self._placements = [each for each in self._placements if each in used]
         await asyncio.gather(*(placement.remove() for placement in unused))
