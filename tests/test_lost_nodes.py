@@ -13,12 +13,11 @@ from ray.cluster_utils import Cluster
 import torchrunx_ray as trx
 from tests.announced import Seen, announce_and_wait, raylet_of, run_until_asked, started
 from tests.clusters.raylets import raylets
-from tests.leases import beat, beating, last_beat_ns, until_renewed
+from tests.leases import until_renewed
 from tests.nodes import SOON_DEAD, all_is_free, drain, groups, ids, node_of, raylet_pid
 from tests.processes import above, frozen, is_alive, note, wait_until
 from torchrunx_ray.driver.run import Run
 from torchrunx_ray.driver.running import restart_policy
-from torchrunx_ray.wire.clock import boot_ns
 
 # A cluster of several raylets costs 10 s of CPU, and each new node 3 s.
 pytestmark = pytest.mark.slow
@@ -150,31 +149,6 @@ def test_elastic_run_goes_on_without_a_host_that_is_frozen_as_a_whole(
     assert [each.why for each in result.attempts] == ["host lost", "returned"]
     assert raylet not in {seen.raylet for seen in result}
     assert took_s < 20
-
-
-def test_run_of_a_session_begins_after_the_lease_of_an_earlier_run_on_a_silent_host(
-    three: Cluster, tmp_path: Path
-) -> None:
-    """Ray cannot end the agent: its raylet is frozen, too. So the worker lives until its keepers end it."""
-    lease_s = 5.0
-    launcher = trx.Launcher(
-        hostnames=1,
-        workers_per_host=1,
-        cpus_per_worker=2,
-        backend=None,
-        max_restarts=1,
-        host_timeout=lease_s,
-        linger=0,
-    )
-    with launcher.session() as session:
-        run = session.submit(beat(tmp_path))
-        worker = beating(tmp_path)
-        until_renewed(worker, lease_s)
-        with frozen(raylet_of(worker), above(worker)["agent"]):
-            run.kill()
-            begun_ns = session.run(boot_ns).rank(0)
-            assert begun_ns > last_beat_ns(tmp_path, rank=0)
-            assert not is_alive(worker)
 
 
 def take_the_node_down(folder: Path) -> None:
