@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
 
 import torchrunx_ray as trx
 from tests.announced import Seen, announce_and_wait, raylet_of, run_until_asked, started
@@ -172,6 +173,24 @@ def test_function_that_takes_its_node_down_each_time_does_not_restart_for_ever(
     assert [each.why for each in run.attempts] == ["host lost", "host lost"]
     told = "\n".join(caught.value.__notes__)
     assert "2 attempts in a row have lost a host less than 60 s after they began" in told
+
+
+def test_launch_that_waits_for_a_lost_host_keeps_no_other_from_its_room(
+    three: Cluster, tmp_path: Path
+) -> None:
+    """Ray's head tried to move the lost bundle without a pause, and placed no other group."""
+    launcher = trx.Launcher(hostnames=2, workers_per_host=1, cpus_per_worker=2, max_restarts=1)
+    with trx.Launcher(hostnames=1, workers_per_host=1, cpus_per_worker=2).session() as busy:
+        busy.run(int)
+        run = launcher.submit(announce_and_wait, tmp_path)
+        assert wait_until(lambda: len(started(tmp_path, 0)) == 2, 60)
+        os.kill(started(tmp_path, 0)[1][0], signal.SIGKILL)
+        assert wait_until(lambda: len(ids()) == 2, 60)
+        small = placement_group([{"memory": 1}])
+        assert small.wait(10)
+        remove_placement_group(small)
+    assert wait_until(lambda: len(started(tmp_path, 1)) == 2, 60)
+    finish(run, tmp_path, 1)
 
 
 @pytest.mark.exhaustive

@@ -7,14 +7,13 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 
-from torchrunx_ray.driver.cluster import draining, inventory, orphans
-from torchrunx_ray.driver.cluster.clean_up import clean_up
+from torchrunx_ray.driver.cluster import draining, inventory
 from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
 from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
-from torchrunx_ray.driver.placing import placement_group, queue
+from torchrunx_ray.driver.placing import queue
 from torchrunx_ray.driver.placing.feasibility import could_be_host, is_in
-from torchrunx_ray.driver.placing.placement import Placement, hosts_of, reserve
+from torchrunx_ray.driver.placing.placement import Placement, place_at_once, reserve
 from torchrunx_ray.driver.placing.plan import Host, Plan, resolve
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.errors import PlacementError
@@ -29,9 +28,6 @@ _AGAIN_S = 1.0
 
 _TELL_EVERY_S = 60.0
 """Interval of the warnings of a launch that waits for a node to join."""
-
-_PLACED_S = 1
-"""Time for Ray to place a group into room that is free, in whole seconds. It takes milliseconds."""
 
 
 def in_place_of(host: Host, options: Options, avoided: Collection[str]) -> Options:
@@ -137,7 +133,7 @@ async def reserve_free(
             continue
         plan = _plan_on(node, like, options, nodes)
         if plan is not None and is_in(plan.needed, free.get(node.node_id, {})):
-            placement = await _place_now(options, plan, name(), connection)
+            placement = await place_at_once(options, plan, name(), connection)
             if placement is not None:
                 return placement
     return None
@@ -150,24 +146,6 @@ def _plan_on(node: Node, like: Host, options: Options, nodes: Sequence[Node]) ->
         return resolve(one, nodes, node.node_id)
     except (PlacementError, ValueError):
         return None
-
-
-async def _place_now(
-    options: Options, plan: Plan, name: str, connection: Connection
-) -> Placement | None:
-    group = await placement_group.create(options, plan, orphans.group_name(name), connection)
-    try:
-        is_placed = await connection.call(group.wait, _PLACED_S)
-        hosts = await hosts_of(group, plan, connection) if is_placed else None
-    except BaseException:
-        removing = placement_group.remove_unplaced(group, connection)
-        await clean_up(removing, f"removing the placement group {name}")
-        raise
-    if hosts is None:
-        removing = placement_group.remove_unplaced(group, connection)
-        await clean_up(removing, f"removing the placement group {name}")
-        return None
-    return Placement(hosts, plan, group)
 
 
 def _others_wait() -> bool:

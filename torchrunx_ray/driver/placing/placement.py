@@ -13,9 +13,11 @@ from ray.util.placement_group import PlacementGroup
 from torchrunx_ray.driver.cluster import inventory, orphans
 from torchrunx_ray.driver.cluster.clean_up import clean_up
 from torchrunx_ray.driver.cluster.connection import Connection, untyped_ray
+from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.placing import placement_group, queue, reminders
 from torchrunx_ray.driver.placing.labels import labels
+from torchrunx_ray.driver.placing.pinned import pin
 from torchrunx_ray.driver.placing.plan import Host, Plan
 from torchrunx_ray.driver.placing.returning import resolve_when_back
 from torchrunx_ray.driver.placing.shortage import HostLeft
@@ -27,6 +29,9 @@ logger = logging.getLogger("torchrunx_ray")
 
 _said: set[str] = set()
 """Warnings that this driver has logged."""
+
+_PLACED_S = 1
+"""Time for Ray to place a group into room that is free, in whole seconds. It takes milliseconds."""
 
 _HEAD_S = 5.0
 """Time beyond `placement_timeout` that a launch waits for an answer from Ray's head."""
@@ -121,6 +126,10 @@ async def _place(options: Options, progress: Progress, name: str, begun: float) 
     """Choose hosts, and wait until they have room. Raises HostLeft if hosts must be chosen again."""
     connection = Connection()
     plan, nodes = await resolve_when_back(options, progress, connection, begun)
+    if _should_be_pinned(plan, options) and not queue.has_waiters():
+        placement = await _place_pinned(options, plan, nodes, connection, name)
+        if placement is not None:
+            return placement
     waiting = Waiting(options, plan, connection, progress, name, time.monotonic() - begun)
     try:
         while True:
@@ -135,6 +144,45 @@ async def _place(options: Options, progress: Progress, name: str, begun: float) 
     with contextlib.suppress(Exception):  # a log handler may fail; the placement must be returned
         _say_who_shares(options, hosts)
     return placement
+
+
+def _should_be_pinned(plan: Plan, options: Options) -> bool:
+    """Return True for hosts on any nodes, of which some may be lost while the run goes on; see `pinned`."""
+    is_anywhere = all(host.node is None for host in plan.hosts)
+    return options.may_restart and len(plan.hosts) > 1 and is_anywhere
+
+
+async def _place_pinned(
+    options: Options, plan: Plan, nodes: Sequence[Node], connection: Connection, name: str
+) -> Placement | None:
+    """Place the hosts where there is room now; None if there is no such room."""
+    on_free_nodes = await pin(plan, options, nodes, connection)
+    if on_free_nodes is None and queue.release_is_recent():
+        await queue.until_head_knows(connection)
+        on_free_nodes = await pin(plan, options, nodes, connection)
+    if on_free_nodes is None:
+        return None
+    placement = await place_at_once(options, on_free_nodes, name, connection)
+    if placement is not None:
+        with contextlib.suppress(Exception):  # see `_place`
+            _say_who_shares(options, placement.hosts)
+    return placement
+
+
+async def place_at_once(
+    options: Options, plan: Plan, name: str, connection: Connection
+) -> Placement | None:
+    """Return the placement of hosts with fixed nodes if Ray places them at once, else None."""
+    group = await placement_group.create(options, plan, orphans.group_name(name), connection)
+    hosts: list[Host] | None = None
+    try:
+        if await connection.call(group.wait, _PLACED_S):
+            hosts = await hosts_of(group, plan, connection)
+    finally:
+        if hosts is None:
+            removing = placement_group.remove_unplaced(group, connection)
+            await clean_up(removing, f"removing the placement group {name}")
+    return None if hosts is None else Placement(hosts, plan, group)
 
 
 async def hosts_of(group: PlacementGroup, plan: Plan, connection: Connection) -> list[Host] | None:
