@@ -321,6 +321,15 @@ async def test_answer_that_comes_late_extends_nothing(cluster: None) -> None:
     assert not await lease.is_held()
 
 
+async def test_answer_that_comes_after_its_own_lease_leaves_the_first_one() -> None:
+    template = _Template()
+    lease = HostLease(AttemptId("run", 0), template, boot_ns())  # pyright: ignore[reportArgumentType]  # see _Template
+    lease.begin(100)
+    lease._extend(boot_ns() - 10**9, boot_ns())
+    assert await lease.is_held()
+    lease.end()
+
+
 async def test_agent_hangs_up_after_a_first_lease_that_nobody_renews() -> None:
     """Both keepers may have been killed."""
     template = _Template()

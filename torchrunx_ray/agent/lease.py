@@ -129,9 +129,12 @@ class HostLease:
             self._extend(asked_at_ns, asked_at_ns + int(lease_s * _NS))
 
     def _extend(self, asked_at_ns: int, expires_at_ns: int) -> None:
-        """Take a renewal. The first one makes the time shorter; an answer that was overtaken changes nothing."""
+        """Take a renewal. The first one makes the time shorter.
+
+        An answer that was overtaken changes nothing. Nor does one that comes after its own end: another may follow.
+        """
         is_overtaken = expires_at_ns <= self._held.expires_at_ns
-        if self._state is LeaseState.RENEWED and is_overtaken:
+        if expires_at_ns <= boot_ns() or (self._state is LeaseState.RENEWED and is_overtaken):
             return
         self._held.contact_at_ns = asked_at_ns
         self._take(LeaseState.RENEWED, expires_at_ns)
