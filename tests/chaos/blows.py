@@ -54,6 +54,9 @@ BLAMED = {"agent", "agent twice", "idle agent", "frozen agent", "long cut"}
 SILENT = {"keeper", "outer keeper", "idle agent", "idle raylet", "short cut", "join"}
 """Kinds that need not end the attempt that they fall on."""
 
+NODE_LIVES = {"frozen agent", "long cut"}
+"""Kinds that can cost the training a host whose node lives on."""
+
 CUT_S = {"short cut": 4.0, "long cut": 14.0}
 """Kinds that cut a host's network, each with the time. A lease lasts for 10 s, and a host is given up a second later."""
 

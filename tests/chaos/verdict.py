@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tests.chaos.blows import EXPLAINS, SILENT, Blow
+from tests.chaos.blows import EXPLAINS, NODE_LIVES, SILENT, Blow
 from tests.chaos.journal import Journal
 from tests.chaos.training import train_alone
 from torchrunx_ray.driver.report.history import AttemptRecord
@@ -49,17 +49,27 @@ def _matched(
 
     With `prefer_aim`, blows on the attempt itself are likelier causes than others, and idle processes less likely ones.
     """
-    # Of several nodes that have joined, the last one is the likeliest cause of a resize.
-    left = sorted(blows, key=lambda blow: (blow.over_at, -blow.at))
+    left = list(blows)
     found: dict[int, Blow] = {}
     for attempt in attempts:
+        # Of several nodes that have joined, the last one is the likeliest cause of a resize.
+        left.sort(key=lambda blow: (blow.over_at, -blow.at))
         possible = [blow for blow in left if _explains(blow, attempt)]
         if prefer_aim:
             possible.sort(key=lambda blow: (blow.attempt != attempt.number, blow.kind in SILENT))
         if possible:
             found[attempt.number] = possible[0]
             left.remove(possible[0])
+            left += _return_of_host(possible[0], attempt)
     return found
+
+
+def _return_of_host(blow: Blow, attempt: AttemptRecord) -> list[Blow]:
+    """Return what follows if a host was lost although its node lives: the node can be used again, as if it joined."""
+    if attempt.why != "host lost" or blow.kind not in NODE_LIVES:
+        return []
+    assert attempt.ended is not None
+    return [Blow("join", blow.rank, attempt.number, attempt.ended)]
 
 
 def unexplained(attempts: Sequence[AttemptRecord], blows: Sequence[Blow]) -> list[str]:
