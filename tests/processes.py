@@ -78,8 +78,8 @@ def titled(title: str) -> set[int]:
     return found
 
 
-def kill_next(find: Callable[[], set[int]], known: set[int], timeout_s: float = 20) -> bool:
-    """Kill the first process that is found and not known. Return False if none comes."""
+def kill_next(find: Callable[[], set[int]], known: set[int], timeout_s: float = 20) -> int | None:
+    """Kill the first process that is found and not known. Return its pid, or None if none comes."""
     found = set[int]()
 
     def is_there() -> bool:
@@ -87,10 +87,11 @@ def kill_next(find: Callable[[], set[int]], known: set[int], timeout_s: float = 
         return bool(found)
 
     if not wait_until(is_there, timeout_s):
-        return False
+        return None
+    victim = min(found)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(min(found), signal.SIGKILL)
-    return True
+        os.kill(victim, signal.SIGKILL)
+    return victim
 
 
 def own_mark() -> str:

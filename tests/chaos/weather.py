@@ -1,5 +1,6 @@
 """Blows that fall on a training, each with what came of it."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -170,8 +171,22 @@ class Weather:
             self._strike_again(blow, known)
 
     def _strike_again(self, blow: Blow, known: set[int]) -> None:
-        if blow.kind in AGAIN and kill_next(lambda: on_hosts(AGAIN[blow.kind]), known):
-            self.blows.append(Blow(blow.kind, blow.rank, blow.attempt, time.time()))
+        if blow.kind not in AGAIN:
+            return
+        hosts: dict[int, str] = {}
+
+        def find() -> set[int]:
+            for pid in on_hosts(AGAIN[blow.kind]) - hosts.keys():
+                with contextlib.suppress(OSError):
+                    hosts[pid] = host_of(pid)
+            return set(hosts)
+
+        victim = kill_next(find, known)
+        if victim is None:
+            return
+        self.blows.append(Blow(blow.kind, blow.rank, blow.attempt, time.time()))
+        if blow.kind in BLAMED:
+            self._blamed_since[hosts[victim]] = time.monotonic()
 
     def _has_any(self, kind: str, crew: Crew) -> bool:
         if kind.startswith("idle"):
