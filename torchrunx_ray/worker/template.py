@@ -62,7 +62,7 @@ class _State(enum.Enum):
 
 
 class _Sequel(enum.Enum):
-    """What follows the current attempt. A worker of a run makes it POSSIBLE, and one that fails LIKELY."""
+    """Expectations of another attempt. A worker of a run makes it POSSIBLE, and one that fails LIKELY."""
 
     NONE = "the run ends with this attempt"
     POSSIBLE = "another attempt, if a worker fails"
