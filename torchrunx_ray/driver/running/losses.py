@@ -30,11 +30,6 @@ class Losses:
         last.append(time.monotonic())
         del last[:-_MOST_FAILURES]
 
-    def distrust(self, node_id: str) -> None:
-        """Note that a node should be used only if there is no other room."""
-        for _ in range(_MOST_FAILURES):
-            self.note_failure(node_id)
-
     @property
     def shunned(self) -> set[str]:
         """Nodes whose host was lost a moment ago."""

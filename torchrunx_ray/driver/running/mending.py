@@ -72,7 +72,7 @@ class Mending:
             return False
         for member in unfit:
             logger.warning("%s goes on without %s: %s", progress.name, member.host.label, error)
-            self._roster.losses.distrust(member.node_id)
+            self._roster.losses.note_lost_host(member.node_id)
             members.remove(member)
             await to_the_end(member.abandon())
         await to_the_end(self._roster.remove_unused())
