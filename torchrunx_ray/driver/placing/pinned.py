@@ -4,10 +4,11 @@ Ray moves a lost bundle that is not pinned to another node. While each node that
 without a pause, and places no other group of the cluster. A launch that may lose a host, and go on, would cause this.
 """
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from torchrunx_ray.driver.cluster import inventory
+from torchrunx_ray.driver.cluster import draining, inventory
 from torchrunx_ray.driver.cluster.connection import Connection
 from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
@@ -19,8 +20,12 @@ async def pin(
     plan: Plan, options: Options, nodes: Sequence[Node], connection: Connection
 ) -> Plan | None:
     """Return the plan on nodes that have room now; None if there is no room."""
-    free = await connection.call(connection.inside, inventory.free_by_node)
-    candidates = [node for node in nodes if could_be_host(node, options)]
+    free, leaving = await asyncio.gather(
+        connection.call(connection.inside, inventory.free_by_node), draining.deadlines(connection)
+    )
+    candidates = [
+        node for node in nodes if could_be_host(node, options) and node.node_id not in leaving
+    ]
     hosts = _assigned(plan.hosts, candidates, free, options.placement_strategy)
     return None if hosts is None else replace(plan, hosts=hosts)
 
