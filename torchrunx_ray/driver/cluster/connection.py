@@ -100,6 +100,10 @@ class Connection:
     def check(self) -> None:
         if not self.is_ours():
             leaving.wait_until_over()
+            if self._through_client:
+                _lost.add(
+                    self._membership
+                )  # Ray may not know of the loss yet, when the next launch asks
             raise ClusterLeft(through_client=self._through_client)
 
     def is_ours(self) -> bool:
