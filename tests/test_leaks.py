@@ -9,6 +9,7 @@ import signal
 import time
 import weakref
 from concurrent.futures import CancelledError
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_failed_run_leaves_nothing_to_the_event_loop(one: trx.Launcher, tmp_path
 @pytest.mark.unconfigured_logging
 def test_last_log_line_keeps_nothing_of_what_it_was_about() -> None:
     """The error of a failed start kept the run, and so its arguments, until the next line."""
-    lines = OwnLines()
+    lines, keeping = OwnLines(), BufferingHandler(100)  # as handlers do that group or send records
+    logging.getLogger("torchrunx_ray").addHandler(keeping)
     lines.divert_this_thread()
     try:
         error = _OwnError()
@@ -94,7 +96,9 @@ def test_last_log_line_keeps_nothing_of_what_it_was_about() -> None:
         kept = weakref.ref(error)
         del error
         assert processes.wait_until(lambda: kept() is None, 10)
+        assert len(keeping.buffer) == 1
     finally:
+        logging.getLogger("torchrunx_ray").removeHandler(keeping)
         lines.forget()
 
 

@@ -62,6 +62,11 @@ class OwnLines(logging.Filter):
             self._dropped += 1
         else:
             self._put += 1
+            # Some handlers keep records. An error refers to the run, and so to its arguments and values.
+            if isinstance(record.args, tuple):
+                record.args = tuple(
+                    str(each) if isinstance(each, BaseException) else each for each in record.args
+                )
             self._queue.put((contextvars.copy_context(), record))
         return False
 
