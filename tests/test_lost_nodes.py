@@ -149,7 +149,7 @@ def test_elastic_run_goes_on_without_a_host_that_is_frozen_as_a_whole(
         result = result_of(run, tmp_path, 1)
     assert [each.why for each in result.attempts] == ["host lost", "returned"]
     assert raylet not in {seen.raylet for seen in result}
-    assert took_s < 20
+    assert took_s < 30
 
 
 def take_the_node_down(folder: Path) -> None:
