@@ -183,7 +183,7 @@ def test_host_that_was_given_up_is_fenced_before_another_attempt(
 def test_lease_runs_out_while_the_launch_waits_for_the_report_of_a_host(
     cluster: None, tmp_path: Path
 ) -> None:
-    """Its agent renews the lease, but cannot end the workers: their template is frozen."""
+    """The agent there renews the lease, but cannot end the workers: their template is frozen."""
     run = _fail_beside_a_frozen_agent(tmp_path, lease_s=10)
     worker = beating(tmp_path, rank=1)
     until_renewed(worker, 10)

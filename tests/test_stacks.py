@@ -330,7 +330,7 @@ def test_rank_that_does_not_answer_because_it_has_returned_is_told_apart() -> No
 
 
 def test_error_tells_which_rank_had_returned(launcher: trx.Launcher, tmp_path: Path) -> None:
-    """Its process still lives when another rank fails, but does not answer in the short time before a restart."""
+    """The process of this rank still lives when another rank fails, but does not answer in the short time before a restart."""
 
     def return_or_fail() -> None:
         if os.environ["RANK"] == "0":

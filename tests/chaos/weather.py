@@ -74,7 +74,7 @@ class Leaving:
 
 @dataclass(frozen=True)
 class Effect:
-    """What came of a blow."""
+    """Effect of a blow."""
 
     blow: Blow
     ended: AttemptRecord | None

@@ -17,13 +17,10 @@ def stat(pid: int | str) -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    """Return the children of a process's main thread; none if this kernel does not list them."""
-    with contextlib.suppress(
-        OSError
-    ):  # built without CONFIG_PROC_CHILDREN, or the process has ended
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
+    """Return the children of a process's main thread. None if it has ended, or without CONFIG_PROC_CHILDREN."""
+    with contextlib.suppress(OSError):
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(child) for child in listed.split()]
     return []
 
 

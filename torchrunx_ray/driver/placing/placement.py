@@ -126,24 +126,33 @@ async def _place(options: Options, progress: Progress, name: str, begun: float) 
     """Choose hosts, and wait until they have room. Raises HostLeft if hosts must be chosen again."""
     connection = Connection()
     plan, nodes = await resolve_when_back(options, progress, connection, begun)
+    placement: Placement | None = None
     if _should_be_pinned(plan, options) and not queue.has_waiters():
         placement = await _place_pinned(options, plan, nodes, connection, name)
-        if placement is not None:
-            return placement
-    waiting = Waiting(options, plan, connection, progress, name, time.monotonic() - begun)
+    if placement is None:
+        waiting = Waiting(options, plan, connection, progress, name, time.monotonic() - begun)
+        placement = await _wait_for_room(waiting, plan, nodes, connection, progress)
+    with contextlib.suppress(Exception):  # a log handler may fail; the placement must be returned
+        _say_who_shares(options, placement.hosts)
+    return placement
+
+
+async def _wait_for_room(
+    waiting: Waiting,
+    plan: Plan,
+    nodes: Sequence[Node],
+    connection: Connection,
+    progress: Progress,
+) -> Placement:
     try:
         while True:
             group = await waiting.until_placed(nodes)
             hosts = await hosts_of(group, plan, connection)
             if hosts is not None:
-                break
+                return Placement(hosts, plan, group)
     except BaseException:
         await clean_up(waiting.give_up(), f"removing the placement group of {progress.name}")
         raise
-    placement = Placement(hosts, plan, group)
-    with contextlib.suppress(Exception):  # a log handler may fail; the placement must be returned
-        _say_who_shares(options, hosts)
-    return placement
 
 
 def _should_be_pinned(plan: Plan, options: Options) -> bool:
@@ -162,11 +171,7 @@ async def _place_pinned(
         on_free_nodes = await pin(plan, options, nodes, connection)
     if on_free_nodes is None:
         return None
-    placement = await place_at_once(options, on_free_nodes, name, connection)
-    if placement is not None:
-        with contextlib.suppress(Exception):  # see `_place`
-            _say_who_shares(options, placement.hosts)
-    return placement
+    return await place_at_once(options, on_free_nodes, name, connection)
 
 
 async def place_at_once(

@@ -119,7 +119,6 @@ class Attempt:
         self.silent_hosts = SilentHosts(
             id_, options, crew, self._shares, self._chores, self._fail_host
         )
-        self._leases = self.silent_hosts.leases
         self._stopping = Stopping(self._shares, logs, self._chores, self.silent_hosts)
         self._limits = StartLimits(self._shares, crew, timeline, options)
         self._stopped: dict[int, str] = {}
@@ -139,8 +138,7 @@ class Attempt:
         """
         try:
             self._chores.begin(clocks.compare(self._crew.agents))
-            if self._leases is not None:
-                self._chores.begin(self.silent_hosts.watch(self._leases))
+            self._chores.begin(self.silent_hosts.watch())
             watching = [share.watch(self._watch(share, call)) for share in self._shares]
             self._limits.begin(self._chores, self._is_starting, self._lose)
             await to_the_end(asyncio.wait(watching), self.note_cancellation)
@@ -189,7 +187,7 @@ class Attempt:
         order = self._stopping.order
         stopped_at_ns = None if order is None else order.first_ns
         started = frozenset(self._timeline.started)
-        stacks = Stacks(self._stacks.by_rank, frozenset(self._timeline.finished))
+        stacks = Stacks(self._stacks.by_rank, self._timeline.finished)
         return Failures(failures, stopped, stacks, self._logs.directory, stopped_at_ns, started)
 
     @property
@@ -262,6 +260,7 @@ class Attempt:
     def _wanted(self, share: Share, call: Call) -> messages.ShareWanted:
         master = self._crew.met[0]
         assert master.master_port is not None
+        leases = self.silent_hosts.leases
         worker = messages.WorkerWanted(
             attempt=self._id,
             hostname=share.label,
@@ -282,7 +281,7 @@ class Attempt:
             gpus_per_worker=self._crew.hosts[share.index].gpus_per_worker,
             forks_when_told=self._forks_when_told,
             restarted=self._restarted if share.index == 0 else None,
-            first_lease_s=None if self._leases is None else self._leases.first_s(share.agent),
+            first_lease_s=None if leases is None else leases.first_s(share.agent),
         )
 
     async def _watch(self, share: Share, call: Call) -> None:
@@ -323,8 +322,8 @@ class Attempt:
                     self._become(Phase.RUNNING)
             case messages.Started():
                 share.ranks_by_pid[event.pid] = self._crew.rank(share.index, event.local_rank)
-                if self._leases is not None and self._all_have_started:
-                    self._leases.take_soon()
+                if (leases := self.silent_hosts.leases) is not None and self._all_have_started:
+                    leases.take_soon()
             case messages.Finished():
                 rank = self._crew.rank(share.index, event.local_rank)
                 self._sizes[share.index, event.local_rank] = event.size

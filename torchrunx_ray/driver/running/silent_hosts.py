@@ -47,9 +47,10 @@ class SilentHosts:
         self._refused: set[int] = set()
         """Hosts that were refused further leases before they were given up."""
 
-    async def watch(self, leases: Leases) -> None:
+    async def watch(self) -> None:
         """Hold the leases until cancelled, and give up hosts whose lease has run out."""
-        await leases.hold(self._lease_is_over)
+        if self.leases is not None:
+            await self.leases.hold(self._lease_is_over)
 
     def refuse(self, share: Share) -> "asyncio.Task[bool] | None":
         """Let the lease of a host run out, because nobody knows if its workers will end otherwise.
