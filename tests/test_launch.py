@@ -127,10 +127,21 @@ def test_values_survive_the_agent(cluster: None) -> None:
     assert result.rank(1).sum() == 4999950000
 
 
-def test_agents_can_be_found_by_the_name_of_their_host(cluster: None) -> None:
+@pytest.mark.parametrize("by_address", [False, True])
+def test_agents_are_named_after_the_node_in_every_launch(cluster: None, by_address: bool) -> None:
+    """A launch may call its hosts by their addresses, and the next one, with the same agents, by their names."""
     import ray
 
-    result = trx.Launcher(workers_per_host=1).run(os.getpid)
+    def named() -> set[str]:
+        return {a["name"] for a in ray.util.list_named_actors(all_namespaces=True)}
 
-    names = {a["name"] for a in ray.util.list_named_actors(all_namespaces=True)}
-    assert any(name.startswith(f"agent-{result.hostnames[0]}-") for name in names)
+    (node,) = ray.nodes()
+    before = named()
+    trx.Launcher(
+        hostnames=[node["NodeManagerAddress"]] if by_address else 1,
+        workers_per_host=1,
+        extra_env_vars={"FOR_A_NEW_AGENT": str(by_address)},
+    ).run(os.getpid)
+
+    (new,) = {name for name in named() - before if name.startswith("agent-")}
+    assert new.startswith(f"agent-{node['NodeManagerHostname']}-")

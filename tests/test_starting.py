@@ -15,6 +15,7 @@ from tests.conftest import RunScript
 from torchrunx_ray.driver.agents import pool
 from torchrunx_ray.driver.background import loop
 from torchrunx_ray.driver.call.pack_call import put_call
+from torchrunx_ray.driver.cluster import inventory
 from torchrunx_ray.driver.running import start_limits
 
 SLOW_ON_ONE_HOST = """
@@ -117,7 +118,8 @@ def test_agent_that_has_not_answered_yet_does_not_rest(one: trx.Launcher) -> Non
     wanted = put_call(os.getpid, (), {}, launcher).template
 
     async def acquire_and_release() -> str:
-        agent = await pool.acquire(ray.nodes()[0]["NodeID"], "here", wanted, launcher)
+        (node,) = inventory.live_nodes()
+        agent = await pool.acquire(node, "here", wanted, launcher)
         agent.calls.meet.remote(1, False)
         await agent.release(linger=1000)
         return agent.calls._actor_id.hex()

@@ -20,6 +20,7 @@ from torchrunx_ray.driver.call import references
 from torchrunx_ray.driver.call.template_wanted import differences
 from torchrunx_ray.driver.cluster.clean_up import clean_up, in_background
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection, untyped_ray
+from torchrunx_ray.driver.cluster.inventory import Node
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.wire.messages import Met, TemplateWanted
 
@@ -219,14 +220,12 @@ def _still_resting() -> list[PooledAgent]:
     return _resting
 
 
-async def acquire(
-    node_id: str, label: str, wanted: TemplateWanted, options: Options
-) -> PooledAgent:
+async def acquire(node: Node, label: str, wanted: TemplateWanted, options: Options) -> PooledAgent:
     """Return the fitting agent on the node that has rested least, whose memory is warmest, or a new agent."""
     runtime_env = repr(options.runtime_env)
     found: list[list[str]] = []
     for agent in reversed(_still_resting()):
-        if agent.node_id != node_id:
+        if agent.node_id != node.node_id:
             continue
         if (agent.wanted, agent.runtime_env) == (wanted, runtime_env):
             _resting.remove(agent)
@@ -240,9 +239,9 @@ async def acquire(
             "; ".join(nearest),
         )
     connection = Connection()
-    calls = await connection.call(_create, node_id, label, wanted, options)
+    calls = await connection.call(_create, node, wanted, options)
     starts_within_s = _starts_within_s(options.runtime_env or {})
-    return PooledAgent(node_id, wanted, runtime_env, calls, connection, starts_within_s)
+    return PooledAgent(node.node_id, wanted, runtime_env, calls, connection, starts_within_s)
 
 
 def _starts_within_s(runtime_env: Mapping[str, Any]) -> float | None:
@@ -251,19 +250,19 @@ def _starts_within_s(runtime_env: Mapping[str, Any]) -> float | None:
     return None if runtime_env_s < 0 else runtime_env_s + _START_S
 
 
-def _create(node_id: str, label: str, wanted: TemplateWanted, options: Options) -> Any:
-    """Create an agent actor that is named after its host.
+def _create(node: Node, wanted: TemplateWanted, options: Options) -> Any:
+    """Create an agent actor that is named after its node.
 
-    Ray shows the name while the agent lives, and the agent may serve several runs.
+    Ray shows the name while the agent lives. The agent may serve several runs, which may label the host differently.
     """
     groups = {VALUES: _MOST_WORKERS}
     actor_class: Any = untyped_ray.remote(concurrency_groups=groups)(_AgentActor)
-    unique = f"agent-{label}-{uuid.uuid4().hex[:8]}"
+    unique = f"agent-{node.hostname}-{uuid.uuid4().hex[:8]}"
     calls = actor_class.options(
         num_cpus=0,
         name=unique,
         namespace=NAMESPACE,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
         runtime_env=dict(options.runtime_env) if options.runtime_env else None,
     ).remote(unique, wanted)
     references.are_packed(calls)

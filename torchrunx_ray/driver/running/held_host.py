@@ -172,14 +172,14 @@ class HeldHost:
 
     async def _meet(self, wanted: TemplateWanted, listen: bool) -> Met | None:
         """Return the agent's answer; None if it ended while it rested."""
-        label, node_id = self.host.label, self.node_id
+        label = self.host.label
         if (
             self._agent is not None and self._agent.wanted != wanted
         ):  # environment or folder has changed
             agent, self._agent = self._agent, None
             await to_the_end(agent.release(self._options.linger))
         if self._agent is None:
-            self._agent = await pool.acquire(node_id, label, wanted, self._options)
+            self._agent = await pool.acquire(self.host.node, label, wanted, self._options)
         agent = self._agent
         silent = asyncio.get_running_loop().call_later(_SILENT_S, _say_silent, label)
         try:
