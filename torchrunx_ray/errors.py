@@ -203,7 +203,8 @@ class WorkerFailedError(LaunchError):
     """A worker ended without an outcome, or with an outcome that cannot be raised on the driver.
 
     `oom_kills` is evidence for or against a lack of memory, if a SIGKILL ended the worker. `stacks` shows what the
-    other workers were doing.
+    other workers were doing. `error_file_data` is what the worker wrote to TORCHELASTIC_ERROR_FILE, as torch's
+    `@record` does, or None; the text shows it as `recorded`.
     """
 
     def __init__(
@@ -220,6 +221,8 @@ class WorkerFailedError(LaunchError):
         last_lines: Sequence[str] = (),
         oom_kills: OomKills | None = None,
         traceback: str = "",
+        error_file_data: Mapping[str, Any] | None = None,
+        recorded: str = "",
     ) -> None:
         self.rank = rank
         self.local_rank = local_rank
@@ -231,15 +234,20 @@ class WorkerFailedError(LaunchError):
         self.peak_memory = peak_memory
         self.last_lines = list(last_lines)
         self.traceback = traceback
+        self.error_file_data = error_file_data
         self.stacks = ""
         lines = [f"rank {rank} (local rank {local_rank} on {hostname}, pid {pid}) {what}"]
         if peak_memory:
             lines[0] += f"; its peak memory was {bytes_in_words(peak_memory)}"
         if oom_kills is not None:
             lines.append(oom_kills.in_words())
-        if last_lines:
+        if recorded:
+            lines.append("Its error file:")
+            lines += [f"  {line}" for line in recorded.splitlines()]
+        said = {line.strip() for line in recorded.splitlines()}  # stderr may show the same traceback
+        if unsaid := [line for line in last_lines if line.strip() not in said]:
             lines.append("Its last lines of stderr:")
-            lines += [f"  {line}" for line in last_lines]
+            lines += [f"  {line}" for line in unsaid]
         if traceback:
             lines.append(traceback.rstrip())
         super().__init__("\n".join(lines))
@@ -272,7 +280,8 @@ class RemoteFailure(_Travels):
 
     `traceback` is empty if no line of the user's code raised, since the return value could not be sent.
     `failures` has the failures of all ranks: this one first, then the others in order of time. `stacks` shows what
-    the other workers were doing. `attempts` has all attempts of the run, as AttemptRecords.
+    the other workers were doing. `attempts` has all attempts of the run, as AttemptRecords. `error_file_data` is what
+    the rank wrote to TORCHELASTIC_ERROR_FILE, as torch's `@record` does, or None.
     """
 
     def __init__(
@@ -284,6 +293,7 @@ class RemoteFailure(_Travels):
         pid: int,
         traceback: str,
         failures: Sequence[BaseException] = (),
+        error_file_data: Mapping[str, Any] | None = None,
     ) -> None:
         self.rank = rank
         self.local_rank = local_rank
@@ -291,6 +301,7 @@ class RemoteFailure(_Travels):
         self.pid = pid
         self.traceback = traceback
         self.failures = list(failures)
+        self.error_file_data = error_file_data
         self.stacks = ""
         self.attempts: Sequence[Any] = ()
         where = f"on rank {rank} ({hostname}, pid {pid})"

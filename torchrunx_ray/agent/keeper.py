@@ -11,6 +11,7 @@ from typing import Any
 
 from torchrunx_ray.agent.held_lease import HeldLease
 from torchrunx_ray.agent.template_environment import python_path, search_path
+from torchrunx_ray.wire import folder
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.environment import MARK
@@ -35,6 +36,7 @@ class Keeper:
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.begun_ns = now_ns()
+        folder.sweep()
         setup = TemplateSetup(
             tuple(search_path(wanted, environment, cwd, runtime_env)),
             python_path(environment, runtime_env),
@@ -52,12 +54,20 @@ class Keeper:
             ours.callback(self.lease.close)
             for fd in self.lease.fds:
                 theirs.callback(os.close, fd)
-            passed_fds = [channel.fileno(), alive, *self.lease.fds]
+            self.folder = folder.Folder(self.mark)
+            ours.callback(folder.remove, str(self.folder.path))
+            ours.callback(self.folder.close)
+            passed_fds = [channel.fileno(), alive, *self.lease.fds, self.folder.fd]
             module = "torchrunx_ray.worker.keeper"
             # With -P and this PYTHONPATH the process finds this package and nothing else. The template later sets
             # sys.path (the agent's, with the worker's PYTHONPATH) and restores the variable.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *map(str, passed_fds), PADDING],
+                [
+                    *(sys.executable, "-P", "-m", module),
+                    *map(str, passed_fds),
+                    str(self.folder.path),
+                    PADDING,
+                ],
                 env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,

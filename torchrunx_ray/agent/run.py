@@ -8,6 +8,7 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from torchrunx_ray.agent.error_files import ErrorFiles
 from torchrunx_ray.agent.lease import HostLease
 from torchrunx_ray.agent.machine import memory_group
 from torchrunx_ray.agent.machine.network import interface_of
@@ -62,8 +63,10 @@ class HostRun:
         self._listening = listening
         self._ip = ip
         self._lease = lease
+        self._error_files = ErrorFiles(template.folder, self.attempt.number)
         self._workers: dict[int, Worker] = {
-            place.local_rank: Worker(place.local_rank, self._mailbox) for place in wanted.places
+            place.local_rank: Worker(place.local_rank, self._mailbox, self._error_files)
+            for place in wanted.places
         }
         self._stop_board = StopBoard()
         self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
@@ -230,7 +233,11 @@ class HostRun:
             messages.ForkWorker(
                 worker=wanted.worker,
                 place=place,
-                variables={**variables, "CUDA_VISIBLE_DEVICES": visible},
+                variables={
+                    **variables,
+                    **self._error_files.make_room(place.local_rank),
+                    "CUDA_VISIBLE_DEVICES": visible,
+                },
                 default_variables=self._default_variables(place),
                 cuda_device=cuda_device,
             ),
@@ -283,6 +290,7 @@ class HostRun:
         for worker in self._workers.values():
             await worker.until_taken()
         left = await self._template.end_run() if self._template.is_ready else ()
+        self._error_files.remove()
         if self._lease is not None:
             self._lease.end()
         self._mailbox.put(messages.HostEnded(left))

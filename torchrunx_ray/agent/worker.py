@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Sequence
 
+from torchrunx_ray.agent.error_files import ErrorFiles
 from torchrunx_ray.agent.mailbox import Slot
 from torchrunx_ray.agent.output import Output
 from torchrunx_ray.agent.stacks import StackReader
@@ -26,12 +27,13 @@ _PIPES: tuple[messages.Stream, ...] = ("stdout", "stderr", "records")
 class Worker:
     """Handle on one worker: turns its messages, its output and its exit into events."""
 
-    def __init__(self, local_rank: int, mailbox: Slot) -> None:
+    def __init__(self, local_rank: int, mailbox: Slot, error_files: ErrorFiles) -> None:
         self.local_rank = local_rank
         self.has_outcome = False
         self.has_failed = False
         self.has_exited = False
         self._mailbox = mailbox
+        self._error_files = error_files
         self._loop = asyncio.get_running_loop()
         self._value: asyncio.Future[Packed | None] = self._loop.create_future()
         self._taking: asyncio.Task[None] | None = None
@@ -88,7 +90,9 @@ class Worker:
         if self.has_outcome:
             self._mailbox.put(exited)
         else:
-            self._mailbox.put(messages.Died(exited, self._outputs["stderr"].last_lines, oom_kills))
+            said = self._outputs["stderr"].last_lines
+            recorded = self._error_files.read(self.local_rank)
+            self._mailbox.put(messages.Died(exited, said, recorded, oom_kills))
 
     def abandon(self) -> None:
         """Give up a worker whose exit nobody will report: it was never forked, or died with its template."""
@@ -132,8 +136,13 @@ class Worker:
                 case messages.Failed():
                     self.has_outcome = self.has_failed = True
                     self._outputs["stderr"].drain()
-                    lines = self._outputs["stderr"].last_lines
-                    self._mailbox.put(dataclasses.replace(message, last_lines=lines))
+                    self._mailbox.put(
+                        dataclasses.replace(
+                            message,
+                            last_lines=self._outputs["stderr"].last_lines,
+                            recorded=self._error_files.read(self.local_rank),
+                        )
+                    )
                 case messages.Joined() | messages.Started():
                     self._mailbox.put(message)
                 case _:

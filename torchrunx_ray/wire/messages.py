@@ -203,6 +203,8 @@ class Died:
 
     exited: Exited
     last_lines: tuple[str, ...]
+    recorded: str
+    """Content of the worker's error file."""
     oom_kills: OomKills | None
     """None if the host does not show the counts, or if no SIGKILL ended the worker."""
 
@@ -300,6 +302,8 @@ class Failed:
     in_collective: bool
     last_lines: tuple[str, ...] = ()
     """The last lines of stderr; the agent adds them."""
+    recorded: str = ""
+    """Content of the worker's error file; the agent adds it."""
 
 
 # agent -> worker

@@ -21,7 +21,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from torchrunx_ray.wire import linux, process_tree
+from torchrunx_ray.wire import folder, linux, process_tree
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.title import set_title
 from torchrunx_ray.worker.lease import LeaseWatch
@@ -32,8 +32,9 @@ _ENDING_S = 12.0
 
 def main() -> int:
     channel = Channel.from_fd(int(sys.argv[1]))
-    alive_fd, page_fd, outer_news_fd, inner_news_fd = map(int, sys.argv[2:6])
-    del sys.argv[6:]  # the padding that makes room for titles
+    alive_fd, page_fd, outer_news_fd, inner_news_fd, folder_fd = map(int, sys.argv[2:7])
+    folder_path = sys.argv[7]
+    del sys.argv[8:]  # the padding that makes room for titles
     set_title("outer keeper")
     agent_fd = linux.pidfd_open(os.getppid())
     _shed_what_ray_gave()
@@ -48,20 +49,24 @@ def main() -> int:
         os.close(tell)
         os.close(inner_news_fd)
         lease = LeaseWatch(page_fd, outer_news_fd)
-        return _keep(inner_pid, agent_fd, lease, signal.SIGTERM, told)
+        exit_code = _keep(inner_pid, agent_fd, lease, signal.SIGTERM, told)
+        folder.remove(folder_path)
+        return exit_code
     os.close(told)
     os.close(outer_news_fd)
     set_title("keeper")
     process_tree.become_subreaper()
     template_pid = os.fork()
     if template_pid == 0:
-        for fd in (agent_fd, alive_fd, page_fd, inner_news_fd, tell):
+        for fd in (agent_fd, alive_fd, page_fd, inner_news_fd, folder_fd, tell):
             os.close(fd)
         _become_template(channel)
     channel.close()
     os.write(tell, str(template_pid).encode())
     os.close(tell)
-    return _keep(template_pid, agent_fd, LeaseWatch(page_fd, inner_news_fd), signal.SIGKILL)
+    exit_code = _keep(template_pid, agent_fd, LeaseWatch(page_fd, inner_news_fd), signal.SIGKILL)
+    folder.remove(folder_path)
+    return exit_code
 
 
 def _become_template(channel: Channel) -> NoReturn:

@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torchrunx_ray.driver.background import main_guard
+from torchrunx_ray.driver.report import error_file
 from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.report.missing_there import advice
 from torchrunx_ray.driver.report.stacks import Stacks
@@ -304,6 +306,7 @@ def _exception(failure: Failure) -> BaseException:
         case messages.Died():
             assert rank is not None
             assert report.exited.local_rank is not None
+            data = error_file.parsed(report.recorded)
             return WorkerFailedError(
                 rank=rank,
                 local_rank=report.exited.local_rank,
@@ -315,6 +318,8 @@ def _exception(failure: Failure) -> BaseException:
                 peak_memory=report.exited.peak_memory,
                 last_lines=report.last_lines,
                 oom_kills=report.oom_kills,
+                error_file_data=data,
+                recorded="" if data is None else error_file.in_words(data),
             )
         case messages.Failed():
             assert rank is not None
@@ -335,6 +340,7 @@ def _how_it_died(died: messages.Died) -> str:
 
 def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
     unraisable = report.unraisable
+    data = error_file.parsed(report.recorded)
     if report.exception is not None:
         try:
             error = load_exception(report.exception)
@@ -350,11 +356,15 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
                 hostname=hostname,
                 pid=report.pid,
                 traceback=report.traceback,
+                error_file_data=data,
             )
             # Set through the base class: an exception may refuse attributes.
             vars(BaseException)["__cause__"].__set__(error, cause)
             where = f"local rank {report.local_rank} on {hostname}, pid {report.pid}"
             _add_note(error, f"Raised by rank {rank} ({where}).")
+            if data is not None and not _is_same_error(report, data):
+                said = textwrap.indent(error_file.in_words(data), "  ")
+                _add_note(error, f"The error file of the rank:\n{said}")
             if (hint := advice(error, report.traceback)) is not None:
                 _add_note(error, hint)
             return error
@@ -366,9 +376,16 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
         what=unraisable,
         exit_code=report.exit_code,
         traceback="" if _is_exit(report) else report.traceback,
+        error_file_data=data,
+        recorded="" if data is None or _is_same_error(report, data) else error_file.in_words(data),
     )
     failed.traceback = report.traceback
     return failed
+
+
+def _is_same_error(report: messages.Failed, data: Mapping[str, Any]) -> bool:
+    """Return True if the rank's error file has only the exception that the rank raised."""
+    return error_file.message_of(data) == f"{report.kind}: {report.text}"
 
 
 def _is_of_no_peer(report: Report) -> bool:
@@ -423,13 +440,18 @@ def _where(report: Report) -> str:
     return " ({}:{}, in {})".format(*lines[-1]) if lines else ""
 
 
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
+
+
 def _summary(report: Report) -> str:
     match report:
         case messages.Failed():
-            first_line = report.text.partition("\n")[0]
-            return f"{report.kind}: {first_line}"
+            return f"{report.kind}: {_first_line(report.text)}"
         case messages.Died():
-            return describe_exit(report.exited.exit_code, report.exited.signal)
+            how = describe_exit(report.exited.exit_code, report.exited.signal)
+            data = error_file.parsed(report.recorded)
+            return how if data is None else f"{how}: {_first_line(error_file.message_of(data))}"
         case messages.AgentFailed():
             return report.what
         case messages.TemplateRefused():

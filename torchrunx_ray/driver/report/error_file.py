@@ -1,0 +1,47 @@
+"""What a worker's error file says. torch's `@record` writes such files, and other programs may."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_MOST_SHOWN = 8192
+"""Characters of an error file that are part of an exception's text, from the end: a traceback ends with the error."""
+
+
+def parsed(recorded: str) -> dict[str, Any] | None:
+    """Return the file's data in torch's form; None if nothing was recorded.
+
+    Text that is not in this form becomes the message.
+    """
+    if not recorded:
+        return None
+    try:
+        data: Any = json.loads(recorded)
+    except (ValueError, RecursionError):
+        data = None
+    match data:
+        case {"message": _}:
+            return data
+        case _:
+            return {"message": recorded}
+
+
+def message_of(data: Mapping[str, Any]) -> str:
+    """Return the error without its traceback."""
+    match data:
+        case {"message": {"message": message}}:
+            return str(message)
+        case {"message": str(message)}:
+            return message
+        case _:
+            return json.dumps(dict(data))
+
+
+def in_words(data: Mapping[str, Any]) -> str:
+    """Return the traceback of the error, which ends with its message, or else the message."""
+    match data:
+        case {"message": {"extraInfo": {"py_callstack": str(trace)}}}:
+            text = trace
+        case _:
+            text = message_of(data)
+    return text.rstrip()[-_MOST_SHOWN:]
