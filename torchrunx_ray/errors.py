@@ -199,12 +199,23 @@ class OomKills:
         )
 
 
+@dataclass(frozen=True)
+class ExpiredScope:
+    """A scope of torch's `expires` that a process has not left in time."""
+
+    name: str
+    seconds: float
+    """Time that the scope allowed."""
+    pid: int
+    """The process that entered the scope: the worker, or a process that the worker started."""
+
+
 class WorkerFailedError(LaunchError):
     """A worker ended without an outcome, or with an outcome that cannot be raised on the driver.
 
     `oom_kills` is evidence for or against a lack of memory, if a SIGKILL ended the worker. `stacks` shows what the
     other workers were doing. `error_file_data` is what the worker wrote to TORCHELASTIC_ERROR_FILE, as torch's
-    `@record` does, or None; the text shows it as `recorded`.
+    `@record` does, or None; the text shows it as `recorded`. `expired_scope` is set if the watchdog sent the `signal`.
     """
 
     def __init__(
@@ -223,6 +234,7 @@ class WorkerFailedError(LaunchError):
         traceback: str = "",
         error_file_data: Mapping[str, Any] | None = None,
         recorded: str = "",
+        expired_scope: ExpiredScope | None = None,
     ) -> None:
         self.rank = rank
         self.local_rank = local_rank
@@ -235,6 +247,7 @@ class WorkerFailedError(LaunchError):
         self.last_lines = list(last_lines)
         self.traceback = traceback
         self.error_file_data = error_file_data
+        self.expired_scope = expired_scope
         self.stacks = ""
         lines = [f"rank {rank} (local rank {local_rank} on {hostname}, pid {pid}) {what}"]
         if peak_memory:
@@ -244,7 +257,9 @@ class WorkerFailedError(LaunchError):
         if recorded:
             lines.append("Its error file:")
             lines += [f"  {line}" for line in recorded.splitlines()]
-        said = {line.strip() for line in recorded.splitlines()}  # stderr may show the same traceback
+        said = {
+            line.strip() for line in recorded.splitlines()
+        }  # stderr may show the same traceback
         if unsaid := [line for line in last_lines if line.strip() not in said]:
             lines.append("Its last lines of stderr:")
             lines += [f"  {line}" for line in unsaid]
@@ -310,13 +325,18 @@ class RemoteFailure(_Travels):
 
 def describe_exit(exit_code: int | None, signal: int | None) -> str:
     """Describe how a process ended."""
-    if signal is None:
-        return f"ended with exit code {exit_code}"
+    return (
+        f"ended with exit code {exit_code}"
+        if signal is None
+        else f"was killed by {signal_name(signal)}"
+    )
+
+
+def signal_name(signal: int) -> str:
     try:
-        name = signals.Signals(signal).name
+        return signals.Signals(signal).name
     except ValueError:  # a real-time signal has no name
-        name = f"signal {signal}"
-    return f"was killed by {name}"
+        return f"signal {signal}"
 
 
 def room_table(

@@ -20,6 +20,8 @@ from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
 from torchrunx_ray.agent.template import Template
+from torchrunx_ray.agent.timer_file import TimerFileError
+from torchrunx_ray.agent.watchdog import Watchdog
 from torchrunx_ray.wire import linux, messages, versions
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.stop_board import StopReason, asked_within
@@ -79,6 +81,8 @@ class Agent:
         self._rest_ends: asyncio.TimerHandle | None = None
         self._leaving = False
         self._lease = LeaseOfClaim()
+        self._watchdog: Watchdog | None = None
+        """Set while a claim lasts, if the workers' environment asks for one."""
         self._raylet_fd: int | None = None
 
     def __repr__(self) -> str:
@@ -100,6 +104,9 @@ class Agent:
         if self._serves(claim) and not self._leaving:
             async with self._having_template:
                 await self._have_template()
+        problem = self._problem
+        if self._serves(claim) and not self._leaving and problem is None:
+            problem = self._set_watchdog()
         port = None
         if self._serves(claim) and not self._leaving and listen:
             family = socket.AF_INET6 if ":" in self._ip else socket.AF_INET
@@ -111,7 +118,7 @@ class Agent:
             leaving=self._leaving,
             versions=versions.of_this_process(),
             warning=self._warning,
-            problem=self._problem,
+            problem=problem,
         )
 
     async def warm(self) -> messages.TemplateRefused | None:
@@ -135,7 +142,9 @@ class Agent:
         listening, self._listening = self._listening, None
         self._metrics.begins(wanted, now_ns())
         lease = self._lease.begin(wanted.worker.attempt, self._template, wanted.first_lease_s)
-        run = HostRun(wanted, self._template, self._mailbox, listening, self._ip, lease)
+        run = HostRun(
+            wanted, self._template, self._mailbox, listening, self._ip, lease, self._watchdog
+        )
         self._run = run
         for order in self._early[run.attempt]:
             order(run)
@@ -248,7 +257,21 @@ class Agent:
         if self._listening is not None:  # the run that asked for the port was cancelled
             self._listening.close()
             self._listening = None
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
         self._lease.end()
+
+    def _set_watchdog(self) -> str | None:
+        """Begin to listen to the timer file, if one is wanted. Return the reason if that is not possible."""
+        template = self._template
+        if template is None or template.timer_file is None or self._watchdog is not None:
+            return None
+        try:
+            self._watchdog = Watchdog(template.timer_file, template.folder)
+        except TimerFileError as error:
+            return str(error)
+        return None
 
     async def close(self) -> None:
         """End everything that this agent started; return when all of it is gone."""

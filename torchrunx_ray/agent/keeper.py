@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrunx_ray.agent import timer_file
 from torchrunx_ray.agent.held_lease import HeldLease
 from torchrunx_ray.agent.template_environment import python_path, search_path
 from torchrunx_ray.wire import folder
@@ -55,6 +56,7 @@ class Keeper:
             for fd in self.lease.fds:
                 theirs.callback(os.close, fd)
             self.folder = folder.Folder(self.mark)
+            self.timer_file = timer_file.wanted_path(environment, cwd, self.folder.path)
             ours.callback(folder.remove, str(self.folder.path))
             ours.callback(self.folder.close)
             passed_fds = [channel.fileno(), alive, *self.lease.fds, self.folder.fd]

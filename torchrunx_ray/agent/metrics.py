@@ -7,6 +7,7 @@ from torchrunx_ray.wire import messages
 _FAILURES: dict[type[messages.Event], str] = {
     messages.Failed: "exception",
     messages.Died: "death",
+    messages.ScopeExpired: "watchdog",
     messages.AgentFailed: "agent",
     messages.TemplateRefused: "preload",
 }
@@ -19,12 +20,12 @@ class Metrics:
         self._runs = Counter("torchrunx_ray_runs", "Runs that began on this host.")
         self._failures = Counter(
             "torchrunx_ray_failures",
-            "Failures by kind: exception, death, agent or preload.",
+            "Failures by kind: exception, death, watchdog, agent or preload.",
             ("kind",),
         )
         self._restarts = Counter(
             "torchrunx_ray_restarts",
-            "Restarts of runs whose first host is this one, by reason: exception, death, agent, host, timeout, resize or drain.",
+            "Restarts of runs whose first host is this one, by reason: exception, death, watchdog, agent, host, timeout, resize or drain.",
             ("reason",),
         )
         self._hosts_lost = Counter(
@@ -64,7 +65,7 @@ class Metrics:
 
     def hear(self, event: messages.Event) -> None:
         kind = _FAILURES.get(type(event))
-        if kind is not None and not (self._is_stopping and isinstance(event, messages.Died)):
+        if kind is not None and not self._is_no_failure(event):
             self._failures.inc(tags={"kind": kind})
         match event:
             case messages.TemplateLoaded() if event.loaded_ns > self._began_ns:
@@ -76,12 +77,23 @@ class Metrics:
                 self._running.set(len(self._started_ns))
             case messages.Finished() | messages.Failed():
                 self._ends(event.local_rank, event.time_ns)
+            case messages.ScopeExpired() if event.signal > 0:
+                self._ends(event.local_rank, event.time_ns)
             case messages.Died() if event.exited.local_rank is not None:
                 self._ends(event.exited.local_rank, event.exited.time_ns)
             case messages.HostEnded():
                 self._running.set(0)
             case _:
                 pass
+
+    def _is_no_failure(self, event: messages.Event) -> bool:
+        match event:
+            case messages.Died():
+                return self._is_stopping
+            case messages.ScopeExpired():
+                return event.signal <= 0
+            case _:
+                return False
 
     def _ends(self, local_rank: int, time_ns: int) -> None:
         started_ns = self._started_ns.pop(local_rank, None)

@@ -14,6 +14,7 @@ from torchrunx_ray.agent.machine import memory_group
 from torchrunx_ray.agent.machine.network import interface_of
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.template import Template
+from torchrunx_ray.agent.watchdog import Watchdog
 from torchrunx_ray.agent.worker import Worker
 from torchrunx_ray.errors import OomKills, describe_exit
 from torchrunx_ray.wire import messages
@@ -55,6 +56,7 @@ class HostRun:
         listening: socket.socket | None,
         ip: str,
         lease: HostLease | None,
+        watchdog: Watchdog | None,
     ) -> None:
         self._wanted = wanted
         self.attempt = wanted.worker.attempt
@@ -63,11 +65,14 @@ class HostRun:
         self._listening = listening
         self._ip = ip
         self._lease = lease
+        self._watchdog = watchdog
         self._error_files = ErrorFiles(template.folder, self.attempt.number)
         self._workers: dict[int, Worker] = {
             place.local_rank: Worker(place.local_rank, self._mailbox, self._error_files)
             for place in wanted.places
         }
+        if watchdog is not None:
+            watchdog.watch(self._workers)
         self._stop_board = StopBoard()
         self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
         self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
@@ -149,6 +154,8 @@ class HostRun:
         if reason is not None:
             self.ask_to_stop(asked_within(reason, grace_s))
         self._fork_no_more()
+        if self._watchdog is not None:
+            self._watchdog.rest()  # the workers have a deadline now
         if grace_s > 0:
             self._signal(signal.SIGTERM, spare_failed=True)
             asyncio.get_running_loop().call_later(grace_s, self._kill)
@@ -236,6 +243,7 @@ class HostRun:
                 variables={
                     **variables,
                     **self._error_files.make_room(place.local_rank),
+                    **({} if self._watchdog is None else self._watchdog.variables()),
                     "CUDA_VISIBLE_DEVICES": visible,
                 },
                 default_variables=self._default_variables(place),
@@ -291,6 +299,8 @@ class HostRun:
             await worker.until_taken()
         left = await self._template.end_run() if self._template.is_ready else ()
         self._error_files.remove()
+        if self._watchdog is not None:
+            self._watchdog.rest()
         if self._lease is not None:
             self._lease.end()
         self._mailbox.put(messages.HostEnded(left))

@@ -66,6 +66,7 @@ class Template:
         self._channel = keeper.channel
         self.lease = keeper.lease
         self.folder = keeper.folder.path
+        self.timer_file = keeper.timer_file
         self.loaded: messages.TemplateLoaded | None = None
         self._on_exited, self._on_gone = on_exited, on_gone
         self._refusal: messages.TemplateRefused | None = None

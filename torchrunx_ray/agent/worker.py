@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torchrunx_ray.agent.error_files import ErrorFiles
 from torchrunx_ray.agent.mailbox import Slot
 from torchrunx_ray.agent.output import Output
+from torchrunx_ray.agent.scopes import Scope
 from torchrunx_ray.agent.stacks import StackReader
 from torchrunx_ray.errors import OomKills
 from torchrunx_ray.wire import messages
@@ -93,6 +94,28 @@ class Worker:
             said = self._outputs["stderr"].last_lines
             recorded = self._error_files.read(self.local_rank)
             self._mailbox.put(messages.Died(exited, said, recorded, oom_kills))
+
+    @property
+    def is_running(self) -> bool:
+        """True from the fork until the worker has an outcome."""
+        return self.pid is not None and not (self.has_exited or self.has_outcome)
+
+    def has_stayed_in(self, scope: Scope, stacks: str) -> None:
+        """Note that a scope has expired. If that asks for a signal, it is the worker's outcome."""
+        assert self.pid is not None
+        self.has_outcome = scope.signal > 0
+        self._mailbox.put(
+            messages.ScopeExpired(
+                self.local_rank,
+                self.pid,
+                scope.pid,
+                now_ns(),
+                scope.name,
+                scope.seconds,
+                scope.signal,
+                stacks,
+            )
+        )
 
     def abandon(self) -> None:
         """Give up a worker whose exit nobody will report: it was never forked, or died with its template."""

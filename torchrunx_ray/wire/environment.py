@@ -23,6 +23,12 @@ DEFAULT_ENV_VARS = (
 MARK = "TORCHRUNX_RAY_POOL"
 """Variable in the environment of all processes that one agent started, by which leftovers are found."""
 
+TIMER_ENABLED = "TORCHELASTIC_ENABLE_FILE_TIMER"
+"""Variable with which torch's users ask for a watchdog, by the value 1."""
+
+TIMER_FILE = "TORCHELASTIC_TIMER_FILE"
+"""Variable with the path of the watchdog's FIFO, also if the user has chosen the path."""
+
 _TORCHRUNS_OWN = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE")
 """Variables of a driver that torchrun started. Workers must not use torchrun's store or its error file."""
 

@@ -7,9 +7,13 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 _PREFIX = "torchrunx_ray_"
+
+_OUTSIDE = "outside"
+"""Link to a file at a place that the user chose."""
 
 
 class Folder:
@@ -39,7 +43,20 @@ def sweep() -> None:
                 os.close(fd)
 
 
+@contextlib.contextmanager
+def name_outside(folder: Path, path: Path) -> Generator[None]:
+    """Let a file elsewhere be removed with the folder, while this context lasts."""
+    link = folder / _OUTSIDE
+    link.unlink(missing_ok=True)
+    link.symlink_to(path)
+    yield
+    link.unlink(missing_ok=True)
+
+
 def remove(path: str) -> None:
+    """Remove a folder, and the file that `name_outside` has named."""
     import shutil  # takes 4 ms, and a keeper needs it only at its end
 
+    with contextlib.suppress(OSError):  # nothing is outside
+        os.unlink(os.readlink(os.path.join(path, _OUTSIDE)))
     shutil.rmtree(path, ignore_errors=True)

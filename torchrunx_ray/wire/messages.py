@@ -210,6 +210,27 @@ class Died:
 
 
 @dataclass(frozen=True)
+class ScopeExpired:
+    """A process of a worker has not left a scope of torch's `expires` in time, and was sent the scope's signal.
+
+    Without a signal (0), the worker goes on, and has not failed.
+    """
+
+    local_rank: int
+    pid: int
+    """Pid of the worker."""
+    in_pid: int
+    """Pid of the process that entered the scope: the worker, or a process that the worker started."""
+    time_ns: int
+    scope: str
+    seconds: float
+    """Time that the scope allowed."""
+    signal: int
+    stacks: str
+    """Stacks of the worker at the deadline."""
+
+
+@dataclass(frozen=True)
 class AgentFailed:
     """The host cannot continue: for example, its template, its store or its raylet is gone."""
 
@@ -442,7 +463,7 @@ class RunEnded:
 
 Event = (
     Printed | TemplateLoaded | CanFork | WorkersForked | Joined | Started | Finished | Failed | Exited | Died
-    | TemplateRefused | AgentFailed | HostEnded | OutputEnded
+    | ScopeExpired | TemplateRefused | AgentFailed | HostEnded | OutputEnded
 )  # fmt: skip
 """An event that an agent returns from `poll`."""
 

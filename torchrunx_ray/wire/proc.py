@@ -24,6 +24,13 @@ def children(pid: int) -> list[int]:
     return []
 
 
+def ancestors(pid: int) -> Iterator[int]:
+    """Return an iterator over a process, its parent, and so on. It raises OSError at a process that has ended."""
+    while pid > 0:
+        yield pid
+        pid = int(stat(pid)[1])
+
+
 def environment(pid: int) -> list[bytes]:
     """Return a process's initial environment variables, as NAME=value."""
     return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -29,6 +29,7 @@ from torchrunx_ray.worker.function import (
     open_files,
     outcome,
     stacks,
+    timer_client,
 )
 
 
@@ -70,6 +71,7 @@ def live(
     dns.threads_are_ours()
     open_files.watch()
     preload.note_late_imports()
+    timer_client.configure()
     local_rank = wanted.place.local_rank
     worker_pid = os.getpid()
     leave: Callable[[], None] | None = None

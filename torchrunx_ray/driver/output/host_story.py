@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
+from torchrunx_ray.driver.report.expired import what_expired
 from torchrunx_ray.driver.report.failures import ArgumentLost, DriverFailed, NotJoined
 from torchrunx_ray.driver.report.stacks import in_words
 from torchrunx_ray.errors import describe_exit
@@ -58,6 +59,8 @@ def line_of(
             what = ": ".join(filter(None, (event.kind, event.text.partition("\n")[0])))
             text = f"{_worker(event, rank)} has failed: {what}\n{event.traceback}".rstrip()
             return text, on_ours(event.time_ns)
+        case messages.ScopeExpired():
+            return f"{_worker(event, rank)} {what_expired(event)}", on_ours(event.time_ns)
         case messages.Exited():
             return f"{_worker(event, rank)} {_how(event)}", on_ours(event.time_ns)
         case messages.Died():
@@ -89,7 +92,10 @@ def _loaded(loaded: messages.TemplateLoaded, until_ns: int, begun_ns: int) -> st
     return f"the template is warm; its imports took {took_s:.2f} s, until {then:%Y-%m-%d %H:%M:%S}"
 
 
-def _worker(event: messages.Started | messages.Failed | messages.Exited, rank: int | None) -> str:
+def _worker(
+    event: messages.Started | messages.Failed | messages.Exited | messages.ScopeExpired,
+    rank: int | None,
+) -> str:
     return f"rank {rank} (local rank {event.local_rank}, pid {event.pid})"
 
 

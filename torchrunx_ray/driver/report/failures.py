@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from torchrunx_ray.driver.background import main_guard
-from torchrunx_ray.driver.report import error_file
+from torchrunx_ray.driver.report import error_file, expired
 from torchrunx_ray.driver.report.history import AttemptRecord
 from torchrunx_ray.driver.report.missing_there import advice
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.errors import (
     AgentFailedError,
+    ExpiredScope,
     LaunchError,
     LaunchTimeoutError,
     PayloadError,
@@ -58,6 +59,7 @@ class DriverFailed:
 Report = (
     messages.Failed
     | messages.Died
+    | messages.ScopeExpired
     | messages.AgentFailed
     | messages.TemplateRefused
     | NotJoined
@@ -116,7 +118,7 @@ class Failures:
             case messages.Failed(kind=kind, traceback=traceback):
                 # Without a traceback, the value could not be sent; see `RemoteFailure`.
                 return first.rank in self.started and (kind != "PayloadError" or bool(traceback))
-            case messages.Died() | messages.AgentFailed() | NotJoined():
+            case messages.Died() | messages.ScopeExpired() | messages.AgentFailed() | NotJoined():
                 return True
             case _:
                 return False
@@ -129,6 +131,8 @@ class Failures:
                 return "exception"
             case messages.Died():
                 return "death"
+            case messages.ScopeExpired():
+                return "watchdog"
             case messages.AgentFailed():
                 return "agent"
             case NotJoined():
@@ -255,7 +259,7 @@ class Failures:
             case messages.Died(exited=exited) if exited.signal is not None:
                 return failure.time_ns - in_collective.time_ns < self._notice_ns(failure, exited)
             # NotJoined: those who waited for a rank that does not come may give up a moment earlier.
-            case messages.Died() | messages.AgentFailed() | NotJoined():
+            case messages.Died() | messages.ScopeExpired() | messages.AgentFailed() | NotJoined():
                 return self._was_before_stop(failure)
             case _:
                 return False
@@ -320,6 +324,17 @@ def _exception(failure: Failure) -> BaseException:
                 oom_kills=report.oom_kills,
                 error_file_data=data,
                 recorded="" if data is None else error_file.in_words(data),
+            )
+        case messages.ScopeExpired():
+            assert rank is not None
+            return WorkerFailedError(
+                rank=rank,
+                local_rank=report.local_rank,
+                hostname=failure.hostname,
+                pid=report.pid,
+                what=expired.in_words(report),
+                signal=report.signal,
+                expired_scope=ExpiredScope(report.scope, report.seconds, report.in_pid),
             )
         case messages.Failed():
             assert rank is not None
@@ -452,6 +467,8 @@ def _summary(report: Report) -> str:
             how = describe_exit(report.exited.exit_code, report.exited.signal)
             data = error_file.parsed(report.recorded)
             return how if data is None else f"{how}: {_first_line(error_file.message_of(data))}"
+        case messages.ScopeExpired():
+            return expired.what_expired(report)
         case messages.AgentFailed():
             return report.what
         case messages.TemplateRefused():

@@ -21,7 +21,7 @@ class WorkerInfo:
     * INIT: not forked, also at the end of a launch that stopped before the fork
     * HEALTHY: forked, and not ended
     * SUCCEEDED: the function returned
-    * FAILED: the function raised, or the process died
+    * FAILED: the function raised, the process died, or it was too long in a scope of the watchdog
     * STOPPED: ended because the launch stopped it
     * UNKNOWN: its host was lost, and nothing more is heard of the worker
 
@@ -67,6 +67,8 @@ class Workers:
             case messages.Failed():
                 end = "STOPPED" if is_stopped else "FAILED"
                 self._become(host_index, event.local_rank, end, event.pid)
+            case messages.ScopeExpired() if event.signal > 0:
+                self._become(host_index, event.local_rank, "FAILED", event.pid)
             case messages.Died(exited=exited) if exited.local_rank is not None:
                 end = "STOPPED" if is_stopped else "FAILED"
                 self._become(host_index, exited.local_rank, end, exited.pid)

@@ -15,6 +15,7 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output import host_story
 from torchrunx_ray.driver.output.host_story import HostEvent
 from torchrunx_ray.driver.output.run_logs import RunLogs
+from torchrunx_ray.driver.report import expired
 from torchrunx_ray.driver.report.failures import DriverFailed, Failure, Failures, Report
 from torchrunx_ray.driver.report.results import Value
 from torchrunx_ray.driver.report.stacks import Stacks
@@ -335,6 +336,11 @@ class Attempt:
                 self._fail(share, event.local_rank, event.time_ns, event)
             case messages.Died():
                 self._has_died(share, event)
+            case messages.ScopeExpired() if event.signal > 0:
+                self._fail(share, event.local_rank, event.time_ns, event)
+            case messages.ScopeExpired():
+                rank = self._crew.rank(share.index, event.local_rank)
+                logger.warning("rank %d on %s %s", rank, share.label, expired.in_words(event))
             case messages.AgentFailed():
                 self._fail(share, None, event.time_ns, event)
                 if event.is_ending:
