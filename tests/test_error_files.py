@@ -1,4 +1,4 @@
-"""What a worker writes to its error file, as torch's `@record` does, reaches the driver."""
+"""A worker's error file, which torch's `@record` writes, reaches the driver."""
 
 import json
 import os
@@ -36,10 +36,6 @@ def two(cluster: None) -> trx.Launcher:
 
 def error_file() -> Path:
     return Path(os.environ[NAME])
-
-
-def folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("torchrunx_ray_*"))
 
 
 def raised(launcher: trx.Launcher, write: Any, *args: Any) -> trx.WorkerFailedError:
@@ -121,7 +117,7 @@ def test_other_error_in_the_file_is_a_note_of_the_exception(two: trx.Launcher) -
         (b'{"message": {"message": 7, "extraInfo": []}}', "7"),
         (b'{"message": {}}', '{"message": {}}'),
         (b'{"cause": "a card"}', '{"cause": "a card"}'),
-        (b'{"message": "' + b"x" * 5_000_000, "xxxx"),
+        (b'{"message": "' + b"x" * 5_000_000, '{"message": "xxxx'),
     ],
 )
 def test_any_content_of_the_file_is_shown(
@@ -137,11 +133,11 @@ def test_any_content_of_the_file_is_shown(
     if shown is None:
         assert "error file" not in str(error)
     else:
-        assert f"Its error file:\n  {shown}" in str(error) or shown in str(error)
+        assert f"Its error file:\n  {shown}" in str(error)
     assert len(str(error)) < 100_000
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder", "link", "unreadable"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
 def test_agent_does_not_hang_on_what_is_no_plain_file(two: trx.Launcher, kind: str) -> None:
     def train() -> None:
         path = error_file()
@@ -150,11 +146,8 @@ def test_agent_does_not_hang_on_what_is_no_plain_file(two: trx.Launcher, kind: s
                 os.mkfifo(path)
             case "folder":
                 path.mkdir()
-            case "link":
-                path.symlink_to("/dev/zero")
             case _:
-                path.write_text("secret")
-                path.chmod(0)
+                path.symlink_to("/dev/zero")
         os._exit(3)
 
     error = raised(two, train)
@@ -172,13 +165,12 @@ def test_variable_of_the_drivers_own_torchrun_is_not_the_workers(
 
 def test_folder_is_private_and_ends_with_the_template(cluster: None) -> None:
     def folder() -> tuple[Path, int]:
-        path = error_file().parents[2]
+        path = error_file().parents[3]
         return path, stat.S_IMODE(path.stat().st_mode)
 
     path, mode = trx.Launcher(workers_per_host=1, backend=None, linger=0).run(folder).rank(0)
 
     assert mode == 0o700
-    assert path in path.parent.iterdir() or not path.exists()
     assert wait_until(lambda: not path.exists())
 
 
@@ -218,7 +210,7 @@ def test_next_agent_removes_what_an_agent_killed_with_both_keepers_has_left(
 
 def submit_and_wait(tmp_path: Path) -> tuple[Any, dict[str, int], Path]:
     def train() -> None:
-        note(tmp_path / "worker", f"{os.getpid()} {error_file().parents[2]}")
+        note(tmp_path / "worker", f"{os.getpid()} {error_file().parents[3]}")
         signal.pause()
 
     launcher = trx.Launcher(workers_per_host=1, backend=None)
@@ -227,3 +219,27 @@ def submit_and_wait(tmp_path: Path) -> tuple[Any, dict[str, int], Path]:
     pid, path = (tmp_path / "worker").read_text().split()
     assert Path(path).exists()
     return run, above(int(pid)), Path(path)
+
+
+def test_folders_of_others_with_a_similar_name_are_left_alone(
+    cluster: None, tmp_path: Path
+) -> None:
+    parent = Path(tempfile.gettempdir())
+    logs = parent / "torchrunx_ray_logs"
+    logs.mkdir()
+    open_to_all = parent / f"torchrunx_ray_{'0' * 32}"
+    open_to_all.mkdir()
+    victim = tmp_path / "authorized_keys"
+    victim.touch()
+    private = parent / f"torchrunx_ray_{'1' * 32}"
+    private.mkdir(mode=0o700)
+    (private / "outside").symlink_to(victim)
+
+    trx.Launcher(workers_per_host=1, backend=None, extra_env_vars={"A_NEW": "one"}).run(int)
+
+    assert logs.exists()
+    assert open_to_all.exists()
+    assert not private.exists()
+    assert victim.exists()
+    logs.rmdir()
+    open_to_all.rmdir()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -53,9 +54,10 @@ def test_worker_that_stays_in_a_scope_fails_with_scope_time_and_line(watched: tr
     assert (error.rank, error.signal) == (1, signal.SIGKILL)
     assert error.expired_scope is not None
     assert error.expired_scope.name == "step"
-    assert error.expired_scope.seconds == pytest.approx(0.5, abs=0.05)
+    assert 0 < error.expired_scope.seconds <= 0.5
     assert error.expired_scope.pid == error.pid
-    assert "has not left the scope step in 0.5 s, so the watchdog sent SIGKILL" in str(error)
+    said = r"has not left the scope step in 0\.\d+ s, so the watchdog sent SIGKILL\n"
+    assert re.search(said, str(error))
     assert "At the deadline it was in train (test_watchdog.py:" in str(error)
     assert "rank 0: train (test_watchdog.py:" in error.stacks
 
@@ -63,9 +65,9 @@ def test_worker_that_stays_in_a_scope_fails_with_scope_time_and_line(watched: tr
 def test_scope_that_is_left_in_time_ends_nobody(watched: trx.Launcher) -> None:
     def train() -> int:
         for _ in range(20):
-            with timer.expires(after=0.5):
+            with timer.expires(after=3):
                 time.sleep(0.01)
-        time.sleep(1)
+        time.sleep(3.5)
         return 7
 
     assert list(watched.run(train)) == [7, 7]
@@ -85,6 +87,8 @@ def test_scope_works_in_threads(watched: trx.Launcher) -> None:
 
     assert error.expired_scope is not None
     assert error.expired_scope.name == "of a thread"
+    assert "\n  a thread: hang (test_watchdog.py:" in str(error)
+    assert "in hang\n" in error.expired_scope.stacks
 
 
 @pytest.mark.parametrize("leaves_parent", [False, True])
@@ -163,7 +167,8 @@ def test_scope_without_a_signal_is_only_told(
 
     with caplog.at_level(logging.WARNING, "torchrunx_ray"):
         assert list(watched.run(train)) == [7, 7]
-    assert "has not left the scope slow step in 0.1 s, which asks for no signal" in caplog.text
+    said = r"has not left the scope slow step in 0\.\d+ s, which asks for no signal\n"
+    assert re.search(said, caplog.text)
     assert "At the deadline it was in train (test_watchdog.py:" in caplog.text
 
 
@@ -177,7 +182,7 @@ def test_expired_scope_is_a_failure_that_restarts(watched: trx.Launcher) -> None
     result = dataclasses.replace(watched, max_restarts=1).run(train)
 
     assert list(result) == [1, 1]
-    assert "has not left the scope" in str(result.attempts[0].first_failure)
+    assert "has not left the scope" in str(result.attempts[0].failure)
 
 
 def test_scopes_nest_and_recur_as_torch_defines(watched: trx.Launcher) -> None:
@@ -185,14 +190,14 @@ def test_scopes_nest_and_recur_as_torch_defines(watched: trx.Launcher) -> None:
         with timer.expires(after=1000, scope="outer"):
             with timer.expires(after=1000, scope="inner"):
                 pass
-            with timer.expires(after=0.3, scope="recursive"):
-                with timer.expires(after=0.3, scope="recursive"):
+            with timer.expires(after=2, scope="recursive"):
+                with timer.expires(after=2, scope="recursive"):
                     pass
-                time.sleep(0.8)  # out of the scope since it was first left
-            with timer.expires(after=0.3, scope="again"):
+                time.sleep(2.5)  # out of the scope since it was first left
+            with timer.expires(after=2, scope="again"):
                 client = timer.FileTimerClient(os.environ[FIFO])
                 client.acquire("again", time.time() + 1000)  # the later deadline counts
-                time.sleep(0.8)
+                time.sleep(2.5)
         return "alive"
 
     assert list(watched.run(train)) == ["alive", "alive"]
@@ -228,6 +233,7 @@ def test_malformed_partial_and_foreign_lines_lose_nothing_and_kill_nobody(
 ) -> None:
     victim = subprocess.Popen(["sleep", "1000"])
     foreign = [victim.pid, os.getpid(), os.getppid(), 1, 0, -1, 2**70]
+    huge = b'{"version": 1, "pid": 1, "scope_id": "", "expiration_time": 1' + b"0" * 400
 
     def line(pid: int, scope: str, expires_at: float) -> bytes:
         fields = {"version": 1, "pid": pid, "scope_id": scope}
@@ -238,6 +244,7 @@ def test_malformed_partial_and_foreign_lines_lose_nothing_and_kill_nobody(
         if os.environ["RANK"] == "1":
             for pid in foreign:
                 path.write_bytes(line(pid, "foreign", 1) + b"\n")
+            path.write_bytes(huge + b', "signal": 9}\n')
             path.write_bytes(b"\xff\xfe\n\n{}\n[1]\n" + b"{" * 3000 + b"\n" + b"x" * 200_000)
             path.write_bytes(b"\n" + b'{"version": 1, "pid": 12, "sc')  # its writer is killed here
             path.write_bytes(line(os.getpid(), "mine { } \u00e9", time.time() + 0.3) + b"\n")
@@ -257,38 +264,36 @@ def test_malformed_partial_and_foreign_lines_lose_nothing_and_kill_nobody(
 
 @pytest.mark.slow
 def test_thousand_scopes_in_a_second_are_all_heard(watched: trx.Launcher) -> None:
-    def train() -> tuple[float, str]:
-        begun = time.monotonic()
+    def train() -> str:
         for i in range(1000):
-            with timer.expires(after=30, scope=f"step {i}"):
+            with timer.expires(after=3, scope=f"step {i}"):
                 pass
-        took = time.monotonic() - begun
-        with timer.expires(after=60, scope="and on"):
-            time.sleep(0.1)
-        return took, "alive"
+        time.sleep(3.5)
+        return "alive"
 
-    for took, alive in watched.run(train):
-        assert alive == "alive"
-        assert took < 5
+    assert list(watched.run(train)) == ["alive", "alive"]
 
     def hang() -> None:
+        client = timer.FileTimerClient(os.environ[FIFO])
         for i in range(1000):
-            timer.FileTimerClient(os.environ[FIFO]).acquire(f"step {i}", time.time() + 1000)
-        with timer.expires(after=0.2, scope="the last"):
-            time.sleep(1000)
+            client.acquire(f"step {i}", time.time() + 1000 * (i != 500))
+        time.sleep(1000)
 
     error = raised(watched, hang)
     assert error.expired_scope is not None
-    assert error.expired_scope.name == "the last"
+    assert error.expired_scope.name == "step 500"
 
 
-def test_client_that_dies_inside_open_harms_nobody(watched: trx.Launcher) -> None:
+def test_client_that_dies_with_the_fifo_open_harms_nobody(watched: trx.Launcher) -> None:
     def train() -> int:
         path = os.environ[FIFO]
         for _ in range(20):
-            child = subprocess.Popen([sys.executable, "-S", "-c", f"open({path!r}, 'w').read()"])
+            code = f"file = open({path!r}, 'w'); print(flush=True); input()"
+            child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+            assert child.stdout is not None
+            child.stdout.readline()
             child.kill()
-            child.wait()
+            child.communicate()
         with timer.expires(after=30):
             pass
         return 7
@@ -354,7 +359,7 @@ def test_path_that_is_no_fifo_is_refused_and_left_alone(
     path = tmp_path / "notes.txt"
     path.write_text("mine")
 
-    with pytest.raises(trx.LaunchError, match=r"notes\.txt is no FIFO") as caught:
+    with pytest.raises(trx.LaunchError, match=r"notes\.txt, leads to something else") as caught:
         at_path(watched, path).run(os.getpid)
 
     assert type(caught.value) is trx.LaunchError
@@ -362,7 +367,7 @@ def test_path_that_is_no_fifo_is_refused_and_left_alone(
 
 
 def test_missing_folder_is_refused(watched: trx.Launcher, tmp_path: Path) -> None:
-    with pytest.raises(trx.LaunchError, match="No such file or directory: does its folder exist"):
+    with pytest.raises(trx.LaunchError, match=r"cannot be made \(No such file or directory\)"):
         at_path(watched, tmp_path / "missing" / "timer").run(os.getpid)
 
 
@@ -379,7 +384,9 @@ def test_second_launch_with_the_same_path_is_refused_and_the_first_goes_on(
 
     first = launcher.submit(train)
     assert wait_until((tmp_path / "runs1").exists, 60)
-    with pytest.raises(trx.LaunchError, match="is in use by another launch on this node"):
+    with pytest.raises(
+        trx.LaunchError, match="another agent or program on this node reads the FIFO"
+    ):
         launcher.run(os.getpid)
     (tmp_path / "may_end").touch()
     assert list(first.result(timeout=60)) == ["alive", "alive"]
@@ -419,3 +426,45 @@ def test_two_agents_on_one_host_have_watchdogs_of_their_own() -> None:
         )
         first, second = launcher.run(train)
     assert first != second
+
+
+@pytest.mark.parametrize("victim", ["agent", "template"])
+def test_fixed_path_serves_the_next_attempt_after_the_death_of(
+    watched: trx.Launcher, tmp_path: Path, victim: str
+) -> None:
+    path = tmp_path / "timer"
+
+    def train() -> str:
+        note(tmp_path / f"pid{trx.context().attempt}-{os.environ['RANK']}", os.getpid())
+        if trx.context().attempt == 0:
+            signal.pause()
+        time.sleep(1)  # the keepers of the first attempt have ended
+        with timer.expires(after=30):
+            return os.environ[FIFO]
+
+    run = dataclasses.replace(at_path(watched, path), max_restarts=1).submit(train)
+    assert wait_until((tmp_path / "pid0-1").exists, 60)
+    os.kill(above(int((tmp_path / "pid0-1").read_text()))[victim], signal.SIGKILL)
+
+    assert list(run.result(timeout=60)) == [str(path)] * 2
+    assert wait_until(lambda: not path.exists())
+
+
+def test_launch_inside_a_worker_does_not_take_the_outer_timer_file(
+    cluster: None, watched: trx.Launcher, tmp_path: Path
+) -> None:
+    def inner() -> str:
+        with timer.expires(after=30):
+            return os.environ[FIFO]
+
+    def outer() -> list[str]:
+        nested = trx.Launcher(workers_per_host=1, cpus_per_worker=0.1, backend=None)
+        return [os.environ[FIFO], nested.run(inner).rank(0)]
+
+    launcher = dataclasses.replace(
+        at_path(watched, tmp_path / "timer"), workers_per_host=1, cpus_per_worker=0.1
+    )
+    first, second = launcher.run(outer).rank(0)
+
+    assert first == str(tmp_path / "timer")
+    assert second != first

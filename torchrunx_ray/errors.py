@@ -16,6 +16,7 @@ Every class builds its message from the facts passed to its constructor, and kee
 """
 
 import contextlib
+import itertools
 import signal as signals
 import types
 from collections import Counter
@@ -208,6 +209,8 @@ class ExpiredScope:
     """Time that the scope allowed."""
     pid: int
     """The process that entered the scope: the worker, or a process that the worker started."""
+    stacks: str
+    """Stacks of all threads of the worker at the deadline; empty if it did not answer."""
 
 
 class WorkerFailedError(LaunchError):
@@ -215,7 +218,7 @@ class WorkerFailedError(LaunchError):
 
     `oom_kills` is evidence for or against a lack of memory, if a SIGKILL ended the worker. `stacks` shows what the
     other workers were doing. `error_file_data` is what the worker wrote to TORCHELASTIC_ERROR_FILE, as torch's
-    `@record` does, or None; the text shows it as `recorded`. `expired_scope` is set if the watchdog sent the `signal`.
+    `@record` does, or None; `recorded` is its text. `expired_scope` is set if the watchdog sent the `signal`.
     """
 
     def __init__(
@@ -247,6 +250,7 @@ class WorkerFailedError(LaunchError):
         self.last_lines = list(last_lines)
         self.traceback = traceback
         self.error_file_data = error_file_data
+        self.recorded = recorded
         self.expired_scope = expired_scope
         self.stacks = ""
         lines = [f"rank {rank} (local rank {local_rank} on {hostname}, pid {pid}) {what}"]
@@ -257,15 +261,19 @@ class WorkerFailedError(LaunchError):
         if recorded:
             lines.append("Its error file:")
             lines += [f"  {line}" for line in recorded.splitlines()]
-        said = {
-            line.strip() for line in recorded.splitlines()
-        }  # stderr may show the same traceback
-        if unsaid := [line for line in last_lines if line.strip() not in said]:
+        if unsaid := _without_end(last_lines, recorded.splitlines()):
             lines.append("Its last lines of stderr:")
             lines += [f"  {line}" for line in unsaid]
         if traceback:
             lines.append(traceback.rstrip())
         super().__init__("\n".join(lines))
+
+
+def _without_end(lines: Sequence[str], end: Sequence[str]) -> Sequence[str]:
+    """Return the lines without the end that they share with others: stderr may end with the recorded traceback."""
+    pairs = zip(reversed(lines), reversed(end), strict=False)
+    shared = itertools.takewhile(lambda pair: pair[0].strip() == pair[1].strip(), pairs)
+    return lines[: len(lines) - sum(1 for _ in shared)]
 
 
 class AgentFailedError(LaunchError):
@@ -333,6 +341,7 @@ def describe_exit(exit_code: int | None, signal: int | None) -> str:
 
 
 def signal_name(signal: int) -> str:
+    """Return the name of a signal, such as SIGKILL."""
     try:
         return signals.Signals(signal).name
     except ValueError:  # a real-time signal has no name

@@ -13,15 +13,15 @@ from typing import Any
 import ray
 
 from torchrunx_ray.agent import template_environment
+from torchrunx_ray.agent.condition import Condition
 from torchrunx_ray.agent.keeper import Keeper
 from torchrunx_ray.agent.kept_call import KeptCall
 from torchrunx_ray.agent.lease import HostLease, LeaseOfClaim
 from torchrunx_ray.agent.mailbox import Mailbox
 from torchrunx_ray.agent.metrics import Metrics
 from torchrunx_ray.agent.run import HostRun
+from torchrunx_ray.agent.services import Services
 from torchrunx_ray.agent.template import Template
-from torchrunx_ray.agent.timer_file import TimerFileError
-from torchrunx_ray.agent.watchdog import Watchdog
 from torchrunx_ray.wire import linux, messages, versions
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.stop_board import StopReason, asked_within
@@ -67,7 +67,7 @@ class Agent:
         self._keeper = self._start_keeper() if wanted.env_file is None else None
         self._template: Template | None = None
         self._metrics = Metrics()
-        self._mailbox = Mailbox(self._resume_output, self._metrics.hear)
+        self._mailbox = Mailbox(self._resume_output, self._hear)
         self._run: HostRun | None = None
         self._early = defaultdict[messages.AttemptId, list[Callable[[HostRun], None]]](list)
         """Orders to runs that have not begun. Ray may deliver them before `start`, whose argument takes time."""
@@ -81,16 +81,18 @@ class Agent:
         self._rest_ends: asyncio.TimerHandle | None = None
         self._leaving = False
         self._lease = LeaseOfClaim()
-        self._watchdog: Watchdog | None = None
-        """Set while a claim lasts, if the workers' environment asks for one."""
+        self._condition = Condition()
+        self._services = Services(self._ip, self._condition)
         self._raylet_fd: int | None = None
 
     def __repr__(self) -> str:
         """Return the name that Ray puts before the actor's own lines and shows in its dashboard."""
         return f"torchrunx_ray {self._name}"
 
-    async def meet(self, claim: int, listen: bool) -> messages.Met:
+    async def meet(self, claim: int, listen: bool, health_port: int | None) -> messages.Met:
         """Claim the agent for a run; with `listen`, hold a port for the run's store.
+
+        With `health_port`, answer health checks until the agent rests.
 
         `claim` counts the driver's claims. Ray may deliver the `rest` that ends a claim before or after
         the `meet` of the next claim. Nobody waits for the answer to a claim that is over.
@@ -106,7 +108,7 @@ class Agent:
                 await self._have_template()
         problem = self._problem
         if self._serves(claim) and not self._leaving and problem is None:
-            problem = self._set_watchdog()
+            problem = await self._open_services(health_port)
         port = None
         if self._serves(claim) and not self._leaving and listen:
             family = socket.AF_INET6 if ":" in self._ip else socket.AF_INET
@@ -119,6 +121,7 @@ class Agent:
             versions=versions.of_this_process(),
             warning=self._warning,
             problem=problem,
+            health_port=self._services.health_port,
         )
 
     async def warm(self) -> messages.TemplateRefused | None:
@@ -141,9 +144,16 @@ class Agent:
         kept = self._kept_call.values_for(wanted.worker, values)
         listening, self._listening = self._listening, None
         self._metrics.begins(wanted, now_ns())
+        self._condition.begins(wanted)
         lease = self._lease.begin(wanted.worker.attempt, self._template, wanted.first_lease_s)
         run = HostRun(
-            wanted, self._template, self._mailbox, listening, self._ip, lease, self._watchdog
+            wanted,
+            self._template,
+            self._mailbox,
+            listening,
+            self._ip,
+            lease,
+            self._services.watchdog,
         )
         self._run = run
         for order in self._early[run.attempt]:
@@ -225,6 +235,7 @@ class Agent:
         """End a run. `reason` is the last one that the function was given, or None."""
         if self._run is not None and self._run.attempt == attempt:
             self._metrics.stops()
+            self._condition.stops()
             self._run.stop(grace_s, reason)
         else:
             self._early[attempt].append(lambda run: run.stop(0))
@@ -242,6 +253,8 @@ class Agent:
             return  # the next run has already claimed this agent
         self._claim = self._rested = claim
         self._forget_last_claim()
+        self._services.close()
+        self._condition.rests()
         self._run = None
         self._kept_call = KeptCall()
         self._rest_ends = asyncio.get_running_loop().call_later(linger_s, self._leave)
@@ -257,21 +270,15 @@ class Agent:
         if self._listening is not None:  # the run that asked for the port was cancelled
             self._listening.close()
             self._listening = None
-        if self._watchdog is not None:
-            self._watchdog.close()
-            self._watchdog = None
         self._lease.end()
 
-    def _set_watchdog(self) -> str | None:
-        """Begin to listen to the timer file, if one is wanted. Return the reason if that is not possible."""
+    async def _open_services(self, health_port: int | None) -> str | None:
         template = self._template
-        if template is None or template.timer_file is None or self._watchdog is not None:
+        if template is None:
             return None
-        try:
-            self._watchdog = Watchdog(template.timer_file, template.folder)
-        except TimerFileError as error:
-            return str(error)
-        return None
+        path = template.timer_file
+        place = None if path is None else (path, template.folder)
+        return await self._services.open(place, health_port)
 
     async def close(self) -> None:
         """End everything that this agent started; return when all of it is gone."""
@@ -357,6 +364,10 @@ class Agent:
             self._run.everything_is_gone()
         await asyncio.sleep(_LAST_WORDS_S)
         os._exit(1)
+
+    def _hear(self, event: messages.Event) -> None:
+        self._metrics.hear(event)
+        self._condition.hear(event)
 
     def _resume_output(self) -> None:
         if self._template is not None:

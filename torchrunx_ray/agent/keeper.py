@@ -36,8 +36,11 @@ class Keeper:
         runtime_env: Mapping[str, Any],
     ) -> None:
         self.mark = uuid.uuid4().hex
+        self._held_folder: folder.Folder | None = None
         self.begun_ns = now_ns()
-        folder.sweep()
+        self.folder = folder.path_of(self.mark)
+        """Folder for files that workers find by their path. It is missing if the host has no room for it."""
+        self.timer_file = timer_file.wanted_path(environment, cwd, self.folder)
         setup = TemplateSetup(
             tuple(search_path(wanted, environment, cwd, runtime_env)),
             python_path(environment, runtime_env),
@@ -55,11 +58,8 @@ class Keeper:
             ours.callback(self.lease.close)
             for fd in self.lease.fds:
                 theirs.callback(os.close, fd)
-            self.folder = folder.Folder(self.mark)
-            self.timer_file = timer_file.wanted_path(environment, cwd, self.folder.path)
-            ours.callback(folder.remove, str(self.folder.path))
-            ours.callback(self.folder.close)
-            passed_fds = [channel.fileno(), alive, *self.lease.fds, self.folder.fd]
+            folder_fds = self._make_folder(ours)
+            passed_fds = [channel.fileno(), alive, *self.lease.fds, *folder_fds]
             module = "torchrunx_ray.worker.keeper"
             # With -P and this PYTHONPATH the process finds this package and nothing else. The template later sets
             # sys.path (the agent's, with the worker's PYTHONPATH) and restores the variable.
@@ -67,7 +67,7 @@ class Keeper:
                 [
                     *(sys.executable, "-P", "-m", module),
                     *map(str, passed_fds),
-                    str(self.folder.path),
+                    str(self.folder),
                     PADDING,
                 ],
                 env={**environment, "PYTHONPATH": _PACKAGE_PARENT, MARK: self.mark},
@@ -88,6 +88,22 @@ class Keeper:
                 self.process.wait()
                 raise
             ours.pop_all()
+
+    def _make_folder(self, ours: contextlib.ExitStack) -> list[int]:
+        """Make the folder, and return the descriptor that holds it; none if it cannot be made."""
+        try:
+            folder.sweep()
+            self._held_folder = folder.Folder(self.folder)
+        except OSError:  # workers can do without
+            return []
+        ours.callback(self.end_folder)
+        return [self._held_folder.fd]
+
+    def end_folder(self) -> None:
+        """Remove the folder, whose keepers may have been killed."""
+        if self._held_folder is not None:
+            self._held_folder.close()
+            folder.remove(str(self.folder))
 
 
 def _pipe(readers: contextlib.ExitStack, writers: contextlib.ExitStack) -> tuple[int, int]:

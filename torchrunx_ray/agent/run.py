@@ -298,7 +298,7 @@ class HostRun:
         for worker in self._workers.values():
             await worker.until_taken()
         left = await self._template.end_run() if self._template.is_ready else ()
-        self._error_files.remove()
+        await asyncio.to_thread(self._error_files.remove)
         if self._watchdog is not None:
             self._watchdog.rest()
         if self._lease is not None:

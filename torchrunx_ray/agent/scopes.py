@@ -1,19 +1,21 @@
 """Scopes of torch's `expires` that processes are in, by their deadlines."""
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchrunx_ray.agent.timer_file import Request
+from torchrunx_ray.wire.proc import Process
 
 _SPARE = 1000
-"""Entries of left scopes that may stay in the heap before it is made anew."""
+"""Entries of left scopes that may stay in the heap before it is built again."""
 
 
 @dataclass(frozen=True)
 class Scope:
     """A scope that a process has entered."""
 
-    pid: int
+    process: Process
     name: str
     seconds: float
     """Time from the arrival of the request to the deadline."""
@@ -33,14 +35,13 @@ class Scopes:
         self._deadlines: list[tuple[float, int, str]] = []
         """A heap, with entries also for scopes that were left."""
 
-    def take(self, request: Request, wall: float, now: float) -> None:
-        """Note a request that arrives at this time, on the wall clock and on ours."""
+    def leave(self, request: Request) -> None:
+        self._by_key.pop((request.pid, request.scope), None)
+
+    def enter(self, process: Process, request: Request, seconds: float, now: float) -> None:
+        """Note a scope whose request arrives now, on our clock, and that ends in `seconds`."""
         key = request.pid, request.scope
-        if request.expires_at < 0:
-            self._by_key.pop(key, None)
-            return
-        seconds = request.expires_at - wall
-        self._by_key[key] = Scope(*key, seconds, now + seconds, request.signal)
+        self._by_key[key] = Scope(process, request.scope, seconds, now + seconds, request.signal)
         heapq.heappush(self._deadlines, (now + seconds, *key))
         if len(self._deadlines) > 2 * len(self._by_key) + _SPARE:
             self._deadlines = [(each.deadline, *key) for key, each in self._by_key.items()]
@@ -56,21 +57,32 @@ class Scopes:
         return None
 
     def pop_expired(self, now: float) -> list[Scope]:
-        """Return one expired scope of each process that has any, and forget all scopes of these processes.
+        """Return one expired scope of each process that has any.
 
-        The scope is the first that asks for a signal, or else the first.
+        It is the first that asks for a signal, and then all scopes of the process are forgotten; or else it is the
+        first, and the expired ones are forgotten.
         """
         found: list[Scope] = []
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            found.append(self._pop_all(self._deadlines[0][1], now))
+            found.append(self._pop(self._deadlines[0][1], now))
         return found
+
+    def forget_unless(self, is_alive: Callable[[Process], bool]) -> None:
+        """Forget the scopes of processes that have ended."""
+        alive = {
+            process: is_alive(process) for process in {s.process for s in self._by_key.values()}
+        }
+        self._by_key = {key: scope for key, scope in self._by_key.items() if alive[scope.process]}
 
     def clear(self) -> None:
         self._by_key.clear()
         self._deadlines.clear()
 
-    def _pop_all(self, pid: int, now: float) -> Scope:
-        keys = [key for key in self._by_key if key[0] == pid]
-        scopes = sorted((self._by_key.pop(key) for key in keys), key=lambda scope: scope.deadline)
-        expired = [scope for scope in scopes if scope.deadline <= now]
-        return next((scope for scope in expired if scope.signal > 0), expired[0])
+    def _pop(self, pid: int, now: float) -> Scope:
+        of_process = {key: scope for key, scope in self._by_key.items() if key[0] == pid}
+        expired = {key: scope for key, scope in of_process.items() if scope.deadline <= now}
+        in_order = sorted(expired.values(), key=lambda scope: scope.deadline)
+        first = next((scope for scope in in_order if scope.signal > 0), in_order[0])
+        for key in of_process if first.signal > 0 else expired:
+            del self._by_key[key]
+        return first

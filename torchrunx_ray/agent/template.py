@@ -65,7 +65,7 @@ class Template:
         self._keeper = keeper
         self._channel = keeper.channel
         self.lease = keeper.lease
-        self.folder = keeper.folder.path
+        self.folder = keeper.folder
         self.timer_file = keeper.timer_file
         self.loaded: messages.TemplateLoaded | None = None
         self._on_exited, self._on_gone = on_exited, on_gone
@@ -236,7 +236,7 @@ class Template:
             kill_marked(self._keeper.mark)
         self._channel.close()
         self.lease.close()
-        self._keeper.folder.close()
+        await asyncio.to_thread(self._keeper.end_folder)
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
         is_unexpected = self._state is State.DYING

@@ -6,28 +6,38 @@ import json
 import math
 import os
 import select
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from signal import NSIG
 from typing import Any
 
+from torchrunx_ray.wire import fifo
 from torchrunx_ray.wire.environment import TIMER_ENABLED, TIMER_FILE
-from torchrunx_ray.wire.folder import name_outside
+from torchrunx_ray.wire.folder import note_outside
 
 _SIZE = 2**20
 """Bytes that the FIFO holds while the agent is busy. A client whose line finds no room raises an error."""
 
+_CHUNK = 2**16
+"""Bytes that are read at a time, so that writers who never pause cannot keep the agent from its other work."""
+
 _LONGEST = select.PIPE_BUF
 """Bytes of the longest line. torch's client refuses longer ones, since Linux would not write them as a whole."""
 
+_STARTS = 4
+"""Places in a line at which a request may begin: a scope's name may contain the same characters."""
 
 _PIDS = 2**31
+"""More than any pid."""
 
 
 class TimerFileError(Exception):
     """The FIFO cannot be made or used. The text is for the user."""
+
+
+class TimerFileInUseError(TimerFileError):
+    """Another process reads the FIFO now."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Request:
 
 
 def wanted_path(environment: Mapping[str, str], cwd: str, folder: Path) -> Path | None:
-    """Return the path of the FIFO if the workers' environment asks for a watchdog."""
+    """Return the path that the workers' environment has, or else a path in the folder; None without a watchdog."""
     if environment.get(TIMER_ENABLED) != "1":
         return None
     fixed = environment.get(TIMER_FILE)
@@ -55,65 +65,48 @@ class TimerFile:
     def __init__(self, path: Path, folder: Path) -> None:
         self.path = path
         self._unread = b""
-        self._name_outside = contextlib.ExitStack()
-        self.fd = _open(path)
         if path.parent != folder:
-            self._name_outside.enter_context(name_outside(folder, path))
+            with contextlib.suppress(OSError):  # the host has no room for the folder
+                note_outside(
+                    folder, path
+                )  # first, so that an agent that is killed now leaves nothing
+        try:
+            self.fd = fifo.open_locked(str(path))
+        except BlockingIOError:
+            raise TimerFileInUseError(
+                f"another agent or program on this node reads the FIFO of the watchdog, {path}. Give each launch a "
+                f"{TIMER_FILE} of its own, or none: then each agent makes its own FIFO."
+            ) from None
+        except FileExistsError:
+            raise TimerFileError(
+                f"the path of the watchdog's FIFO, {TIMER_FILE}={path}, leads to something else. Choose a path "
+                "that does not exist yet, or none: then the agent makes a FIFO of its own."
+            ) from None
+        except OSError as error:
+            raise TimerFileError(
+                f"the FIFO of the watchdog, {path}, cannot be made ({error.strerror}). Does its folder exist on this "
+                f"node, and may the user write there? Without {TIMER_FILE}, the agent makes a FIFO of its own."
+            ) from None
         with contextlib.suppress(OSError):  # the host limits the size of pipes
             fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, _SIZE)
 
     def read(self) -> Iterator[Request]:
-        """Return the requests that have arrived, without waiting."""
+        """Yield requests that have arrived, without waiting. More may be left, so that the FIFO stays readable."""
         with contextlib.suppress(BlockingIOError):
-            while data := os.read(self.fd, _SIZE):
-                *lines, rest = (self._unread + data).split(b"\n")
-                self._unread = rest[-_LONGEST:]
-                for line in lines:
-                    if (request := _parsed(line[-_LONGEST:])) is not None:
-                        yield request
+            *lines, rest = (self._unread + os.read(self.fd, _CHUNK)).split(b"\n")
+            self._unread = rest[-_LONGEST:]
+            for line in lines:
+                if (request := _parsed(line[-_LONGEST:])) is not None:
+                    yield request
+
+    def read_all(self) -> Iterator[Request]:
+        """Yield the requests that a full FIFO can hold."""
+        for _ in range(_SIZE // _CHUNK):
+            yield from self.read()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-        self._name_outside.close()
+        fifo.remove_own(str(self.path), self.fd)
         os.close(self.fd)
-
-
-def _open(path: Path) -> int:
-    """Make the FIFO, or take one over that nobody uses. Its lock ends with the process that holds it."""
-    while True:
-        fd = _open_once(path)
-        with contextlib.suppress(FileNotFoundError):  # its last user has just removed it
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        os.close(fd)
-
-
-def _open_once(path: Path) -> int:
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.mkfifo(path, 0o600)
-        if not stat.S_ISFIFO(os.stat(path).st_mode):
-            raise TimerFileError(
-                f"{TIMER_FILE}={path} is no FIFO. The watchdog makes its own: give it a path that does not exist yet, or "
-                "none, and remove the file if nobody needs it."
-            )
-        # Also open for writing: otherwise the FIFO would be at its end whenever no client has it open.
-        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-    except OSError as error:
-        raise TimerFileError(
-            f"the FIFO of the watchdog, {TIMER_FILE}={path}, cannot be opened: {error.strerror}: does its folder exist, "
-            "and may this user write to it? Without this variable, the watchdog uses a folder of its own."
-        ) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise TimerFileError(
-            f"the FIFO of the watchdog, {TIMER_FILE}={path}, is in use by another launch on this node. Give each launch a "
-            "path of its own, or none: without this variable, the watchdog makes its own."
-        ) from None
-    return fd
 
 
 def _parsed(line: bytes) -> Request | None:
@@ -121,11 +114,13 @@ def _parsed(line: bytes) -> Request | None:
 
     The line may begin with a part of another one, whose writer ended too early.
     """
-    start = line.find(b"{")
-    while start >= 0:
-        with contextlib.suppress(ValueError, RecursionError):
+    start = len(line)
+    for _ in range(_STARTS):
+        start = line.rfind(b'{"', 0, start)
+        if start < 0:
+            break
+        with contextlib.suppress(ValueError, OverflowError, RecursionError):
             return _request(json.loads(line[start:]))
-        start = line.find(b"{", start + 1)
     return None
 
 

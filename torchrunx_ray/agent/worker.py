@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import signal
 from collections.abc import Sequence
 
 from torchrunx_ray.agent.error_files import ErrorFiles
@@ -101,19 +102,23 @@ class Worker:
         return self.pid is not None and not (self.has_exited or self.has_outcome)
 
     def has_stayed_in(self, scope: Scope, stacks: str) -> None:
-        """Note that a scope has expired. If that asks for a signal, it is the worker's outcome."""
+        """Note that a scope has expired. If it asks for a signal, that is the worker's outcome."""
         assert self.pid is not None
         self.has_outcome = scope.signal > 0
+        self.has_failed = scope.signal == signal.SIGTERM  # it is about to exit; see `HostRun.stop`
+        self._outputs["stderr"].drain()
         self._mailbox.put(
             messages.ScopeExpired(
-                self.local_rank,
-                self.pid,
-                scope.pid,
-                now_ns(),
-                scope.name,
-                scope.seconds,
-                scope.signal,
-                stacks,
+                local_rank=self.local_rank,
+                pid=self.pid,
+                in_pid=scope.process.pid,
+                time_ns=now_ns(),
+                scope=scope.name,
+                seconds=scope.seconds,
+                signal=scope.signal,
+                stacks=stacks,
+                last_lines=self._outputs["stderr"].last_lines,
+                recorded=self._error_files.read(self.local_rank),
             )
         )
 

@@ -29,6 +29,12 @@ TIMER_ENABLED = "TORCHELASTIC_ENABLE_FILE_TIMER"
 TIMER_FILE = "TORCHELASTIC_TIMER_FILE"
 """Variable with the path of the watchdog's FIFO, also if the user has chosen the path."""
 
+HEALTH_PORT = "TORCHELASTIC_HEALTH_CHECK_PORT"
+"""Variable with the port of the agents' health checks."""
+
+_OF_ONE_LAUNCH = (TIMER_FILE, HEALTH_PORT)
+"""Variables that a launch inside a worker does not inherit: the outer launch uses the FIFO and the port."""
+
 _TORCHRUNS_OWN = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE")
 """Variables of a driver that torchrun started. Workers must not use torchrun's store or its error file."""
 
@@ -61,13 +67,15 @@ def forbidden(name: str) -> bool:
 def chosen(environment: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
     """Return the driver's variables that are copied to hosts."""
     patterns = tuple(patterns)
+    is_in_worker = "TORCHELASTIC_RUN_ID" in environment
+    hidden = (*_DRIVERS_OWN, *_OF_ONE_LAUNCH) if is_in_worker else _DRIVERS_OWN
     return {
         name: value
         for name, value in environment.items()
         if _matches(name, patterns)
         and not forbidden(name)
         and not _is_rays_debugger(name, value)
-        and (name in patterns or name not in _DRIVERS_OWN)
+        and (name in patterns or name not in hidden)
     }
 
 

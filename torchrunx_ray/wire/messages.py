@@ -147,6 +147,8 @@ class Met:
     versions: Versions
     warning: str | None
     problem: str | None
+    health_port: int | None
+    """Port of the health checks, if the run wants them."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,9 @@ class ScopeExpired:
     """Time that the scope allowed."""
     signal: int
     stacks: str
-    """Stacks of the worker at the deadline."""
+    """Stacks of the worker at the deadline; empty if it did not answer."""
+    last_lines: tuple[str, ...]
+    recorded: str
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,30 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that cannot be confused with a later one of the same pid."""
+
+    pid: int
+    started: str
+    """Time of its start, as the kernel counts it."""
+
+
+def identified(pid: int) -> Process | None:
+    """Return the process with this pid; None if it has ended."""
+    with contextlib.suppress(OSError):
+        state, *fields = stat(pid)
+        if state != "Z":
+            return Process(pid, fields[18])
+    return None
+
+
+def is_alive(process: Process) -> bool:
+    return identified(process.pid) == process
 
 
 def pids() -> Iterator[int]:

@@ -32,9 +32,9 @@ _ENDING_S = 12.0
 
 def main() -> int:
     channel = Channel.from_fd(int(sys.argv[1]))
-    alive_fd, page_fd, outer_news_fd, inner_news_fd, folder_fd = map(int, sys.argv[2:7])
-    folder_path = sys.argv[7]
-    del sys.argv[8:]  # the padding that makes room for titles
+    *descriptors, folder_path, _padding = sys.argv[2:]
+    del sys.argv[-1]  # the padding that makes room for titles
+    alive_fd, page_fd, outer_news_fd, inner_news_fd, *folder_fds = map(int, descriptors)
     set_title("outer keeper")
     agent_fd = linux.pidfd_open(os.getppid())
     _shed_what_ray_gave()
@@ -58,7 +58,7 @@ def main() -> int:
     process_tree.become_subreaper()
     template_pid = os.fork()
     if template_pid == 0:
-        for fd in (agent_fd, alive_fd, page_fd, inner_news_fd, folder_fd, tell):
+        for fd in (agent_fd, alive_fd, page_fd, inner_news_fd, *folder_fds, tell):
             os.close(fd)
         _become_template(channel)
     channel.close()

@@ -106,14 +106,15 @@ class PooledAgent:
         """Return a time of the host on the driver's clock."""
         return time_ns - self.ahead_ns
 
-    async def meet(self, *, listen: bool) -> Met | None:
+    async def meet(self, *, listen: bool, health_port: int | None = None) -> Met | None:
         """Claim the agent for a run. Returns None if the agent ended or froze while it rested.
 
         Raises RayError or TimeoutError if a new agent did not start.
         """
         self.claims += 1
         is_new = self.state is AgentState.NEW
-        meeting = asyncio.create_task(self.connection.ask(self.calls.meet, self.claims, listen))
+        asking = self.connection.ask(self.calls.meet, self.claims, listen, health_port)
+        meeting = asyncio.create_task(asking)
         try:
             await (self._until_met(meeting) if is_new else self._until_met_or_frozen(meeting))
             met: Met = meeting.result()

@@ -44,6 +44,7 @@ EXPECTED = {
     "spares": "an integer of at least 0",
     "resize_interval": "seconds, at least 0",
     "host_timeout": f"seconds, at least {_LEAST_HOST_TIMEOUT_S}",
+    "health_check_port": "None, or a port from 0 to 65535, where 0 stands for any free one",
     "linger": "seconds, at least 0",
     "console_ranks": '"all", or a list of ranks such as (0, 1)',
     "accelerator_type": 'None, or a string such as "A100"',
@@ -178,6 +179,10 @@ def _check_restarts(given: Mapping[str, Any]) -> None:
     timeout = given["host_timeout"]
     _require_number("host_timeout", timeout)
     _require(timeout >= _LEAST_HOST_TIMEOUT_S, "host_timeout", timeout)
+    port = given["health_check_port"]
+    if port is not None:
+        _require_int("health_check_port", port, 0)
+        _require(port < 65536, "health_check_port", port)
     wanted = given["restart_if"]
     is_plain = callable(wanted) and not (
         inspect.iscoroutinefunction(wanted) or inspect.iscoroutinefunction(type(wanted).__call__)

@@ -33,6 +33,7 @@ VALUES = {
         "restart_if": "None",
         "resize_interval": "SECONDS",
         "host_timeout": "SECONDS",
+        "health_check_port": "PORT",
         "linger": "SECONDS",
     },
     "environment": {
@@ -112,6 +113,11 @@ def integers(texts: list[str]) -> tuple[int, ...]:
 def integer(texts: list[str]) -> int:
     """Return the only word as an integer."""
     return int(texts[0])
+
+
+def integer_or_none(texts: list[str]) -> int | None:
+    """Return the only word as an integer, or None."""
+    return None if texts == ["None"] else integer(texts)
 
 
 def variables(texts: list[str]) -> str | tuple[str, ...]:

@@ -13,6 +13,7 @@ from torchrunx_ray.driver.options.command_line import (
     amounts,
     hosts,
     integer,
+    integer_or_none,
     number,
     number_or_none,
     pairs,
@@ -78,6 +79,10 @@ class Options:
     """Shortest time from the start of workers to their restart on more hosts, with hostnames=(MIN, MAX), in seconds."""
     host_timeout: Annotated[float, written_as("host_timeout", number)] = 10
     """Time after which a silent host is taken for lost, in seconds, if the launch may restart. Its workers end by themselves in this time. Through ray://: at least RAY_CLIENT_RECONNECT_GRACE_PERIOD plus 10."""
+    health_check_port: Annotated[int | None, written_as("health_check_port", integer_or_none)] = (
+        None
+    )
+    """Port at which each host's agent answers health checks over HTTP during a run; 0: any free port. None: TORCHELASTIC_HEALTH_CHECK_PORT if that is set, else no checks."""
     linger: Annotated[float, written_as("linger", number)] = 60
     """Time that agents stay warm after a run, holding no resources, in seconds."""
     default_env_vars: Annotated[Sequence[str], written_as("default_env_vars", tuple)] = (

@@ -1,11 +1,11 @@
-"""What a worker's error file says. torch's `@record` writes such files, and other programs may."""
+"""The content of a worker's error file. torch's `@record` writes such files, and other programs may."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 _MOST_SHOWN = 8192
-"""Characters of an error file that are part of an exception's text, from the end: a traceback ends with the error."""
+"""Characters of an error file that are part of an exception's text: the last of a traceback, which ends with the error, or the first of a message."""
 
 
 def parsed(recorded: str) -> dict[str, Any] | None:
@@ -41,7 +41,6 @@ def in_words(data: Mapping[str, Any]) -> str:
     """Return the traceback of the error, which ends with its message, or else the message."""
     match data:
         case {"message": {"extraInfo": {"py_callstack": str(trace)}}}:
-            text = trace
+            return trace.rstrip()[-_MOST_SHOWN:]
         case _:
-            text = message_of(data)
-    return text.rstrip()[-_MOST_SHOWN:]
+            return message_of(data)[:_MOST_SHOWN].rstrip()

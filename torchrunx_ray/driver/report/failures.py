@@ -16,7 +16,6 @@ from torchrunx_ray.driver.report.missing_there import advice
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.errors import (
     AgentFailedError,
-    ExpiredScope,
     LaunchError,
     LaunchTimeoutError,
     PayloadError,
@@ -226,11 +225,7 @@ class Failures:
         if not isinstance(first.report, messages.Failed | messages.Died):
             return None
         for failure in in_order:
-            is_kill = (
-                isinstance(failure.report, messages.Died)
-                and failure.report.exited.signal == signal.SIGKILL
-            )
-            if is_kill and self._was_before_stop(failure):
+            if is_kill(failure.report) and self._was_before_stop(failure):
                 return failure if failure.time_ns - first.time_ns < _NOTICE_NS else None
         return None
 
@@ -281,6 +276,17 @@ class Failures:
             _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
 
 
+def is_kill(report: Report) -> bool:
+    """Return True if a SIGKILL has ended a worker. Before the launch stops the workers, no peer's error leads to one."""
+    match report:
+        case messages.Died(exited=exited):
+            return exited.signal == signal.SIGKILL
+        case messages.ScopeExpired():
+            return report.signal == signal.SIGKILL
+        case _:
+            return False
+
+
 def _exception(failure: Failure) -> BaseException:
     report, rank = failure.report, failure.rank
     match report:
@@ -327,6 +333,7 @@ def _exception(failure: Failure) -> BaseException:
             )
         case messages.ScopeExpired():
             assert rank is not None
+            data = error_file.parsed(report.recorded)
             return WorkerFailedError(
                 rank=rank,
                 local_rank=report.local_rank,
@@ -334,7 +341,10 @@ def _exception(failure: Failure) -> BaseException:
                 pid=report.pid,
                 what=expired.in_words(report),
                 signal=report.signal,
-                expired_scope=ExpiredScope(report.scope, report.seconds, report.in_pid),
+                last_lines=report.last_lines,
+                error_file_data=data,
+                recorded="" if data is None else error_file.in_words(data),
+                expired_scope=expired.scope_of(report),
             )
         case messages.Failed():
             assert rank is not None
@@ -400,7 +410,7 @@ def _raised(report: messages.Failed, rank: int, hostname: str) -> BaseException:
 
 def _is_same_error(report: messages.Failed, data: Mapping[str, Any]) -> bool:
     """Return True if the rank's error file has only the exception that the rank raised."""
-    return error_file.message_of(data) == f"{report.kind}: {report.text}"
+    return error_file.message_of(data) == f"{report.kind.rpartition('.')[2]}: {report.text}"
 
 
 def _is_of_no_peer(report: Report) -> bool:

@@ -1,7 +1,7 @@
 """Stacks of the workers, and their summary in words."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -104,6 +104,29 @@ def in_words(ranks: Iterable[int]) -> str:
     return f"rank{'' if is_one else 's'} {', '.join(words)}"
 
 
+def threads_in_words(text: str) -> list[str]:
+    """Return where the main thread is ("" if the worker did not answer), then where its other threads are.
+
+    Threads without a line of the user are left out.
+    """
+    main = _main_thread(text)
+    *others, _ = text.rstrip().split("\n\n")
+    frames = [tuple(_frames(block)) for block in others]
+    return [
+        _where(main) if main else "",
+        *(_where(each) for each in frames if any(map(_is_users, each))),
+    ]
+
+
+def _frames(block: str) -> Iterator[Frame]:
+    for match in _FRAME.finditer(block):
+        yield Frame(match["function"], match["file"], match["line"])
+
+
+def _is_users(frame: Frame) -> bool:
+    return not _NOT_THE_USERS.search(frame.file)
+
+
 def _main_thread(text: str) -> tuple[Frame, ...]:
     """Return the main thread's calls, from the innermost out to the user's function.
 
@@ -111,8 +134,7 @@ def _main_thread(text: str) -> tuple[Frame, ...]:
     """
     block = text.rstrip().rpartition("\n\n")[2]
     frames: list[Frame] = []
-    for match in _FRAME.finditer(block):
-        frame = Frame(match["function"], match["file"], match["line"])
+    for frame in _frames(block):
         if _OURS in frame.file and frame.function in _AFTER_THE_FUNCTION:
             return (*frames, frame)
         if _OURS in frame.file and frames:
@@ -130,6 +152,6 @@ def _where(frames: tuple[Frame, ...]) -> str:
         return "no answer (the worker has not started, has just ended, or is blocked in the kernel)"
     if _OURS in frames[-1].file and frames[-1].function in _AFTER_THE_FUNCTION:
         return f"{_AFTER_THE_FUNCTION[frames[-1].function]}: {frames[0].function} ({frames[0].position})"
-    own = next((frame for frame in frames if not _NOT_THE_USERS.search(frame.file)), frames[0])
+    own = next(filter(_is_users, frames), frames[0])
     where = f"{own.function} ({own.position})"
     return where if own is frames[0] else f"{where}, in {frames[0].function}"

@@ -3,13 +3,10 @@
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.ranks import Place
-
-WorkerState = Literal["UNKNOWN", "INIT", "HEALTHY", "UNHEALTHY", "STOPPED", "SUCCEEDED", "FAILED"]
-"""Names of torch.distributed.elastic's WorkerState."""
+from torchrunx_ray.wire.worker_states import NOT_FINAL, WorkerState, news
 
 
 @dataclass(frozen=True)
@@ -54,33 +51,16 @@ class Workers:
 
     def hear(self, host_index: int, event: messages.Event, *, is_stopped: bool) -> None:
         """Note an event of a host. `is_stopped`: our own stop explains the worker's end."""
-        match event:
-            case messages.WorkersForked():
-                for local_rank, pid in event.pids:
-                    self._become(host_index, local_rank, "HEALTHY", pid)
-            case messages.Joined():
-                self._become(host_index, event.local_rank, "HEALTHY")
-            case messages.Started():
-                self._become(host_index, event.local_rank, "HEALTHY", event.pid)
-            case messages.Finished():
-                self._become(host_index, event.local_rank, "SUCCEEDED")
-            case messages.Failed():
-                end = "STOPPED" if is_stopped else "FAILED"
-                self._become(host_index, event.local_rank, end, event.pid)
-            case messages.ScopeExpired() if event.signal > 0:
-                self._become(host_index, event.local_rank, "FAILED", event.pid)
-            case messages.Died(exited=exited) if exited.local_rank is not None:
-                end = "STOPPED" if is_stopped else "FAILED"
-                self._become(host_index, exited.local_rank, end, exited.pid)
-            case messages.HostEnded():
-                # Nobody reports the exits of workers that the kernel killed with their template.
-                self._rest_become(host_index, "FAILED", ("HEALTHY",))
-            case _:
-                pass
+        for local_rank, state, pid in news(event):
+            is_ours = is_stopped and state == "FAILED"
+            self._become(host_index, local_rank, "STOPPED" if is_ours else state, pid)
+        if isinstance(event, messages.HostEnded):
+            # Nobody reports the exits of workers that the kernel killed with their template.
+            self._rest_become(host_index, "FAILED", ("HEALTHY",))
 
     def lose(self, host_index: int) -> None:
         """Note that nothing more will be heard of a host."""
-        self._rest_become(host_index, "UNKNOWN", ("INIT", "HEALTHY"))
+        self._rest_become(host_index, "UNKNOWN", NOT_FINAL)
 
     def _rest_become(
         self, host_index: int, state: WorkerState, now: Collection[WorkerState]
@@ -94,6 +74,6 @@ class Workers:
     ) -> None:
         """Enter a state, unless the present one is final. A pid is never forgotten."""
         info = self._by_place[host_index, local_rank]
-        if info.state in ("INIT", "HEALTHY"):
+        if info.state in NOT_FINAL:
             info = dataclasses.replace(info, state=state)
         self._by_place[host_index, local_rank] = dataclasses.replace(info, pid=pid or info.pid)

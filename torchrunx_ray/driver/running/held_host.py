@@ -8,6 +8,7 @@ import logging
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.agents import pool
+from torchrunx_ray.driver.agents.health_port import health_port
 from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.background.loop import to_the_end
 from torchrunx_ray.driver.cluster import inventory, token
@@ -50,6 +51,7 @@ class HeldHost:
         self.state = HeldState.NEW
         self._options = options
         self._agent: PooledAgent | None = None
+        self._told_health_port: int | None = None
         # Asked while the agent starts, since Ray has to start a process for the answer.
         gpus = float(host.bundle.get("GPU", 0))
         self._gpu_question = GpuQuestion(
@@ -94,6 +96,11 @@ class HeldHost:
             doubt = versions.doubt_between(ours, met.versions)
             for warning in filter(None, (met.warning, doubt)):
                 logger.warning("%s: %s", label, warning)
+            if met.health_port is not None and met.health_port != self._told_health_port:
+                self._told_health_port = met.health_port
+                logger.info(
+                    "%s answers health checks at http://%s:%d", label, met.ip, met.health_port
+                )
             self.state = HeldState.SOUND
             return met
 
@@ -183,7 +190,8 @@ class HeldHost:
         agent = self._agent
         silent = asyncio.get_running_loop().call_later(_SILENT_S, _say_silent, label)
         try:
-            met = await agent.meet(listen=listen)
+            port = health_port(self._options, wanted)
+            met = await agent.meet(listen=listen, health_port=port)
         except (RayError, TimeoutError) as error:
             await self.give_up_agent()
             missing = versions.missing_package(str(error), versions.of_this_process())

@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import dataclasses
-import signal
 from collections.abc import Collection
 
-from torchrunx_ray.driver.report.failures import Failure, Report
+from torchrunx_ray.driver.report.failures import Failure, Report, is_kill
 from torchrunx_ray.driver.running.crew import Crew
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.clock import now_ns
@@ -45,7 +44,7 @@ class Ledger:
         self._failed.append((whose, Failure(time_ns, label, rank, report)))
         if not (isinstance(report, messages.Failed) and report.in_collective):
             self.cause_is_known.set()
-        if isinstance(report, messages.Died) and report.exited.signal == signal.SIGKILL:
+        if is_kill(report):
             self._has_own_cause.set()
 
     def look_for_others(self, finished: Collection[int]) -> None:
