@@ -25,7 +25,7 @@ class _Worker:
 
 
 class Condition:
-    """What the events of an attempt's workers tell. Written in the agent's event loop, read by any thread."""
+    """The state of an attempt's workers, as their events tell it. Written in the agent's event loop, read by any thread."""
 
     def __init__(self) -> None:
         self._attempt: messages.AttemptId | None = None

@@ -298,13 +298,14 @@ class HostRun:
         for worker in self._workers.values():
             await worker.until_taken()
         left = await self._template.end_run() if self._template.is_ready else ()
-        await asyncio.to_thread(self._error_files.remove)
         if self._watchdog is not None:
             self._watchdog.rest()
         if self._lease is not None:
             self._lease.end()
         self._mailbox.put(messages.HostEnded(left))
         self._mailbox.put(messages.OutputEnded())
+        # Last, since the driver waits for the events above.
+        await asyncio.to_thread(self._error_files.remove)
 
     def _fail(self, what: str, evidence: str) -> None:
         self._mailbox.put(messages.AgentFailed(now_ns(), what, evidence))

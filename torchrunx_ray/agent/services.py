@@ -1,4 +1,4 @@
-"""What an agent offers while a run claims it: the watchdog's FIFO and the port of the health checks."""
+"""Services of an agent that a run claims: the watchdog's FIFO and the port of the health checks."""
 
 import asyncio
 import time
