@@ -120,7 +120,7 @@ def test_agent_that_has_not_answered_yet_does_not_rest(one: trx.Launcher) -> Non
     async def acquire_and_release() -> str:
         (node,) = inventory.live_nodes()
         agent = await pool.acquire(node, "here", wanted, launcher)
-        agent.calls.meet.remote(1, False)
+        agent.calls.meet.remote(1, False, None)
         await agent.release(linger=1000)
         return agent.calls._actor_id.hex()
 

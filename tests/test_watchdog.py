@@ -340,8 +340,9 @@ def test_without_the_variable_there_is_no_watchdog(cluster: None) -> None:
     assert trx.Launcher(workers_per_host=1, backend=None).run(train).rank(0) is None
 
 
+@pytest.mark.parametrize("linger", [0, 60])
 def test_fixed_path_is_used_and_removed_after_the_run(
-    watched: trx.Launcher, tmp_path: Path
+    watched: trx.Launcher, tmp_path: Path, linger: float
 ) -> None:
     path = tmp_path / "timer"
 
@@ -349,7 +350,8 @@ def test_fixed_path_is_used_and_removed_after_the_run(
         with timer.expires(after=30):
             return os.environ[FIFO], stat.S_ISFIFO(path.stat().st_mode)
 
-    assert set(at_path(watched, path).run(train)) == {(str(path), True)}
+    launcher = dataclasses.replace(at_path(watched, path), linger=linger)
+    assert set(launcher.run(train)) == {(str(path), True)}
     assert wait_until(lambda: not path.exists())
 
 
@@ -364,6 +366,22 @@ def test_path_that_is_no_fifo_is_refused_and_left_alone(
 
     assert type(caught.value) is trx.LaunchError
     assert path.read_text() == "mine"
+
+
+def test_fifo_that_torchs_own_watchdog_reads_is_refused_and_left(
+    watched: trx.Launcher, tmp_path: Path
+) -> None:
+    path = tmp_path / "timer"
+    server = timer.FileTimerServer(str(path), "of torch", max_interval=0.1)
+    server.start()
+    try:
+        launcher = dataclasses.replace(at_path(watched, path), linger=0)
+        with pytest.raises(trx.LaunchError, match="another agent or program on this node reads"):
+            launcher.run(os.getpid)
+        assert stat.S_ISFIFO(path.stat().st_mode)
+    finally:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        server.stop()
 
 
 def test_missing_folder_is_refused(watched: trx.Launcher, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class Agent:
         """Return the name that Ray puts before the actor's own lines and shows in its dashboard."""
         return f"torchrunx_ray {self._name}"
 
-    async def meet(self, claim: int, listen: bool, health_port: int | None) -> messages.Met:
+    async def meet(self, claim: int, listen: bool, health_port: int | None = None) -> messages.Met:
         """Claim the agent for a run; with `listen`, hold a port for the run's store.
 
         With `health_port`, answer health checks until the agent rests.
@@ -107,8 +107,8 @@ class Agent:
             async with self._having_template:
                 await self._have_template()
         problem = self._problem
-        if self._serves(claim) and not self._leaving and problem is None:
-            problem = await self._open_services(health_port)
+        if problem is None:
+            problem = await self._open_services(claim, health_port)
         port = None
         if self._serves(claim) and not self._leaving and listen:
             family = socket.AF_INET6 if ":" in self._ip else socket.AF_INET
@@ -253,11 +253,11 @@ class Agent:
             return  # the next run has already claimed this agent
         self._claim = self._rested = claim
         self._forget_last_claim()
-        self._services.close()
-        self._condition.rests()
+        self._condition.ends()
         self._run = None
         self._kept_call = KeptCall()
         self._rest_ends = asyncio.get_running_loop().call_later(linger_s, self._leave)
+        await self._services.close()
 
     def _serves(self, claim: int) -> bool:
         """Return True for the newest claim, unless its run is over."""
@@ -272,16 +272,23 @@ class Agent:
             self._listening = None
         self._lease.end()
 
-    async def _open_services(self, health_port: int | None) -> str | None:
-        template = self._template
-        if template is None:
-            return None
-        path = template.timer_file
-        place = None if path is None else (path, template.folder)
-        return await self._services.open(place, health_port)
+    async def _open_services(self, claim: int, health_port: int | None) -> str | None:
+        """Open the services that a claim wants, if it is still the newest. Return the reason if that fails."""
+        async with self._having_template:
+            if not self._serves(claim) or self._leaving or self._template is None:
+                return None
+            path, folder = self._template.timer_file, self._template.folder
+            place = None if path is None else (path, folder)
+            problem = await self._services.open(place, health_port)
+            if not self._serves(claim):  # the run was cancelled meanwhile
+                await self._services.close()
+            return problem
 
     async def close(self) -> None:
         """End everything that this agent started; return when all of it is gone."""
+        await (
+            self._services.close()
+        )  # before the keepers, which remove the FIFO only if nobody reads it
         self._attach()
         if self._template is not None:
             await self._template.close()
@@ -338,6 +345,7 @@ class Agent:
         if self._keeper is None:
             return
         keeper, self._keeper = self._keeper, None
+        self._condition.template_is_gone = ""
         self._template = Template(
             keeper, self._mailbox.of(None), self._worker_exited, self._template_gone
         )
@@ -380,6 +388,7 @@ class Agent:
             self._run.has_exited(exited)
 
     def _template_gone(self, death: messages.AgentFailed) -> None:
+        self._condition.template_is_gone = death.what
         if self._run is not None:
             self._run.template_is_gone(death)
 

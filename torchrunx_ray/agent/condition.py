@@ -1,4 +1,4 @@
-"""The condition of an agent and its host's share of an attempt, for who asks from outside."""
+"""The condition of an agent and of its host's share of an attempt, for the health checks."""
 
 import time
 from dataclasses import dataclass
@@ -32,6 +32,9 @@ class Condition:
         self._workers: dict[int, _Worker] = {}
         self._is_stopping = False
         self._failure = ""
+        """First failure of a worker, until the attempt has ended here."""
+        self.template_is_gone = ""
+        """Description of the template's unexpected end, until there is a new one."""
         self.beat_at = time.monotonic()
         """Time at which the event loop ran last, while somebody lets it beat."""
         self.watchdog_at: float | None = None
@@ -50,9 +53,11 @@ class Condition:
         """Note that the agent stops the workers, whose ends are no failures from now on."""
         self._is_stopping = True
 
-    def rests(self) -> None:
+    def ends(self) -> None:
+        """Note that no attempt is here any more."""
         self._attempt = None
         self._workers = {}
+        self._is_stopping = False
         self._failure = ""
 
     def hear(self, event: messages.Event) -> None:
@@ -70,9 +75,11 @@ class Condition:
                 rank = self._rank(event.local_rank)
                 self._fails(f"rank {rank} stayed too long in the scope {event.scope}")
             case messages.AgentFailed():
-                self._fails(event.what)
+                self._failure = self._failure or event.what
             case messages.TemplateRefused():
-                self._fails(event.problem)
+                self._failure = self._failure or event.problem
+            case messages.HostEnded():
+                self.ends()
             case _:
                 pass
 
@@ -81,13 +88,13 @@ class Condition:
         silent_s = time.monotonic() - self.beat_at
         if silent_s > _BLOCKED_S:
             return f"the agent's event loop has been blocked for {silent_s:.1f} s"
-        return self._failure
+        return self.template_is_gone or self._failure
 
     def describe(self) -> dict[str, Any]:
-        """Return all of it as data for JSON. New versions only add fields."""
-        now = time.monotonic()
-        reason = self.why_unhealthy()
+        """Return the condition as data for JSON. New versions only add fields."""
         attempt, workers = self._attempt, dict(self._workers)
+        watchdog_at, reason = self.watchdog_at, self.why_unhealthy()
+        now = time.monotonic()
         return {
             "version": _VERSION,
             "healthy": not reason,
@@ -100,17 +107,16 @@ class Condition:
                     "local_rank": local_rank,
                     "pid": worker.pid,
                     "state": worker.state,
-                    "silent_s": round(now - worker.heard_at, 1),
+                    "silent_s": _since(worker.heard_at, now),
                 }
                 for local_rank, worker in workers.items()
             ],
-            "loop_silent_s": round(now - self.beat_at, 1),
-            "watchdog_silent_s": None
-            if self.watchdog_at is None
-            else round(now - self.watchdog_at, 1),
+            "loop_silent_s": _since(self.beat_at, now),
+            "watchdog_silent_s": None if watchdog_at is None else _since(watchdog_at, now),
         }
 
     def _fails(self, reason: str) -> None:
+        """Note the failure of a worker, unless the agent stops the workers."""
         if not self._is_stopping:
             self._failure = self._failure or reason
 
@@ -125,3 +131,7 @@ class Condition:
         worker.pid = pid or worker.pid
         if worker.state in NOT_FINAL:
             worker.state = "STOPPED" if state == "FAILED" and self._is_stopping else state
+
+
+def _since(at: float, now: float) -> float:
+    return max(0.0, round(now - at, 1))

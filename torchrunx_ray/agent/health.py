@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import socket
 import threading
 from collections import OrderedDict
@@ -18,6 +20,8 @@ _HEAD = 8192
 _MOST = 256
 """Connections at a time. A further one ends the oldest."""
 
+_BACKLOG = 1024
+
 _CLOSING_S = 1.0
 
 _PHRASES = {200: "OK", 400: "Bad Request", 405: "Method Not Allowed", 503: "Service Unavailable"}
@@ -25,6 +29,10 @@ _PHRASES = {200: "OK", 400: "Bad Request", 405: "Method Not Allowed", 503: "Serv
 
 class HealthPortError(Exception):
     """The port cannot be opened. The text is for the user."""
+
+
+class HealthPortInUseError(HealthPortError):
+    """Another process has the port now."""
 
 
 class HealthServer:
@@ -36,23 +44,28 @@ class HealthServer:
     def __init__(self, ip: str, port: int, describe: Callable[[], dict[str, Any]]) -> None:
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         try:
-            self._socket = socket.create_server((ip, port), family=family, backlog=1024)
+            self._socket = socket.create_server((ip, port), family=family)
         except OSError as error:
-            raise HealthPortError(
-                f"the port of the health checks, {ip}:{port}, cannot be opened: {error.strerror}. Does another agent or "
-                "program on this node use it? Choose another one, or 0 for any free port."
-            ) from None
+            raise _port_error(ip, port, error.errno) from None
         self.port: int = self._socket.getsockname()[1]
         self._describe = describe
         self._connections = OrderedDict[asyncio.Task[None], None]()
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the host allows no more threads
+            self._loop.close()
+            self._socket.close()
+            raise HealthPortError(
+                "the host allows no more threads, and health checks need one"
+            ) from None
 
     def close(self) -> None:
         """Close the port, so that another agent can open it."""
-        self._loop.call_soon_threadsafe(self._closing.set)
+        with contextlib.suppress(RuntimeError):  # the thread has ended
+            self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join(_CLOSING_S)
         self._socket.close()
 
@@ -61,7 +74,9 @@ class HealthServer:
             self._loop.run_until_complete(self._serve())
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._take, sock=self._socket, limit=_HEAD)
+        server = await asyncio.start_server(
+            self._take, sock=self._socket, limit=_HEAD, backlog=_BACKLOG
+        )
         await self._closing.wait()
         server.close()
         for task in list(self._connections):
@@ -73,15 +88,20 @@ class HealthServer:
         assert task is not None
         self._connections[task] = None
         if len(self._connections) > _MOST:
-            next(iter(self._connections)).cancel()
+            oldest, _ = self._connections.popitem(last=False)
+            oldest.cancel()
         try:
             with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
                 async with asyncio.timeout(_REQUEST_S):
                     writer.write(self._answer(*await _request(reader)))
                     await writer.drain()
+                    writer.write_eof()
+                    await reader.read(
+                        _HEAD
+                    )  # a reset would take the answer from a client that still sends
         finally:
-            del self._connections[task]
-            writer.close()
+            self._connections.pop(task, None)
+            writer.transport.abort()
 
     def _answer(self, method: str, is_whole: bool) -> bytes:
         body: dict[str, Any]
@@ -108,3 +128,20 @@ async def _request(reader: asyncio.StreamReader) -> tuple[str, bool]:
         return "", False
     method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
     return method.decode("ascii", "replace"), b" HTTP/1." in rest
+
+
+def _port_error(ip: str, port: int, number: int | None) -> HealthPortError:
+    """Return the error for a port that cannot be opened, with advice."""
+    kind, advice = HealthPortError, "Choose another port, or 0 for any free one."
+    match number:
+        case errno.EADDRINUSE:
+            kind = HealthPortInUseError
+            advice = f"Another agent or program on this node uses it. {advice}"
+        case errno.EACCES:
+            advice = f"Ports below 1024 need root, or the capability CAP_NET_BIND_SERVICE. {advice}"
+        case errno.EADDRNOTAVAIL:
+            advice = "The address that the node has in Ray is no address of this host."
+        case _:
+            pass
+    reason = os.strerror(number or 0)
+    return kind(f"the port of the health checks, {ip}:{port}, cannot be opened: {reason}. {advice}")

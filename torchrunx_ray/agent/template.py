@@ -234,9 +234,9 @@ class Template:
         exit_code = self._keeper.process.wait()
         with contextlib.suppress(OSError):  # out of descriptors; the end is reported anyway
             kill_marked(self._keeper.mark)
+        await asyncio.to_thread(self._keeper.end_folder)
         self._channel.close()
         self.lease.close()
-        await asyncio.to_thread(self._keeper.end_folder)
         self._stdout.drain_and_close()
         self._stderr.drain_and_close()
         is_unexpected = self._state is State.DYING

@@ -14,7 +14,7 @@ from typing import Any
 
 from torchrunx_ray.wire import fifo
 from torchrunx_ray.wire.environment import TIMER_ENABLED, TIMER_FILE
-from torchrunx_ray.wire.folder import note_outside
+from torchrunx_ray.wire.folder import forget_outside, note_outside
 
 _SIZE = 2**20
 """Bytes that the FIFO holds while the agent is busy. A client whose line finds no room raises an error."""
@@ -64,29 +64,19 @@ class TimerFile:
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.path = path
+        self._folder = folder
         self._unread = b""
-        if path.parent != folder:
-            with contextlib.suppress(OSError):  # the host has no room for the folder
+        is_fixed = path.parent != folder
+        with contextlib.suppress(OSError):  # the host has no room for the folder
+            if is_fixed:
                 note_outside(
                     folder, path
                 )  # first, so that an agent that is killed now leaves nothing
         try:
             self.fd = fifo.open_locked(str(path))
-        except BlockingIOError:
-            raise TimerFileInUseError(
-                f"another agent or program on this node reads the FIFO of the watchdog, {path}. Give each launch a "
-                f"{TIMER_FILE} of its own, or none: then each agent makes its own FIFO."
-            ) from None
-        except FileExistsError:
-            raise TimerFileError(
-                f"the path of the watchdog's FIFO, {TIMER_FILE}={path}, leads to something else. Choose a path "
-                "that does not exist yet, or none: then the agent makes a FIFO of its own."
-            ) from None
         except OSError as error:
-            raise TimerFileError(
-                f"the FIFO of the watchdog, {path}, cannot be made ({error.strerror}). Does its folder exist on this "
-                f"node, and may the user write there? Without {TIMER_FILE}, the agent makes a FIFO of its own."
-            ) from None
+            self._forget_outside()
+            raise _error(path, is_fixed, error) from None
         with contextlib.suppress(OSError):  # the host limits the size of pipes
             fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, _SIZE)
 
@@ -107,6 +97,33 @@ class TimerFile:
     def close(self) -> None:
         fifo.remove_own(str(self.path), self.fd)
         os.close(self.fd)
+        self._forget_outside()
+
+    def _forget_outside(self) -> None:
+        with contextlib.suppress(OSError):
+            forget_outside(self._folder)
+
+
+def _error(path: Path, is_fixed: bool, error: OSError) -> TimerFileError:
+    """Return the error for a FIFO that cannot be opened, with advice."""
+    own = f"Without {TIMER_FILE}, each agent makes a FIFO of its own."
+    match error:
+        case BlockingIOError():
+            return TimerFileInUseError(
+                f"another agent or program on this node reads the FIFO of the watchdog, {path}. {own}"
+            )
+        case FileExistsError():
+            return TimerFileError(
+                f"the path of the watchdog's FIFO, {TIMER_FILE}={path}, leads to something else. Choose a path that does "
+                f"not exist yet. {own}"
+            )
+        case _:
+            advice = "Is there room in the folder for temporary files?"
+            if is_fixed:
+                advice = f"Does its folder exist on this node, and may the user write there? {own}"
+            return TimerFileError(
+                f"the FIFO of the watchdog, {path}, cannot be made ({error.strerror}). {advice}"
+            )
 
 
 def _parsed(line: bytes) -> Request | None:

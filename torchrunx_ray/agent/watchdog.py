@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,9 @@ _STACKS_S = 0.2
 _PASS_S = 1.0
 """Longest time between two looks at the deadlines, by which the health checks see that the watchdog runs."""
 
+_PAUSE_S = 0.02
+"""Shortest time between two looks, so that a flood of scopes cannot keep the agent from its other work."""
+
 
 class Watchdog:
     """Reads the timer file, and hears only processes of the present attempt's workers."""
@@ -41,6 +45,7 @@ class Watchdog:
         self._workers: Mapping[int, Worker] = {}
         self._waking: asyncio.TimerHandle | None = None
         self._ending = set[asyncio.Task[None]]()
+        self._looked_at = -math.inf
         self._loop.add_reader(self._file.fd, self._hear)
         self._look()
 
@@ -76,13 +81,18 @@ class Watchdog:
                 task.add_done_callback(self._ending.discard)
         self._scopes.forget_unless(proc.is_alive)
         self._condition.watchdog_at = time.monotonic()
+        self._looked_at = self._loop.time()
         self._wake_in_time()
 
     def _take(self, requests: Iterable[Request]) -> None:
+        known: dict[int, Process | None] = {}
         for request in requests:
             if request.expires_at < 0:
                 self._scopes.leave(request)
-            elif (process := proc.identified(request.pid)) is not None:
+                continue
+            if request.pid not in known:
+                known[request.pid] = proc.identified(request.pid)
+            if (process := known[request.pid]) is not None:
                 seconds = request.expires_at - time.time()
                 self._scopes.enter(process, request, seconds, self._loop.time())
 
@@ -92,6 +102,7 @@ class Watchdog:
         at_least = self._loop.time() + _PASS_S
         deadline = self._scopes.next_deadline()
         wakes_at = at_least if deadline is None else min(deadline, at_least)
+        wakes_at = max(wakes_at, self._looked_at + _PAUSE_S)
         self._waking = self._loop.call_at(wakes_at, self._look)
 
     async def _end(self, worker: Worker, scope: Scope) -> None:

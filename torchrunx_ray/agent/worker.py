@@ -94,7 +94,7 @@ class Worker:
         else:
             said = self._outputs["stderr"].last_lines
             recorded = self._error_files.read(self.local_rank)
-            self._mailbox.put(messages.Died(exited, said, recorded, oom_kills))
+            self._mailbox.put(messages.Died(exited, said, oom_kills, recorded))
 
     @property
     def is_running(self) -> bool:
@@ -105,7 +105,8 @@ class Worker:
         """Note that a scope has expired. If it asks for a signal, that is the worker's outcome."""
         assert self.pid is not None
         self.has_outcome = scope.signal > 0
-        self.has_failed = scope.signal == signal.SIGTERM  # it is about to exit; see `HostRun.stop`
+        # A worker that has got SIGTERM is about to exit; see `HostRun.stop`.
+        self.has_failed = scope.signal == signal.SIGTERM and scope.process.pid == self.pid
         self._outputs["stderr"].drain()
         self._mailbox.put(
             messages.ScopeExpired(

@@ -14,17 +14,26 @@ def open_locked(path: str) -> int:
     kinds of OSError.
     """
     while True:
-        with contextlib.suppress(FileExistsError):
+        was_there = False
+        try:
             os.mkfifo(path, 0o600)
-        _check_unread(path)
-        fd = _lock(path)
+        except FileExistsError:
+            was_there = True
+        try:
+            _check_unread(path)
+            fd = _lock(path)
+        except FileNotFoundError:
+            if was_there:  # its last reader has just removed it
+                continue
+            raise
         if _is_at(path, fd):
             return fd
-        os.close(fd)  # its last reader has just removed it
+        os.close(fd)
 
 
 def remove(path: str) -> None:
     """Remove a FIFO that nobody reads. Raises OSError if that is not possible."""
+    _check_unread(path)
     fd = _lock(path)
     try:
         if _is_at(path, fd):
@@ -42,7 +51,7 @@ def remove_own(path: str, fd: int) -> None:
 
 def _check_unread(path: str) -> None:
     """Raise BlockingIOError if a process reads the FIFO without a lock, as torch's own server does."""
-    if not stat.S_ISFIFO(os.stat(path).st_mode):
+    if not stat.S_ISFIFO(os.stat(path, follow_symlinks=False).st_mode):
         raise FileExistsError(errno.EEXIST, "it is no FIFO")
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))

@@ -54,6 +54,10 @@ def note_outside(folder: Path, path: Path) -> None:
     link.symlink_to(path)
 
 
+def forget_outside(folder: Path) -> None:
+    (folder / _OUTSIDE).unlink(missing_ok=True)
+
+
 def sweep() -> None:
     """Remove this user's folders that no process uses any more."""
     parent = _parent()

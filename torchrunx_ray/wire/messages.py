@@ -150,6 +150,11 @@ class Met:
     health_port: int | None
     """Port of the health checks, if the run wants them."""
 
+    @property
+    def health_address(self) -> str:
+        ip = f"[{self.ip}]" if ":" in self.ip else self.ip
+        return f"{ip}:{self.health_port}"
+
 
 @dataclass(frozen=True)
 class Printed:
@@ -205,10 +210,10 @@ class Died:
 
     exited: Exited
     last_lines: tuple[str, ...]
-    recorded: str
-    """Content of the worker's error file."""
     oom_kills: OomKills | None
     """None if the host does not show the counts, or if no SIGKILL ended the worker."""
+    recorded: str = ""
+    """Content of the worker's error file."""
 
 
 @dataclass(frozen=True)

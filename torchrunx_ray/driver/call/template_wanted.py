@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 
+from torchrunx_ray.driver.call.health_port import health_port
 from torchrunx_ray.driver.cluster import omp_threads
 from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.wire import environment
@@ -26,7 +27,7 @@ def template_wanted(options: Options) -> TemplateWanted:
         _warn_of_missing(name)
     if (problem := environment.too_large(travelling)) is not None:
         raise ValueError(f"the driver's environment: {problem}")
-    return TemplateWanted(
+    wanted = TemplateWanted(
         driver_variables=tuple(sorted(travelling.items())),
         explicit_variables=tuple(sorted(options.explicit_variables().items())),
         env_file=None if options.env_file is None else os.fspath(options.env_file),
@@ -36,6 +37,8 @@ def template_wanted(options: Options) -> TemplateWanted:
         preload=tuple(options.preload),
         start_method=options.start_method,
     )
+    health_port(options, wanted)  # raises an error before anything starts
+    return wanted
 
 
 def differences(wanted: TemplateWanted, other: TemplateWanted) -> list[str]:

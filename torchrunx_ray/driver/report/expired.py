@@ -34,5 +34,4 @@ def _is_own(expired: ScopeExpired) -> bool:
 
 def _seconds(expired: ScopeExpired) -> float:
     """Return the time that the function asked for: the request took some milliseconds to arrive."""
-    left = max(0.0, expired.seconds)
-    return round(left, 1) if left > 0.1 else round(left, 2)
+    return max(0.0, round(expired.seconds, 1 if expired.seconds > 10 else 2))

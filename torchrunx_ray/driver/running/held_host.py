@@ -8,9 +8,9 @@ import logging
 from ray.exceptions import RayError
 
 from torchrunx_ray.driver.agents import pool
-from torchrunx_ray.driver.agents.health_port import health_port
 from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.background.loop import to_the_end
+from torchrunx_ray.driver.call.health_port import health_port
 from torchrunx_ray.driver.cluster import inventory, token
 from torchrunx_ray.driver.cluster.connection import ClusterLeft, Connection
 from torchrunx_ray.driver.cluster.inventory import Node
@@ -98,9 +98,7 @@ class HeldHost:
                 logger.warning("%s: %s", label, warning)
             if met.health_port is not None and met.health_port != self._told_health_port:
                 self._told_health_port = met.health_port
-                logger.info(
-                    "%s answers health checks at http://%s:%d", label, met.ip, met.health_port
-                )
+                logger.info("%s answers health checks at http://%s", label, met.health_address)
             self.state = HeldState.SOUND
             return met
 
