@@ -14,8 +14,11 @@ from torchrunx_ray.wire import linux, proc
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
-_TRACKER_GRACE_S = 0.5
-"""Time for multiprocessing's resource tracker, which removes its process's files in /dev/shm and then ends."""
+_TRACKER_GRACE_S = 2.0
+"""Time for multiprocessing's resource tracker, which removes its process's files in /dev/shm and then ends.
+
+On a busy machine the tracker may still be starting when its process is killed.
+"""
 
 _WAITED_FOR = 8
 """Children that are waited for at a time, since each takes a descriptor."""
