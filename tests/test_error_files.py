@@ -155,14 +155,6 @@ def test_agent_does_not_hang_on_what_is_no_plain_file(two: trx.Launcher, kind: s
     assert error.exit_code == 3
 
 
-def test_variable_of_the_drivers_own_torchrun_is_not_the_workers(
-    two: trx.Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv(NAME, str(tmp_path / "of_torchrun.json"))
-
-    assert str(tmp_path) not in str(two.run(error_file).rank(0))
-
-
 def test_folder_is_private_and_ends_with_the_template(cluster: None) -> None:
     def folder() -> tuple[Path, int]:
         path = error_file().parents[3]
