@@ -461,7 +461,7 @@ launcher.run(wait)
         return found
 
     # A look makes Ray gather all of its metrics anew, for 0.1 s of CPU.
-    assert wait_until(lambda: metrics().get("workers_running") == 2, 60), metrics()
+    assert wait_until(lambda: metrics().get("workers_running") == 2, 120), metrics()
     (tmp_path / "seen").touch()
     assert wait_until(lambda: metrics().get("runs_total", 0) >= 6, 30), sorted(metrics().items())
     seen = metrics()
