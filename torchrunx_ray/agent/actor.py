@@ -286,9 +286,8 @@ class Agent:
 
     async def close(self) -> None:
         """End everything that this agent started; return when all of it is gone."""
-        await (
-            self._services.close()
-        )  # before the keepers, which remove the FIFO only if nobody reads it
+        # Before the keepers end, which remove the FIFO only if nobody reads it.
+        await self._services.close()
         self._attach()
         if self._template is not None:
             await self._template.close()

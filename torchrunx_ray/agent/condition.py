@@ -21,7 +21,7 @@ class _Worker:
     state: WorkerState
     pid: int | None
     heard_at: float
-    """Time of the last output, or of the begin of the attempt."""
+    """Time of the last output, or else of the start of the attempt."""
 
 
 class Condition:

@@ -59,8 +59,8 @@ class Scopes:
     def pop_expired(self, now: float) -> list[Scope]:
         """Return one expired scope of each process that has any.
 
-        It is the first that asks for a signal, and then all scopes of the process are forgotten; or else it is the
-        first, and the expired ones are forgotten.
+        If some of its expired scopes ask for a signal, return the first of these, and forget all scopes of the process.
+        Otherwise return the first, and forget the expired ones: a scope that is still open may ask for a signal.
         """
         found: list[Scope] = []
         while (deadline := self.next_deadline()) is not None and deadline <= now:

@@ -83,16 +83,21 @@ class TimerFile:
     def read(self) -> Iterator[Request]:
         """Yield requests that have arrived, without waiting. More may be left, so that the FIFO stays readable."""
         with contextlib.suppress(BlockingIOError):
-            *lines, rest = (self._unread + os.read(self.fd, _CHUNK)).split(b"\n")
-            self._unread = rest[-_LONGEST:]
-            for line in lines:
-                if (request := _parsed(line[-_LONGEST:])) is not None:
-                    yield request
+            yield from self._read_chunk()
 
     def read_all(self) -> Iterator[Request]:
-        """Yield the requests that a full FIFO can hold."""
-        for _ in range(_SIZE // _CHUNK):
-            yield from self.read()
+        """Yield the requests that have arrived, at most as many as a full FIFO can hold."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_SIZE // _CHUNK):
+                yield from self._read_chunk()
+
+    def _read_chunk(self) -> Iterator[Request]:
+        """Yield the requests of one chunk. Raises BlockingIOError if nothing has arrived."""
+        *lines, rest = (self._unread + os.read(self.fd, _CHUNK)).split(b"\n")
+        self._unread = rest[-_LONGEST:]
+        for line in lines:
+            if (request := _parsed(line[-_LONGEST:])) is not None:
+                yield request
 
     def close(self) -> None:
         fifo.remove_own(str(self.path), self.fd)
