@@ -37,6 +37,7 @@ def run_until_asked(folder: Path) -> tuple[int, int, str | None]:
     """Note this rank of this attempt, and return when asked to stop, or when somebody says so."""
     context = trx.context()
     note(folder / f"{context.attempt}.{context.rank}", f"{raylet_of(os.getpid())} {os.getpid()}")
+    asked = None
     while not (folder / f"return {context.attempt}").exists():
         if (asked := context.stop_asked) is not None:
             note(

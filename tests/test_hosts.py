@@ -615,7 +615,7 @@ def test_killed_raylet_is_told_at_once(three_raylets: Cluster, tmp_path: Path) -
 
     launcher = trx.Launcher(hostnames=2, workers_per_host=1, gpus_per_worker=1, backend="gloo")
     run = launcher.submit(announce_and_sleep)
-    assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+    assert processes.wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 90)
     raylet, mark = (tmp_path / "1").read_text().split()
     assert "raylet" in processes.command_line(int(raylet))
     os.kill(int(raylet), signal.SIGKILL)

@@ -383,20 +383,25 @@ def test_worker_that_is_killed_after_the_request_counts(pair: trx.Launcher, tmp_
 
 
 def test_look_costs_less_than_a_microsecond(pair: trx.Launcher, tmp_path: Path) -> None:
-    def measure() -> tuple[float, float]:
-        statement, names, number = "trx.context().stop_asked", {"trx": trx}, 10_000
-        unset = timeit.repeat(statement, globals=names, number=number, repeat=20)
+    def cost(statement: str) -> float:
+        names, number = {"trx": trx, "nothing": lambda: None}, 10_000
+        return min(timeit.repeat(statement, globals=names, number=number, repeat=20)) / number
+
+    def measure() -> tuple[float, float, float]:
+        unset_s = cost("trx.context().stop_asked")
         stop_when_asked(tmp_path)
-        isset = timeit.repeat(statement, globals=names, number=number, repeat=20)
-        return min(unset) / number, min(isset) / number
+        return unset_s, cost("trx.context().stop_asked"), cost("nothing()")
 
     run = pair.submit(measure)
     assert are_ready(tmp_path)
     ask_to_stop(run, "drain", FAR_S)
-    for unset_s, isset_s in run.result(timeout=120):
-        print(f"{unset_s * 1e9:.0f} ns, {isset_s * 1e9:.0f} ns once it is set")
-        assert unset_s < 1e-6
-        assert isset_s < 1e-6
+    for unset_s, isset_s, call_s in run.result(timeout=120):
+        print(
+            f"{unset_s * 1e9:.0f} ns, {isset_s * 1e9:.0f} ns once it is set; a call: {call_s * 1e9:.0f}"
+        )
+        most_s = 1e-6 * max(1, call_s / 60e-9)  # where Python itself is slow, so is a look
+        assert unset_s < most_s
+        assert isset_s < most_s
 
 
 def test_look_makes_no_system_call(pair: trx.Launcher, tmp_path: Path) -> None:
