@@ -11,6 +11,7 @@ from tests.conftest import SHOWN_AT_END
 from tests.traces import MARK
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(
     not namespaces_are_possible(), reason="needs root and a kernel that gives namespaces"
@@ -18,7 +19,7 @@ from tests.traces import MARK
 @pytest.mark.parametrize(
     "shape",
     [
-        pytest.param("elastic", marks=pytest.mark.alone),
+        "elastic",
         pytest.param("spares", marks=pytest.mark.exhaustive),
     ],
 )
