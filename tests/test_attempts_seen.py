@@ -29,7 +29,7 @@ from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.report.trace import write_trace
 from torchrunx_ray.driver.report.workers import WorkerState
 from torchrunx_ray.driver.running import stopping
-from torchrunx_ray.driver.running.supervisor import _restarted
+from torchrunx_ray.driver.running.steps import _restarted
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.ranks import lay_out
 

@@ -76,7 +76,7 @@ def test_failed_run_leaves_nothing_to_the_event_loop(one: trx.Launcher, tmp_path
 
     run: Any = one.submit(fail)
     assert processes.wait_until(lambda: run._progress.supervisor is not None)
-    attempt = weakref.ref(run._progress.supervisor._attempt)
+    attempt = weakref.ref(run._progress.supervisor._steps.attempt)
     (tmp_path / "gate").touch()
     with pytest.raises(ZeroDivisionError):
         run.result()
