@@ -22,6 +22,20 @@ def test_importing_the_package_loads_neither_ray_nor_torch() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_rendezvous_that_torchrun_looks_for_does_not_load_ray() -> None:
+    """Every torchrun of the environment loads it."""
+    script = (
+        "import sys; from importlib.metadata import entry_points\n"
+        "(found,) = entry_points(group='torchrun.handlers', name='ray')\n"
+        "print(found.load()().__name__, 'ray' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "RayRendezvous False\n"
+
+
 def test_driver_does_not_load_torch() -> None:
     script = "import sys, torchrunx_ray; torchrunx_ray.launch; print('torch' in sys.modules)"
     done = subprocess.run(
@@ -34,7 +48,7 @@ def test_driver_does_not_load_torch() -> None:
 def test_all_is_exactly_what_is_public() -> None:
     for name in trx.__all__:
         assert getattr(trx, name) is not None
-    places = {"driver", "agent", "pulse", "worker", "wire", "integrations", "torchrunx"}
+    places = {"driver", "agent", "pulse", "worker", "wire", "integrations", "torchrunx", "elastic"}
     submodules = {*places, "errors", "version"}
     imports = {"import_module", "TYPE_CHECKING", "Any"}
     public = {name for name in dir(trx) if not name.startswith("_")}

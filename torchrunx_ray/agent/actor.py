@@ -143,6 +143,9 @@ class Agent:
         assert self._template is not None
         kept = self._kept_call.values_for(wanted.worker, values)
         listening, self._listening = self._listening, None
+        if listening is not None and not wanted.serves_store:
+            listening.close()
+            listening = None
         self._metrics.begins(wanted, now_ns())
         self._condition.begins(wanted)
         lease = self._lease.begin(wanted.worker.attempt, self._template, wanted.first_lease_s)

@@ -230,12 +230,12 @@ class HostRun:
             wanted.gpu_ids, wanted.gpus_per_worker, place.local_rank
         )
         variables = place.variables(
-            wanted.master_addr,
-            wanted.master_port,
+            *wanted.worker.store,
             self.attempt.run_id,
             wanted.worker.restarts,
             wanted.worker.max_restarts,
         )
+        own = wanted.own_variables[place.local_rank] if wanted.own_variables else {}
         answer = await self._template.fork(
             messages.ForkWorker(
                 worker=wanted.worker,
@@ -245,9 +245,10 @@ class HostRun:
                     **self._error_files.make_room(place.local_rank),
                     **({} if self._watchdog is None else self._watchdog.variables()),
                     "CUDA_VISIBLE_DEVICES": visible,
+                    **own,
                 },
                 default_variables=self._default_variables(place),
-                cuda_device=cuda_device,
+                cuda_device=None if "CUDA_VISIBLE_DEVICES" in own else cuda_device,
             ),
             [*worker.fds, self._stop_board.fd],
         )

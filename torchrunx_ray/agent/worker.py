@@ -19,7 +19,7 @@ from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.clock import now_ns
 from torchrunx_ray.wire.values import transfer
 from torchrunx_ray.wire.values.memory import Remote
-from torchrunx_ray.wire.values.payload import Packed
+from torchrunx_ray.wire.values.payload import Packed, pack
 from torchrunx_ray.wire.values.transfer import Layout
 
 _PIPES: tuple[messages.Stream, ...] = ("stdout", "stderr", "records")
@@ -34,6 +34,8 @@ class Worker:
         self.has_outcome = False
         self.has_failed = False
         self.has_exited = False
+        self._is_replaced = False
+        """True once a program has the worker's place."""
         self._mailbox = mailbox
         self._error_files = error_files
         self._loop = asyncio.get_running_loop()
@@ -74,8 +76,10 @@ class Worker:
         return packed
 
     async def stacks(self, wanted: messages.StacksWanted) -> str:
-        """Return the worker's Python stacks; empty if the worker does not answer."""
-        return "" if self.pid is None else await self._stacks.ask(self.pid, wanted)
+        """Return the worker's Python stacks; empty if the worker does not answer, as other programs do not."""
+        if self.pid is None or self._is_replaced:
+            return ""
+        return await self._stacks.ask(self.pid, wanted)
 
     async def until_taken(self) -> None:
         """Wait until a pending copy of the worker's value is done."""
@@ -88,13 +92,18 @@ class Worker:
 
     def ended(self, exited: messages.Exited, oom_kills: OomKills | None) -> None:
         """Note that the worker was reaped and its group killed. No more messages will come."""
+        if self._is_replaced and not self.has_outcome and exited.exit_code == 0:
+            self._finish(
+                pack([("the value of a program", None)]), exited.time_ns, has_seen_stop=False
+            )
         self._close_books()
         if self.has_outcome:
             self._mailbox.put(exited)
         else:
             said = self._outputs["stderr"].last_lines
             recorded = self._error_files.read(self.local_rank)
-            self._mailbox.put(messages.Died(exited, said, oom_kills, recorded))
+            died = messages.Died(exited, said, oom_kills, recorded, self._is_replaced)
+            self._mailbox.put(died)
 
     @property
     def is_running(self) -> bool:
@@ -174,6 +183,9 @@ class Worker:
                     )
                 case messages.Joined() | messages.Started():
                     self._mailbox.put(message)
+                case messages.Replaced():
+                    self._is_replaced = True
+                    self._answer(messages.Taken())
                 case _:
                     raise TypeError(f"a worker does not send {message!r}")
 
@@ -190,14 +202,13 @@ class Worker:
             return
         self._listen()  # a signal handler may have raised in the worker during the copy
         if packed is not None and self._is_wanted():
-            self.has_outcome = True
-            self._value.set_result(packed)
-            self._mailbox.put(
-                messages.Finished(
-                    self.local_rank, returned.time_ns, packed.size, returned.has_seen_stop
-                )
-            )
+            self._finish(packed, returned.time_ns, has_seen_stop=returned.has_seen_stop)
             self._answer(messages.Taken())
+
+    def _finish(self, value: Packed, time_ns: int, *, has_seen_stop: bool) -> None:
+        self.has_outcome = True
+        self._value.set_result(value)
+        self._mailbox.put(messages.Finished(self.local_rank, time_ns, value.size, has_seen_stop))
 
     def _copy(self, returned: messages.Returned, fd: int) -> Packed | None:
         """Return a copy of the value; None if it is not wanted any more. Runs in a thread."""

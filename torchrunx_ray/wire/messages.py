@@ -51,11 +51,13 @@ class WorkerWanted:
 
     attempt: AttemptId
     hostname: str
+    store: tuple[str, int]
+    """Address of the store of the workers' group."""
     backend: str | None
     timeout: float
     argv: tuple[str, ...]
-    log_level: int
-    """Lowest level of records that some handler of the driver takes."""
+    log_level: int | None
+    """Lowest level of records that some handler of the driver takes. None: `logging` is the function's own matter."""
     restarts: int
     """Number of restarts so far that count towards `max_restarts`."""
     max_restarts: int
@@ -80,8 +82,10 @@ class ShareWanted:
 
     worker: WorkerWanted
     places: tuple[Place, ...]
-    master_addr: str
-    master_port: int
+    own_variables: tuple[dict[str, str], ...]
+    """Variables of each worker that replace those of its place; empty if there are none."""
+    serves_store: bool
+    """True if this host serves the store."""
     gpu_ids: tuple[str, ...]
     gpus_per_worker: float
     forks_when_told: bool
@@ -214,6 +218,8 @@ class Died:
     """None if the host does not show the counts, or if no SIGKILL ended the worker."""
     recorded: str = ""
     """Content of the worker's error file."""
+    was_replaced: bool = False
+    """True if a program had taken the worker's place."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +298,11 @@ class Started:
     local_rank: int
     pid: int
     time_ns: int
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A program takes the worker's place now. Its exit is the outcome: with 0, the worker has returned None."""
 
 
 NOT_REPORTED = "torchrunx_ray: cannot report the outcome of the function to the agent"

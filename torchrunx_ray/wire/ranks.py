@@ -14,7 +14,9 @@ class Place:
     world_size: int
     local_world_size: int
     host_index: int
+    """Index among the hosts of the launch."""
     hosts: int
+    """Hosts of the whole group."""
 
     def variables(
         self, master_addr: str, master_port: int, run_id: str, restarts: int, max_restarts: int
@@ -44,14 +46,28 @@ RANK_VARIABLES = frozenset(Place(0, 0, 1, 1, 0, 1).variables("", 0, "", 0, 0))
 """Variables that the launch sets for every worker; nobody else may set them."""
 
 
-def lay_out(workers_per_host: Sequence[int]) -> list[list[Place]]:
+@dataclass(frozen=True)
+class Part:
+    """The part of a group that one launch has, if others have workers in the group, too."""
+
+    first_rank: int
+    world_size: int
+    """Workers of the whole group."""
+    hosts: int
+    """Hosts of the whole group."""
+
+
+def lay_out(workers_per_host: Sequence[int], part: Part | None = None) -> list[list[Place]]:
     """Return each host's places. Ranks are contiguous on a host, in the order of the hosts."""
-    world_size, hosts = sum(workers_per_host), len(workers_per_host)
+    part = part or Part(0, sum(workers_per_host), len(workers_per_host))
     layout: list[list[Place]] = []
-    first = 0
+    first = part.first_rank
     for host, workers in enumerate(workers_per_host):
         layout.append(
-            [Place(first + i, i, world_size, workers, host, hosts) for i in range(workers)]
+            [
+                Place(first + i, i, part.world_size, workers, host, part.hosts)
+                for i in range(workers)
+            ]
         )
         first += workers
     return layout

@@ -28,6 +28,7 @@ from torchrunx_ray.worker.function import (
     main_module,
     open_files,
     outcome,
+    program,
     stacks,
     timer_client,
 )
@@ -66,7 +67,8 @@ def live(
     set_title(f"worker rank {wanted.place.rank}", wanted.worker.attempt.run_id)
     context.begin(wanted, StopReader(stop_fd))
     _settle_in(wanted.worker.argv)
-    logs.take_records(records_fd, wanted.worker.log_level)
+    if wanted.worker.log_level is not None:
+        logs.take_records(records_fd, wanted.worker.log_level)
     stacks.answer_on(stacks_fd)
     dns.threads_are_ours()
     open_files.watch()
@@ -79,6 +81,7 @@ def live(
         leave_group = group.join(wanted)
         channel.send(messages.Joined(local_rank, now_ns()))
         call = _unpack_call(values, wanted.worker.hostname)
+        program.begin(channel, preload.flush)
         channel.send(messages.Started(local_rank, worker_pid, now_ns()))
         value = outcome.value_of(call)
         if os.getpid() != worker_pid:

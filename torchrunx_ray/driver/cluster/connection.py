@@ -215,6 +215,19 @@ def connect() -> None:
         _came_through_client = is_remote_client()
 
 
+def is_of_parent() -> bool:
+    """Return True if this process was forked from one that is connected to Ray, so that it cannot connect itself."""
+    return bool(_inherited) and untyped_ray.is_initialized() and _membership() in _inherited
+
+
+def parents_address() -> str:
+    """Return the address of the cluster of the process that this one was forked from."""
+    if is_remote_client():
+        raise forked()
+    address: str = untyped_ray.get_runtime_context().gcs_address
+    return address
+
+
 def forked() -> LaunchError:
     """Return the error of a launch in a forked child."""
     return LaunchError(

@@ -65,7 +65,8 @@ def line_of(
             return f"{_worker(event, rank)} {_how(event)}", on_ours(event.time_ns)
         case messages.Died():
             exited = event.exited
-            text = f"{_worker(exited, rank)} {_how(exited)}, without an outcome"
+            without = "" if event.was_replaced else ", without an outcome"
+            text = f"{_worker(exited, rank)} {_how(exited)}{without}"
             return text, on_ours(exited.time_ns)
         case messages.AgentFailed():
             return ": ".join(filter(None, (event.what, event.evidence))), on_ours(event.time_ns)

@@ -18,7 +18,7 @@ from torchrunx_ray.driver.output.to_console import ToConsole
 from torchrunx_ray.driver.output.to_files import ToFiles
 from torchrunx_ray.driver.output.to_handlers import ToHandlers
 from torchrunx_ray.driver.output.to_loggers import ToLoggers
-from torchrunx_ray.driver.output.writer import Said, Source, Writer
+from torchrunx_ray.driver.output.writer import Begun, Said, Source, Writer
 from torchrunx_ray.wire.messages import AttemptId, Stream
 
 logger = logging.getLogger("torchrunx_ray")
@@ -40,7 +40,9 @@ class RunLogs:
         handlers: LogHandlers,
         files: ToFiles | None,
         speakers: Sequence[Speaker],
+        sink: Sink | None = None,
     ) -> None:
+        """With `sink`, all output goes there as text, and the handlers get nothing."""
         self._run_name = run_name
         self._console_ranks = options.console_ranks
         self._speakers: Sequence[Speaker] = ()
@@ -58,7 +60,11 @@ class RunLogs:
         self._taking: Taking = "everywhere"
         self._files = files
         self._levels: list[int] = []
-        self._open_sinks(options, handlers)
+        self._takes_text_only = sink is not None
+        if sink is None:
+            self._open_sinks(options, handlers)
+        else:
+            self._sinks.append(sink)
         self._source = Source()
         self._waiting_bytes = 0
         self._steps = 0
@@ -98,11 +104,12 @@ class RunLogs:
             self._ranks[who.place] = who.rank
             if attempt.number:
                 self.tell(who, host_story.begin_again(attempt, new_rank), now)
+        self._source.said.put(Begun(attempt.number))
 
     @property
-    def level(self) -> int:
-        """Lowest level of a worker's `logging` that some sink takes."""
-        return min(self._levels, default=logging.CRITICAL)
+    def level(self) -> int | None:
+        """Lowest level of a worker's `logging` that some sink takes; None if all take text only."""
+        return None if self._takes_text_only else min(self._levels, default=logging.CRITICAL)
 
     @property
     def directory(self) -> Path | None:

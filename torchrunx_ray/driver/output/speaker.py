@@ -60,6 +60,9 @@ class Speaker:
 class Sink(Protocol):
     """A destination of output, called in one thread per run."""
 
+    def begin_attempt(self, number: int) -> None:
+        """Note that the output that follows is of this attempt. Most sinks need not know."""
+
     def chunk(self, who: Speaker, stream: TextStream, cut: Cut, time_s: float) -> None:
         """Take a piece of a stream."""
         if cut.lines:

@@ -30,11 +30,19 @@ class Said:
         return 0 if self.stream is None else len(self.data)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A mark in the output: what follows is of this attempt."""
+
+    attempt: int
+    size: int = 0
+
+
 class Source:
     """The queue and the line cutters that the writers of one run share."""
 
     def __init__(self) -> None:
-        self.said = queue.SimpleQueue[Said | None]()
+        self.said = queue.SimpleQueue[Said | Begun | None]()
         """The queue. None marks its end."""
         self.cutters = defaultdict[tuple[Speaker, Stream], LineCutter](LineCutter)
 
@@ -60,7 +68,7 @@ class Writer:
             "The output of the workers cannot be shown here. The launch continues: %s"
         )
         self._lock = threading.Lock()
-        self._in_hand: Said | None = None
+        self._in_hand: Said | Begun | None = None
         self._sink: Sink | None = None
         """The sink that is taking the piece now; None before the first sink."""
         self._gave_way = False
@@ -69,7 +77,7 @@ class Writer:
             target=context.run, args=(self._write_all,), name="torchrunx_ray output", daemon=True
         ).start()
 
-    def give_way(self, first: Sink) -> Said | None:
+    def give_way(self, first: Sink) -> Said | Begun | None:
         """Write nothing more, and return the piece that blocks in a sink after the first.
 
         Returns None, and the writer goes on, if the writer is not in such a sink.
@@ -103,8 +111,12 @@ class Writer:
             if self._source.cutters[who, stream].is_in_line:
                 self._try(self._write, Said(who, stream, b"\n", time.time()))
 
-    def _write(self, said: Said) -> None:
+    def _write(self, said: Said | Begun) -> None:
         """Write to one sink after the other. The first sink has the whole piece before the next may block."""
+        if isinstance(said, Begun):
+            for sink in self._takers():
+                self._try(sink.begin_attempt, said.attempt)
+            return
         if said.stream is None:
             if said.who.rank is not None:  # another attempt begins in the worker's place
                 cutters = self._source.cutters

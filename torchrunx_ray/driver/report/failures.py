@@ -88,6 +88,10 @@ class Failure:
     def who(self) -> str:
         return self.hostname if self.rank is None else f"rank {self.rank} on {self.hostname}"
 
+    @property
+    def what(self) -> str:
+        return _summary(self.report)
+
 
 @dataclass(frozen=True)
 class Failures:
@@ -112,7 +116,7 @@ class Failures:
     @property
     def may_go_away(self) -> bool:
         """True if new workers may succeed. An error from before the function would come again."""
-        first = self._in_order()[0]
+        first = self.in_order()[0]
         match first.report:
             case messages.Failed(kind=kind, traceback=traceback):
                 # Without a traceback, the value could not be sent; see `RemoteFailure`.
@@ -125,7 +129,7 @@ class Failures:
     @property
     def kind(self) -> str:
         """Kind of the first failure, as in the agents' metrics."""
-        match self._in_order()[0].report:
+        match self.in_order()[0].report:
             case messages.Failed():
                 return "exception"
             case messages.Died():
@@ -142,7 +146,7 @@ class Failures:
     @property
     def first_ns(self) -> int:
         """Time of the first failure, on the driver's clock."""
-        return self._in_order()[0].time_ns
+        return self.in_order()[0].time_ns
 
     def have_own_cause(self, lost: Collection[str]) -> bool:
         """Return True if neither the loss of these hosts nor the stop of the workers explains the failures.
@@ -151,7 +155,7 @@ class Failures:
         host belongs to the loss, and whatever fails later may come of the loss. An exception of the function is a
         cause on any host.
         """
-        for failure in self._in_order():
+        for failure in self.in_order():
             if not self._was_before_stop(failure):
                 return False
             match failure.report:
@@ -165,7 +169,7 @@ class Failures:
 
     @property
     def in_brief(self) -> str:
-        first = self._in_order()[0]
+        first = self.in_order()[0]
         return f"{first.who}: {_summary(first.report)}{_where(first.report)}"
 
     @property
@@ -179,7 +183,7 @@ class Failures:
 
         Its notes name later failures, and the ranks that the launch then stopped.
         """
-        in_order = self._in_order()
+        in_order = self.in_order()
         exceptions = [_exception(failure) for failure in in_order]
         first = exceptions[0]
         stacks = self.stacks.without(f.rank for f in self.failures if f.rank is not None)
@@ -201,7 +205,7 @@ class Failures:
             _add_note(first, f"All output of this launch: {self.log_directory}")
         return first
 
-    def _in_order(self) -> list[Failure]:
+    def in_order(self) -> list[Failure]:
         """Return the failures by time, but a cause before the peers' errors that it led to.
 
         An error of a peer may come first. The kernel closes a dying process's sockets before its parent can
@@ -356,7 +360,7 @@ def _exception(failure: Failure) -> BaseException:
 
 def _how_it_died(died: messages.Died) -> str:
     how = describe_exit(died.exited.exit_code, died.exited.signal)
-    if died.exited.signal is not None:
+    if died.exited.signal is not None or died.was_replaced:
         return how
     if any(line.startswith(messages.NOT_REPORTED) for line in died.last_lines):
         return f"{how} without reporting the outcome of its function"

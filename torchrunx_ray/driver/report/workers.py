@@ -49,6 +49,11 @@ class Workers:
         """Return the workers by rank."""
         return sorted(self._by_place.copy().values(), key=lambda info: info.rank)
 
+    @property
+    def have_pids(self) -> bool:
+        """True if every worker was forked."""
+        return all(info.pid is not None for info in self._by_place.values())
+
     def hear(self, host_index: int, event: messages.Event, *, is_stopped: bool) -> None:
         """Note an event of a host. `is_stopped`: our own stop explains the worker's end."""
         for local_rank, state, pid in news(event):

@@ -4,6 +4,7 @@ import asyncio
 import enum
 import functools
 import logging
+from collections.abc import Sequence
 
 from torchrunx_ray.driver.agents import clocks
 from torchrunx_ray.driver.agents.agent_link import AgentLink
@@ -22,7 +23,7 @@ from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.report.stored import until_stored
 from torchrunx_ray.driver.report.timeline import Timeline
 from torchrunx_ray.driver.report.workers import Workers
-from torchrunx_ray.driver.running.crew import Crew
+from torchrunx_ray.driver.running.crew import Crew, GroupPlan
 from torchrunx_ray.driver.running.ledger import Ledger
 from torchrunx_ray.driver.running.share import End, Share, ShareState
 from torchrunx_ray.driver.running.silent_hosts import SilentHosts
@@ -98,8 +99,10 @@ class Attempt:
         logs: RunLogs,
         restarts: int = 0,
         restarted: messages.Restarted | None = None,
+        plan: GroupPlan | None = None,
     ) -> None:
         self._id = id_
+        self._plan = plan
         self._restarts = restarts
         self._restarted = restarted
         self._options = options
@@ -109,6 +112,8 @@ class Attempt:
         self._logs = logs
         timeline.begin_attempt(crew.hostnames, crew.places)
         self.workers = Workers(id_.number, crew.hostnames, crew.places)
+        self.are_forked = asyncio.Event()
+        """Set once all workers are forked."""
         self._phase = Phase.STARTING
         self._asked = Asked.TO_GO_ON
         self._chores = Chores()
@@ -259,12 +264,16 @@ class Attempt:
             self._stopping.bound_last_lines()
 
     def _wanted(self, share: Share, call: Call) -> messages.ShareWanted:
-        master = self._crew.met[0]
-        assert master.master_port is not None
-        leases = self.silent_hosts.leases
+        plan, leases = self._plan, self.silent_hosts.leases
+        places = self._crew.layout[share.index]
+        own: Sequence[dict[str, str]] = ()
+        if plan is not None:
+            before = places[0].rank - plan.part.first_rank
+            own = plan.variables[before : before + len(places)]
         worker = messages.WorkerWanted(
             attempt=self._id,
             hostname=share.label,
+            store=self._store,
             backend=self._backend,
             timeout=self._options.timeout,
             argv=call.argv,
@@ -275,15 +284,21 @@ class Attempt:
         )
         return messages.ShareWanted(
             worker=worker,
-            places=tuple(self._crew.layout[share.index]),
-            master_addr=master.ip,
-            master_port=master.master_port,
+            places=tuple(places),
+            own_variables=tuple(own),
+            serves_store=share.index == 0 and (plan is None or plan.store is None),
             gpu_ids=self._crew.gpu_ids[share.index],
             gpus_per_worker=self._crew.hosts[share.index].gpus_per_worker,
             forks_when_told=self._forks_when_told,
             restarted=self._restarted if share.index == 0 else None,
             first_lease_s=None if leases is None else leases.first_s(share.agent),
         )
+
+    @property
+    def _store(self) -> tuple[str, int]:
+        if self._plan is not None and self._plan.store is not None:
+            return self._plan.store
+        return self._crew.store
 
     async def _watch(self, share: Share, call: Call) -> None:
         hear = functools.partial(self._hear, share)
@@ -318,6 +333,8 @@ class Attempt:
                 self._logs.put(who, event.stream, event.data, time_s)
             case messages.CanFork():
                 self._share_becomes(share, ShareState.READY)
+            case messages.WorkersForked() if self.workers.have_pids:
+                self.are_forked.set()
             case messages.Joined():
                 if len(self._timeline.joined) == len(self._crew.places):
                     self._become(Phase.RUNNING)

@@ -8,7 +8,18 @@ from torchrunx_ray.driver.agents.pool import PooledAgent
 from torchrunx_ray.driver.output.speaker import Speaker
 from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.wire import messages
-from torchrunx_ray.wire.ranks import Place, lay_out
+from torchrunx_ray.wire.ranks import Part, Place, lay_out
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A group of workers as torch's elastic agent lays it out, for an attempt that has all of it or a part."""
+
+    part: Part
+    store: tuple[str, int] | None
+    """Address of a store that another process serves; None if the attempt's first host serves it."""
+    variables: Sequence[dict[str, str]]
+    """Variables of the attempt's workers in the order of their ranks."""
 
 
 @dataclass(frozen=True)
@@ -19,16 +30,25 @@ class Crew:
     agents: Sequence[PooledAgent]
     met: Sequence[messages.Met]
     gpu_ids: Sequence[tuple[str, ...]]
+    part: Part | None = None
+    """Set if others have hosts in the group, too."""
 
     @property
     def hostnames(self) -> list[str]:
         """Names of the hosts."""
         return [host.label for host in self.hosts]
 
+    @property
+    def store(self) -> tuple[str, int]:
+        """Address at which the first host holds a port for the store."""
+        port = self.met[0].master_port
+        assert port is not None
+        return self.met[0].ip, port
+
     @cached_property
     def layout(self) -> list[list[Place]]:
         """Ranks of each host."""
-        return lay_out([host.workers for host in self.hosts])
+        return lay_out([host.workers for host in self.hosts], self.part)
 
     @cached_property
     def places(self) -> list[Place]:

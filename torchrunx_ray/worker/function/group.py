@@ -7,7 +7,7 @@ import sys
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _RENDEZVOUS = "torch.distributed.rendezvous"
 _LEAVE_TIMEOUT_S = 1.0
 
+_USE_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Variable that makes torch take a store at any address for one that somebody serves already."""
+
 
 def join(wanted: ForkWorker) -> Callable[[], None]:
     """Set the CUDA device, create the process group, and let the function create more groups.
@@ -33,7 +36,8 @@ def join(wanted: ForkWorker) -> Callable[[], None]:
 
         if torch.cuda.is_available():  # a Ray node may declare GPUs that it does not have
             torch.cuda.set_device(wanted.cuda_device)
-    store = _LaunchStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    shown = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = _LaunchStore(*wanted.worker.store, *shown)
     store.lend_to_later_groups()
     if wanted.worker.backend is None:
         return _destroy_groups
@@ -105,7 +109,10 @@ def _check_backend(backend: str, hostname: str) -> None:
 class _LaunchStore:
     """The launch's TCPStore, by its address as seen from this worker."""
 
+    addr: str
+    port: int
     master_addr: str
+    """MASTER_ADDR of the worker, which the user of torch's agent may choose. No store need be there."""
     master_port: int
 
     def with_prefix(self, prefix: str, timeout: timedelta) -> "Store":
@@ -113,8 +120,8 @@ class _LaunchStore:
 
         with without_dns():
             client = TCPStore(
-                self.master_addr,
-                self.master_port,
+                self.addr,
+                self.port,
                 is_master=False,
                 wait_for_workers=False,
                 timeout=timeout,
@@ -126,8 +133,8 @@ class _LaunchStore:
 
         Without this patch, torch would make rank 0 listen at MASTER_PORT, where our store already listens. With
         TORCHELASTIC_USE_AGENT_STORE, torch would use the same keys each time, and a second group would read the
-        first group's keys. Each group created at our address gets its own prefix. For any other address, torch
-        does as usual.
+        first group's keys. Each group created at our address, or at the address that MASTER_ADDR and MASTER_PORT show,
+        gets its own prefix. At any other address, rank 0 serves a store.
         """
         after_import(_RENDEZVOUS, self.patch)
 
@@ -143,10 +150,24 @@ class _LaunchStore:
             timeout: timedelta,
             use_libuv: bool = True,
         ) -> "Store":
-            ours = hostname in (self.master_addr, "localhost", "127.0.0.1")
-            if not ours or port != self.master_port:
-                return plain(hostname, port, rank, world_size, timeout, use_libuv)
+            if not self._is_at(hostname, port):
+                with _without(_USE_AGENT_STORE):
+                    return plain(hostname, port, rank, world_size, timeout, use_libuv)
             made[world_size] += 1
             return self.with_prefix(f"group{made[world_size]}/{world_size}", timeout)
 
         vars(module)["_create_c10d_store"] = create_store
+
+    def _is_at(self, hostname: str, port: int) -> bool:
+        hosts = (self.addr, self.master_addr, "localhost", "127.0.0.1")
+        return hostname in hosts and port in (self.port, self.master_port)
+
+
+@contextlib.contextmanager
+def _without(variable: str) -> Generator[None]:
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value

@@ -1,0 +1,315 @@
+"""An elastic agent of torch whose workers run on hosts of a Ray cluster."""
+
+# torch declares fields of its groups and specs as None or without types, and so its decorator.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportIncompatibleMethodOverride=false, reportUnnecessaryComparison=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleVariableOverride=false
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from string import Template
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    SimpleElasticAgent,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.agent.server.health_check_server import HealthCheckServer
+from torch.distributed.elastic.metrics.api import prof
+from torch.distributed.elastic.multiprocessing import LogsSpecs
+
+from torchrunx_ray.driver.launcher import Launcher
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.running.crew import GroupPlan
+from torchrunx_ray.driver.terminal.console import TextStream
+from torchrunx_ray.elastic import signals
+from torchrunx_ray.elastic.failures import process_failures
+from torchrunx_ray.elastic.group_store import GroupStore
+from torchrunx_ray.elastic.output import Destinations
+from torchrunx_ray.elastic.reach import GroupRun, begin
+from torchrunx_ray.elastic.rendezvous import RayRendezvous
+from torchrunx_ray.elastic.run import Assembled, Failed, MustMove, Returned, Stopped, Work
+from torchrunx_ray.wire.ranks import Part, Place, first_gpu
+
+_LAUNCHER = Launcher(cpus_per_worker=0, extra_env_vars="all")
+"""Workers get the whole environment, as from torch's agent, and as many as wanted fit on a host."""
+
+_NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+
+class RayElasticAgent(SimpleElasticAgent):
+    """Takes whatever torch's LocalElasticAgent takes, and runs in the driver.
+
+    With the rendezvous `RayRendezvous`, or with `hosts`, one agent has all workers on all hosts. With any other
+    rendezvous each agent has the workers of one host, its own, and several agents form one group.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs_specs: LogsSpecs,
+        start_method: str = "spawn",
+        exit_barrier_timeout: float = 300,
+        log_line_prefix_template: str | None = None,
+        shutdown_timeout: int = 30,
+        health_check_server: HealthCheckServer | None = None,
+        uninterruptible_state_timeout: float | None = None,
+        *,
+        hosts: int | tuple[int, int] | Sequence[str] | None = None,
+        workers_per_host: Sequence[int] | None = None,
+        launcher: Options | None = None,
+    ) -> None:
+        """`launcher` has all other options of a launch. `workers_per_host` is for hosts that differ."""
+        super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
+        self._start_method = start_method
+        self._logs_specs = logs_specs
+        self._prefix_template = log_line_prefix_template
+        self._health_check_server = health_check_server
+        self._uninterruptible_state_timeout = uninterruptible_state_timeout
+        self._group_store = GroupStore()
+        self._error_files: dict[int, str] = {}
+        """Paths of the workers' error files in the driver, by index."""
+        self._options = self._made_options(launcher or _LAUNCHER, hosts, workers_per_host)
+        self._run: GroupRun | None = None
+        self._assembled: Assembled | None = None
+        self._places: Sequence[Place] = ()
+        """Places of the workers of the current attempt."""
+        if isinstance(spec.rdzv_handler, RayRendezvous):
+            spec.rdzv_handler.bind(self)
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        """Run the worker group until it ends. Signal handlers are put back at the end."""
+        with signals.raised():
+            result: RunResult = super().run(role)
+        return result
+
+    def place(self) -> tuple[str, int]:
+        """Wait until each host of the next attempt has an agent. Return the address of the workers' store."""
+        if self._run is None:
+            spec = self._worker_group.spec
+            numa_options = getattr(spec, "numa_options", None)
+            work = Work(spec.entrypoint, spec.args, sys.executable, numa_options)
+            self._run = begin(self._options, work)
+        self._assembled = self._run.assemble(self._restarts)
+        return self._assembled.store
+
+    @property
+    def hosts_waiting(self) -> int:
+        """Number of hosts with which another attempt can begin, which counts as no restart."""
+        return 0 if self._run is None else self._run.hosts_waiting
+
+    @property
+    def _restarts(self) -> int:
+        """Number of restarts so far."""
+        restarts: int = self._worker_group.spec.max_restarts - self._remaining_restarts
+        return restarts
+
+    @prof
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        spec = worker_group.spec
+        if not isinstance(spec.rdzv_handler, RayRendezvous):
+            self.place()  # an agent joins the others once it can serve
+        super()._rendezvous(worker_group)
+        assembled = self._assembled
+        assert assembled is not None
+        if worker_group.group_world_size == 1:
+            address = assembled.store
+        else:
+            address = self._group_store.agree(worker_group, spec, self._restarts)
+        is_program = isinstance(spec.entrypoint, str)
+        # A program connects to the address that it is shown. In a function, torch finds the store all the same.
+        worker_group.master_addr = address[0] if is_program else spec.master_addr or address[0]
+        worker_group.master_port = address[1] if is_program else spec.master_port or address[1]
+
+    @prof
+    def _assign_worker_ranks(
+        self, store: Store, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        """Return the workers of all hosts of this agent."""
+        assembled = self._assembled
+        assert assembled is not None
+        if group_world_size > 1:
+            if len(assembled.hosts) > 1:
+                raise ValueError(
+                    f"this agent has {len(assembled.hosts)} hosts, and meets {group_world_size - 1} more agents: let one agent "
+                    'have all hosts (rendezvous "ray"), or let each have one.'
+                )
+            workers: list[Worker] = super()._assign_worker_ranks(
+                store, group_rank, group_world_size, spec
+            )
+            return workers
+        places = assembled.places()
+        size = len(places)
+        return [Worker(place.local_rank, place.rank, place.rank, size, size) for place in places]
+
+    @prof
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        """Start all workers. Return their pids by index, each with its host if there are several."""
+        assembled, run = self._assembled, self._run
+        assert assembled is not None
+        assert run is not None
+        workers, hosts = worker_group.workers, assembled.hosts
+        first, agents = workers[0], worker_group.group_world_size or 1
+        part = Part(first.global_rank, first.world_size, len(hosts) if agents == 1 else agents)
+        self._places = assembled.places(part)
+        variables = self._variables(worker_group)
+        destinations = self._destinations(worker_group, variables, part)
+        store = self._group_store.address if agents > 1 else None
+        pids = run.start(GroupPlan(part, store, variables), destinations)
+        return {
+            index: pids[place.rank]
+            if len(hosts) == 1
+            else f"{hosts[place.host_index].label}:{pids[place.rank]}"
+            for index, place in enumerate(self._places)
+            if place.rank in pids
+        }
+
+    @prof
+    def _stop_workers(self, worker_group: WorkerGroup, is_restart: bool = False) -> None:  # noqa: ARG002
+        if self._run is not None:
+            self._run.stop()
+
+    @prof
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        run, assembled = self._run, self._assembled
+        assert run is not None
+        assert assembled is not None
+        match run.ended():
+            case None | MustMove():
+                return RunResult(WorkerState.HEALTHY)
+            case Returned(values):
+                ranks = [worker.global_rank for worker in worker_group.workers]
+                return RunResult(WorkerState.SUCCEEDED, dict(zip(ranks, values, strict=True)))
+            case Failed(failures):
+                if not failures.may_go_away:
+                    raise failures.exception
+                pids = {worker.global_rank: _pid(worker) for worker in worker_group.workers}
+                told = process_failures(
+                    failures, assembled.hosts, self._places, pids, self._error_files
+                )
+                return RunResult(WorkerState.FAILED, failures=told)
+            case Stopped():
+                return RunResult(WorkerState.UNKNOWN)
+
+    def _shutdown(
+        self,
+        death_sig: signal.Signals = signal.SIGTERM,  # noqa: ARG002
+        timeout: int = 30,  # noqa: ARG002
+    ) -> None:
+        """End everything, and give the hosts back. Workers get SIGTERM, and SIGKILL after `shutdown_timeout`."""
+        server, self._health_check_server = self._health_check_server, None
+        if server is not None:
+            server.stop()
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
+        self._group_store.close()
+
+    def _made_options(
+        self,
+        launcher: Options,
+        hosts: int | tuple[int, int] | Sequence[str] | None,
+        workers_per_host: Sequence[int] | None,
+    ) -> Options:
+        spec = self._worker_group.spec
+        handler = spec.rdzv_handler
+        changes: dict[str, Any] = {}
+        if isinstance(handler, RayRendezvous):
+            changes = {
+                "hostnames": handler.hostnames,
+                "placement_timeout": handler.placement_timeout,
+            }
+        if hosts is not None:
+            changes["hostnames"] = hosts
+        changes.setdefault("hostnames", ["localhost"])
+        return dataclasses.replace(
+            launcher,
+            **changes,
+            workers_per_host=workers_per_host or spec.local_world_size,
+            backend=None,
+            max_restarts=spec.max_restarts,
+            restart_if=None,
+            shutdown_timeout=self._shutdown_timeout,
+            log_handlers=None,
+            progress=False,
+            name=launcher.name or spec.get_entrypoint_name() or spec.role,
+        )
+
+    def _variables(self, worker_group: WorkerGroup) -> list[dict[str, str]]:
+        """Return what torch's local agent sets, by index. The launch sets the rest."""
+        spec = worker_group.spec
+        asked_for = self._options.explicit_variables().get(_NCCL_ERRORS)
+        every = {
+            "GROUP_RANK": worker_group.group_rank,
+            "GROUP_WORLD_SIZE": worker_group.group_world_size,
+            "ROLE_NAME": spec.role,
+            "MASTER_ADDR": worker_group.master_addr,
+            "MASTER_PORT": worker_group.master_port,
+            "TORCHELASTIC_RESTART_COUNT": self._restarts,
+            "TORCHELASTIC_MAX_RESTARTS": spec.max_restarts,
+            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            _NCCL_ERRORS: asked_for or os.environ.get(_NCCL_ERRORS, "1"),
+        }
+        found: list[dict[str, str]] = []
+        for place, worker in zip(self._places, worker_group.workers, strict=True):
+            own = {
+                "RANK": worker.global_rank,
+                "LOCAL_RANK": worker.local_rank,
+                "ROLE_RANK": worker.role_rank,
+                "WORLD_SIZE": worker.world_size,
+                "ROLE_WORLD_SIZE": worker.role_world_size,
+                "LOCAL_WORLD_SIZE": place.local_world_size,
+            }
+            if worker_group.group_world_size == 1:  # all hosts are this agent's
+                own |= {"GROUP_RANK": place.host_index, "GROUP_WORLD_SIZE": place.hosts}
+            if getattr(spec, "virtual_local_rank", False):
+                own |= {"LOCAL_RANK": 0, "CUDA_VISIBLE_DEVICES": self._own_gpu(place)}
+            found.append({name: str(value) for name, value in (every | own).items()})
+        return found
+
+    def _own_gpu(self, place: Place) -> str:
+        assert self._assembled is not None
+        host = self._assembled.hosts[place.host_index]
+        if not host.gpu_ids:
+            return ""
+        return host.gpu_ids[first_gpu(host.gpus_per_worker, place.local_rank)]
+
+    def _destinations(
+        self, worker_group: WorkerGroup, variables: Sequence[dict[str, str]], part: Part
+    ) -> Destinations:
+        """Let the LogsSpecs choose files for the workers' output. They lie where the agent runs."""
+        spec = worker_group.spec
+        logs = self._logs_specs.reify(dict(enumerate(variables)))
+        for each in variables:
+            each.pop("TORCHELASTIC_ERROR_FILE", None)  # a path of the driver; each host has its own
+        self._error_files = logs.error_files
+        template = self._prefix_template
+        prefixes = {
+            index: f"[{spec.role}{index}]:"
+            if template is None
+            else Template(template).safe_substitute(
+                role_name=spec.role, rank=worker.global_rank, local_rank=worker.local_rank
+            )
+            for index, worker in enumerate(worker_group.workers)
+        }
+        filters: dict[TextStream, Sequence[str]] = {
+            "stdout": getattr(spec, "duplicate_stdout_filters", None) or (),
+            "stderr": getattr(spec, "duplicate_stderr_filters", None) or (),
+        }
+        return Destinations.of(logs, prefixes, filters, part.first_rank)
+
+
+def _pid(worker: Worker) -> int:
+    """Return the pid in a worker's id; 0 if the worker was not started."""
+    _, _, pid = str(worker.id or 0).rpartition(":")
+    return int(pid)

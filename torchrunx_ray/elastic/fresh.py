@@ -1,0 +1,99 @@
+"""A run in a fresh process, for an agent in a forked child of a driver: Ray's connection does not survive a fork."""
+
+import enum
+import os
+import subprocess
+import sys
+from typing import Any
+
+from torchrunx_ray.driver.cluster import connection
+from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.running.crew import GroupPlan
+from torchrunx_ray.elastic.output import Destinations
+from torchrunx_ray.elastic.run import Assembled, Ended, Work
+from torchrunx_ray.errors import LaunchError
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.values.payload import pack
+
+_CLOSING_S = 30.0
+"""Time beyond `shutdown_timeout` for the process to end its workers and give the hosts back."""
+
+
+class _State(enum.Enum):
+    IDLE = "waits for a request"
+    ASKED = "works on a request, whose answer was not received"
+    ENDED = "has ended, or ends"
+
+
+class FreshRun:
+    """The agent's end of a run in a process of its own, see `serve`. The process ends with the agent's."""
+
+    def __init__(self, options: Options, work: Work) -> None:
+        self._options = options
+        self._channel, theirs = Channel.pair()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from torchrunx_ray.elastic.serve import main; main({theirs.fileno()})"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "RAY_ADDRESS": connection.parents_address()},
+            start_new_session=True,  # Ctrl-C is the agent's, which tells this process to stop
+        )
+        theirs.close()
+        self._state = _State.IDLE
+        packed = pack([("the entrypoint", work.entrypoint), ("its arguments", tuple(work.args))])
+        numa_options = work.numa_options
+        self._ask("begin", os.getpid(), tuple(sys.argv), options, packed, numa_options)
+
+    def assemble(self, restarts: int) -> Assembled:
+        return self._ask("assemble", restarts)
+
+    def start(self, plan: GroupPlan, destinations: Destinations) -> dict[int, int]:
+        return self._ask("start", plan, destinations)
+
+    def ended(self) -> Ended | None:
+        return self._ask("ended")
+
+    @property
+    def hosts_waiting(self) -> int:
+        return self._ask("hosts_waiting")
+
+    def stop(self) -> None:
+        self._ask("stop")
+
+    def close(self) -> None:
+        """End the run and the process. Safe to call again, and after an interrupted request."""
+        if self._state is _State.IDLE:
+            self._ask("close")
+        self._state = _State.ENDED
+        self._channel.close()  # the process then ends the run, if a request was interrupted
+        self._process.terminate()
+        try:
+            self._process.wait(self._options.shutdown_timeout + _CLOSING_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, method: str, *args: object) -> Any:
+        """Return the answer to a request, or raise it."""
+        if self._state is not _State.IDLE:
+            raise LaunchError(f"the process of the run {self._state.value}: it cannot {method}")
+        self._state = _State.ASKED
+        try:
+            self._channel.send((method, args))
+            answer: Any = self._channel.receive()[0]
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._state = _State.ENDED
+            status = self._process.wait()
+            raise LaunchError(
+                f"the process that runs the workers for this agent (pid {self._process.pid}) has ended with status "
+                f"{status}; its last lines on stderr say why"
+            ) from None
+        self._state = _State.IDLE
+        is_error, value = answer
+        if is_error:
+            raise value
+        return value

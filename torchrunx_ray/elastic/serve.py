@@ -1,0 +1,75 @@
+"""The process of a run whose agent is in a forked child of a driver; see `fresh`."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+from torchrunx_ray.elastic.reach import OwnRun
+from torchrunx_ray.elastic.run import Work
+from torchrunx_ray.wire.channel import Channel
+from torchrunx_ray.wire.values.payload import pack
+
+_PR_SET_PDEATHSIG = 1
+
+
+class _Stopped(BaseException):
+    """The agent has ended, or wants this process to end."""
+
+
+def main(fd: int) -> None:
+    """Serve the requests of one agent until it closes the run, ends, or sends SIGTERM."""
+    signal.signal(signal.SIGTERM, _stop)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    channel = Channel.from_fd(fd)
+    run: OwnRun | None = None
+    try:
+        with contextlib.suppress(_Stopped, EOFError, OSError):
+            while True:
+                request: Any = channel.receive()[0]
+                method, args = request
+                if method == "begin":
+                    run = _begun(channel, *args)
+                    continue
+                _answer(channel, getattr(run, method), args)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if run is not None:
+            run.close()
+
+
+def _begun(
+    channel: Channel,
+    parent: int,
+    argv: tuple[str, ...],
+    options: Any,
+    call: tuple[Any, tuple[Any, ...]],
+    numa_options: Any,
+) -> OwnRun | None:
+    if os.getppid() != parent:
+        raise _Stopped  # the agent ended before this process could note its death
+    sys.argv[:] = argv
+    entrypoint, args = call
+    begun: list[OwnRun] = []
+
+    def begin() -> None:
+        begun.append(OwnRun(options, Work(entrypoint, args, sys.executable, numa_options)))
+
+    _answer(channel, begin, ())
+    return begun[0] if begun else None
+
+
+def _answer(channel: Channel, method: Any, args: tuple[Any, ...]) -> None:
+    """Send what a method returns, or raises. A property has its value already."""
+    try:
+        answer = False, method(*args) if callable(method) else method
+    except Exception as error:
+        answer = True, error
+    channel.send(pack([("the answer", answer)]))
+
+
+def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise _Stopped
