@@ -25,6 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import torchrunx_ray as trx
 from tests.processes import is_alive, note, of_pool, own_mark, wait_until
 from tests.soon import soon
+from torchrunx_ray.driver.running import stopping
 from torchrunx_ray.elastic import RayElasticAgent
 
 BACKENDS = ("ray", "c10d", "static")
@@ -313,8 +314,8 @@ def test_signal_ends_the_workers_and_its_handler_is_put_back(tmp_path: Path) -> 
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
 
     def signal_when_running() -> None:
-        if wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60):
-            os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=signal_when_running, daemon=True).start()
     with pytest.raises(SignalException) as caught:
@@ -322,13 +323,14 @@ def test_signal_ends_the_workers_and_its_handler_is_put_back(tmp_path: Path) -> 
 
     assert caught.value.sigval is signal.SIGTERM
     assert {each: signal.getsignal(each) for each in before} == before
+    assert len(list(tmp_path.iterdir())) == 2
     for path in tmp_path.iterdir():
         assert not is_alive(int(path.read_text().split()[0]))
 
 
 def test_agent_runs_in_a_thread() -> None:
     results: list[RunResult] = []
-    thread = threading.Thread(target=lambda: results.append(run(spec_of(int))))
+    thread = threading.Thread(target=lambda: results.append(run(spec_of(int))), daemon=True)
     thread.start()
     thread.join(60)
 
@@ -464,14 +466,12 @@ def test_error_file_of_a_recorded_launcher_has_the_cause(
 
 
 def test_events_and_metrics_have_torchs_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed.elastic import events
     from torch.distributed.elastic.agent.server import api as server_api
 
     names: list[str] = []
     metrics: dict[str, int] = {}
     monkeypatch.setattr(server_api, "record", lambda event, *_: names.append(event.name))
     monkeypatch.setattr(server_api, "put_metric", lambda name, value: metrics.update({name: value}))
-    assert events.Event is not None
 
     run(spec_of(int))
 
@@ -635,3 +635,42 @@ def test_agents_with_unequal_workers_and_roles_form_one_group() -> None:
         ]
         assert sorted(value[1] for value in of_role) == list(range(size))
         assert {value[2] for value in of_role} == {size}
+
+
+def test_group_grows_when_another_agent_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first agent's workers are stopped for that, and the output of the next ones is written however late."""
+    monkeypatch.setattr(stopping, "_LAST_LINES_S", 0.1)
+    monkeypatch.setattr(stopping, "_STUCK_S", 0.1)
+    # With the shared store torch 2.13's rendezvous waits for ever here, under torch's own agent as well.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    endpoint = f"localhost:{free_port()}"
+
+    def grow() -> tuple[str, str]:
+        note(tmp_path / f"world of {os.environ['WORLD_SIZE']}", "")
+        while os.environ["WORLD_SIZE"] == "1":
+            time.sleep(0.1)
+        time.sleep(1)
+        print("at last")
+        return os.environ["WORLD_SIZE"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+    def in_thread(number: int) -> None:
+        params = RendezvousParameters("c10d", endpoint, "grows", 1, 2, last_call_timeout=1)
+        spec = spec_of(grow, workers=1, max_restarts=1)
+        spec.rdzv_handler = get_rendezvous_handler(params)
+        logs = DefaultLogsSpecs(str(tmp_path / f"logs {number}"), redirects=Std.OUT)
+        results[number] = agent_of(spec, logs_specs=logs).run()
+
+    results: dict[int, RunResult] = {}
+    threads = [threading.Thread(target=in_thread, args=(number,), daemon=True) for number in (0, 1)]
+    threads[0].start()
+    assert wait_until((tmp_path / "world of 1").exists, 60)
+    threads[1].start()
+    for thread in threads:
+        thread.join(100)
+
+    values = [value for result in results.values() for value in result.return_values.values()]
+    assert values == [("2", "0"), ("2", "0")]
+    said = [path.read_text() for path in tmp_path.glob("logs */*/attempt_0/0/stdout.log")]
+    assert said == ["at last\n", "at last\n"]

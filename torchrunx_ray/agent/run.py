@@ -156,6 +156,8 @@ class HostRun:
         self._fork_no_more()
         if self._watchdog is not None:
             self._watchdog.rest()  # the workers have a deadline now
+        for worker in self._workers.values():
+            worker.will_be_stopped()
         if grace_s > 0:
             self._signal(signal.SIGTERM, spare_failed=True)
             asyncio.get_running_loop().call_later(grace_s, self._kill)

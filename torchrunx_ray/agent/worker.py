@@ -36,6 +36,7 @@ class Worker:
         self.has_exited = False
         self._is_replaced = False
         """True once a program has the worker's place."""
+        self._is_told_to_stop = False
         self._mailbox = mailbox
         self._error_files = error_files
         self._loop = asyncio.get_running_loop()
@@ -81,6 +82,10 @@ class Worker:
             return ""
         return await self._stacks.ask(self.pid, wanted)
 
+    def will_be_stopped(self) -> None:
+        """Note that the worker gets SIGTERM. A program that then exits with 0 has not done all its work."""
+        self._is_told_to_stop = True
+
     async def until_taken(self) -> None:
         """Wait until a pending copy of the worker's value is done."""
         if self._taking is not None:
@@ -94,7 +99,9 @@ class Worker:
         """Note that the worker was reaped and its group killed. No more messages will come."""
         if self._is_replaced and not self.has_outcome and exited.exit_code == 0:
             self._finish(
-                pack([("the value of a program", None)]), exited.time_ns, has_seen_stop=False
+                pack([("the value of a program", None)]),
+                exited.time_ns,
+                has_seen_stop=self._is_told_to_stop,
             )
         self._close_books()
         if self.has_outcome:

@@ -184,7 +184,12 @@ class RayElasticAgent(SimpleElasticAgent):
         assert run is not None
         assert assembled is not None
         match run.ended():
-            case None | MustMove():
+            case None:
+                return RunResult(WorkerState.HEALTHY)
+            case MustMove():
+                # Only the rendezvous "ray" knows of this, and lets torch's loop start the workers again.
+                if worker_group.spec.rdzv_handler.num_nodes_waiting() == 0:
+                    self._restart_workers(worker_group)
                 return RunResult(WorkerState.HEALTHY)
             case Returned(values):
                 ranks = [worker.global_rank for worker in worker_group.workers]
@@ -209,10 +214,12 @@ class RayElasticAgent(SimpleElasticAgent):
         server, self._health_check_server = self._health_check_server, None
         if server is not None:
             server.stop()
-        run, self._run = self._run, None
-        if run is not None:
-            run.close()
-        self._group_store.close()
+        try:
+            if self._run is not None:
+                self._run.close()
+                self._run = None
+        finally:
+            self._group_store.close()
 
     def _made_options(
         self,
@@ -223,14 +230,13 @@ class RayElasticAgent(SimpleElasticAgent):
         spec = self._worker_group.spec
         handler = spec.rdzv_handler
         changes: dict[str, Any] = {}
-        if isinstance(handler, RayRendezvous):
-            changes = {
-                "hostnames": handler.hostnames,
-                "placement_timeout": handler.placement_timeout,
-            }
+        is_ray = isinstance(handler, RayRendezvous)
         if hosts is not None:
             changes["hostnames"] = hosts
-        changes.setdefault("hostnames", ["localhost"])
+        elif launcher.hostnames == "auto":
+            changes["hostnames"] = handler.hostnames if is_ray else ["localhost"]
+        if is_ray and handler.placement_timeout is not None:
+            changes["placement_timeout"] = handler.placement_timeout
         return dataclasses.replace(
             launcher,
             **changes,

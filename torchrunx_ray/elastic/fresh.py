@@ -30,6 +30,7 @@ class FreshRun:
 
     def __init__(self, options: Options, work: Work) -> None:
         self._options = options
+        packed = pack([("the entrypoint", work.entrypoint), ("its arguments", tuple(work.args))])
         self._channel, theirs = Channel.pair()
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
@@ -44,9 +45,11 @@ class FreshRun:
         )
         theirs.close()
         self._state = _State.IDLE
-        packed = pack([("the entrypoint", work.entrypoint), ("its arguments", tuple(work.args))])
-        numa_options = work.numa_options
-        self._ask("begin", os.getpid(), tuple(sys.argv), options, packed, numa_options)
+        try:
+            self._ask("begin", os.getpid(), tuple(sys.argv), options, packed, work.numa_options)
+        except BaseException:
+            self._end()
+            raise
 
     def assemble(self, restarts: int) -> Assembled:
         return self._ask("assemble", restarts)
@@ -66,10 +69,16 @@ class FreshRun:
 
     def close(self) -> None:
         """End the run and the process. Safe to call again, and after an interrupted request."""
-        if self._state is _State.IDLE:
-            self._ask("close")
+        try:
+            if self._state is _State.IDLE:
+                self._ask("close")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """End the process, which ends the run if that was not done."""
         self._state = _State.ENDED
-        self._channel.close()  # the process then ends the run, if a request was interrupted
+        self._channel.close()
         self._process.terminate()
         try:
             self._process.wait(self._options.shutdown_timeout + _CLOSING_S)

@@ -1,9 +1,12 @@
 """The run of an agent's worker group: its hosts, and its attempts one after the other."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ray.exceptions import RayError
 
 from torchrunx_ray.driver.background.loop import in_thread, to_the_end
 from torchrunx_ray.driver.call.pack_call import Call
@@ -17,8 +20,10 @@ from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.driver.running.restart_policy import Verdict
 from torchrunx_ray.driver.running.steps import Steps
 from torchrunx_ray.elastic.output import Destinations, ToDestinations
-from torchrunx_ray.errors import AgentFailedError
+from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire.ranks import Part, Place, lay_out
+
+logger = logging.getLogger("torchrunx_ray")
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,9 @@ class ElasticRun:
     def __init__(self, options: Options, call: Call) -> None:
         self._options = options
         self._sink = ToDestinations()
+        self._has_logs = False
+        """True once the logs are open."""
+        self._closing: asyncio.Task[None] | None = None
         self._begun = 0
         """Number of attempts that have begun."""
         self._hosts = Hosts(options)
@@ -106,9 +114,9 @@ class ElasticRun:
         if self._why is None:
             await self._hosts.open(self._progress)
             await self._steps.assemble(is_fresh=True, sink=self._sink)
+            self._has_logs = True
         else:
-            await self._refuse_in_doubt()
-            await self._steps.assemble_again(self._why)
+            await self._assemble_again(self._why, restarts)
         crew = self._steps.crew
         hosts = [
             Host(host.label, host.workers, gpu_ids, host.gpus_per_worker)
@@ -142,23 +150,49 @@ class ElasticRun:
         return max(1, len(self._hosts.reserves.ready)) if must_move else 0
 
     async def stop(self) -> None:
-        """End the workers, if they live: SIGTERM, and SIGKILL after `shutdown_timeout`."""
-        if self._going is None:
-            return
-        if not self._going.done():
-            self._steps.attempt.note_cancellation()
-        await asyncio.wait({self._going})
+        """End the workers, if they live: SIGTERM, and SIGKILL after `shutdown_timeout`. Another attempt may follow."""
+        if self._going is not None and not self._going.done():
+            self._steps.attempt.stop_for_another()
+            await asyncio.wait({self._going})
 
     async def close(self) -> None:
-        """End the workers, write the last output, and give the hosts back. Safe to call again."""
+        """End the workers, write the last output, and give the hosts back. A second call kills the workers."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        elif self._going is not None:
+            self._steps.attempt.kill()
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         try:
-            await self.stop()
             if self._going is not None:
-                self._going = None
+                if not self._going.done():
+                    self._steps.attempt.note_cancellation()
+                await asyncio.wait({self._going})
+            if self._has_logs:
                 await self._steps.logs.drain()
+            if self._going is not None:
                 await self._steps.leave()
         finally:
             await to_the_end(self._hosts.close())
+
+    async def _assemble_again(self, why: Why, restarts: int) -> None:
+        failures = self._steps.attempt.failures
+        try:
+            await self._refuse_in_doubt()
+            await self._steps.assemble_again(why)
+        except (LaunchError, RayError, OSError, ValueError) as error:
+            if failures is not None:
+                error.add_note(f"The workers had to be started again: {failures.in_brief}")
+            raise
+        if failures is not None:
+            logger.warning(
+                "%s: restart %d of %d: %s",
+                self._progress.name,
+                restarts,
+                self._options.max_restarts,
+                failures.in_brief,
+            )
 
     async def _go(self) -> Ended:
         steps = self._steps
@@ -170,6 +204,8 @@ class ElasticRun:
             return MustMove(why)
         if failures is not None:
             return Failed(failures)
+        if why != "returned":
+            return Stopped()
         values = await steps.attempt.outcome()
         if isinstance(values, Failures):
             return Failed(values)

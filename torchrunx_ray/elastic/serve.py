@@ -2,16 +2,20 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
 from torchrunx_ray.elastic.reach import OwnRun
 from torchrunx_ray.elastic.run import Work
+from torchrunx_ray.errors import LaunchError, PayloadError
 from torchrunx_ray.wire.channel import Channel
-from torchrunx_ray.wire.values.payload import pack
+from torchrunx_ray.wire.values.payload import Packed, pack
 
 _PR_SET_PDEATHSIG = 1
 
@@ -34,7 +38,7 @@ def main(fd: int) -> None:
                 if method == "begin":
                     run = _begun(channel, *args)
                     continue
-                _answer(channel, getattr(run, method), args)
+                _answer(channel, functools.partial(_called, run, method, args))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if run is not None:
@@ -58,17 +62,31 @@ def _begun(
     def begin() -> None:
         begun.append(OwnRun(options, Work(entrypoint, args, sys.executable, numa_options)))
 
-    _answer(channel, begin, ())
+    _answer(channel, begin)
     return begun[0] if begun else None
 
 
-def _answer(channel: Channel, method: Any, args: tuple[Any, ...]) -> None:
-    """Send what a method returns, or raises. A property has its value already."""
+def _called(run: OwnRun | None, name: str, args: tuple[Any, ...]) -> Any:
+    """Return what a method of the run returns, or the value of a property."""
+    found = getattr(run, name)
+    return found(*args) if callable(found) else found
+
+
+def _answer(channel: Channel, call: Callable[[], Any]) -> None:
+    """Send what a call returns, or raises."""
     try:
-        answer = False, method(*args) if callable(method) else method
+        packed = pack([("the answer", (False, call()))])
     except Exception as error:
-        answer = True, error
-    channel.send(pack([("the answer", answer)]))
+        packed = _packed_error(error)
+    channel.send(packed)
+
+
+def _packed_error(error: Exception) -> Packed:
+    try:
+        return pack([("the answer", (True, error))])
+    except PayloadError:
+        told = LaunchError("".join(traceback.format_exception(error)))
+        return pack([("the answer", (True, told))])
 
 
 def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:

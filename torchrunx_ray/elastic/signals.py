@@ -1,14 +1,17 @@
 """Signals that end an agent's run."""
 
 import contextlib
+import logging
 import os
 import signal
 import threading
 from collections.abc import Generator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing import SignalException
+
+logger = logging.getLogger("torchrunx_ray")
 
 _DEFAULT = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
@@ -22,10 +25,15 @@ def raised() -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.getsignal(signum) for signum in _wanted()}
-    for signum in before:
-        signal.signal(signum, _raise)
+    before: dict[signal.Signals, Any] = {}
     try:
+        for signum in _wanted():
+            try:
+                before[signum] = signal.signal(signum, _raise)
+            except (OSError, ValueError) as error:  # such as SIGKILL
+                logger.warning(
+                    "TORCHELASTIC_SIGNALS_TO_HANDLE: %s cannot be handled: %s", signum.name, error
+                )
         yield
     finally:
         for signum, handler in before.items():
@@ -34,14 +42,13 @@ def raised() -> Generator[None]:
 
 
 def _wanted() -> list[signal.Signals]:
-    names = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", _DEFAULT).split(",")
-    try:
-        return [signal.Signals[name.strip()] for name in names if name.strip()]
-    except KeyError as error:
-        known = ", ".join(each.name for each in signal.Signals)
-        raise ValueError(
-            f"TORCHELASTIC_SIGNALS_TO_HANDLE: {error} is no signal. Signals are {known}."
-        ) from None
+    found: list[signal.Signals] = []
+    for name in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", _DEFAULT).split(","):
+        try:
+            found.append(signal.Signals[name.strip()])
+        except KeyError:
+            logger.warning("TORCHELASTIC_SIGNALS_TO_HANDLE: %r is no signal's name", name)
+    return found
 
 
 def _raise(signum: int, _frame: FrameType | None) -> NoReturn:

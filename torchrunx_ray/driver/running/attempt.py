@@ -239,6 +239,14 @@ class Attempt:
             self._chores.later(within_s, self._stop_if_last, asked)
         return True
 
+    def stop_for_another(self) -> None:
+        """Stop the workers, since another attempt will follow. This is no cancellation, which would hurry the output."""
+        if self._phase is not Phase.ENDED:
+            self.stop_request.make(
+                "resize", self._stopping.grace_left_s(self._options.shutdown_timeout)
+            )
+            self._stop(self._options.shutdown_timeout)
+
     def _stop_if_last(self, asked: StopAsked) -> None:
         if self.stop_request.asked is asked:
             self._stop(self._options.shutdown_timeout)

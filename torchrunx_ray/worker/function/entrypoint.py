@@ -1,11 +1,10 @@
 """The entrypoint of a WorkerSpec of torch's elastic agent, as the function of a worker."""
 
-import os
 from collections.abc import Callable, Sequence
 from string import Template
 from typing import Any
 
-from torchrunx_ray.worker.function import program
+from torchrunx_ray.worker.function import context, program
 
 
 def run(
@@ -15,7 +14,7 @@ def run(
     numa_options: Any,
 ) -> Any:
     """Call the function, or become the program. `${local_rank}` in an argument stands for the worker's local rank."""
-    local_rank = os.environ["LOCAL_RANK"]
+    local_rank = context.context().local_rank  # LOCAL_RANK may be virtual
     filled = [
         Template(arg).safe_substitute(local_rank=local_rank) if isinstance(arg, str) else arg
         for arg in args
@@ -34,4 +33,5 @@ def _bound(func: Callable[..., Any], numa_options: Any) -> Callable[..., Any]:
     from torch.numa import binding
 
     wrap: Any = vars(binding)["_maybe_wrap_with_numa_binding"]  # it has no public name
-    return wrap(func, gpu_index=int(os.environ["LOCAL_RANK"]), numa_options=numa_options)
+    gpu_index = context.context().local_rank
+    return wrap(func, gpu_index=gpu_index, numa_options=numa_options)

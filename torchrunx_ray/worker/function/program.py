@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.channel import Channel
+
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+"""Signals that a program would find ignored, as its parent did. `subprocess` resets them, too."""
 
 _ready: tuple[Channel, Callable[[], None]] | None = None
 """The channel to the agent, and a function that flushes all buffers."""
@@ -31,6 +35,8 @@ def become(command: Sequence[str]) -> NoReturn:
     # From the answer on the agent sends no signals but those that end the worker.
     channel.receive()
     flush()
+    for each in _IGNORED_BY_PYTHON:
+        signal.signal(each, signal.SIG_DFL)
     os.execve(found, list(command), os.environ)
 
 
