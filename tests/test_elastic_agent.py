@@ -30,6 +30,9 @@ from torchrunx_ray.elastic import RayElasticAgent
 
 BACKENDS = ("ray", "c10d", "static")
 
+RAY_FIRST = ("ray", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in BACKENDS[1:]))
+"""Backends for tests whose torch imports or templates cost much, and that restarts cover as well."""
+
 SET_BY_TORCH = [
     "RANK",
     "LOCAL_RANK",
@@ -118,7 +121,7 @@ def summed_by_a_peer() -> int:
     return total
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RAY_FIRST)
 def test_values_come_by_global_rank(backend: str) -> None:
     spec = spec_of(lambda given: (given, os.environ["RANK"]), "foo", backend=backend)
 
@@ -195,7 +198,7 @@ def test_group_can_be_made_by_the_address_of_a_static_rendezvous() -> None:
     assert set(result.return_values.values()) == {1}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RAY_FIRST)
 def test_program_is_an_entrypoint(backend: str, tmp_path: Path) -> None:
     code = (
         "import os, sys, torch, torch.distributed as dist\n"
