@@ -11,7 +11,7 @@ from torchrunx_ray.wire.stop_board import StopReason
 def ask_to_stop(run: "trx.Run[Any]", reason: StopReason, within_s: float | None) -> Attempt:
     """Ask the function of a run whose attempt has begun. Return the attempt."""
     untyped: Any = run
-    attempt: Attempt = untyped._progress.supervisor._attempt
+    attempt: Attempt = untyped._progress.supervisor._steps.attempt
 
     async def ask() -> None:
         attempt.ask_to_stop(reason, within_s)

@@ -407,7 +407,7 @@ def test_agents_metrics_can_be_read_by_prometheus(jobs: Jobs, tmp_path: Path) ->
 import os, time
 from pathlib import Path
 import torchrunx_ray as trx
-from torchrunx_ray.driver.running import supervisor
+from torchrunx_ray.driver.running import steps
 from torchrunx_ray.wire.messages import Restarted
 
 def fail(often):
@@ -434,7 +434,7 @@ patient = trx.Launcher(hostnames=["localhost"], workers_per_host=2, max_restarts
 patient.run(fail, 2)
 patient.run(die_once)
 # As after the loss of two hosts.
-supervisor._restarted = lambda *_: Restarted("host", 2)
+steps._restarted = lambda *_: Restarted("host", 2)
 patient.run(fail, 1)
 launcher.run(wait)
 """
