@@ -4,9 +4,12 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.agent.server import api as server_api
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -26,7 +30,7 @@ import torchrunx_ray as trx
 from tests.processes import is_alive, note, of_pool, own_mark, wait_until
 from tests.soon import soon
 from torchrunx_ray.driver.running import stopping
-from torchrunx_ray.elastic import RayElasticAgent
+from torchrunx_ray.elastic import RayElasticAgent, create_healthcheck_server
 
 BACKENDS = ("ray", "c10d", "static")
 
@@ -72,8 +76,6 @@ def spec_of(
 
 
 def free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as held:
         return held.getsockname()[1]
 
@@ -469,8 +471,6 @@ def test_error_file_of_a_recorded_launcher_has_the_cause(
 
 
 def test_events_and_metrics_have_torchs_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed.elastic.agent.server import api as server_api
-
     names: list[str] = []
     metrics: dict[str, int] = {}
     monkeypatch.setattr(server_api, "record", lambda event, *_: names.append(event.name))
@@ -496,11 +496,6 @@ def test_port_of_health_checks_is_in_the_workers_environment(
 
 
 def test_healthcheck_server_answers(cluster: None) -> None:
-    import urllib.error
-    import urllib.request
-
-    from torchrunx_ray.elastic import create_healthcheck_server
-
     alive_at = [int(time.time())]
     server = create_healthcheck_server(lambda: alive_at[0], 0, timeout=60)
     server.start()

@@ -57,12 +57,12 @@ class RayElasticAgent(SimpleElasticAgent):
         self,
         spec: WorkerSpec,
         logs_specs: LogsSpecs,
-        start_method: str = "spawn",
+        start_method: str = "spawn",  # noqa: ARG002  # `launcher` decides
         exit_barrier_timeout: float = 300,
         log_line_prefix_template: str | None = None,
         shutdown_timeout: int = 30,
         health_check_server: HealthCheckServer | None = None,
-        uninterruptible_state_timeout: float | None = None,
+        uninterruptible_state_timeout: float | None = None,  # noqa: ARG002  # does nothing yet
         *,
         hosts: int | tuple[int, int] | Sequence[str] | None = None,
         workers_per_host: Sequence[int] | None = None,
@@ -70,11 +70,9 @@ class RayElasticAgent(SimpleElasticAgent):
     ) -> None:
         """`launcher` has all other options of a launch. `workers_per_host` is for hosts that differ."""
         super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
-        self._start_method = start_method
         self._logs_specs = logs_specs
         self._prefix_template = log_line_prefix_template
         self._health_check_server = health_check_server
-        self._uninterruptible_state_timeout = uninterruptible_state_timeout
         self._group_store = GroupStore()
         self._error_files: dict[int, str] = {}
         """Paths of the workers' error files in the driver, by index."""

@@ -34,7 +34,7 @@ class FreshRun:
         self._channel, theirs = Channel.pair()
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from torchrunx_ray.elastic.serve import main; main({theirs.fileno()})"
+            f"from torchrunx_ray.elastic.serve import main; main({theirs.fileno()}, {os.getpid()})"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -46,7 +46,7 @@ class FreshRun:
         theirs.close()
         self._state = _State.IDLE
         try:
-            self._ask("begin", os.getpid(), tuple(sys.argv), options, packed, work.numa_options)
+            self._ask("begin", tuple(sys.argv), options, packed, work.numa_options)
         except BaseException:
             self._end()
             raise

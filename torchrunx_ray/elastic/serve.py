@@ -1,9 +1,7 @@
 """The process of a run whose agent is in a forked child of a driver; see `fresh`."""
 
 import contextlib
-import ctypes
 import functools
-import os
 import signal
 import sys
 import traceback
@@ -14,24 +12,23 @@ from typing import Any, NoReturn
 from torchrunx_ray.elastic.reach import OwnRun
 from torchrunx_ray.elastic.run import Work
 from torchrunx_ray.errors import LaunchError, PayloadError
+from torchrunx_ray.wire import process_tree
 from torchrunx_ray.wire.channel import Channel
 from torchrunx_ray.wire.values.payload import Packed, pack
-
-_PR_SET_PDEATHSIG = 1
 
 
 class _Stopped(BaseException):
     """The agent has ended, or wants this process to end."""
 
 
-def main(fd: int) -> None:
+def main(fd: int, agent_pid: int) -> None:
     """Serve the requests of one agent until it closes the run, ends, or sends SIGTERM."""
     signal.signal(signal.SIGTERM, _stop)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     channel = Channel.from_fd(fd)
     run: OwnRun | None = None
     try:
         with contextlib.suppress(_Stopped, EOFError, OSError):
+            process_tree.die_with(agent_pid, signal.SIGTERM)
             while True:
                 request: Any = channel.receive()[0]
                 method, args = request
@@ -47,14 +44,11 @@ def main(fd: int) -> None:
 
 def _begun(
     channel: Channel,
-    parent: int,
     argv: tuple[str, ...],
     options: Any,
     call: tuple[Any, tuple[Any, ...]],
     numa_options: Any,
 ) -> OwnRun | None:
-    if os.getppid() != parent:
-        raise _Stopped  # the agent ended before this process could note its death
     sys.argv[:] = argv
     entrypoint, args = call
     begun: list[OwnRun] = []

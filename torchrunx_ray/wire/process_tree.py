@@ -32,11 +32,11 @@ def become_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with(parent_pid: int) -> None:
-    """Make the kernel kill this process when its parent ends."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with(parent_pid: int, signum: int = signal.SIGKILL) -> None:
+    """Make the kernel kill this process when its parent ends, or send it another signal."""
+    _prctl(_PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent_pid:  # the parent ended before the call above
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signum)
 
 
 def signal_group(group: int, signum: int) -> None:
