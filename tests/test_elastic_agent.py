@@ -21,7 +21,7 @@ from torch.distributed.elastic.agent.server import api as server_api
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.launcher import api as launcher_api
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -68,11 +68,24 @@ def spec_of(
     endpoint = f"localhost:{free_port()}"
     config = {"rank": 0} if backend == "static" else {}
     params = RendezvousParameters(backend, endpoint, "the run", 1, 1, **config)
-    handler = get_rendezvous_handler(params)
+    handler = handler_of(params)
     more = {"role": "trainer", "max_restarts": 0, "monitor_interval": 0.01} | more
     return WorkerSpec(
         local_world_size=workers, rdzv_handler=handler, entrypoint=entrypoint, args=args, **more
     )
+
+
+_handlers: list[RendezvousHandler] = []
+
+
+def handler_of(params: RendezvousParameters) -> RendezvousHandler:
+    """Return the handler, which ends with the test.
+
+    As `elastic_launch` does it; the thread that keeps c10d's alive may otherwise be the one that collects it.
+    """
+    handler = get_rendezvous_handler(params)
+    _handlers.append(handler)
+    return handler
 
 
 def free_port() -> int:
@@ -91,8 +104,11 @@ def run(spec: WorkerSpec, **more: Any) -> RunResult:
 
 
 @pytest.fixture(autouse=True)
-def _cluster(cluster: None) -> None:
+def _cluster(cluster: None) -> Iterator[None]:
     """Use the cluster of the session."""
+    yield
+    while _handlers:
+        _handlers.pop().shutdown()
 
 
 @pytest.fixture
@@ -610,7 +626,7 @@ def test_agents_with_unequal_workers_and_roles_form_one_group() -> None:
     def in_thread(role: str, workers: int) -> None:
         params = RendezvousParameters("c10d", endpoint, "together", 3, 3)
         spec = spec_of(seen, workers=workers, role=role)
-        spec.rdzv_handler = get_rendezvous_handler(params)
+        spec.rdzv_handler = handler_of(params)
         results.append((role, agent_of(spec, exit_barrier_timeout=20).run()))
 
     results: list[tuple[str, RunResult]] = []
@@ -656,7 +672,7 @@ def test_group_grows_when_another_agent_joins(
     def in_thread(number: int) -> None:
         params = RendezvousParameters("c10d", endpoint, "grows", 1, 2, last_call_timeout=1)
         spec = spec_of(grow, workers=1, max_restarts=1)
-        spec.rdzv_handler = get_rendezvous_handler(params)
+        spec.rdzv_handler = handler_of(params)
         logs = DefaultLogsSpecs(str(tmp_path / f"logs {number}"), redirects=Std.OUT)
         results[number] = agent_of(spec, logs_specs=logs).run()
 
