@@ -456,15 +456,19 @@ def test_elastic_launch_with_our_agent_returns_the_values(
 
 
 def test_elastic_launch_names_the_first_failure_first(
-    launched: Callable[..., dict[int, Any]],
+    launched: Callable[..., dict[int, Any]], tmp_path: Path
 ) -> None:
-    def fail() -> None:
-        time.sleep(0 if os.environ["RANK"] == "1" else 0.05)
+    def fail(fails: Path) -> None:
+        if os.environ["RANK"] == "1":
+            note(fails, "")
+        else:
+            wait_until(fails.exists, 60)
+            time.sleep(0.2)
         raise ValueError(f"from rank {os.environ['RANK']}")
 
-    for _ in range(3):  # torch takes whole seconds, and would choose rank 0 in most cases
+    for number in range(3):  # torch takes whole seconds, and would choose rank 0 in most cases
         with pytest.raises(ChildFailedError) as caught:
-            launched(fail)
+            launched(fail, tmp_path / f"{number} fails")
         rank, failure = caught.value.get_first_failure()
         assert (rank, failure.message["message"]) == (1, "ValueError: from rank 1")
         root = str(caught.value).partition("Root Cause (first observed failure):")[2]
