@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server import api as server_api
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.launcher import api as launcher_api
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import torchrunx_ray as trx
+from tests.elastic import (
+    agent_of,
+    free_port,
+    run,
+    shut_down_handlers,
+    spec_of,
+)
+from tests.freezer import Freezer, freezer, root
+from tests.groups import summed
 from tests.processes import is_alive, note, of_pool, own_mark, wait_until
 from tests.soon import soon
-from torchrunx_ray.driver.running import stopping
 from torchrunx_ray.elastic import RayElasticAgent, create_healthcheck_server
 
 BACKENDS = ("ray", "c10d", "static")
@@ -58,57 +66,11 @@ SET_BY_TORCH = [
 ]
 
 
-def spec_of(
-    entrypoint: Callable[..., Any] | str,
-    *args: object,
-    backend: str = "ray",
-    workers: int = 2,
-    **more: Any,
-) -> WorkerSpec:
-    endpoint = f"localhost:{free_port()}"
-    config = {"rank": 0} if backend == "static" else {}
-    params = RendezvousParameters(backend, endpoint, "the run", 1, 1, **config)
-    handler = handler_of(params)
-    more = {"role": "trainer", "max_restarts": 0, "monitor_interval": 0.01} | more
-    return WorkerSpec(
-        local_world_size=workers, rdzv_handler=handler, entrypoint=entrypoint, args=args, **more
-    )
-
-
-_handlers: list[RendezvousHandler] = []
-
-
-def handler_of(params: RendezvousParameters) -> RendezvousHandler:
-    """Return the handler, which ends with the test.
-
-    As `elastic_launch` does it; the thread that keeps c10d's alive may otherwise be the one that collects it.
-    """
-    handler = get_rendezvous_handler(params)
-    _handlers.append(handler)
-    return handler
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        return held.getsockname()[1]
-
-
-def agent_of(spec: WorkerSpec, **more: Any) -> RayElasticAgent:
-    # Workers get all variables, and another name of a test would mean another template.
-    os.environ.pop("PYTEST_CURRENT_TEST", None)
-    return RayElasticAgent(spec, more.pop("logs_specs", None) or DefaultLogsSpecs(), **more)
-
-
-def run(spec: WorkerSpec, **more: Any) -> RunResult:
-    return agent_of(spec, **more).run()
-
-
 @pytest.fixture(autouse=True)
 def _cluster(cluster: None) -> Iterator[None]:
     """Use the cluster of the session."""
     yield
-    while _handlers:
-        _handlers.pop().shutdown()
+    shut_down_handlers()
 
 
 @pytest.fixture
@@ -122,13 +84,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[int, Any]]:
         return elastic_launch(config, entrypoint)(*args)
 
     return launch
-
-
-def summed() -> int:
-    dist.init_process_group("gloo")
-    total = torch.tensor(dist.get_rank())
-    dist.all_reduce(total)
-    return int(total)
 
 
 def summed_by_a_peer() -> int:
@@ -544,6 +499,29 @@ def test_virtual_local_rank_is_0_for_all() -> None:
     assert list(result.return_values.values()) == [("0", "0"), ("0", "1")]
 
 
+@pytest.mark.skipif(root() is None, reason="needs root and a cgroup that freezes")
+def test_worker_that_stays_blocked_in_the_kernel_fails_and_is_not_replaced(tmp_path: Path) -> None:
+    def wait_for_ever() -> None:
+        note(tmp_path / os.environ["RANK"], os.getpid())
+        time.sleep(1000)
+
+    def block(group: Freezer) -> None:
+        assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+        group.take([int((tmp_path / "1").read_text())])
+        group.freeze()  # in the table of processes, frozen ones have the state of blocked ones
+
+    agent = agent_of(
+        spec_of(wait_for_ever, max_restarts=2), uninterruptible_state_timeout=1, shutdown_timeout=1
+    )
+    with freezer() as group, ThreadPoolExecutor(1) as blocking:
+        blocked = blocking.submit(block, group)
+        result = agent.run()
+        blocked.result()
+
+    assert "has not left the scope uninterruptible sleep" in result.failures[1].message
+    assert agent._remaining_restarts == 0
+
+
 def test_nothing_is_left_of_an_agents_run(tmp_path: Path) -> None:
     def mark() -> str:
         return own_mark()
@@ -615,80 +593,3 @@ def test_agent_of_a_forked_child_runs_in_a_fresh_process(
 
     assert os.waitstatus_to_exitcode(status) == 0
     assert (tmp_path / "values").read_text() == "{0: 1, 1: 1}"
-
-
-def test_agents_with_unequal_workers_and_roles_form_one_group() -> None:
-    """Each agent in a thread of its own; torch's c10d rendezvous gives the ranks."""
-    endpoint = f"localhost:{free_port()}"
-    shapes = [("master", 1), ("trainer", 2), ("trainer", 3)]
-
-    def seen() -> tuple[int, int, int, int, int]:
-        names = ("RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "WORLD_SIZE")
-        rank, role_rank, role_size, size = (int(os.environ[name]) for name in names)
-        return rank, role_rank, role_size, size, summed()
-
-    def in_thread(role: str, workers: int) -> None:
-        params = RendezvousParameters("c10d", endpoint, "together", 3, 3)
-        spec = spec_of(seen, workers=workers, role=role)
-        spec.rdzv_handler = handler_of(params)
-        results.append((role, agent_of(spec, exit_barrier_timeout=20).run()))
-
-    results: list[tuple[str, RunResult]] = []
-    threads = [threading.Thread(target=in_thread, args=shape) for shape in shapes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(100)
-
-    values = {rank: value for _, result in results for rank, value in result.return_values.items()}
-    assert sorted(values) == list(range(6))
-    assert all(rank == value[0] for rank, value in values.items())
-    assert {value[3:] for value in values.values()} == {(6, 15)}
-    for role, size in (("master", 1), ("trainer", 5)):
-        of_role = [
-            value
-            for other, result in results
-            if other == role
-            for value in result.return_values.values()
-        ]
-        assert sorted(value[1] for value in of_role) == list(range(size))
-        assert {value[2] for value in of_role} == {size}
-
-
-def test_group_grows_when_another_agent_joins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first agent's workers are stopped for that, and the output of the next ones is written however late."""
-    monkeypatch.setattr(stopping, "_LAST_LINES_S", 0.1)
-    monkeypatch.setattr(stopping, "_STUCK_S", 0.1)
-    # With the shared store torch 2.13's rendezvous waits for ever here, under torch's own agent as well.
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    endpoint = f"localhost:{free_port()}"
-
-    def grow() -> tuple[str, str]:
-        note(tmp_path / f"world of {os.environ['WORLD_SIZE']}", "")
-        while os.environ["WORLD_SIZE"] == "1":
-            time.sleep(0.1)
-        time.sleep(1)
-        print("at last")
-        return os.environ["WORLD_SIZE"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-
-    def in_thread(number: int) -> None:
-        params = RendezvousParameters("c10d", endpoint, "grows", 1, 2, last_call_timeout=1)
-        spec = spec_of(grow, workers=1, max_restarts=1)
-        spec.rdzv_handler = handler_of(params)
-        logs = DefaultLogsSpecs(str(tmp_path / f"logs {number}"), redirects=Std.OUT)
-        results[number] = agent_of(spec, logs_specs=logs).run()
-
-    results: dict[int, RunResult] = {}
-    threads = [threading.Thread(target=in_thread, args=(number,), daemon=True) for number in (0, 1)]
-    threads[0].start()
-    assert wait_until((tmp_path / "world of 1").exists, 60)
-    threads[1].start()
-    for thread in threads:
-        thread.join(100)
-
-    values = [value for result in results.values() for value in result.return_values.values()]
-    assert values == [("2", "0"), ("2", "0")]
-    said = [path.read_text() for path in tmp_path.glob("logs */*/attempt_0/0/stdout.log")]
-    assert said == ["at last\n", "at last\n"]

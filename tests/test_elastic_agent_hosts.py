@@ -2,23 +2,31 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ray.cluster_utils import Cluster
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
+import torchrunx_ray as trx
 from tests.clusters.raylets import raylets
+from tests.nodes import SOON_DEAD, raylet_pid
+from tests.processes import note, wait_until
 from torchrunx_ray.elastic import RayElasticAgent, RayRendezvous
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _three() -> Iterator[None]:
-    with raylets({"num_cpus": 2}, {"num_cpus": 2}, {"num_cpus": 2}):
-        yield
+def three() -> Iterator[Cluster]:
+    head = {"num_cpus": 0, "_system_config": SOON_DEAD}
+    with raylets(head, {"num_cpus": 2}, {"num_cpus": 2}, {"num_cpus": 2}) as cluster:
+        yield cluster
 
 
 def seen() -> tuple[str, str, str, int]:
@@ -64,3 +72,44 @@ def test_hosts_may_have_unequal_workers() -> None:
         ("1", "0"),
         ("1", "1"),
     ]
+
+
+def test_hosts_come_and_go_without_a_restart(three: Cluster, tmp_path: Path) -> None:
+    """A host dies, and later another one joins: the group goes on with 2 hosts, then with 3."""
+
+    def stay() -> tuple[str, str]:
+        names = "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"
+        size, restarts = (os.environ[name] for name in names)
+        note(tmp_path / f"{size} {os.environ['RANK']}", "")
+        while not (tmp_path / "return").exists():
+            time.sleep(0.05)
+        return size, restarts
+
+    def have_begun(size: int) -> bool:
+        return wait_until(lambda: len(list(tmp_path.glob(f"{size} *"))) == size, 60)
+
+    def change_hosts() -> None:
+        assert have_begun(3)
+        for path in tmp_path.glob("3 *"):
+            path.unlink()
+        os.kill(raylet_pid(next(iter(three.worker_nodes))), signal.SIGKILL)
+        assert have_begun(2)
+        three.add_node(num_cpus=2)
+        assert have_begun(3)
+
+    params = RendezvousParameters("ray", "", "the run", 2, 3)
+    spec = WorkerSpec(
+        "trainer", 1, RayRendezvous(params), entrypoint=stay, max_restarts=0, monitor_interval=0.1
+    )
+    launcher = trx.Launcher(cpus_per_worker=2, gpus_per_worker=0, resize_interval=1)
+    agent = RayElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=2, launcher=launcher)
+
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(agent.run)
+        try:
+            change_hosts()  # Ray adds nodes only in the main thread
+        finally:
+            note(tmp_path / "return", "")
+        result = running.result()
+
+    assert result.return_values == dict.fromkeys(range(3), ("3", "0"))

@@ -1,6 +1,7 @@
 """What a launch could leave on this machine."""
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class Traces:
             left = [line for line in left if not _is_of_ray(line)]
         left += [f"placement group {name}" for name in now.groups]
         left += [f"/dev/shm/{name}" for name in set(now.in_dev_shm) - set(self.in_dev_shm)]
-        left += [f"a temporary {name}" for name in set(now.temporary) - set(self.temporary)]
+        left += [_with_contents(name) for name in set(now.temporary) - set(self.temporary)]
         if now.free_cpus != free_cpus:
             left.append(f"{now.free_cpus} CPUs are free, not {free_cpus}")
         if now.shared_memory > self.shared_memory + _MUCH:
@@ -80,6 +81,16 @@ def _marked_processes() -> Iterator[tuple[str, str]]:
         is_ours = not environment or mark in environment
         if words and fields[0] != "Z" and not is_rays and is_ours:
             yield f"{pid} {fields[19]}", words
+
+
+def _with_contents(name: str) -> str:
+    path = Path(os.environ["TMPDIR"], name)
+    try:
+        age_s = time.time() - path.stat().st_ctime
+        inside = [str(each.relative_to(path)) for each in path.rglob("*")]
+    except OSError:
+        return f"a temporary {name}"
+    return f"a temporary {name}, {age_s:.0f} s old, with {inside}"
 
 
 def _is_of_ray(line: str) -> bool:

@@ -71,6 +71,8 @@ def storm(
         outcome.wrong += wrong_with_journal(journal)
         outcome.wrong += unexplained(result.attempts, weather.blows)
         del result, run, weather.run
+        # A node that goes takes agents and keepers with it. The next agent removes their folder.
+        launcher.run(int)
         outcome.wrong += left_of(before, nodes)
     return outcome
 

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from torchrunx_ray.agent.blocked import BlockedWatch
 from torchrunx_ray.agent.error_files import ErrorFiles
 from torchrunx_ray.agent.lease import HostLease
 from torchrunx_ray.agent.machine import memory_group
@@ -73,6 +74,9 @@ class HostRun:
         }
         if watchdog is not None:
             watchdog.watch(self._workers)
+        self._blocked = (
+            BlockedWatch(wanted.blocked_after_s, self._workers) if wanted.blocked_after_s else None
+        )
         self._stop_board = StopBoard()
         self._memory_group = memory_group.of_process(os.getpid())  # the workers' as well
         self._oom_kills_before = self._memory_group and self._memory_group.oom_kills
@@ -154,8 +158,7 @@ class HostRun:
         if reason is not None:
             self.ask_to_stop(asked_within(reason, grace_s))
         self._fork_no_more()
-        if self._watchdog is not None:
-            self._watchdog.rest()  # the workers have a deadline now
+        self._watch_no_more()  # the workers have a deadline now
         for worker in self._workers.values():
             worker.will_be_stopped()
         if grace_s > 0:
@@ -275,6 +278,12 @@ class HostRun:
             why = "the function and its arguments took long to arrive, and nothing was heard of the driver's pulse"
             self._fail("the host has no lease for its workers", why)
 
+    def _watch_no_more(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.rest()
+        if self._blocked is not None:
+            self._blocked.close()
+
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
         self.others_have_ended()
@@ -301,8 +310,7 @@ class HostRun:
         for worker in self._workers.values():
             await worker.until_taken()
         left = await self._template.end_run() if self._template.is_ready else ()
-        if self._watchdog is not None:
-            self._watchdog.rest()
+        self._watch_no_more()
         if self._lease is not None:
             self._lease.end()
         self._mailbox.put(messages.HostEnded(left))

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from string import Template
 from typing import Any
@@ -32,11 +33,11 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.running.crew import GroupPlan
 from torchrunx_ray.driver.terminal.console import TextStream
 from torchrunx_ray.elastic import signals
-from torchrunx_ray.elastic.failures import process_failures
+from torchrunx_ray.elastic.failures import is_of_blocked_worker, process_failures
 from torchrunx_ray.elastic.group_store import GroupStore
 from torchrunx_ray.elastic.output import Destinations
 from torchrunx_ray.elastic.reach import GroupRun, begin
-from torchrunx_ray.elastic.rendezvous import RayRendezvous
+from torchrunx_ray.elastic.rendezvous import RayRendezvous, serve_anew
 from torchrunx_ray.elastic.run import Assembled, Failed, MustMove, Returned, Stopped, Work
 from torchrunx_ray.wire.ranks import Part, Place, first_gpu
 
@@ -44,6 +45,7 @@ _LAUNCHER = Launcher(cpus_per_worker=0, extra_env_vars="all")
 """Workers get the whole environment, as from torch's agent, and as many as wanted fit on a host."""
 
 _NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_BLOCKED_AFTER = "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT"
 
 
 class RayElasticAgent(SimpleElasticAgent):
@@ -62,7 +64,7 @@ class RayElasticAgent(SimpleElasticAgent):
         log_line_prefix_template: str | None = None,
         shutdown_timeout: int = 30,
         health_check_server: HealthCheckServer | None = None,
-        uninterruptible_state_timeout: float | None = None,  # noqa: ARG002  # does nothing yet
+        uninterruptible_state_timeout: float | None = None,
         *,
         hosts: int | tuple[int, int] | Sequence[str] | None = None,
         workers_per_host: Sequence[int] | None = None,
@@ -73,6 +75,7 @@ class RayElasticAgent(SimpleElasticAgent):
         self._logs_specs = logs_specs
         self._prefix_template = log_line_prefix_template
         self._health_check_server = health_check_server
+        self._blocked_after_s = _blocked_after_s(uninterruptible_state_timeout)
         self._group_store = GroupStore()
         self._error_files: dict[int, str] = {}
         """Paths of the workers' error files in the driver, by index."""
@@ -97,13 +100,21 @@ class RayElasticAgent(SimpleElasticAgent):
             numa_options = getattr(spec, "numa_options", None)
             work = Work(spec.entrypoint, spec.args, sys.executable, numa_options)
             self._run = begin(self._options, work)
-        self._assembled = self._run.assemble(self._restarts)
-        return self._assembled.store
+        self._assembled = assembled = self._run.assemble(self._restarts)
+        self._remaining_restarts = self._worker_group.spec.max_restarts - assembled.restarts
+        return assembled.store
 
     @property
     def hosts_waiting(self) -> int:
         """Number of hosts with which another attempt can begin, which counts as no restart."""
         return 0 if self._run is None else self._run.hosts_waiting
+
+    def _get_alive_time(self) -> int:
+        """Return the time of the last progress, for a health server that was started before the agent.
+
+        The agent is alive while it can answer. `health_check_port` of `launcher` tells of the workers.
+        """
+        return int(time.time())
 
     @property
     def _restarts(self) -> int:
@@ -116,6 +127,7 @@ class RayElasticAgent(SimpleElasticAgent):
         spec = worker_group.spec
         if not isinstance(spec.rdzv_handler, RayRendezvous):
             self.place()  # an agent joins the others once it can serve
+            serve_anew(spec.rdzv_handler)
         super()._rendezvous(worker_group)
         assembled = self._assembled
         assert assembled is not None
@@ -141,6 +153,12 @@ class RayElasticAgent(SimpleElasticAgent):
                     f"this agent has {len(assembled.hosts)} hosts, and meets {group_world_size - 1} more agents: let one agent "
                     'have all hosts (rendezvous "ray"), or let each have one.'
                 )
+            if assembled.hosts[0].workers != spec.local_world_size:
+                raise ValueError(
+                    f"this agent's host has {assembled.hosts[0].workers} workers by `workers_per_host`, and the agents that it meets "
+                    f"are told {spec.local_world_size} by the spec's local_world_size: set local_world_size, and leave out "
+                    "`workers_per_host`."
+                )
             workers: list[Worker] = super()._assign_worker_ranks(
                 store, group_rank, group_world_size, spec
             )
@@ -162,7 +180,8 @@ class RayElasticAgent(SimpleElasticAgent):
         variables = self._variables(worker_group)
         destinations = self._destinations(worker_group, variables, part)
         store = self._group_store.address if agents > 1 else None
-        pids = run.start(GroupPlan(part, store, variables), destinations)
+        plan = GroupPlan(part, store, variables, self._blocked_after_s)
+        pids = run.start(plan, destinations)
         return {
             index: pids[place.rank]
             if len(hosts) == 1
@@ -195,6 +214,9 @@ class RayElasticAgent(SimpleElasticAgent):
             case Failed(failures):
                 if not failures.may_go_away:
                     raise failures.exception
+                if is_of_blocked_worker(failures):
+                    # As with torch's agent: the worker may hold a device of its host, and lives on.
+                    self._remaining_restarts = 0
                 pids = {worker.global_rank: _pid(worker) for worker in worker_group.workers}
                 told = process_failures(
                     failures, assembled.hosts, self._places, pids, self._error_files
@@ -311,6 +333,16 @@ class RayElasticAgent(SimpleElasticAgent):
             "stderr": getattr(spec, "duplicate_stderr_filters", None) or (),
         }
         return Destinations.of(logs, prefixes, filters, part.first_rank)
+
+
+def _blocked_after_s(explicit: float | None) -> float:
+    """Return the time that a worker may be blocked in the kernel, from the argument or torch's variable; 0: any."""
+    if explicit is not None:
+        return max(0.0, explicit)
+    try:
+        return max(0.0, float(os.environ.get(_BLOCKED_AFTER, "0")))
+    except ValueError:  # as torch takes it
+        return 0.0
 
 
 def _pid(worker: Worker) -> int:

@@ -45,6 +45,15 @@ def process_failures(
     return found
 
 
+def is_of_blocked_worker(failures: Failures) -> bool:
+    """Return True if a worker was blocked in the kernel for too long."""
+    return any(
+        isinstance(failure.report, messages.ScopeExpired)
+        and failure.report.scope.startswith(messages.BLOCKED)
+        for failure in failures.in_order()
+    )
+
+
 def _process_failure(
     failure: Failure, local_rank: int, pid: int, error_path: str
 ) -> ProcessFailure:

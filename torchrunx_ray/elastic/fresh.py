@@ -4,6 +4,7 @@ import enum
 import os
 import subprocess
 import sys
+from multiprocessing.connection import wait
 from typing import Any
 
 from torchrunx_ray.driver.cluster import connection
@@ -71,7 +72,7 @@ class FreshRun:
         """End the run and the process. Safe to call again, and after an interrupted request."""
         try:
             if self._state is _State.IDLE:
-                self._ask("close")
+                self._ask("close", within_s=self._options.shutdown_timeout + _CLOSING_S)
         finally:
             self._end()
 
@@ -86,13 +87,18 @@ class FreshRun:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, method: str, *args: object) -> Any:
-        """Return the answer to a request, or raise it."""
+    def _ask(self, method: str, *args: object, within_s: float | None = None) -> Any:
+        """Return the answer to a request, or raise it. Raises LaunchError if there is none `within_s`."""
         if self._state is not _State.IDLE:
             raise LaunchError(f"the process of the run {self._state.value}: it cannot {method}")
         self._state = _State.ASKED
         try:
             self._channel.send((method, args))
+            if not wait([self._channel.fileno()], within_s):
+                raise LaunchError(
+                    f"the process that runs the workers for this agent (pid {self._process.pid}) has not answered "
+                    f'"{method}" in {within_s:g} s, and is ended'
+                )
             answer: Any = self._channel.receive()[0]
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._state = _State.ENDED

@@ -1,4 +1,4 @@
-"""The rendezvous of RayElasticAgent, whose hosts Ray finds: backend "ray"."""
+"""The rendezvous "ray": Ray finds the hosts for RayElasticAgent, and agents of torchrun meet at a store."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -11,6 +11,8 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
     RendezvousStoreInfo,
 )
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 
 class Places(Protocol):
@@ -25,20 +27,20 @@ class Places(Protocol):
 
 
 class RayRendezvous(RendezvousHandler):
-    """Finds hosts in the Ray cluster: from `min_nodes` to `max_nodes` of the parameters.
+    """From `min_nodes` to `max_nodes` hosts. Who finds them depends on the agent.
 
-    The agent has one worker group over all hosts. So the rendezvous has one member, the agent, and no store that others
-    could reach.
+    RayElasticAgent has one worker group over all hosts, which Ray finds. Any other agent, such as torchrun's, has the
+    workers of its own host, and meets the others at the store at `endpoint`.
     """
 
     def __init__(self, params: RendezvousParameters) -> None:
         self.params = params
-        self._places: Places | None = None
-        self._is_closed = False
+        self._found: RendezvousHandler | None = None
+        """What does the work; None until an agent is bound, or first asks."""
 
     def bind(self, places: Places) -> None:
         """Let an agent find the hosts."""
-        self._places = places
+        self._found = _OverRay(self.params.run_id, places)
 
     @property
     def hostnames(self) -> int | tuple[int, int]:
@@ -58,40 +60,107 @@ class RayRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """True: the store of the workers is served for them."""
-        return True
+        """True if an agent serves the store of the workers."""
+        return self._handler.use_agent_store
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the hosts of the next attempt."""
-        if self._is_closed:
-            raise RendezvousClosedError
-        if self._places is None:
-            raise RuntimeError(
-                'the rendezvous "ray" is for torchrunx_ray.elastic.RayElasticAgent, which finds the hosts. Under torch\'s '
-                "own agent use --rdzv-backend c10d."
-            )
-        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(*self._places.place()))
+        serve_anew(self._handler)
+        return self._handler.next_rendezvous()
 
     def is_closed(self) -> bool:
         """Return True after `set_closed` or `shutdown`."""
-        return self._is_closed
+        return self._handler.is_closed()
 
     def set_closed(self) -> None:
         """Let no further attempt begin."""
-        self._is_closed = True
+        self._handler.set_closed()
 
     def num_nodes_waiting(self) -> int:
         """Return the number of hosts with which another attempt can begin, which counts as no restart."""
-        return 0 if self._places is None or self._is_closed else self._places.hosts_waiting
+        return self._handler.num_nodes_waiting()
 
     def get_run_id(self) -> str:
         """Return the id of the parameters."""
         return self.params.run_id
 
     def shutdown(self) -> bool:
-        """Close the rendezvous. The agent gives the hosts back."""
+        """Close the rendezvous. RayElasticAgent gives the hosts back."""
+        return self._handler.shutdown()
+
+    @property
+    def _handler(self) -> RendezvousHandler:
+        if self._found is None:
+            self._found = _at_a_store(self.params)
+        return self._found
+
+
+class _OverRay(RendezvousHandler):
+    """The rendezvous of a RayElasticAgent: its only member, with a store that nobody else could reach."""
+
+    def __init__(self, run_id: str, places: Places) -> None:
+        self._run_id = run_id
+        self._places = places
+        self._is_closed = False
+
+    def get_backend(self) -> str:
+        return "ray"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        if self._is_closed:
+            raise RendezvousClosedError
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(*self._places.place()))
+
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def set_closed(self) -> None:
+        self._is_closed = True
+
+    def num_nodes_waiting(self) -> int:
+        return 0 if self._is_closed else self._places.hosts_waiting
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
         self.set_closed()
         return True
+
+
+def _at_a_store(params: RendezvousParameters) -> RendezvousHandler:
+    """Return torch's rendezvous "c10d". A single node needs no endpoint."""
+    if not params.endpoint and params.max_nodes > 1:
+        raise ValueError(
+            'under torchrun, the nodes of the rendezvous "ray" meet at a store, and none is named: give every torchrun '
+            "the same --rdzv-endpoint=HOST:PORT, with HOST one of the nodes. Without torchrun, let "
+            "torchrunx_ray.elastic.RayElasticAgent find the hosts in the Ray cluster."
+        )
+    return get_rendezvous_handler(
+        RendezvousParameters(
+            "c10d",
+            params.endpoint or "localhost:0",
+            params.run_id,
+            params.min_nodes,
+            params.max_nodes,
+            params.local_addr,
+            **vars(params)["config"],
+        )
+    )
+
+
+def serve_anew(handler: RendezvousHandler) -> None:
+    """Let the next round of torch's dynamic rendezvous serve the workers a new store.
+
+    torch serves one store for all rounds. So after a restart, workers read addresses of dead peers; and an agent that
+    joins waits for ever, since nobody tells it the address again.
+    """
+    if isinstance(handler, DynamicRendezvousHandler):
+        vars(handler).update(_shared_tcp_store_server=None, _bootstrap_store_info=None)
 
 
 def handler() -> Callable[[RendezvousParameters], RayRendezvous]:

@@ -53,6 +53,8 @@ class Assembled:
     hosts: Sequence[Host]
     store: tuple[str, int]
     """Address at which the first host can serve the workers' store."""
+    restarts: int
+    """Number of restarts so far. An agent that died while the hosts assembled has cost one more."""
 
     def places(self, part: Part | None = None) -> list[Place]:
         """Return the workers' places in the order of their ranks."""
@@ -97,32 +99,32 @@ class ElasticRun:
         self._options = options
         self._sink = ToDestinations()
         self._has_logs = False
-        """True once the logs are open."""
+        """True once the logs are open, also if no attempt has begun."""
         self._closing: asyncio.Task[None] | None = None
+        """The end of the run; None until the agent closes it."""
         self._begun = 0
         """Number of attempts that have begun."""
         self._hosts = Hosts(options)
         self._progress = Progress(call.run_name)
         self._steps = Steps(self._hosts, options, call, self._progress)
-        self._why: Why | None = None
-        """The reason why the last attempt has ended; None before that."""
         self._going: asyncio.Task[Ended] | None = None
+        """The current attempt, or the last one; None before the first."""
 
     async def assemble(self, restarts: int) -> Assembled:
         """Return the hosts of the next attempt, with an agent on each. `restarts` is the number of those that count."""
         self._steps.policy.restarts = restarts
-        if self._why is None:
+        if self._going is None:
             await self._hosts.open(self._progress)
             await self._steps.assemble(is_fresh=True, sink=self._sink)
             self._has_logs = True
         else:
-            await self._assemble_again(self._why, restarts)
+            await self._assemble_again(restarts)
         crew = self._steps.crew
         hosts = [
             Host(host.label, host.workers, gpu_ids, host.gpus_per_worker)
             for host, gpu_ids in zip(crew.hosts, crew.gpu_ids, strict=True)
         ]
-        return Assembled(hosts, crew.store)
+        return Assembled(hosts, crew.store, self._steps.policy.restarts)
 
     async def start(self, plan: GroupPlan, destinations: Destinations) -> dict[int, int]:
         """Start the workers. Return their pids by rank, all of them unless the attempt has failed meanwhile."""
@@ -176,8 +178,10 @@ class ElasticRun:
         finally:
             await to_the_end(self._hosts.close())
 
-    async def _assemble_again(self, why: Why, restarts: int) -> None:
+    async def _assemble_again(self, restarts: int) -> None:
         failures = self._steps.attempt.failures
+        why = self._progress.history.attempts[-1].why
+        assert why is not None
         try:
             await self._refuse_in_doubt()
             await self._steps.assemble_again(why)
@@ -186,17 +190,13 @@ class ElasticRun:
                 error.add_note(f"The workers had to be started again: {failures.in_brief}")
             raise
         if failures is not None:
-            logger.warning(
-                "%s: restart %d of %d: %s",
-                self._progress.name,
-                restarts,
-                self._options.max_restarts,
-                failures.in_brief,
-            )
+            goes_on = isinstance(self.ended(), MustMove)
+            what = "goes on" if goes_on else self._steps.policy.in_words
+            logger.warning("%s: %s, since %s", self._progress.name, what, failures.in_brief)
 
     async def _go(self) -> Ended:
         steps = self._steps
-        why = self._why = await steps.go()
+        why = await steps.go()
         if why == "stopped":
             return Stopped()
         failures = steps.attempt.failures

@@ -100,6 +100,8 @@ class ShareWanted:
 
     None if they need no lease, because the run will not be started again.
     """
+    blocked_after_s: float
+    """Time that a worker may be blocked in the kernel; 0 if it may be as long as it likes."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,10 @@ class Died:
     """Content of the worker's error file."""
     was_replaced: bool = False
     """True if a program had taken the worker's place."""
+
+
+BLOCKED = "uninterruptible sleep"
+"""Beginning of the name of the scope in which a worker is that stays blocked in the kernel."""
 
 
 @dataclass(frozen=True)

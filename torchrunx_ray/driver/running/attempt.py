@@ -300,6 +300,7 @@ class Attempt:
             forks_when_told=self._forks_when_told,
             restarted=self._restarted if share.index == 0 else None,
             first_lease_s=None if leases is None else leases.first_s(share.agent),
+            blocked_after_s=0 if plan is None else plan.blocked_after_s,
         )
 
     @property

@@ -20,6 +20,8 @@ class GroupPlan:
     """Address of a store that another process serves; None if the attempt's first host serves it."""
     variables: Sequence[dict[str, str]]
     """Variables of the attempt's workers in the order of their ranks."""
+    blocked_after_s: float = 0
+    """Time that a worker may be blocked in the kernel; 0 if it may be as long as it likes."""
 
 
 @dataclass(frozen=True)
