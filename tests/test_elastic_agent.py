@@ -36,9 +36,10 @@ from tests.elastic import (
 )
 from tests.freezer import Freezer, freezer, root
 from tests.groups import summed
-from tests.processes import is_alive, note, of_pool, own_mark, wait_until
+from tests.processes import command_line, is_alive, note, of_pool, own_mark, wait_until
 from tests.soon import soon
 from torchrunx_ray.elastic import RayElasticAgent, create_healthcheck_server
+from torchrunx_ray.wire import proc
 
 BACKENDS = ("ray", "c10d", "static")
 
@@ -302,6 +303,28 @@ def test_signal_ends_the_workers_and_its_handler_is_put_back(tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 2
     for path in tmp_path.iterdir():
         assert not is_alive(int(path.read_text().split()[0]))
+
+
+def test_second_signal_kills_the_workers(tmp_path: Path) -> None:
+    def refuse_to_end() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        note(tmp_path / os.environ["RANK"], os.getpid())
+        while True:
+            time.sleep(1000)
+
+    def signal_twice() -> None:
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=signal_twice, daemon=True).start()
+    with pytest.raises(SignalException) as caught, soon():
+        run(spec_of(refuse_to_end), shutdown_timeout=100)
+
+    assert caught.value.sigval is signal.SIGINT
+    for path in tmp_path.iterdir():
+        assert not is_alive(int(path.read_text()))
 
 
 def test_agent_runs_in_a_thread() -> None:
@@ -593,3 +616,31 @@ def test_agent_of_a_forked_child_runs_in_a_fresh_process(
 
     assert os.waitstatus_to_exitcode(status) == 0
     assert (tmp_path / "values").read_text() == "{0: 1, 1: 1}"
+
+
+def test_death_of_the_fresh_process_ends_its_workers_and_is_told(
+    tmp_path: Path, children: list[int]
+) -> None:
+    def wait() -> None:
+        note(tmp_path / os.environ["RANK"], os.getpid())
+        time.sleep(1000)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run(spec_of(wait))
+        except trx.LaunchError as error:
+            note(tmp_path / "told", error)
+        finally:
+            os._exit(0)
+    children.append(pid)
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 100)
+    workers = [int(path.read_text()) for path in tmp_path.iterdir()]
+    (serving,) = (each for each in proc.children(pid) if "elastic.serve" in command_line(each))
+
+    os.kill(serving, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+    assert f"(pid {serving}) has ended with status -9" in (tmp_path / "told").read_text()
+    with soon():
+        assert wait_until(lambda: not any(map(is_alive, workers)))

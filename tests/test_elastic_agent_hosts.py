@@ -2,7 +2,7 @@
 
 import os
 import signal
-import time
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,23 +74,34 @@ def test_hosts_may_have_unequal_workers() -> None:
     ]
 
 
-def test_hosts_come_and_go_without_a_restart(three: Cluster, tmp_path: Path) -> None:
-    """A host dies, and later another one joins: the group goes on with 2 hosts, then with 3."""
+STAY = """
+import os, signal, sys, time
+from pathlib import Path
 
-    def stay() -> tuple[str, str]:
-        names = "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"
-        size, restarts = (os.environ[name] for name in names)
-        note(tmp_path / f"{size} {os.environ['RANK']}", "")
-        while not (tmp_path / "return").exists():
-            time.sleep(0.05)
-        return size, restarts
+def leave(signum, frame):
+    sys.exit()  # with 0, and its work is not done
+
+signal.signal(signal.SIGTERM, leave)
+folder = Path(sys.argv[1])
+size, restarts, rank = (os.environ[name] for name in ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "RANK"))
+(folder / f"{size} {restarts} {rank}").touch()
+while not (folder / "return").exists():
+    time.sleep(0.05)
+(folder / f"returned {size} {rank}").touch()
+"""
+
+
+def test_hosts_come_and_go_without_a_restart(three: Cluster, tmp_path: Path) -> None:
+    """A host dies, and later another one joins: the program runs again on 2 hosts, then on 3."""
+    program = tmp_path / "stay.py"
+    program.write_text(STAY)
 
     def have_begun(size: int) -> bool:
-        return wait_until(lambda: len(list(tmp_path.glob(f"{size} *"))) == size, 60)
+        return wait_until(lambda: len(list(tmp_path.glob(f"{size} 0 *"))) == size, 60)
 
     def change_hosts() -> None:
         assert have_begun(3)
-        for path in tmp_path.glob("3 *"):
+        for path in tmp_path.glob("3 0 *"):
             path.unlink()
         os.kill(raylet_pid(next(iter(three.worker_nodes))), signal.SIGKILL)
         assert have_begun(2)
@@ -99,7 +110,13 @@ def test_hosts_come_and_go_without_a_restart(three: Cluster, tmp_path: Path) -> 
 
     params = RendezvousParameters("ray", "", "the run", 2, 3)
     spec = WorkerSpec(
-        "trainer", 1, RayRendezvous(params), entrypoint=stay, max_restarts=0, monitor_interval=0.1
+        "trainer",
+        1,
+        RayRendezvous(params),
+        entrypoint=sys.executable,
+        args=(str(program), str(tmp_path)),
+        max_restarts=0,
+        monitor_interval=0.1,
     )
     launcher = trx.Launcher(cpus_per_worker=2, gpus_per_worker=0, resize_interval=1)
     agent = RayElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=2, launcher=launcher)
@@ -112,4 +129,6 @@ def test_hosts_come_and_go_without_a_restart(three: Cluster, tmp_path: Path) -> 
             note(tmp_path / "return", "")
         result = running.result()
 
-    assert result.return_values == dict.fromkeys(range(3), ("3", "0"))
+    assert result.return_values == dict.fromkeys(range(3))
+    returned = sorted(path.name for path in tmp_path.glob("returned *"))
+    assert returned == ["returned 3 0", "returned 3 1", "returned 3 2"]

@@ -95,13 +95,15 @@ class RayElasticAgent(SimpleElasticAgent):
 
     def place(self) -> tuple[str, int]:
         """Wait until each host of the next attempt has an agent. Return the address of the workers' store."""
+        spec = self._worker_group.spec
         if self._run is None:
-            spec = self._worker_group.spec
             numa_options = getattr(spec, "numa_options", None)
             work = Work(spec.entrypoint, spec.args, sys.executable, numa_options)
             self._run = begin(self._options, work)
-        self._assembled = assembled = self._run.assemble(self._restarts)
-        self._remaining_restarts = self._worker_group.spec.max_restarts - assembled.restarts
+        self._assembled = assembled = self._run.assemble(
+            self._restarts, until_warm=not isinstance(spec.rdzv_handler, RayRendezvous)
+        )
+        self._remaining_restarts = spec.max_restarts - assembled.restarts
         return assembled.store
 
     @property

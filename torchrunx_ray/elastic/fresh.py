@@ -20,6 +20,10 @@ _CLOSING_S = 30.0
 """Time beyond `shutdown_timeout` for the process to end its workers and give the hosts back."""
 
 
+_EXIT_S = 5.0
+"""Time for the process to exit by itself."""
+
+
 class _State(enum.Enum):
     IDLE = "waits for a request"
     ASKED = "works on a request, whose answer was not received"
@@ -52,8 +56,8 @@ class FreshRun:
             self._end()
             raise
 
-    def assemble(self, restarts: int) -> Assembled:
-        return self._ask("assemble", restarts)
+    def assemble(self, restarts: int, until_warm: bool) -> Assembled:
+        return self._ask("assemble", restarts, until_warm)
 
     def start(self, plan: GroupPlan, destinations: Destinations) -> dict[int, int]:
         return self._ask("start", plan, destinations)
@@ -70,22 +74,31 @@ class FreshRun:
 
     def close(self) -> None:
         """End the run and the process. Safe to call again, and after an interrupted request."""
+        is_closed = False
         try:
             if self._state is _State.IDLE:
                 self._ask("close", within_s=self._options.shutdown_timeout + _CLOSING_S)
+                is_closed = True
         finally:
-            self._end()
+            self._end(is_closed)
 
-    def _end(self) -> None:
-        """End the process, which ends the run if that was not done."""
+    def _end(self, is_closed: bool = False) -> None:
+        """End the process. If its run is not closed yet, it closes that first."""
         self._state = _State.ENDED
         self._channel.close()
-        self._process.terminate()
-        try:
-            self._process.wait(self._options.shutdown_timeout + _CLOSING_S)
-        except subprocess.TimeoutExpired:
+        if is_closed and self._ends_within(_EXIT_S):
+            return
+        self._process.terminate()  # for which Ray writes lines on stderr
+        if not self._ends_within(self._options.shutdown_timeout + _CLOSING_S):
             self._process.kill()
             self._process.wait()
+
+    def _ends_within(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def _ask(self, method: str, *args: object, within_s: float | None = None) -> Any:
         """Return the answer to a request, or raise it. Raises LaunchError if there is none `within_s`."""

@@ -19,7 +19,7 @@ T = TypeVar("T")
 class GroupRun(Protocol):
     """A worker group's run, as its agent uses it; see `ElasticRun`."""
 
-    def assemble(self, restarts: int) -> Assembled: ...
+    def assemble(self, restarts: int, until_warm: bool) -> Assembled: ...
     def start(self, plan: GroupPlan, destinations: Destinations) -> dict[int, int]: ...
     def ended(self) -> Ended | None: ...
     @property
@@ -35,8 +35,8 @@ class OwnRun:
         args = (work.entrypoint, work.args, work.drivers_interpreter, work.numa_options)
         self._run = ElasticRun(options, put_call(entrypoint.run, args, {}, options))
 
-    def assemble(self, restarts: int) -> Assembled:
-        return _await(self._run.assemble(restarts))
+    def assemble(self, restarts: int, until_warm: bool) -> Assembled:
+        return _await(self._run.assemble(restarts, until_warm=until_warm))
 
     def start(self, plan: GroupPlan, destinations: Destinations) -> dict[int, int]:
         return _await(self._run.start(plan, destinations))

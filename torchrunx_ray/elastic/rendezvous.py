@@ -36,7 +36,7 @@ class RayRendezvous(RendezvousHandler):
     def __init__(self, params: RendezvousParameters) -> None:
         self.params = params
         self._found: RendezvousHandler | None = None
-        """What does the work; None until an agent is bound, or first asks."""
+        """The handler that does the work; None until an agent is bound, or first asks."""
 
     def bind(self, places: Places) -> None:
         """Let an agent find the hosts."""

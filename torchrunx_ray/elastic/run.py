@@ -15,7 +15,7 @@ from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.history import Why
 from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult
-from torchrunx_ray.driver.running.crew import GroupPlan
+from torchrunx_ray.driver.running.crew import Crew, GroupPlan
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.driver.running.restart_policy import Verdict
 from torchrunx_ray.driver.running.steps import Steps
@@ -24,6 +24,9 @@ from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire.ranks import Part, Place, lay_out
 
 logger = logging.getLogger("torchrunx_ray")
+
+_WARM_S = 60.0
+"""Limit of the wait for templates before an agent joins others."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +113,21 @@ class ElasticRun:
         self._going: asyncio.Task[Ended] | None = None
         """The current attempt, or the last one; None before the first."""
 
-    async def assemble(self, restarts: int) -> Assembled:
-        """Return the hosts of the next attempt, with an agent on each. `restarts` is the number of those that count."""
+    async def assemble(self, restarts: int, until_warm: bool) -> Assembled:
+        """Return the hosts of the next attempt, with an agent on each. `restarts` is the number of those that count.
+
+        `until_warm`: other agents join the group, and all workers should start at about the same time.
+        """
         self._steps.policy.restarts = restarts
         if self._going is None:
             await self._hosts.open(self._progress)
             await self._steps.assemble(is_fresh=True, sink=self._sink)
             self._has_logs = True
         else:
-            await self._assemble_again(restarts)
+            await self._assemble_again()
         crew = self._steps.crew
+        if until_warm:
+            await _until_warm(crew)
         hosts = [
             Host(host.label, host.workers, gpu_ids, host.gpus_per_worker)
             for host, gpu_ids in zip(crew.hosts, crew.gpu_ids, strict=True)
@@ -178,7 +186,7 @@ class ElasticRun:
         finally:
             await to_the_end(self._hosts.close())
 
-    async def _assemble_again(self, restarts: int) -> None:
+    async def _assemble_again(self) -> None:
         failures = self._steps.attempt.failures
         why = self._progress.history.attempts[-1].why
         assert why is not None
@@ -219,3 +227,12 @@ class ElasticRun:
         if hosts := await self._steps.attempt.silent_hosts.in_doubt():
             what = "the workers cannot be started again, since processes of the last attempt may live on"
             raise AgentFailedError(hostname=", ".join(hosts), what=what)
+
+
+async def _until_warm(crew: Crew) -> None:
+    """Wait until workers can be forked, for a while: what keeps a template from that is told by the start of the workers."""
+    asking = [asyncio.create_task(agent.connection.ask(agent.calls.warm)) for agent in crew.agents]
+    _, late = await asyncio.wait(asking, timeout=_WARM_S)
+    for task in asking:
+        if task in late or task.exception() is not None:
+            task.cancel()
