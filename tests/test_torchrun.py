@@ -23,7 +23,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     if dist.get_rank() == 0:
         sys.exit("once")
     dist.barrier()
-print("sum", int(total))
+sys.stdout.write(f"sum {int(total)}\n")
 """
 
 
