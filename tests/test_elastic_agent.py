@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.rpc as rpc
+from torch.distributed.elastic import timer
 from torch.distributed.elastic.agent.server import api as server_api
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -522,6 +524,22 @@ def test_virtual_local_rank_is_0_for_all() -> None:
     assert list(result.return_values.values()) == [("0", "0"), ("0", "1")]
 
 
+def test_watchdog_ends_a_worker_and_the_group_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
+
+    def hang_at_first() -> str:
+        with timer.expires(after=0.5, scope="a step"):
+            time.sleep(1000 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+        return os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+    failed = run(spec_of(hang_at_first))
+    again = run(spec_of(hang_at_first, max_restarts=1))
+
+    (message, *_) = (failure.message for failure in failed.failures.values())
+    assert "has not left the scope a step in 0.5 s, so the watchdog sent SIGKILL" in message
+    assert again.return_values == {0: "1", 1: "1"}
+
+
 @pytest.mark.skipif(root() is None, reason="needs root and a cgroup that freezes")
 def test_worker_that_stays_blocked_in_the_kernel_fails_and_is_not_replaced(tmp_path: Path) -> None:
     def wait_for_ever() -> None:
@@ -555,6 +573,17 @@ def test_nothing_is_left_of_an_agents_run(tmp_path: Path) -> None:
 
     with soon():
         assert wait_until(lambda: not of_pool(found))
+
+
+def test_rpc_works_among_the_workers() -> None:
+    def ask_the_other() -> int:
+        rank = int(os.environ["RANK"])
+        rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2)
+        answer: int = rpc.rpc_sync(f"worker{1 - rank}", max, args=(rank, 7))
+        rpc.shutdown()
+        return answer
+
+    assert run(spec_of(ask_the_other)).return_values == {0: 7, 1: 7}
 
 
 def test_25_workers_fit_on_few_cores() -> None:

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
@@ -103,6 +104,65 @@ def test_group_grows_when_another_agent_joins(
     assert values == [("2", "0"), ("2", "0")]
     said = [path.read_text() for path in tmp_path.glob("logs */*/attempt_0/0/stdout.log")]
     assert said == ["at last\n", "at last\n"]
+
+
+class Together:
+    """Agents with one worker each that form one group, in threads; by their roles."""
+
+    def __init__(
+        self, function: Callable[[], object], roles: Sequence[str], **options: Any
+    ) -> None:
+        self.results: dict[str, RunResult] = {}
+        self._function = function
+        self._options = options
+        endpoint = f"localhost:{free_port()}"
+        self._params = RendezvousParameters("c10d", endpoint, "together", len(roles), len(roles))
+        self._threads = [threading.Thread(target=self._run, args=(role,)) for role in roles]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> None:
+        for thread in self._threads:
+            thread.join(100)
+
+    def _run(self, role: str) -> None:
+        spec = spec_of(self._function, workers=1, role=role)
+        spec.rdzv_handler = handler_of(self._params)
+        self.results[role] = agent_of(spec, **self._options).run()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_agent_waits_for_the_workers_of_the_others_but_not_for_ever(
+    tmp_path: Path, waits: bool
+) -> None:
+    may_return = tmp_path / "may return"
+
+    def drift() -> str:
+        role = os.environ["ROLE_NAME"]
+        assert role == "fast" or wait_until(may_return.exists, 60)
+        note(tmp_path / role, "")
+        return role
+
+    agents = Together(drift, ["fast", "slow"], exit_barrier_timeout=300 if waits else 1)
+    try:
+        assert wait_until((tmp_path / "fast").exists, 60)
+        assert wait_until(lambda: "fast" in agents.results, 2 if waits else 60) is not waits
+    finally:
+        note(may_return, "")
+        agents.wait()
+
+    values = {role: list(result.return_values.values()) for role, result in agents.results.items()}
+    assert values == {"fast": ["fast"], "slow": ["slow"]}
+
+
+def test_agents_whose_workers_fail_do_not_wait_for_each_other() -> None:
+    def fail() -> None:
+        raise ValueError("on purpose")
+
+    agents = Together(fail, ["one", "other"], exit_barrier_timeout=300)
+    agents.wait()
+
+    assert [result.state for result in agents.results.values()] == [WorkerState.FAILED] * 2
 
 
 SURVIVOR = """

@@ -11,7 +11,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from tests.elastic import free_port
 from torchrunx_ray.elastic import RayRendezvous
 
-SUM = """
+SUM = r"""
 import os, sys
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ def torchrun(folder: Path, *options: str) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.exhaustive
 def test_single_node_needs_no_endpoint(tmp_path: Path) -> None:
     with torchrun(tmp_path, "--nproc-per-node=2") as run:
         said, told = run.communicate(timeout=100)

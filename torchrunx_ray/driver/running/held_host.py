@@ -183,11 +183,11 @@ class HeldHost:
         ):  # environment or folder has changed
             agent, self._agent = self._agent, None
             await to_the_end(agent.release(self._options.linger))
-        if self._agent is None:
-            self._agent = await pool.acquire(self.host.node, label, wanted, self._options)
-        agent = self._agent
         silent = asyncio.get_running_loop().call_later(_SILENT_S, _say_silent, label)
         try:
+            if self._agent is None:
+                self._agent = await pool.acquire(self.host.node, label, wanted, self._options)
+            agent = self._agent
             port = health_port(self._options, wanted)
             met = await agent.meet(listen=listen, health_port=port)
         except (RayError, TimeoutError) as error:
