@@ -13,6 +13,7 @@ from tests.clusters.two_hosts import TwoHosts, namespaces_are_possible, two_host
 from tests.processes import of_pool, wait_until
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.slow,
     pytest.mark.timeout(240),
     pytest.mark.skipif(

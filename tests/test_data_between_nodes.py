@@ -16,6 +16,8 @@ from tests.clusters.raylets import raylets
 from tests.memory import MIB, megabytes, status
 from tests.scripts import run_alone
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Cluster]:

@@ -334,6 +334,7 @@ print(len(launcher.run(os.getpid)))
     assert done.stdout.splitlines() == ["can't start new thread", "1"], done.stderr
 
 
+@pytest.mark.exhaustive
 def test_driver_that_has_forked_can_still_start_agents(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"],
 ) -> None:

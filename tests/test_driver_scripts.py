@@ -183,6 +183,7 @@ def test_launches_change_nothing_of_the_driver(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_launch_that_calls_ray_init_changes_what_that_changes(
     drive: Callable[..., "subprocess.CompletedProcess[str]"],
 ) -> None:
@@ -375,6 +376,7 @@ print(trx.launch(lambda: "well", workers_per_host=1, backend=None, preload=()).r
 @pytest.mark.parametrize(
     "start_method", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)]
 )
+@pytest.mark.exhaustive
 def test_python_that_was_built_on_an_older_system_will_do(
     drive: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, start_method: str
 ) -> None:

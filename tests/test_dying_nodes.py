@@ -19,7 +19,7 @@ from tests.processes import command_line, wait_until
 from tests.soon import soon
 
 # Ray itself notices a killed raylet after 15 to 30 s.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ def test_one_agent_has_all_workers_on_all_hosts() -> None:
     assert agent._remaining_restarts == 0
 
 
+@pytest.mark.exhaustive
 def test_hosts_may_have_unequal_workers() -> None:
     params = RendezvousParameters("ray", "", "the run", 2, 2)
     spec = WorkerSpec("trainer", 1, RayRendezvous(params), entrypoint=seen, max_restarts=1)

@@ -295,6 +295,7 @@ def test_env_file_that_leaves_something_behind_is_not_waited_for(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_env_file_that_was_corrected_is_read_again(cluster: None, tmp_path: Path) -> None:
     """The first reading, or its error, stayed with the agent."""
     env_file = tmp_path / "env"
@@ -466,6 +467,7 @@ def notes(run: Callable[[], object]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_variable_that_did_not_travel_is_told_of_where_it_is_missed(
     one: trx.Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,6 +483,7 @@ def test_variable_that_did_not_travel_is_told_of_where_it_is_missed(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
     one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,6 +514,7 @@ def test_module_that_a_worker_lacks_is_told_of_with_the_drivers_own_path(
     assert "That folder is in the driver's PYTHONPATH. Workers search it too" in searched
 
 
+@pytest.mark.exhaustive
 def test_advice_never_takes_the_place_of_the_workers_error(
     one: trx.Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,6 +539,7 @@ def test_advice_never_takes_the_place_of_the_workers_error(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_workers_of_different_environments_do_not_share_agents(launcher: trx.Launcher) -> None:
     values = [
         seen(dataclasses.replace(launcher, extra_env_vars={"A": value}), "A")
@@ -545,6 +550,7 @@ def test_workers_of_different_environments_do_not_share_agents(launcher: trx.Lau
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_a_runtime_env_brings_is_not_hidden_by_the_drivers_pythonpath(
     run_script: Callable[[str], "subprocess.CompletedProcess[str]"], address: str, tmp_path: Path
 ) -> None:
@@ -589,6 +595,7 @@ print(*trx.launch(look, workers_per_host=1, backend=None).rank(0), sep="\\n")
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_threads_that_ray_gives_a_task_are_not_the_workers(cluster: None) -> None:
     launcher = trx.Launcher(workers_per_host=1, backend=None)
 

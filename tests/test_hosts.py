@@ -383,6 +383,7 @@ def test_slurm_outside_of_an_allocation(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_twenty_launches_from_eight_threads(three_raylets: Cluster) -> None:
     launcher = trx.Launcher(
         hostnames=1, workers_per_host=2, cpus_per_worker=0.1, gpus_per_worker=0, backend="gloo"
@@ -459,6 +460,7 @@ def test_node_that_comes_back_while_it_is_asked_which_ones_left_is_taken(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_node_that_left_a_moment_ago_is_waited_for(
     three_raylets: Cluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -545,6 +547,7 @@ sys.meta_path.insert(0, Holds())
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_question_for_gpus_that_is_not_answered_is_named_and_asked_again(
     three_raylets: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

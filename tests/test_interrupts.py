@@ -23,7 +23,7 @@ import torchrunx_ray as trx
 from tests.processes import mentioning, of_pool, wait_until
 from tests.soon import SOON_S, soon
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("joined")]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.usefixtures("joined")]
 
 SCRIPT = """
 import os, signal, sys, time, traceback

@@ -167,6 +167,86 @@ except trx.LaunchError as error:
         yield pool.map(launch, [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}])
 
 
+# First, since agents of other tests' runs on this cluster would be counted, too.
+def test_agents_metrics_can_be_read_by_prometheus(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        f"""
+import os, time
+from pathlib import Path
+import torchrunx_ray as trx
+from torchrunx_ray.driver.running import steps
+from torchrunx_ray.wire.messages import Restarted
+
+def fail(often):
+    if trx.context().attempt < often:
+        raise ValueError
+
+def die_once():
+    if trx.context().attempt == 0 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    if trx.context().attempt == 0:
+        time.sleep(1000)
+
+def wait():
+    while not Path({str(tmp_path / "seen")!r}).exists():
+        time.sleep(0.1)
+
+launcher = trx.Launcher(hostnames=["localhost"], workers_per_host=2)
+launcher.run(print, "hello")
+try:
+    launcher.run(lambda: 1 / 0)
+except ZeroDivisionError:
+    pass
+patient = trx.Launcher(hostnames=["localhost"], workers_per_host=2, max_restarts=5)
+patient.run(fail, 2)
+patient.run(die_once)
+# As after the loss of two hosts.
+steps._restarted = lambda *_: Restarted("host", 2)
+patient.run(fail, 1)
+launcher.run(wait)
+"""
+    )
+    script = ("--working-dir", str(tmp_path), "--", sys.executable, "train.py")
+    submitted = jobs.run("submit", "--no-wait", "--submission-id=measured", *script)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+
+    def metrics() -> dict[str, float]:
+        """Those of ours, by name and the tag that we gave."""
+        url = f"http://127.0.0.1:{jobs.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found: dict[str, float] = {}
+        for line in lines:
+            if line.startswith("ray_torchrunx_ray_"):
+                name, _, rest = line.partition("{")
+                tags, _, value = rest.rpartition("} ")
+                own = [
+                    tag for tag in tags.split(",") if tag.startswith(("kind=", "phase=", "reason="))
+                ]
+                key = " ".join([name.removeprefix("ray_torchrunx_ray_"), *own])
+                found[key] = found.get(key, 0) + float(value)
+        return found
+
+    # A look makes Ray gather all of its metrics anew, for 0.1 s of CPU.
+    assert wait_until(lambda: metrics().get("workers_running") == 2, 120), metrics()
+    (tmp_path / "seen").touch()
+    assert wait_until(lambda: metrics().get("runs_total", 0) >= 6, 30), sorted(metrics().items())
+    seen = metrics()
+    assert seen["runs_total"] == 6
+    restarts = {key: count for key, count in seen.items() if key.startswith("restarts_total")}
+    assert restarts == {
+        'restarts_total reason="exception"': 2,
+        'restarts_total reason="death"': 1,
+        'restarts_total reason="host"': 1,
+    }
+    assert seen["hosts_lost_total"] == 2
+    assert seen['failures_total kind="exception"'] >= 1
+    for phase in ("template import", "process group", "run"):
+        assert seen[f'seconds_total phase="{phase}"'] > 0, seen
+    succeeded = lambda: "SUCCEEDED" in jobs.run("status", "measured").stdout.upper()  # noqa: E731
+    assert wait_until(succeeded, 60)
+
+
 def test_commands_of_the_page_run_with_each_way_to_give_the_token(
     jobs: Jobs, tmp_path: Path
 ) -> None:
@@ -399,85 +479,6 @@ trx.launch(train, hostnames=1, workers_per_host=2, backend=None, preload=(), nam
     assert directory.parent.name == "torchrunx_logs"
     assert "working_dir_files" in str(directory)
     assert "from the function" in "".join(path.read_text() for path in directory.iterdir())
-
-
-def test_agents_metrics_can_be_read_by_prometheus(jobs: Jobs, tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(
-        f"""
-import os, time
-from pathlib import Path
-import torchrunx_ray as trx
-from torchrunx_ray.driver.running import steps
-from torchrunx_ray.wire.messages import Restarted
-
-def fail(often):
-    if trx.context().attempt < often:
-        raise ValueError
-
-def die_once():
-    if trx.context().attempt == 0 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
-    if trx.context().attempt == 0:
-        time.sleep(1000)
-
-def wait():
-    while not Path({str(tmp_path / "seen")!r}).exists():
-        time.sleep(0.1)
-
-launcher = trx.Launcher(hostnames=["localhost"], workers_per_host=2)
-launcher.run(print, "hello")
-try:
-    launcher.run(lambda: 1 / 0)
-except ZeroDivisionError:
-    pass
-patient = trx.Launcher(hostnames=["localhost"], workers_per_host=2, max_restarts=5)
-patient.run(fail, 2)
-patient.run(die_once)
-# As after the loss of two hosts.
-steps._restarted = lambda *_: Restarted("host", 2)
-patient.run(fail, 1)
-launcher.run(wait)
-"""
-    )
-    script = ("--working-dir", str(tmp_path), "--", sys.executable, "train.py")
-    submitted = jobs.run("submit", "--no-wait", "--submission-id=measured", *script)
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-
-    def metrics() -> dict[str, float]:
-        """Those of ours, by name and the tag that we gave."""
-        url = f"http://127.0.0.1:{jobs.metrics_port}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        found: dict[str, float] = {}
-        for line in lines:
-            if line.startswith("ray_torchrunx_ray_"):
-                name, _, rest = line.partition("{")
-                tags, _, value = rest.rpartition("} ")
-                own = [
-                    tag for tag in tags.split(",") if tag.startswith(("kind=", "phase=", "reason="))
-                ]
-                key = " ".join([name.removeprefix("ray_torchrunx_ray_"), *own])
-                found[key] = found.get(key, 0) + float(value)
-        return found
-
-    # A look makes Ray gather all of its metrics anew, for 0.1 s of CPU.
-    assert wait_until(lambda: metrics().get("workers_running") == 2, 120), metrics()
-    (tmp_path / "seen").touch()
-    assert wait_until(lambda: metrics().get("runs_total", 0) >= 6, 30), sorted(metrics().items())
-    seen = metrics()
-    assert seen["runs_total"] == 6
-    restarts = {key: count for key, count in seen.items() if key.startswith("restarts_total")}
-    assert restarts == {
-        'restarts_total reason="exception"': 2,
-        'restarts_total reason="death"': 1,
-        'restarts_total reason="host"': 1,
-    }
-    assert seen["hosts_lost_total"] == 2
-    assert seen['failures_total kind="exception"'] >= 1
-    for phase in ("template import", "process group", "run"):
-        assert seen[f'seconds_total phase="{phase}"'] > 0, seen
-    succeeded = lambda: "SUCCEEDED" in jobs.run("status", "measured").stdout.upper()  # noqa: E731
-    assert wait_until(succeeded, 60)
 
 
 @pytest.mark.parametrize(

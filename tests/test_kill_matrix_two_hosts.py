@@ -22,6 +22,7 @@ from tests.traces import MARK, Traces
 from tests.victims import MAY_RAISE, Driven, matrix, may_also
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.slow,
     pytest.mark.timeout(240),
     pytest.mark.skipif(

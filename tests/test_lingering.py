@@ -16,7 +16,7 @@ from tests.processes import wait_until
 from tests.traces import MARK, Traces
 from tests.victims import MAY_RAISE, Driven
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.timeout(120)]
 
 CPUS = 4
 WITHOUT_TORCH: dict[str, Any] = {"workers_per_host": 2, "backend": None, "preload": ()}

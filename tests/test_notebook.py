@@ -32,6 +32,7 @@ def text_of(cell: Any, *kinds: str) -> str:
     return shown
 
 
+@pytest.mark.exhaustive
 def test_example_notebook_shows_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

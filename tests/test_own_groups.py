@@ -44,6 +44,7 @@ def test_four_groups_in_a_row(cluster: None, backend: str | None, attempt: int) 
 @pytest.mark.slow
 @pytest.mark.parametrize("preload", [("torch", "torch.distributed"), ()])
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.exhaustive
 def test_torch_that_is_imported_late_uses_the_launchs_store_too(
     cluster: None, preload: tuple[str, ...], start_method: StartMethod
 ) -> None:

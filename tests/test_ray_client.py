@@ -172,6 +172,7 @@ except trx.PlacementError as error:
     assert "a host needs 5 CPU; the largest node has 4" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_failed_run_is_restarted_and_may_change_its_size(drive: Drive) -> None:
     """The questions about nodes are asked inside the cluster."""
     done = drive(

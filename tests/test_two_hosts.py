@@ -74,6 +74,35 @@ print(list(launcher.run(lambda: os.environ["GLOO_SOCKET_IFNAME"])))
 
 
 @pytest.mark.slow
+def test_elastic_agent_has_the_workers_of_both_hosts_also_after_a_restart(
+    run: Callable[[str], str],
+) -> None:
+    out = run(
+        """
+from torch.distributed.launcher import api
+from torchrunx_ray.elastic import RayElasticAgent
+
+api.LocalElasticAgent = RayElasticAgent
+
+def total():
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    value = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(value)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist.get_rank() == 1:
+        os.kill(os.getpid(), 9)
+    dist.barrier()
+    return value.item(), os.environ["GROUP_RANK"]
+
+config = api.LaunchConfig(2, 2, 1, rdzv_backend="ray", max_restarts=1, monitor_interval=0.1)
+print(api.elastic_launch(config, total)())
+"""
+    )
+
+    assert out.splitlines()[-1] == "{0: (1.0, '0'), 1: (1.0, '1')}"
+
+
+@pytest.mark.slow
 def test_rank_of_the_other_host_that_does_not_join_is_named(
     run: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -138,32 +167,3 @@ except trx.AgentFailedError as error:
     # Ray puts the raylet's last log lines around it.
     assert "10.77.0.12 True the raylet, Ray's process for the node (pid " in out, out
     assert "kill_raylet (<string>:" in out
-
-
-@pytest.mark.slow
-def test_elastic_agent_has_the_workers_of_both_hosts_also_after_a_restart(
-    run: Callable[[str], str],
-) -> None:
-    out = run(
-        """
-from torch.distributed.launcher import api
-from torchrunx_ray.elastic import RayElasticAgent
-
-api.LocalElasticAgent = RayElasticAgent
-
-def total():
-    import torch, torch.distributed as dist
-    dist.init_process_group("gloo")
-    value = torch.tensor(float(dist.get_rank()))
-    dist.all_reduce(value)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist.get_rank() == 1:
-        os.kill(os.getpid(), 9)
-    dist.barrier()
-    return value.item(), os.environ["GROUP_RANK"]
-
-config = api.LaunchConfig(2, 2, 1, rdzv_backend="ray", max_restarts=1, monitor_interval=0.1)
-print(api.elastic_launch(config, total)())
-"""
-    )
-
-    assert out.splitlines()[-1] == "{0: (1.0, '0'), 1: (1.0, '1')}"
