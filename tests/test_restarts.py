@@ -112,6 +112,7 @@ def test_no_key_of_an_earlier_attempt_is_left_in_the_store(
         store = _get_default_store()
         mine = f"of attempt {trx.context().attempt}, rank {dist.get_rank()}"
         store.set(mine, mine)
+        store.get(mine)  # `set` does not wait for the server
         dist.barrier()
         seen = {key: store.get(key) for key in store.list_keys()}
         dist.barrier()
