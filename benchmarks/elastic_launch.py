@@ -41,9 +41,8 @@ def sample(agent: str) -> None:
     if agent == "ours":
         from torchrunx_ray.elastic import RayElasticAgent
 
-        os.environ["OF_THIS_SAMPLE"] = (
-            uuid.uuid4().hex
-        )  # another environment, and so another template
+        # Another environment, and so another template.
+        os.environ["OF_THIS_SAMPLE"] = uuid.uuid4().hex
         ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
         api.LocalElasticAgent = RayElasticAgent
     backend = "ray" if agent == "ours" else "c10d"

@@ -310,23 +310,23 @@ def test_signal_ends_the_workers_and_its_handler_is_put_back(tmp_path: Path) -> 
 
 def test_second_signal_kills_the_workers(tmp_path: Path) -> None:
     def refuse_to_end() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        note(tmp_path / os.environ["RANK"], os.getpid())
+        rank = os.environ["RANK"]
+        signal.signal(signal.SIGTERM, lambda *_: note(tmp_path / f"told {rank}", ""))
+        note(tmp_path / f"begun {rank}", os.getpid())
         while True:
             time.sleep(1000)
 
     def signal_twice() -> None:
-        wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
+        for what, signum in (("begun *", signal.SIGTERM), ("told *", signal.SIGINT)):
+            wait_until(lambda: len(list(tmp_path.glob(what))) == 2, 60)  # noqa: B023
+            os.kill(os.getpid(), signum)
 
     threading.Thread(target=signal_twice, daemon=True).start()
     with pytest.raises(SignalException) as caught, soon():
         run(spec_of(refuse_to_end), shutdown_timeout=100)
 
     assert caught.value.sigval is signal.SIGINT
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("begun *"):
         assert not is_alive(int(path.read_text()))
 
 

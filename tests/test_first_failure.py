@@ -10,7 +10,6 @@ from tests.clusters.shifted_clock import compiler, shifted_clock
 from tests.clusters.two_hosts import TwoHosts, namespaces_are_possible, two_hosts
 
 pytestmark = [
-    pytest.mark.exhaustive,
     pytest.mark.slow,
     pytest.mark.skipif(
         not namespaces_are_possible(), reason="needs root and a kernel that gives namespaces"

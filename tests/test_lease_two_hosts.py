@@ -23,7 +23,6 @@ from torchrunx_ray.wire import linux
 from torchrunx_ray.wire.clock import boot_ns
 
 pytestmark = [
-    pytest.mark.exhaustive,
     pytest.mark.slow,
     pytest.mark.skipif(
         not namespaces_are_possible(), reason="needs root and a kernel that gives namespaces"

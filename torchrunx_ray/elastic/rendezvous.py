@@ -86,7 +86,7 @@ class RayRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         """Close the rendezvous. RayElasticAgent gives the hosts back."""
-        return self._handler.shutdown()
+        return self._found is None or self._found.shutdown()
 
     @property
     def _handler(self) -> RendezvousHandler:
@@ -148,7 +148,7 @@ def _at_a_store(params: RendezvousParameters) -> RendezvousHandler:
             params.min_nodes,
             params.max_nodes,
             params.local_addr,
-            **vars(params)["config"],
+            **vars(params)["config"],  # whose type torch leaves open
         )
     )
 

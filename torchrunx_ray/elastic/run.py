@@ -1,6 +1,7 @@
 """The run of an agent's worker group: its hosts, and its attempts one after the other."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -230,9 +231,8 @@ class ElasticRun:
 
 
 async def _until_warm(crew: Crew) -> None:
-    """Wait until workers can be forked, for a while: what keeps a template from that is told by the start of the workers."""
-    asking = [asyncio.create_task(agent.connection.ask(agent.calls.warm)) for agent in crew.agents]
-    _, late = await asyncio.wait(asking, timeout=_WARM_S)
-    for task in asking:
-        if task in late or task.exception() is not None:
-            task.cancel()
+    """Wait for a while until workers can be forked. What prevents that is told when they are started."""
+    asking = (agent.connection.ask(agent.calls.warm) for agent in crew.agents)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_WARM_S):
+            await asyncio.gather(*asking, return_exceptions=True)

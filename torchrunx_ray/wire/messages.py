@@ -225,7 +225,7 @@ class Died:
 
 
 BLOCKED = "uninterruptible sleep"
-"""Beginning of the name of the scope in which a worker is that stays blocked in the kernel."""
+"""Beginning of the scope's name for a worker that stays blocked in the kernel."""
 
 
 @dataclass(frozen=True)
