@@ -95,4 +95,5 @@ def test_actor_whose_node_has_died_is_no_actor_that_was_refused() -> None:
     )
     never_ran = "The actor never ran - it was cancelled before it started running."
     assert foreign_errors.has_never_run(never_ran)
+    assert foreign_errors.has_never_run("System error: Actor creation cancelled.")
     assert not foreign_errors.has_never_run(died + never_ran)

@@ -34,7 +34,8 @@ def says_process_died(text: str) -> bool:
 
 def has_never_run(text: str) -> bool:
     """Return True if Ray gave up on an actor before it ran, and its node lives."""
-    return "never ran" in text and "its node has died" not in text
+    cancelled = "never ran" in text or "Actor creation cancelled" in text
+    return cancelled and "its node has died" not in text
 
 
 def refused_token(text: str) -> str:
