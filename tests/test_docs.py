@@ -130,7 +130,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_every_option_of_torchrun_has_its_row() -> None:
-    page = page_text("from_torchrun.md")
+    page = page_text("torchrun.md")
     options = [
         option
         for action in get_args_parser()._actions
@@ -144,7 +144,7 @@ def test_every_option_of_torchrun_has_its_row() -> None:
 
 def test_options_that_the_tables_name_are_there() -> None:
     fields = trx.Launcher.__dataclass_fields__
-    for page in ("from_torchrun.md", "from_ray_train.md"):
+    for page in ("torchrun.md", "from_ray_train.md"):
         ours = [row.split("|")[2] for row in page_text(page).splitlines() if row.startswith("| `")]
         named = {name for cell in ours for name in re.findall(r"`(\w+)=", cell)}
         assert named - fields.keys() <= {"OMP_NUM_THREADS"}, page

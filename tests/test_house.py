@@ -48,7 +48,17 @@ def test_driver_does_not_load_torch() -> None:
 def test_all_is_exactly_what_is_public() -> None:
     for name in trx.__all__:
         assert getattr(trx, name) is not None
-    places = {"driver", "agent", "pulse", "worker", "wire", "integrations", "torchrunx", "elastic"}
+    places = {
+        "driver",
+        "agent",
+        "pulse",
+        "worker",
+        "wire",
+        "integrations",
+        "torchrunx",
+        "elastic",
+        "cli",
+    }
     submodules = {*places, "errors", "version"}
     imports = {"import_module", "TYPE_CHECKING", "Any"}
     public = {name for name in dir(trx) if not name.startswith("_")}

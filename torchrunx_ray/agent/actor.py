@@ -233,15 +233,15 @@ class Agent:
             self._early[attempt].append(lambda run: run.ask_to_stop(asked))
 
     async def stop(
-        self, attempt: messages.AttemptId, grace_s: float, reason: StopReason | None
+        self, attempt: messages.AttemptId, grace_s: float, signum: int, reason: StopReason | None
     ) -> None:
-        """End a run. `reason` is the last one that the function was given, or None."""
+        """End a run, by this signal first. `reason` is the last one that the function was given, or None."""
         if self._run is not None and self._run.attempt == attempt:
             self._metrics.stops()
             self._condition.stops()
-            self._run.stop(grace_s, reason)
+            self._run.stop(grace_s, signum, reason)
         else:
-            self._early[attempt].append(lambda run: run.stop(0))
+            self._early[attempt].append(lambda run: run.stop(0, signal.SIGKILL))
 
     async def others_have_ended(self, attempt: messages.AttemptId) -> None:
         """Note that no worker of another host uses this host's store any more. Like `stop`, this may come early."""

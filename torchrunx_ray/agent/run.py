@@ -149,10 +149,10 @@ class HostRun:
         if self._state is not State.ENDING:
             self._stop_board.ask(asked)
 
-    def stop(self, grace_s: float, reason: StopReason | None = None) -> None:
-        """Send SIGTERM to the workers, then SIGKILL after `grace_s`. With 0, send SIGKILL at once.
+    def stop(self, grace_s: float, signum: int, reason: StopReason | None = None) -> None:
+        """Send the signal to the workers, then SIGKILL after `grace_s`. With 0, send SIGKILL at once.
 
-        A worker that has failed gets no SIGTERM: it is already exiting, and has `grace_s` for its exit functions.
+        A worker that has failed gets only SIGKILL: it is already exiting, and has `grace_s` for its exit functions.
         `reason` is the reason of a request to the function, which Ray may deliver after this order.
         """
         if reason is not None:
@@ -162,7 +162,7 @@ class HostRun:
         for worker in self._workers.values():
             worker.will_be_stopped()
         if grace_s > 0:
-            self._signal(signal.SIGTERM, spare_failed=True)
+            self._signal(signum, spare_failed=True)
             asyncio.get_running_loop().call_later(grace_s, self._kill)
         else:
             self._kill()

@@ -231,6 +231,14 @@ class Run(concurrent.futures.Future[LaunchResult[R]]):
         finally:
             del error, self  # an exception refers to this frame
 
+    def _failures_without_exceptions(self) -> Failures | None:
+        self._was_asked = True
+        if self.cancelled():
+            return self._progress.failures_before_stop
+        if self._failures is None and (error := super().exception(0)) is not None:
+            raise error
+        return self._failures
+
     def _error(self) -> BaseException | None:
         # Unpickled in the caller's thread: this may import user modules, or yield
         # CancelledError, which asyncio treats specially.
@@ -386,6 +394,15 @@ def _stop_living() -> None:
                 _called_at_exit.pop(0)()
     except BaseException:
         return  # interrupted again: remaining runs end with the driver
+
+
+def failures_of(run: Run[Any]) -> Failures | None:
+    """Wait for a run. Return its failures, for a caller who loads no exception of the function; None if it has none.
+
+    If the run was stopped, these are the failures from before the stop. Raises the error of a run that had no workers.
+    """
+    run.wait()
+    return run._failures_without_exceptions()  # pyright: ignore[reportPrivateUsage]
 
 
 stays_in_driver(

@@ -30,12 +30,13 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 
 from torchrunx_ray.driver.launcher import Launcher
 from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.output.to_destinations import Destinations
 from torchrunx_ray.driver.running.crew import GroupPlan
 from torchrunx_ray.driver.terminal.console import TextStream
 from torchrunx_ray.elastic import signals
 from torchrunx_ray.elastic.failures import is_of_blocked_worker, process_failures
 from torchrunx_ray.elastic.group_store import GroupStore
-from torchrunx_ray.elastic.output import Destinations
+from torchrunx_ray.elastic.output import destinations_of
 from torchrunx_ray.elastic.reach import GroupRun, begin
 from torchrunx_ray.elastic.rendezvous import RayRendezvous, serve_anew
 from torchrunx_ray.elastic.run import Assembled, Failed, MustMove, Returned, Stopped, Work
@@ -334,7 +335,7 @@ class RayElasticAgent(SimpleElasticAgent):
             "stdout": getattr(spec, "duplicate_stdout_filters", None) or (),
             "stderr": getattr(spec, "duplicate_stderr_filters", None) or (),
         }
-        return Destinations.of(logs, prefixes, filters, part.first_rank)
+        return destinations_of(logs, prefixes, filters, part.first_rank)
 
 
 def _blocked_after_s(explicit: float | None) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torchrunx_ray.driver.cluster import connection
 from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.output.to_destinations import Destinations
 from torchrunx_ray.driver.running.crew import GroupPlan
-from torchrunx_ray.elastic.output import Destinations
 from torchrunx_ray.elastic.run import Assembled, Ended, Work
 from torchrunx_ray.errors import LaunchError
 from torchrunx_ray.wire.channel import Channel

@@ -7,9 +7,9 @@ from torchrunx_ray.driver.background import loop
 from torchrunx_ray.driver.call.pack_call import put_call
 from torchrunx_ray.driver.cluster import connection
 from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.output.to_destinations import Destinations
 from torchrunx_ray.driver.running.crew import GroupPlan
 from torchrunx_ray.elastic.fresh import FreshRun
-from torchrunx_ray.elastic.output import Destinations
 from torchrunx_ray.elastic.run import Assembled, ElasticRun, Ended, Work
 from torchrunx_ray.worker.function import entrypoint
 

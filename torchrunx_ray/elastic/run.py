@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from torchrunx_ray.driver.background.loop import in_thread, to_the_end
 from torchrunx_ray.driver.call.pack_call import Call
 from torchrunx_ray.driver.options.options import Options
+from torchrunx_ray.driver.output.to_destinations import Destinations, ToDestinations
 from torchrunx_ray.driver.report.failures import Failures
 from torchrunx_ray.driver.report.history import Why
 from torchrunx_ray.driver.report.progress import Progress
@@ -20,7 +21,6 @@ from torchrunx_ray.driver.running.crew import Crew, GroupPlan
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.driver.running.restart_policy import Verdict
 from torchrunx_ray.driver.running.steps import Steps
-from torchrunx_ray.elastic.output import Destinations, ToDestinations
 from torchrunx_ray.errors import AgentFailedError, LaunchError
 from torchrunx_ray.wire.ranks import Part, Place, lay_out
 

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import ray
@@ -189,8 +189,10 @@ class Connection:
             raise ClusterLeft(through_client=True) from None
 
 
-def connect() -> None:
+def connect(options: Mapping[str, Any] | None = None) -> None:
     """Join the cluster that Ray finds, or start one on this machine. Does nothing if connected.
+
+    `options` are for ray.init().
 
     Called in the user's thread: Ray installs signal handlers, which only the main thread may do.
     """
@@ -201,7 +203,7 @@ def connect() -> None:
             by_itself = os.environ.get("RAY_ADDRESS", "").startswith("ray://")
             if _came_through_client and not by_itself:
                 raise _no_longer_connected()
-            _init()
+            _init(options or {})
             _joined_by_launch = _membership()
         elif not untyped_ray.util.client.ray.is_default():
             raise LaunchError(
@@ -248,15 +250,15 @@ def _no_longer_connected() -> LaunchError:
     )
 
 
-def _init() -> None:
+def _init(options: Mapping[str, Any]) -> None:
     if sys.platform != "linux":
         raise OSError(
             f"torchrunx_ray runs workers on Linux, and this is {sys.platform}. From here you can "
             'drive a Linux cluster: call ray.init("ray://<head>:10001") before the launch.'
         )
-    head_address.check()
+    head_address.check(options.get("address"))
     try:
-        untyped_ray.init()
+        untyped_ray.init(**options)
     except Exception as error:
         if (refused := token.refusal(error)) is not None:
             raise refused from None

@@ -16,9 +16,9 @@ _HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/\[\]]+)\]?:(?P<port>\d{1,5})")
 """An address with a port, also for IPv6. Other values, such as ray://, "auto" and "local", are left to Ray."""
 
 
-def check() -> None:
-    """Raise LaunchError if RAY_ADDRESS is a host and a port where nobody listens."""
-    address = os.environ.get("RAY_ADDRESS", "").strip()
+def check(given: str | None = None) -> None:
+    """Raise LaunchError if the given address, or RAY_ADDRESS, is a host and a port where nobody listens."""
+    address = given or os.environ.get("RAY_ADDRESS", "").strip()
     parts = _HOST_AND_PORT.fullmatch(address)
     if parts is None or int(parts["port"]) > 65535:
         return
@@ -26,9 +26,9 @@ def check() -> None:
     while (problem := _problem(parts["host"], int(parts["port"]))) is not None:
         if time.monotonic() - begun >= _PATIENCE_S:
             raise LaunchError(
-                f"RAY_ADDRESS={address}: nobody answers there ({problem}). Is the head of the cluster running, is this "
-                "its address, and can this machine reach the port? Without RAY_ADDRESS, a launch joins the "
-                "Ray that runs on this machine, or starts one."
+                f"{'--address' if given else 'RAY_ADDRESS'}={address}: nobody answers there ({problem}). Is the head of "
+                "the cluster running, is this its address, and can this machine reach the port? Without an address, a "
+                "launch joins the Ray that runs on this machine, or starts one."
             )
         time.sleep(_PAUSE_S)
 

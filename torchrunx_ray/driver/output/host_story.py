@@ -1,5 +1,6 @@
 """Events on a host of a run, as lines for the host's log file."""
 
+import signal
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
@@ -34,8 +35,8 @@ def ask_to_stop(reason: StopReason, within_s: float | None) -> str:
     return f'the function is asked to stop ("{reason}"){until}'
 
 
-def stop(grace_s: float) -> str:
-    how = f"SIGTERM, and SIGKILL after {grace_s:g} s" if grace_s > 0 else "SIGKILL"
+def stop(grace_s: float, signum: signal.Signals) -> str:
+    how = f"{signum.name}, and SIGKILL after {grace_s:g} s" if grace_s > 0 else "SIGKILL"
     return f"stopping the workers that still run: {how}"
 
 

@@ -186,7 +186,7 @@ class Failures:
         in_order = self.in_order()
         exceptions = [_exception(failure) for failure in in_order]
         first = exceptions[0]
-        stacks = self.stacks.without(f.rank for f in self.failures if f.rank is not None)
+        stacks = self._stacks_of_others
         if isinstance(first.__cause__, RemoteFailure):
             first.__cause__.failures = exceptions
             first.__cause__.stacks = str(stacks)
@@ -195,15 +195,26 @@ class Failures:
             first.attempts = self.attempts
         if isinstance(first, WorkerFailedError):
             first.stacks = str(stacks)
-        for line in _consequences(in_order):
-            _add_note(first, line)
-        if not _is_exit(in_order[0].report):  # most exits are usage errors and need no notes
-            self._tell_of_the_others(first, stacks)
-        if self.remark:
-            _add_note(first, self.remark)
-        if self.log_directory is not None:
-            _add_note(first, f"All output of this launch: {self.log_directory}")
+        for note in self.notes:
+            _add_note(first, note)
         return first
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on the first failure: the later failures, the other ranks, and where the output is."""
+        in_order = self.in_order()
+        notes = _consequences(in_order)
+        if not _is_exit(in_order[0].report):  # most exits are usage errors and need no notes
+            if stacks := self._stacks_of_others:
+                told = textwrap.indent(stacks.summary, "  ")
+                notes.append(f"What the others were doing:\n{told}")
+            if self.stopped:
+                notes.append(f"Stopped by the launch after that: {', '.join(self.stopped)}.")
+        if self.remark:
+            notes.append(self.remark)
+        if self.log_directory is not None:
+            notes.append(f"All output of this launch: {self.log_directory}")
+        return notes
 
     def in_order(self) -> list[Failure]:
         """Return the failures by time, but a cause before the peers' errors that it led to.
@@ -272,12 +283,10 @@ class Failures:
         is_doubtful = exited.signal == signal.SIGABRT or (lived and was_told)
         return _NOTICE_NS if is_doubtful else _NOTICE_OF_SIGNAL_NS
 
-    def _tell_of_the_others(self, first: BaseException, stacks: Stacks) -> None:
-        if stacks:
-            told = textwrap.indent(stacks.summary, "  ")
-            _add_note(first, f"What the others were doing:\n{told}")
-        if self.stopped:
-            _add_note(first, f"Stopped by the launch after that: {', '.join(self.stopped)}.")
+    @property
+    def _stacks_of_others(self) -> Stacks:
+        """Stacks of the workers that have not failed."""
+        return self.stacks.without(f.rank for f in self.failures if f.rank is not None)
 
 
 def is_kill(report: Report) -> bool:

@@ -1,5 +1,6 @@
 """Progress of a run."""
 
+import signal
 import time
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,8 @@ class GoesOn(Protocol):
     """The part of a supervisor that its run's user may call."""
 
     async def stacks(self) -> Stacks: ...
+
+    def stop_by(self, signum: signal.Signals) -> None: ...
 
     def kill(self) -> None: ...
 

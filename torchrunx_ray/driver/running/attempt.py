@@ -4,6 +4,7 @@ import asyncio
 import enum
 import functools
 import logging
+import signal
 from collections.abc import Sequence
 
 from torchrunx_ray.driver.agents import clocks
@@ -134,6 +135,8 @@ class Attempt:
         """Sizes of the values, by host index and local rank."""
         self._stacks = Stacks({})
         """Stacks of the workers at the first failure."""
+        self.stop_signal = signal.SIGTERM
+        """The signal by which a cancellation stops the workers."""
         self.stacks_at_stop = Stacks({})
         """Stacks of the workers when the run was cancelled."""
 
@@ -510,7 +513,7 @@ class Attempt:
         grace_s = self._options.shutdown_timeout
         self.stop_request.make("cancel", self._stopping.grace_left_s(grace_s))
         self.stacks_at_stop = await self._look(_STACKS_AT_CANCEL)
-        self._stop(grace_s)
+        self._stop(grace_s, self.stop_signal)
 
     async def _look(self, wanted: messages.StacksWanted) -> Stacks:
         """Return the workers' stacks. A bug here must not prevent the stop of the workers."""
@@ -522,12 +525,12 @@ class Attempt:
             )
             return Stacks({})
 
-    def _stop(self, grace_s: float) -> None:
+    def _stop(self, grace_s: float, signum: signal.Signals = signal.SIGTERM) -> None:
         self._become(Phase.STOPPING)
         self._timeline.is_stopping = True
-        for share in self._stopping.stop(grace_s, self._lose):
+        for share in self._stopping.stop(grace_s, signum, self._lose):
             who = self._crew.speaker(share.index, None)
-            self._logs.tell(who, host_story.stop(grace_s), now_ns() / 1e9)
+            self._logs.tell(who, host_story.stop(grace_s, signum), now_ns() / 1e9)
 
     def _become(self, phase: Phase) -> None:
         """Enter a phase, unless the attempt is past it."""

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from torchrunx_ray.driver.agents.pool import PooledAgent
-from torchrunx_ray.driver.output.speaker import Speaker
+from torchrunx_ray.driver.output.speaker import Sink, Speaker
 from torchrunx_ray.driver.placing.plan import Host
 from torchrunx_ray.wire import messages
 from torchrunx_ray.wire.ranks import Part, Place, lay_out
@@ -70,3 +71,16 @@ class Crew:
         """All sources of output."""
         templates = [self.speaker(host_index, None) for host_index in range(len(self.hosts))]
         return templates + [self.speaker(p.host_index, p.local_rank) for p in self.places]
+
+
+class RunSetup(Protocol):
+    """The additions of a command to its run."""
+
+    @property
+    def sink(self) -> Sink:
+        """A sink that takes all output, in the place of what the options name."""
+        ...
+
+    def plan(self, crew: Crew, attempt: int, restarts: int) -> GroupPlan:
+        """Return the variables of an attempt's workers, before the attempt begins."""
+        ...

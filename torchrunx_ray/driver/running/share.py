@@ -106,12 +106,12 @@ class Share:
         self._stop_reason = reason
         self._asking = asyncio.create_task(self._tell_to_ask(reason, within_s))
 
-    def stop(self, grace_s: float) -> None:
+    def stop(self, grace_s: float, signum: int) -> None:
         """Tell the agent to stop its workers."""
         if self._stopping is not None:
             self._stopping.cancel()
         self.is_deaf = True
-        self._stopping = asyncio.create_task(self._tell_to_stop(grace_s))
+        self._stopping = asyncio.create_task(self._tell_to_stop(grace_s, signum))
 
     def give_up(self) -> None:
         """Give up the agent, which is ending, frozen or cut off. Ray reports this much later."""
@@ -124,10 +124,10 @@ class Share:
                 task.cancel()
         self._watching = self._asking = self._stopping = None
 
-    async def _tell_to_stop(self, grace_s: float) -> None:
+    async def _tell_to_stop(self, grace_s: float, signum: int) -> None:
         with contextlib.suppress(RayError, ClusterLeft):  # the link reports the reason
             await self.agent.connection.ask(
-                self.agent.calls.stop, self._attempt, grace_s, self._stop_reason
+                self.agent.calls.stop, self._attempt, grace_s, int(signum), self._stop_reason
             )
             self.is_deaf = False
 

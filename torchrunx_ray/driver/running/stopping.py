@@ -40,6 +40,8 @@ class StopOrder:
 
     first_ns: int
     kills_at: float
+    signum: signal.Signals
+    """The signal before SIGKILL."""
 
 
 class Stopping:
@@ -54,22 +56,22 @@ class Stopping:
         self._chores = chores
         self.order: StopOrder | None = None
 
-    def stop(self, grace_s: float, lose: Lose) -> list[Share]:
-        """Send SIGTERM, and SIGKILL after the grace time. Returns the hosts that are told.
+    def stop(self, grace_s: float, signum: signal.Signals, lose: Lose) -> list[Share]:
+        """Send the signal, and SIGKILL after the grace time. Returns the hosts that are told.
 
         A later call does nothing, unless its grace time ends earlier or is 0.
         """
         kills_at = asyncio.get_running_loop().time() + grace_s
         last = self.order
         if last is None:
-            self.order = StopOrder(now_ns(), kills_at)
+            self.order = StopOrder(now_ns(), kills_at, signum)
         elif grace_s == 0 or kills_at < last.kills_at:
-            self.order = StopOrder(last.first_ns, min(kills_at, last.kills_at))
+            self.order = StopOrder(last.first_ns, min(kills_at, last.kills_at), signum)
         else:
             return []
         told = [s for s in self._shares if s.is_watched and s.agent.connection.is_ours()]
         for share in told:
-            share.stop(grace_s)
+            share.stop(grace_s, signum)
         self._chores.later(self.longest_s(grace_s), self._give_up, lose)
         self._silent_hosts.refuse_unheard(self.longest_s(grace_s), grace_s)
         return told
@@ -91,7 +93,7 @@ class Stopping:
             return False
         if signal_number == signal.SIGKILL:
             return asyncio.get_running_loop().time() >= self.order.kills_at
-        return signal_number == signal.SIGTERM
+        return signal_number == self.order.signum
 
     def explains(self, event: messages.Event, on_ours: Callable[[int], int]) -> bool:
         """Return True if an order explains the end of a worker, which may handle SIGTERM and raise or exit.

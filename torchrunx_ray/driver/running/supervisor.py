@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import signal
 from collections.abc import Sequence
 
 from ray.exceptions import RayError
@@ -18,6 +19,7 @@ from torchrunx_ray.driver.report.progress import Progress
 from torchrunx_ray.driver.report.results import LaunchResult
 from torchrunx_ray.driver.report.stacks import Stacks
 from torchrunx_ray.driver.running.attempt import Attempt
+from torchrunx_ray.driver.running.crew import RunSetup
 from torchrunx_ray.driver.running.hosts import Hosts
 from torchrunx_ray.driver.running.restart_policy import Verdict, ask_user
 from torchrunx_ray.driver.running.steps import Steps
@@ -46,7 +48,15 @@ class _Decision:
 class Supervisor:
     """Owner of all that belongs to the run and not to one attempt: logs, timeline, progress."""
 
-    def __init__(self, hosts: Hosts, options: Options, call: Call, progress: Progress) -> None:
+    def __init__(
+        self,
+        hosts: Hosts,
+        options: Options,
+        call: Call,
+        progress: Progress,
+        setup: RunSetup | None = None,
+    ) -> None:
+        self._setup = setup
         self._hosts = hosts
         self._options = options
         self._call = call
@@ -58,6 +68,10 @@ class Supervisor:
     async def stacks(self) -> Stacks:
         """Return the stacks of the workers that live."""
         return await self._steps.attempt.stacks()
+
+    def stop_by(self, signum: signal.Signals) -> None:
+        """Let a cancellation send this signal to the workers, in the place of SIGTERM."""
+        self._steps.attempt.stop_signal = signum
 
     def kill(self) -> None:
         """Kill the workers that live."""
@@ -77,8 +91,9 @@ class Supervisor:
         progress.waits_for_turn = self._hosts.turn.locked()
         async with self._hosts.turn:
             progress.waits_for_turn = False
-            await steps.assemble(is_fresh=is_fresh)
-            steps.begin_attempt()
+            sink = None if self._setup is None else self._setup.sink
+            await steps.assemble(is_fresh=is_fresh, sink=sink)
+            self._begin_attempt()
             progress.supervisor = self
             try:
                 try:
@@ -125,7 +140,14 @@ class Supervisor:
                     raise
                 return _Decision(Verdict.END, f"The run could not be started again: {error}")
             self._tell_of_restart(decision.verdict, attempt.failures)
-            steps.begin_attempt()
+            self._begin_attempt()
+
+    def _begin_attempt(self) -> None:
+        steps, plan = self._steps, None
+        if self._setup is not None:
+            number = len(self._history.attempts)
+            plan = self._setup.plan(steps.crew, number, self._policy.restarts)
+        steps.begin_attempt(plan)
 
     async def _decide(self, attempt: Attempt, why: Why) -> _Decision:
         """Decide if the workers are to be started again. Raises the error of `restart_if`."""
@@ -213,12 +235,14 @@ def _end_in_doubt(hosts: Sequence[str], failures: Failures | None) -> _Decision:
     return _Decision(Verdict.END, remark)
 
 
-async def run_once(options: Options, call: Call, progress: Progress) -> Outcome:
+async def run_once(
+    options: Options, call: Call, progress: Progress, setup: RunSetup | None = None
+) -> Outcome:
     """Hold hosts for one run."""
     hosts = Hosts(options)
     try:
         await references.wait_for(call.inserted, Connection())
         await hosts.open(progress)
-        return await Supervisor(hosts, options, call, progress).run(is_fresh=True)
+        return await Supervisor(hosts, options, call, progress, setup).run(is_fresh=True)
     finally:
         await to_the_end(hosts.close())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from string import Template
 from typing import Any
 
-from torchrunx_ray.worker.function import context, program
+from torchrunx_ray.worker.function import context, numa, program
 
 
 def run(
@@ -20,18 +20,7 @@ def run(
         for arg in args
     ]
     if not isinstance(entrypoint, str):
-        return _bound(entrypoint, numa_options)(*filled)
+        return numa.bound(entrypoint, numa_options)(*filled)
     is_python = entrypoint == drivers_interpreter
     path = program.interpreter(entrypoint) if is_python else entrypoint
-    return _bound(program.become, numa_options)([path, *map(str, filled)])
-
-
-def _bound(func: Callable[..., Any], numa_options: Any) -> Callable[..., Any]:
-    """Return the function with the binding to the CPUs near the worker's GPU, which a program inherits."""
-    if numa_options is None:
-        return func
-    from torch.numa import binding
-
-    wrap: Any = vars(binding)["_maybe_wrap_with_numa_binding"]  # it has no public name
-    gpu_index = context.context().local_rank
-    return wrap(func, gpu_index=gpu_index, numa_options=numa_options)
+    return numa.bound(program.become, numa_options)([path, *map(str, filled)])

@@ -1,0 +1,1 @@
+"""The command `torchrunx-ray`, in the user's process."""
