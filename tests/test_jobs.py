@@ -508,3 +508,15 @@ print("worker", launcher.run(os.getenv, "OMP_NUM_THREADS").rank(0))
     lines = done.stdout.splitlines()
     assert f"driver {seen or 1}" in lines, done.stdout + done.stderr
     assert f"worker {seen}" in lines
+
+
+def test_job_can_be_the_command_of_a_script(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os, sys\nsys.stdout.write(f\"rank {os.environ['RANK']} says {sys.argv[1]}\\n\")\n"
+    )
+    command = [sys.executable, "-m", "torchrunx_ray", "--nnodes=2", "train.py", "it"]
+
+    done = jobs.run("submit", "--working-dir", str(tmp_path), "--", *command)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"rank 0 says it", "rank 1 says it"} <= set(done.stdout.splitlines())

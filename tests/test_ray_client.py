@@ -460,3 +460,21 @@ def test_cluster_without_the_package_is_told_with_what_to_install(tmp_path: Path
         "LaunchError: On the head of the Ray cluster: torchrunx-ray is not installed" in done.stderr
     )
     assert "ray.init(runtime_env={'pip': [...]})" in done.stderr
+
+
+def test_command_runs_a_script_from_outside_the_cluster(head: ClientServer, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os, sys\nsys.stdout.write(f\"rank {os.environ['RANK']}\\n\")\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torchrunx_ray", "--nproc-per-node=2", "train.py"],
+        env={**head.environment, "RAY_ADDRESS": head.address},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert sorted(done.stdout.splitlines()) == ["rank 0", "rank 1"], done.stderr
+    assert done.returncode == 0

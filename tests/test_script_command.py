@@ -185,11 +185,17 @@ def made(folder: Path) -> list[str]:
 
 
 def waiting(
-    folder: Path, *words: str, handler: str = "", command: tuple[str, ...] = ()
+    folder: Path,
+    *words: str,
+    handler: str = "",
+    command: tuple[str, ...] = (),
+    **variables: str,
 ) -> "subprocess.Popen[str]":
     """Begin a script that waits for signals, on two workers."""
     (folder / "train.py").write_text(WAIT.replace("IGNORE_OR", handler))
-    running = begin([*command, *OURS], folder, "--nproc-per-node=2", *words, "train.py")
+    running = begin(
+        [*command, *OURS], folder, "--nproc-per-node=2", *words, "train.py", **variables
+    )
     assert processes.wait_until(lambda: len(made(folder)) == 2, 60)
     return running
 
@@ -306,3 +312,18 @@ def test_command_starts_a_ray_of_its_own(folder: Path, monkeypatch: pytest.Monke
 
     assert done.stdout == "0 []\n", done.stderr
     assert done.returncode == 0
+
+
+def test_nothing_is_left_whatever_is_killed(tmp_path: Path) -> None:
+    """The command ends without Ray's clean-up, so the cluster has to notice its end."""
+    mark = {"OF_THIS_TEST": str(tmp_path)}
+
+    def left() -> dict[int, str]:
+        return processes.mentioning(f"OF_THIS_TEST={tmp_path}")
+
+    (tmp_path / "quick.py").write_text("")
+    assert run(tmp_path, "quick.py", **mark).returncode == 0
+    assert processes.wait_until(lambda: not left(), 10), left()
+    with waiting(tmp_path, **mark) as running:
+        running.kill()
+    assert processes.wait_until(lambda: not left(), 10), left()

@@ -48,6 +48,8 @@ def _ray_options(wanted: Wanted) -> dict[str, Any]:
     options: dict[str, Any] = {"logging_level": logging.WARNING}
     if wanted.address is not None:
         options["address"] = wanted.address
+    if wanted.address == "local":
+        options["include_dashboard"] = False  # it takes 5 s to start
     if wanted.working_dir is not None:
         options["runtime_env"] = {"working_dir": wanted.working_dir}
     return options
