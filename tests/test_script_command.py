@@ -279,6 +279,20 @@ def test_wrong_usage_is_told_with_status_2(
     assert said in capsys.readouterr().err
 
 
+def test_step_of_slurm_that_starts_the_command_several_times_is_refused(folder: Path) -> None:
+    done = run(folder, "say.py", SLURM_STEP_NUM_TASKS="2")
+    # The last word is the name of the shell, whose child the command then is.
+    below = begin(
+        ["bash", "-c", f"{sys.executable} -m torchrunx_ray say.py; exit $?", "symmetric-run"],
+        folder,
+        SLURM_STEP_NUM_TASKS="2",
+    )
+
+    assert done.returncode == 2
+    assert "`srun` starts this command 2 times (SLURM_STEP_NUM_TASKS=2)" in done.stderr
+    assert ended(below).stdout == "0 []\n"
+
+
 def test_options_for_a_rendezvous_are_accepted_with_a_line(folder: Path) -> None:
     done = run(folder, "--master-port=1", "--rdzv-backend=c10d", "--rdzv-conf=timeout=60", "say.py")
 

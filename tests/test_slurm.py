@@ -274,3 +274,28 @@ def test_scripts_of_the_docs_launch_on_both_nodes_and_pass_the_exit_status_on(
     assert status == 7, output
     seen = json.loads((tmp_path / "seen").read_text())
     assert seen == [["node1", "node2"], [[6, "0"], [6, "1"], [6, "0"], [6, "1"]]]
+
+
+COMMAND = "torchrunx-ray --nnodes all --nproc-per-node 2 train.py"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(240)
+@needs_hosts
+def test_script_of_the_docs_runs_the_command(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os\nimport torch\nimport torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "total = torch.tensor(dist.get_rank())\ndist.all_reduce(total)\ndist.barrier()\n"
+        "open(f\"seen {os.environ['GROUP_RANK']} {os.environ['LOCAL_RANK']} {int(total)}\", 'w')\n"
+    )
+    assert COMMAND in PAGE
+    script = sbatch_scripts()[0].replace("python train.py", COMMAND)
+    environment = f"source {Path(sys.prefix, 'bin/activate')}"
+
+    with allocated(tmp_path) as slurm:
+        line = "source .venv/bin/activate"
+        status, output = run_batch_script(script.replace(line, environment), tmp_path, slurm)
+
+    assert status == 0, output
+    seen = sorted(path.name for path in tmp_path.glob("seen *"))
+    assert seen == [f"seen {host} {local_rank} 6" for host in (0, 1) for local_rank in (0, 1)]

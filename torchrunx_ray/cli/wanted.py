@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrunx_ray.cli import grammar
+from torchrunx_ray.cli import grammar, slurm
 from torchrunx_ray.cli.grammar import UsageError
 from torchrunx_ray.driver.launcher import Launcher
 from torchrunx_ray.driver.terminal.console import TextStream
@@ -90,6 +90,7 @@ def wanted(arguments: Sequence[str]) -> Wanted:
     options = grammar.parse(arguments)
     given = grammar.given(arguments)
     _refuse(options)
+    slurm.check_is_started_once()
     run_id = options.rdzv_id if "rdzv_id" in given else None
     return Wanted(
         launcher=_launcher(options, given, run_id),
