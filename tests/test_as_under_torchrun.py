@@ -104,6 +104,32 @@ atexit.register(say, "at exit")
 threading.Thread(target=lambda: (time.sleep(0.3), say("a thread"))).start()
 say("the last line")
 """,
+    "a signal handler, a warning and a traceback": HEAD
+    + """
+import signal, traceback, warnings
+signal.signal(signal.SIGUSR2, lambda signum, frame: say(signal.Signals(signum).name, frame.f_code.co_name))
+os.kill(os.getpid(), signal.SIGUSR2)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("default")
+    warnings.warn("old", DeprecationWarning)
+say([(each.filename, each.lineno) for each in seen])
+def fail():
+    raise KeyError("x")
+try:
+    fail()
+except KeyError:
+    say([(each.filename, each.name, each.line) for each in traceback.extract_tb(sys.exc_info()[2])])
+""",
+    "workers of a DataLoader": HEAD
+    + """
+import torch
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, index): return index * rank
+if __name__ == "__main__":
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=4, num_workers=2)
+    say([batch.tolist() for batch in loader])
+""",
     "another torchrun": HEAD
     + """
 from torch.distributed import run

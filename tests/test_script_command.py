@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
+from tests.clusters.raylets import raylets
 from tests.commands import OURS, TORCHRUNS, begin, ended, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("joined")]
@@ -341,3 +342,45 @@ def test_nothing_is_left_whatever_is_killed(tmp_path: Path) -> None:
     with waiting(tmp_path, **mark) as running:
         running.kill()
     assert processes.wait_until(lambda: not left(), 10), left()
+
+
+@pytest.mark.exhaustive
+def test_run_goes_on_with_fewer_hosts(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "seen = os.environ['WORLD_SIZE'], os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "Path(' '.join(['seen', os.environ['RANK'], 'of', seen[0], 'restarts', seen[1]])).touch()\n"
+        "if seen[0] == '2':\n    time.sleep(1000)\n"
+    )
+    with (
+        raylets({"num_cpus": 1}, {"num_cpus": 1}) as cluster,
+        begin(OURS, tmp_path, "--nnodes=1:2", "train.py", RAY_ADDRESS=cluster.address) as running,
+    ):
+        assert processes.wait_until(lambda: len(made(tmp_path)) == 2, 60)
+        (lost,) = cluster.worker_nodes
+        cluster.remove_node(lost, allow_graceful=False)
+        done = ended(running)
+
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path) == [
+        "seen 0 of 1 restarts 0",
+        "seen 0 of 2 restarts 0",
+        "seen 1 of 2 restarts 0",
+    ]
+    assert "goes on" in done.stderr
+
+
+def test_virtual_local_ranks_and_variables_reach_the_script(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os, sys\nnames = 'RANK', 'LOCAL_RANK', 'ROLE_NAME', 'A', 'B', 'C'\n"
+        "sys.stdout.write(' '.join(os.environ.get(each, '-') for each in names) + '\\n')\n"
+    )
+    (tmp_path / "more.sh").write_text("C=of-the-file\n")
+    options = ["--nproc-per-node=2", "--virtual-local-rank", "--role=trainer"]
+
+    done = run(
+        tmp_path, *options, "--env=A=given", "--env-file=more.sh", "train.py", B="of-the-shell"
+    )
+
+    said = "{} 0 trainer given of-the-shell of-the-file"
+    assert sorted(done.stdout.splitlines()) == [said.format(rank) for rank in (0, 1)], done.stderr

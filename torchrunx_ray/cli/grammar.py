@@ -111,7 +111,7 @@ def made_parser() -> Parser:
         description="Run a script on workers across the hosts of a Ray cluster, with torchrun's options. Type the "
         "command once, on one machine.",
         epilog="Each of torchrun's options can also come from a variable: PET_NPROC_PER_NODE=8 for --nproc-per-node 8.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+        formatter_class=_Help,
     )
     _add_sizes(parser)
     _add_kinds_of_script(parser)
@@ -121,7 +121,54 @@ def made_parser() -> Parser:
     _add_meeting(parser)
     parser.add_argument("training_script", type=str, help="the script, module or program")
     parser.add_argument("training_script_args", nargs=REMAINDER, help="arguments of the script")
+    for action in parser._actions:  # it has no public name
+        action.metavar = _METAVARS.get(action.dest, action.metavar)
     return parser
+
+
+_METAVARS = {
+    "nnodes": "N|MIN:MAX|all",
+    "nproc_per_node": "N|gpu|cpu|auto",
+    "start_method": "METHOD",
+    "role": "NAME",
+    "numa_binding": "MODE",
+    "address": "ADDRESS",
+    "max_restarts": "N",
+    "monitor_interval": "SECONDS",
+    "shutdown_timeout": "SECONDS",
+    "signals_to_handle": "SIGNAL[,SIGNAL...]",
+    "log_dir": "DIR",
+    "redirects": "STREAMS",
+    "tee": "STREAMS",
+    "local_ranks_filter": "RANK[,RANK...]",
+    "duplicate_stdout_filters": "TEXT[,TEXT...]",
+    "duplicate_stderr_filters": "TEXT[,TEXT...]",
+    "logs_specs": "NAME",
+    "event_log_handler": "NAME",
+    "rdzv_id": "NAME",
+    "rdzv_conf": "NAME=VALUE[,...]",
+    "node_rank": "0",
+    "rdzv_backend": "NAME",
+    "rdzv_endpoint": "HOST:PORT",
+    "master_addr": "HOST",
+    "master_port": "PORT",
+    "local_addr": "HOST",
+}
+"""Syntax of the values, for the help."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows each option once: the forms with underscores are the same."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = [each for each in action.option_strings if "_" not in each]
+        if not shown:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else f" {action.metavar}"
+        return f"{', '.join(shown)}{value}"
 
 
 def _add_sizes(parser: Parser) -> None:
@@ -172,10 +219,16 @@ def _add_kinds_of_script(parser: Parser) -> None:
         type=str,
         default="spawn",
         choices=["spawn", "fork", "forkserver"],
-        help="spawn, given explicitly: a fresh interpreter for each worker. Otherwise workers are forked from a "
-        "process that has imported torch",
+        help="spawn, if you give it: a fresh interpreter for each worker. Otherwise, also with fork or forkserver, workers "
+        "are forked from a process that has imported torch",
     )
-    group.add_argument("--role", action=Setting, type=str, default="default", help="ROLE_NAME")
+    group.add_argument(
+        "--role",
+        action=Setting,
+        type=str,
+        default="default",
+        help="name of the workers' role: ROLE_NAME, and the prefix of their lines with -t (default: default)",
+    )
     group.add_argument(
         "--virtual-local-rank",
         "--virtual_local_rank",
@@ -188,7 +241,7 @@ def _add_kinds_of_script(parser: Parser) -> None:
         type=str,
         choices=["node", "socket", "exclusive", "core-complex"],
         default=None,
-        help="bind each worker to the CPUs near its GPU",
+        help="bind each worker to the CPUs near its GPU: node, socket, exclusive or core-complex",
     )
 
 

@@ -82,6 +82,7 @@ def _run_file(path: str) -> None:
     if os.path.isdir(path):
         runpy.run_path(path, run_name="__main__")
         return
+    path = os.path.abspath(path)  # as the interpreter does; sys.argv has it as it was given
     main = _new_main()
     vars(main).update(
         __file__=path,
