@@ -133,3 +133,28 @@ def test_hosts_come_and_go_without_a_restart(three: Cluster, tmp_path: Path) -> 
     assert result.return_values == dict.fromkeys(range(3))
     returned = sorted(path.name for path in tmp_path.glob("returned *"))
     assert returned == ["returned 3 0", "returned 3 1", "returned 3 2"]
+
+
+@pytest.mark.exhaustive
+def test_failure_that_no_host_can_be_found_after_is_told_as_well(tmp_path: Path) -> None:
+    with raylets({"num_cpus": 1, "_system_config": SOON_DEAD}, {"num_cpus": 1}) as two:
+        params = RendezvousParameters("ray", "", "the run", 2, 2, join_timeout=5)
+        wait = str(tmp_path)
+
+        def stay() -> None:
+            os.environ.pop("PYTEST_CURRENT_TEST", None)
+            Path(wait, os.environ["RANK"]).touch()
+            signal.pause()
+
+        spec = WorkerSpec("trainer", 1, RayRendezvous(params), entrypoint=stay, max_restarts=1)
+        agent = RayElasticAgent(spec, DefaultLogsSpecs())
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(agent.run)
+            assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+            (lost,) = two.worker_nodes
+            os.kill(raylet_pid(lost), signal.SIGKILL)
+            error = running.exception(timeout=100)
+
+    assert isinstance(error, trx.PlacementError), error
+    (note_,) = error.__notes__
+    assert note_.startswith("The workers had to be started again: ")
