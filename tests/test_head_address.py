@@ -18,7 +18,9 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_address, "_PATIENCE_S", 0.1)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "nowhere.invalid"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "[::1]", "nowhere.invalid", "ray://127.0.0.1"]
+)
 def test_address_where_nobody_listens_is_an_error(
     host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -30,7 +32,7 @@ def test_address_where_nobody_listens_is_an_error(
     assert str(caught.value).startswith(f"RAY_ADDRESS={address}: nobody answers there (")
 
 
-@pytest.mark.parametrize("address", ["auto", "local", "ray://nowhere.invalid:1", "", "head:0x1"])
+@pytest.mark.parametrize("address", ["auto", "local", "ray://head", "", "head:0x1"])
 def test_address_that_is_no_host_and_port_is_left_to_ray(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,14 @@ def test_missing_script_is_looked_for_on_the_host(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_missing_program_is_told_without_a_traceback(tmp_path: Path) -> None:
+    done = run(tmp_path, "--no-python", "missing-program")
+
+    assert done.returncode == 1
+    assert "missing-program is no program that can be run here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_working_dir_is_sent(folder: Path) -> None:
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
@@ -260,7 +268,7 @@ def test_pause_is_refused_if_workers_may_restart(tmp_path: Path) -> None:
         (["--node-rank=1", "train.py"], "type the command once, on one machine"),
         (["--logs-specs=mine", "train.py"], "RayElasticAgent, which takes one"),
         (["--event-log-handler=console", "train.py"], "records no events of torch"),
-        (["--max-restarts=-1", "train.py"], "max_restarts=-1: expected"),
+        (["--max-restarts=-1", "train.py"], "--max-restarts=-1: expected"),
         (["--tee=4", "train.py"], "--tee=4: expected 0 (nothing), 1 (stdout)"),
         (["--local-ranks-filter=a", "train.py"], "expected local ranks"),
         (["--signals-to-handle=SIGNONE", "train.py"], "SIGNONE is no signal's name"),
@@ -268,7 +276,7 @@ def test_pause_is_refused_if_workers_may_restart(tmp_path: Path) -> None:
         (["--rdzv-conf=join_timeout", "train.py"], "expected NAME=VALUE"),
         (["--standalone", "--address=x:1", "train.py"], "--standalone starts a Ray of its own"),
         (["--hostnames=a", "--nnodes=1", "train.py"], "give one of the two"),
-        (["--env=RANK=3", "train.py"], "RANK"),
+        (["--env=RANK=3", "train.py"], "--env"),
     ],
 )
 def test_wrong_usage_is_told_with_status_2(
@@ -318,6 +326,7 @@ def test_hosts_that_can_never_be_there_are_told(folder: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "can never hold this launch: 9 hosts are wanted" in done.stderr
+    assert "hostnames" not in done.stderr
 
 
 def test_command_starts_a_ray_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

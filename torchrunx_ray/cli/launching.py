@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from torchrunx_ray.cli.console import say
+from torchrunx_ray.cli.console import say, with_names_of_options
 from torchrunx_ray.cli.last_words import report
 from torchrunx_ray.cli.script_run import ScriptRun
 from torchrunx_ray.cli.signals import Signals
@@ -26,7 +26,7 @@ def launch(wanted: Wanted) -> int:
         _connect(wanted)
         run = ScriptRun(wanted)
     except (LaunchError, RayError, OSError, ValueError) as error:
-        say(f"error: {error}")
+        say(f"error: {with_names_of_options(str(error))}")
         return _FAILED
     if inventory.was_started_here() and wanted.address is None:
         say("no Ray is running here, so this command has started one for itself")
@@ -35,7 +35,7 @@ def launch(wanted: Wanted) -> int:
         with signals.handled(wanted.signals, may_restart=wanted.launcher.may_restart):
             failures = run.failures()
     except (LaunchError, RayError, OSError, ValueError) as error:
-        say(f"error: {error}")
+        say(f"error: {with_names_of_options(str(error))}")
         return _FAILED
     if signals.first is not None:
         say(f"stopped by {signals.first.name}")

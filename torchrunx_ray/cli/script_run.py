@@ -68,6 +68,7 @@ class ScriptRun:
         launcher = wanted.launcher
         call = put_call(script.run, (wanted.script, wanted.numa_binding), {}, launcher)
         self._progress = Progress(call.run_name)
+        self._loop = loop.running()  # not in a signal handler: it takes a lock
         life = follow(
             lambda: run_once(launcher, call, self._progress, self.setup), self._progress, launcher
         )
@@ -82,7 +83,7 @@ class ScriptRun:
 
     def stop(self, signum: signal.Signals) -> None:
         """Send the signal to the workers, and SIGKILL after `shutdown_timeout`. A signal handler may call this."""
-        loop.running().call_soon_threadsafe(self._stop_by, signum)
+        self._loop.call_soon_threadsafe(self._stop_by, signum)
         self._run.cancel()
 
     def kill(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrunx_ray.cli import grammar, slurm
+from torchrunx_ray.cli.console import with_names_of_options
 from torchrunx_ray.cli.grammar import UsageError
 from torchrunx_ray.driver.launcher import Launcher
 from torchrunx_ray.driver.terminal.console import TextStream
@@ -163,7 +164,7 @@ def _launcher(options: Namespace, given: frozenset[str], run_id: str | None) -> 
         # No CPUs are reserved, as under torchrun, so as many workers as wanted fit on a host.
         return Launcher(**values, cpus_per_worker=0, backend=None, log_handlers=None)
     except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(with_names_of_options(str(error))) from None
 
 
 def _hosts(options: Namespace, given: frozenset[str]) -> Any:

@@ -12,8 +12,8 @@ _PATIENCE_S = 5.0
 
 _PAUSE_S = 0.2
 
-_HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/\[\]]+)\]?:(?P<port>\d{1,5})")
-"""An address with a port, also for IPv6. Other values, such as ray://, "auto" and "local", are left to Ray."""
+_HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\[\]]+)\]?:(?P<port>\d{1,5})")
+"""An address with a port, also for IPv6. Other values, such as "auto" and "local", are left to Ray."""
 
 
 def check(given: str | None = None) -> None:

@@ -7,9 +7,9 @@ import os
 import runpy
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 from torchrunx_ray.worker.function import numa, program
 
@@ -41,12 +41,12 @@ def run(script: Script, numa_binding: str | None) -> None:
 
 def _run(script: Script) -> None:
     if script.kind == "program":
-        program.become([script.name, *script.args])
+        _become([script.name, *script.args])
     if script.kind != "module":
         _check(script.name)
     if script.interpreter and script.kind != "run path":
         flags = ["-u", "-m"] if script.kind == "module" else ["-u"]
-        program.become([script.interpreter, *flags, script.name, *script.args])
+        _become([script.interpreter, *flags, script.name, *script.args])
     _write_at_once()
     sys.argv[:] = [script.name, *script.args]
     try:
@@ -59,6 +59,13 @@ def _run(script: Script) -> None:
         _drop_own_frames(error)
         sys.excepthook(type(error), error, error.__traceback__)
         raise
+
+
+def _become(command: Sequence[str]) -> NoReturn:
+    try:
+        program.become(command)
+    except FileNotFoundError as error:
+        raise NoSuchScript(str(error)) from None
 
 
 def _check(name: str) -> None:
