@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ray.cluster_utils import Cluster
 from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 import torchrunx_ray as trx
@@ -86,6 +86,7 @@ signal.signal(signal.SIGTERM, leave)
 folder = Path(sys.argv[1])
 size, restarts, rank = (os.environ[name] for name in ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "RANK"))
 (folder / f"{size} {restarts} {rank}").touch()
+print(size, restarts, rank, flush=True)
 while not (folder / "return").exists():
     time.sleep(0.05)
 (folder / f"returned {size} {rank}").touch()
@@ -120,7 +121,8 @@ def test_hosts_come_and_go_without_a_restart(three: Cluster, tmp_path: Path) -> 
         monitor_interval=0.1,
     )
     launcher = trx.Launcher(cpus_per_worker=2, gpus_per_worker=0, resize_interval=1)
-    agent = RayElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=2, launcher=launcher)
+    logs = DefaultLogsSpecs(str(tmp_path / "logs"), redirects=Std.ALL)
+    agent = RayElasticAgent(spec, logs, shutdown_timeout=2, launcher=launcher)
 
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(agent.run)
@@ -133,6 +135,13 @@ def test_hosts_come_and_go_without_a_restart(three: Cluster, tmp_path: Path) -> 
     assert result.return_values == dict.fromkeys(range(3))
     returned = sorted(path.name for path in tmp_path.glob("returned *"))
     assert returned == ["returned 3 0", "returned 3 1", "returned 3 2"]
+    said = {
+        str(path.relative_to(tmp_path / "logs")).split("/", 1)[1]: path.read_text()
+        for path in (tmp_path / "logs").rglob("stdout.log")
+    }
+    assert said["attempt_0/2/stdout.log"] == "3 0 2\n"
+    assert said["attempt_0.1/1/stdout.log"] == "2 0 1\n"
+    assert said["attempt_0.2/2/stdout.log"] == "3 0 2\n"
 
 
 @pytest.mark.exhaustive

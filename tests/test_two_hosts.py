@@ -47,6 +47,38 @@ print(list(result) == [(6.0, "10.77.0.11", "eth0")] * 4, sorted(result.hostnames
 
 
 @pytest.mark.slow
+def test_command_runs_a_script_on_both_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\nimport torch\nimport torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\ntotal = torch.tensor(dist.get_rank())\n"
+        "dist.all_reduce(total)\ndist.barrier()\n"
+        "sys.stdout.write(f\"{os.environ['GROUP_RANK']} {int(total)}\\n\")\n"
+    )
+
+    words = ["--nnodes=all", "--nproc-per-node=2", "-t=1", f"--log-dir={tmp_path / 'logs'}"]
+    done = hosts.run("-m", "torchrunx_ray", *words, str(script))
+
+    shown = sorted(done.stdout.splitlines())
+    assert shown == ["[default0]:0 6", "[default0]:1 6", "[default1]:0 6", "[default1]:1 6"], (
+        done.stderr
+    )
+    files = sorted((tmp_path / "logs").glob("*/attempt_0/*/stdout.log"))
+    assert [path.read_text() for path in files] in (
+        ["0 6\n", "0 6\n", "1 6\n", "1 6\n"],
+        ["1 6\n", "1 6\n", "0 6\n", "0 6\n"],
+    )
+
+
+@pytest.mark.slow
+def test_command_says_on_which_hosts_the_script_is_missing(hosts: TwoHosts, tmp_path: Path) -> None:
+    done = hosts.run("-m", "torchrunx_ray", "--nnodes=2", str(tmp_path / "missing.py"))
+
+    assert done.returncode == 1
+    assert f"there is no {tmp_path}/missing.py on this host" in done.stderr
+
+
+@pytest.mark.slow
 def test_hosts_are_found_by_ip_and_keep_their_order(run: Callable[[str], str]) -> None:
     out = run(
         """
@@ -167,35 +199,3 @@ except trx.AgentFailedError as error:
     # Ray puts the raylet's last log lines around it.
     assert "10.77.0.12 True the raylet, Ray's process for the node (pid " in out, out
     assert "kill_raylet (<string>:" in out
-
-
-@pytest.mark.slow
-def test_command_runs_a_script_on_both_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import os, sys\nimport torch\nimport torch.distributed as dist\n"
-        "dist.init_process_group('gloo')\ntotal = torch.tensor(dist.get_rank())\n"
-        "dist.all_reduce(total)\ndist.barrier()\n"
-        "sys.stdout.write(f\"{os.environ['GROUP_RANK']} {int(total)}\\n\")\n"
-    )
-
-    words = ["--nnodes=all", "--nproc-per-node=2", "-t=1", f"--log-dir={tmp_path / 'logs'}"]
-    done = hosts.run("-m", "torchrunx_ray", *words, str(script))
-
-    shown = sorted(done.stdout.splitlines())
-    assert shown == ["[default0]:0 6", "[default0]:1 6", "[default1]:0 6", "[default1]:1 6"], (
-        done.stderr
-    )
-    files = sorted((tmp_path / "logs").glob("*/attempt_0/*/stdout.log"))
-    assert [path.read_text() for path in files] in (
-        ["0 6\n", "0 6\n", "1 6\n", "1 6\n"],
-        ["1 6\n", "1 6\n", "0 6\n", "0 6\n"],
-    )
-
-
-@pytest.mark.slow
-def test_command_says_on_which_hosts_the_script_is_missing(hosts: TwoHosts, tmp_path: Path) -> None:
-    done = hosts.run("-m", "torchrunx_ray", "--nnodes=2", str(tmp_path / "missing.py"))
-
-    assert done.returncode == 1
-    assert f"there is no {tmp_path}/missing.py on this host" in done.stderr

@@ -106,7 +106,7 @@ class Watchdog:
         self._waking = self._loop.call_at(wakes_at, self._look)
 
     async def _end(self, worker: Worker, scope: Scope) -> None:
-        """Take the worker's stacks, report them, and send the signal to the process that is still in the scope."""
+        """Take the worker's stacks, report them, and send the signal to the process, if it still lives."""
         stacks = ""
         try:
             async with asyncio.timeout(_STACKS_S):

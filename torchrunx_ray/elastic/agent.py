@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import Template
 from typing import Any
 
@@ -33,18 +33,20 @@ from torchrunx_ray.driver.options.options import Options
 from torchrunx_ray.driver.output.to_destinations import Destinations
 from torchrunx_ray.driver.running.crew import GroupPlan
 from torchrunx_ray.driver.terminal.console import TextStream
-from torchrunx_ray.elastic import signals
+from torchrunx_ray.elastic import reach, signals
 from torchrunx_ray.elastic.failures import is_of_blocked_worker, process_failures
 from torchrunx_ray.elastic.group_store import GroupStore
 from torchrunx_ray.elastic.output import destinations_of
-from torchrunx_ray.elastic.reach import GroupRun, begin
+from torchrunx_ray.elastic.reach import GroupRun
 from torchrunx_ray.elastic.rendezvous import RayRendezvous, serve_anew
 from torchrunx_ray.elastic.run import Assembled, Failed, MustMove, Returned, Stopped, Work
+from torchrunx_ray.wire import environment
 from torchrunx_ray.wire.ranks import Part, Place, first_gpu
 
 _LAUNCHER = Launcher(cpus_per_worker=0, extra_env_vars="all")
 """Workers get the whole environment, as from torch's agent, and as many as wanted fit on a host."""
 
+_RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 _NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _BLOCKED_AFTER = "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT"
 
@@ -81,7 +83,13 @@ class RayElasticAgent(SimpleElasticAgent):
         self._error_files: dict[int, str] = {}
         """Paths of the workers' error files in the driver, by index."""
         self._options = self._made_options(launcher or _LAUNCHER, hosts, workers_per_host)
+        self._starts: dict[int, int] = {}
+        """Number of starts that did not count as restarts, by the number of restarts before them."""
         self._run: GroupRun | None = None
+        self._work: Work | None = None
+        """The work of all attempts, which is sent once."""
+        self._environment: Mapping[str, str] = {}
+        """The environment when the run began, as far as workers get it."""
         self._assembled: Assembled | None = None
         self._places: Sequence[Place] = ()
         """Places of the workers of the current attempt."""
@@ -90,6 +98,7 @@ class RayElasticAgent(SimpleElasticAgent):
 
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the worker group until it ends. Signal handlers are put back at the end."""
+        reach.connect()  # before the handlers: Ray installs one of its own for SIGTERM
         with signals.raised():
             result: RunResult = super().run(role)
         return result
@@ -99,8 +108,9 @@ class RayElasticAgent(SimpleElasticAgent):
         spec = self._worker_group.spec
         if self._run is None:
             numa_options = getattr(spec, "numa_options", None)
-            work = Work(spec.entrypoint, spec.args, sys.executable, numa_options)
-            self._run = begin(self._options, work)
+            self._work = Work(spec.entrypoint, tuple(spec.args), sys.executable, numa_options)
+            self._environment = self._travelling()
+            self._run = reach.begin(self._options, self._work)
         self._assembled = assembled = self._run.assemble(
             self._restarts, until_warm=not isinstance(spec.rdzv_handler, RayRendezvous)
         )
@@ -113,7 +123,7 @@ class RayElasticAgent(SimpleElasticAgent):
         return 0 if self._run is None else self._run.hosts_waiting
 
     def _get_alive_time(self) -> int:
-        """Return the time of the last progress, for a health server that was started before the agent.
+        """Return the present time, for a health server that was started before the agent.
 
         The agent is alive while it can answer. `health_check_port` of `launcher` tells of the workers.
         """
@@ -137,7 +147,7 @@ class RayElasticAgent(SimpleElasticAgent):
         if worker_group.group_world_size == 1:
             address = assembled.store
         else:
-            address = self._group_store.agree(worker_group, spec, self._restarts)
+            address = self._group_store.agree(worker_group, spec)
         is_program = isinstance(spec.entrypoint, str)
         # A program connects to the address that it is shown. In a function, torch finds the store all the same.
         worker_group.master_addr = address[0] if is_program else spec.master_addr or address[0]
@@ -176,6 +186,7 @@ class RayElasticAgent(SimpleElasticAgent):
         assembled, run = self._assembled, self._run
         assert assembled is not None
         assert run is not None
+        self._check_work(worker_group.spec)
         workers, hosts = worker_group.workers, assembled.hosts
         first, agents = workers[0], worker_group.group_world_size or 1
         part = Part(first.global_rank, first.world_size, len(hosts) if agents == 1 else agents)
@@ -230,19 +241,21 @@ class RayElasticAgent(SimpleElasticAgent):
 
     def _shutdown(
         self,
-        death_sig: signal.Signals = signal.SIGTERM,  # noqa: ARG002
-        timeout: int = 30,  # noqa: ARG002
+        death_sig: signal.Signals = signal.SIGTERM,
+        timeout: int = 30,  # noqa: ARG002  # torch passes `shutdown_timeout`
     ) -> None:
-        """End everything, and give the hosts back. Workers get SIGTERM, and SIGKILL after `shutdown_timeout`."""
+        """End everything, and give the hosts back. Workers get the signal, and SIGKILL after `shutdown_timeout`."""
         server, self._health_check_server = self._health_check_server, None
-        if server is not None:
-            server.stop()
         try:
             if self._run is not None:
-                self._run.close()
+                self._run.close(death_sig)
                 self._run = None
         finally:
-            self._group_store.close()
+            try:
+                self._group_store.close()
+            finally:
+                if server is not None:
+                    server.stop()
 
     def _made_options(
         self,
@@ -250,6 +263,7 @@ class RayElasticAgent(SimpleElasticAgent):
         hosts: int | tuple[int, int] | Sequence[str] | None,
         workers_per_host: Sequence[int] | None,
     ) -> Options:
+        _check_left_to_agent(launcher)
         spec = self._worker_group.spec
         handler = spec.rdzv_handler
         changes: dict[str, Any] = {}
@@ -258,8 +272,9 @@ class RayElasticAgent(SimpleElasticAgent):
             changes["hostnames"] = hosts
         elif launcher.hostnames == "auto":
             changes["hostnames"] = handler.hostnames if is_ray else ["localhost"]
-        if is_ray and handler.placement_timeout is not None:
-            changes["placement_timeout"] = handler.placement_timeout
+        is_elsewhere = launcher.placement_timeout != Options.placement_timeout
+        if is_ray and (seconds := handler.placement_timeout(is_elsewhere=is_elsewhere)) is not None:
+            changes["placement_timeout"] = seconds
         return dataclasses.replace(
             launcher,
             **changes,
@@ -273,17 +288,34 @@ class RayElasticAgent(SimpleElasticAgent):
             name=launcher.name or spec.get_entrypoint_name() or spec.role,
         )
 
+    def _check_work(self, spec: WorkerSpec) -> None:
+        """Raise ValueError if a subclass has changed the work: it was sent at the first rendezvous."""
+        assert self._work is not None
+        sent = self._work.entrypoint, *self._work.args
+        now = spec.entrypoint, *spec.args
+        if len(now) != len(sent) or not all(map(_is_same, now, sent)):
+            raise ValueError(
+                "spec.entrypoint or spec.args has changed since the first rendezvous, in which they were sent to the hosts "
+                "for all attempts. Set them before run(), and pass what changes in a variable: os.environ in "
+                "_start_workers reaches the workers."
+            )
+
+    def _travelling(self) -> dict[str, str]:
+        """Return the variables of this process that workers get."""
+        return environment.chosen(os.environ, self._options.variable_patterns())
+
     def _variables(self, worker_group: WorkerGroup) -> list[dict[str, str]]:
-        """Return what torch's local agent sets, by index. The launch sets the rest."""
+        """Return what torch's local agent sets, by index, and what has changed in the environment since the run began."""
         spec = worker_group.spec
         asked_for = self._options.explicit_variables().get(_NCCL_ERRORS)
+        changed = dict(self._travelling().items() - self._environment.items())
         every = {
             "GROUP_RANK": worker_group.group_rank,
             "GROUP_WORLD_SIZE": worker_group.group_world_size,
             "ROLE_NAME": spec.role,
             "MASTER_ADDR": worker_group.master_addr,
             "MASTER_PORT": worker_group.master_port,
-            "TORCHELASTIC_RESTART_COUNT": self._restarts,
+            _RESTART_COUNT: self._restarts,
             "TORCHELASTIC_MAX_RESTARTS": spec.max_restarts,
             "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
             "TORCHELASTIC_USE_AGENT_STORE": True,
@@ -303,7 +335,7 @@ class RayElasticAgent(SimpleElasticAgent):
                 own |= {"GROUP_RANK": place.host_index, "GROUP_WORLD_SIZE": place.hosts}
             if getattr(spec, "virtual_local_rank", False):
                 own |= {"LOCAL_RANK": 0, "CUDA_VISIBLE_DEVICES": self._own_gpu(place)}
-            found.append({name: str(value) for name, value in (every | own).items()})
+            found.append({name: str(value) for name, value in (changed | every | own).items()})
         return found
 
     def _own_gpu(self, place: Place) -> str:
@@ -318,9 +350,15 @@ class RayElasticAgent(SimpleElasticAgent):
     ) -> Destinations:
         """Let the LogsSpecs choose files for the workers' output. They lie where the agent runs."""
         spec = worker_group.spec
-        logs = self._logs_specs.reify(dict(enumerate(variables)))
-        for each in variables:
-            each.pop("TORCHELASTIC_ERROR_FILE", None)  # a path of the driver; each host has its own
+        # torch empties the folder of an attempt with the same number of restarts.
+        self._starts[self._restarts] = again = self._starts.get(self._restarts, -1) + 1
+        number = f"{self._restarts}.{again}" if again else str(self._restarts)
+        shown = [{**each, _RESTART_COUNT: number} for each in variables]
+        logs = self._logs_specs.reify(dict(enumerate(shown)))
+        for own, each in zip(variables, shown, strict=True):
+            # The error file's path is the driver's; each host has its own.
+            added = each.keys() - {_RESTART_COUNT, "TORCHELASTIC_ERROR_FILE"}
+            own.update({name: each[name] for name in added})
         self._error_files = logs.error_files
         template = self._prefix_template
         prefixes = {
@@ -338,6 +376,26 @@ class RayElasticAgent(SimpleElasticAgent):
         return destinations_of(logs, prefixes, filters, part.first_rank)
 
 
+_OF_AGENT = {
+    "workers_per_host": "local_world_size of the spec, or workers_per_host of the agent, decides",
+    "backend": "the function makes its process group itself",
+    "max_restarts": "max_restarts of the spec decides",
+    "restart_if": "torch's loop restarts after each failure",
+    "shutdown_timeout": "shutdown_timeout of the agent decides",
+    "log_handlers": "logs_specs decides",
+    "progress": "an agent shows none",
+}
+"""Options of a launcher that an agent does not take, with the reason."""
+
+
+def _check_left_to_agent(launcher: Options) -> None:
+    """Raise ValueError for an option that would have no effect."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    for name, why in _OF_AGENT.items():
+        if (value := getattr(launcher, name)) != defaults[name]:
+            raise ValueError(f"launcher: {name}={value!r} has no effect under an agent: {why}")
+
+
 def _blocked_after_s(explicit: float | None) -> float:
     """Return the time that a worker may be blocked in the kernel, from the argument or torch's variable; 0: any."""
     if explicit is not None:
@@ -346,6 +404,11 @@ def _blocked_after_s(explicit: float | None) -> float:
         return max(0.0, float(os.environ.get(_BLOCKED_AFTER, "0")))
     except ValueError:  # as torch takes it
         return 0.0
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Return True for the same object, or equal words or numbers. Other objects may not be comparable."""
+    return one is other or (isinstance(one, str | int | float) and one == other)
 
 
 def _pid(worker: Worker) -> int:

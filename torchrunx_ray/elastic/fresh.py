@@ -2,6 +2,7 @@
 
 import enum
 import os
+import signal
 import subprocess
 import sys
 from multiprocessing.connection import wait
@@ -19,6 +20,9 @@ from torchrunx_ray.wire.values.payload import pack
 _CLOSING_S = 30.0
 """Time beyond `shutdown_timeout` for the process to end its workers and give the hosts back."""
 
+
+_ANSWER_S = 60.0
+"""Time for an answer that takes no work. The machine may be busy."""
 
 _EXIT_S = 5.0
 """Time for the process to exit by itself."""
@@ -63,21 +67,21 @@ class FreshRun:
         return self._ask("start", plan, destinations)
 
     def ended(self) -> Ended | None:
-        return self._ask("ended")
+        return self._ask("ended", within_s=_ANSWER_S)
 
     @property
     def hosts_waiting(self) -> int:
-        return self._ask("hosts_waiting")
+        return self._ask("hosts_waiting", within_s=_ANSWER_S)
 
     def stop(self) -> None:
         self._ask("stop")
 
-    def close(self) -> None:
+    def close(self, signum: signal.Signals) -> None:
         """End the run and the process. Safe to call again, and after an interrupted request."""
         is_closed = False
         try:
             if self._state is _State.IDLE:
-                self._ask("close", within_s=self._options.shutdown_timeout + _CLOSING_S)
+                self._ask("close", signum, within_s=self._options.shutdown_timeout + _CLOSING_S)
                 is_closed = True
         finally:
             self._end(is_closed)
@@ -115,7 +119,7 @@ class FreshRun:
             answer: Any = self._channel.receive()[0]
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._state = _State.ENDED
-            status = self._process.wait()
+            status = self._process.wait() if self._ends_within(_EXIT_S) else None
             raise LaunchError(
                 f"the process that runs the workers for this agent (pid {self._process.pid}) has ended with status "
                 f"{status}; its last lines on stderr say why"

@@ -33,7 +33,11 @@ class RayHealthCheckServer(HealthCheckServer):
         return self._port if self._server is None else self._server.port
 
     def _describe(self) -> dict[str, Any]:
-        silent_s = time.time() - self._alive_callback()
+        try:
+            silent_s = time.time() - self._alive_callback()
+        except Exception as error:  # the user's callback
+            reason = f"the callback of the health server raised {type(error).__name__}: {error}"
+            return {"version": 1, "healthy": False, "reason": reason, "silent_s": None}
         healthy = silent_s < self._timeout
         reason = "" if healthy else f"no progress for {silent_s:.0f} s"
         return {"version": 1, "healthy": healthy, "reason": reason, "silent_s": round(silent_s, 1)}

@@ -1,5 +1,6 @@
 """How an agent reaches its run: in its own process, or in a fresh one."""
 
+import signal
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +26,7 @@ class GroupRun(Protocol):
     @property
     def hosts_waiting(self) -> int: ...
     def stop(self) -> None: ...
-    def close(self) -> None: ...
+    def close(self, signum: signal.Signals) -> None: ...
 
 
 class OwnRun:
@@ -51,8 +52,14 @@ class OwnRun:
     def stop(self) -> None:
         _await(self._run.stop())
 
-    def close(self) -> None:
-        _await(self._run.close())
+    def close(self, signum: signal.Signals = signal.SIGTERM) -> None:
+        _await(self._run.close(signum))
+
+
+def connect() -> None:
+    """Join or start the cluster, unless only a fresh process can."""
+    if not connection.is_of_parent():
+        connection.connect()
 
 
 def begin(options: Options, work: Work) -> GroupRun:

@@ -48,10 +48,14 @@ class RayRendezvous(RendezvousHandler):
         least, most = self.params.min_nodes, self.params.max_nodes
         return least if least == most else (least, most)
 
-    @property
-    def placement_timeout(self) -> float | None:
-        """Time to wait for hosts: `join_timeout`, or else `timeout` of the parameters."""
-        wanted = self.params.get("join_timeout", self.params.get("timeout"))
+    def placement_timeout(self, *, is_elsewhere: bool) -> float | None:
+        """Return the time to wait for hosts, if the parameters decide it.
+
+        `join_timeout` always does. `timeout`, which torch sets by itself, only does if no time is set elsewhere.
+        """
+        wanted = self.params.get("join_timeout")
+        if wanted is None and not is_elsewhere:
+            wanted = self.params.get("timeout")
         return None if wanted is None else float(wanted)
 
     def get_backend(self) -> str:

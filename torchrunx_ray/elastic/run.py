@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +98,16 @@ Ended = Returned | Failed | MustMove | Stopped
 
 
 class ElasticRun:
-    """The attempts of a worker group, begun and stopped as its agent says. Used only in the background loop."""
+    """The attempts of a worker group, begun and stopped as its agent says.
+
+    Used only in the background loop, except where a method says otherwise.
+    """
 
     def __init__(self, options: Options, call: Call) -> None:
         self._options = options
         self._sink = ToDestinations()
-        self._has_logs = False
-        """True once the logs are open, also if no attempt has begun."""
+        self._has_hosts = False
+        """True once the first hosts are there and the logs are open, also if no attempt has begun."""
         self._closing: asyncio.Task[None] | None = None
         """The end of the run; None until the agent closes it."""
         self._begun = 0
@@ -120,11 +124,11 @@ class ElasticRun:
         `until_warm`: other agents join the group, and all workers should start at about the same time.
         """
         self._steps.policy.restarts = restarts
-        if self._going is None:
+        if not self._has_hosts:
             await self._hosts.open(self._progress)
             await self._steps.assemble(is_fresh=True, sink=self._sink)
-            self._has_logs = True
-        else:
+            self._has_hosts = True
+        elif self._going is not None:
             await self._assemble_again()
         crew = self._steps.crew
         if until_warm:
@@ -166,21 +170,22 @@ class ElasticRun:
             self._steps.attempt.stop_for_another()
             await asyncio.wait({self._going})
 
-    async def close(self) -> None:
-        """End the workers, write the last output, and give the hosts back. A second call kills the workers."""
+    async def close(self, signum: signal.Signals) -> None:
+        """End the workers by this signal, write the last output, and give the hosts back. A second call kills the workers."""
         if self._closing is None:
-            self._closing = asyncio.create_task(self._close())
+            self._closing = asyncio.create_task(self._close(signum))
         elif self._going is not None:
             self._steps.attempt.kill()
         await asyncio.shield(self._closing)
 
-    async def _close(self) -> None:
+    async def _close(self, signum: signal.Signals) -> None:
         try:
             if self._going is not None:
                 if not self._going.done():
+                    self._steps.attempt.stop_signal = signum
                     self._steps.attempt.note_cancellation()
                 await asyncio.wait({self._going})
-            if self._has_logs:
+            if self._has_hosts:
                 await self._steps.logs.drain()
             if self._going is not None:
                 await self._steps.leave()
@@ -200,7 +205,7 @@ class ElasticRun:
             raise
         if failures is not None:
             goes_on = isinstance(self.ended(), MustMove)
-            what = "goes on" if goes_on else self._steps.policy.in_words
+            what = "goes on" if goes_on else self._steps.policy.in_words or "starting again"
             logger.warning("%s: %s, since %s", self._progress.name, what, failures.in_brief)
 
     async def _go(self) -> Ended:

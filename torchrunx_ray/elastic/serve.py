@@ -39,7 +39,7 @@ def main(fd: int, agent_pid: int) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if run is not None:
-            run.close()
+            run.close(signal.SIGTERM)
 
 
 def _begun(

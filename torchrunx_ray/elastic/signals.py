@@ -27,7 +27,7 @@ def raised() -> Generator[None]:
         return
     before: dict[signal.Signals, Any] = {}
     try:
-        for signum in _wanted():
+        for signum in dict.fromkeys(_wanted()):
             try:
                 before[signum] = signal.signal(signum, _raise)
             except (OSError, ValueError) as error:  # such as SIGKILL

@@ -483,7 +483,7 @@ class Attempt:
             self._become(Phase.SETTLING)
             self._stragglers.close()
             self._chores.begin(self._settle_and_stop())
-            if not self.was_cancelled:
+            if not self.was_cancelled and self._stopping.order is None:
                 self._chores.later(_SILENT_STOP_S, self._tell_of_failure)
         self._ledger.add(share.index, local_rank, time_ns, report)
         if local_rank is None:
