@@ -212,7 +212,7 @@ def test_program_that_a_signal_kills_has_the_signal() -> None:
 def test_program_that_is_not_there_is_an_error_that_names_it() -> None:
     result = run(spec_of("no-such-program"))
 
-    told = result.failures[0].message
+    (told, *_) = (failure.message for failure in result.failures.values())
     assert "no-such-program is no program that can be run here" in str(told)
 
 
