@@ -57,6 +57,8 @@ def refuses(address: str) -> bool:
         socket.create_connection((host, int(port)), 5).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it is being closed
+        return False
     return False
 
 

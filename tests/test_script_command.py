@@ -135,7 +135,7 @@ def test_failure_is_reported_with_its_cause_first(tmp_path: Path) -> None:
     report = done.stderr[done.stderr.index("=" * 60) :]
     assert "train.py FAILED\n\nRoot cause (first failure):\n" in report
     assert re.search(r"  rank +: 1 \(local rank 1\)\n  exit code +: 1 \(pid \d+\)\n", report)
-    assert report.index('File "train.py", line 3, in step') < report.index("ValueError: of rank 1")
+    assert report.index('/train.py", line 3, in step') < report.index("ValueError: of rank 1")
     assert "rank 0" in report[report.index("Then:") :]
     assert "torchrunx_ray" not in done.stderr
 
