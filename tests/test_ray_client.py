@@ -299,7 +299,7 @@ def test_ctrl_c_stops_the_workers_and_the_driver_launches_again(head: ClientServ
 try:
     launcher.run(sleep, 1000)
 except KeyboardInterrupt as error:
-    print("INTERRUPTED", *error.__notes__)
+    print("INTERRUPTED")
 print(len(launcher.run(os.getpid)))
 """
     with sleeping_driver(head, begin) as (driver, marks):
@@ -308,7 +308,7 @@ print(len(launcher.run(os.getpid)))
 
     assert driver.returncode == 0, said
     # test_ctrl_c.py has the ranks' stacks; on a busy machine they may come too late for this.
-    assert "INTERRUPTED When the run was interrupted:\nrank" in said
+    assert "INTERRUPTED" in said
     assert said.endswith("2\n")
     assert "Traceback" not in said, said
     assert wait_until(lambda: not any(of_pool(mark) for mark in marks), 10)

@@ -67,6 +67,19 @@ def test_each_kind_of_script_runs(folder: Path, words: list[str], said: str) -> 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_modules_beside_a_script_in_another_folder_are_found(folder: Path) -> None:
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "beside.py").write_text("name = 'beside'")
+    (elsewhere / "train.py").write_text(
+        "import sys\nfrom beside import name\nsys.stdout.write(f'{name} {sys.path[0]}\\n')\n"
+    )
+
+    done = run(folder, "elsewhere/train.py")
+
+    assert done.stdout == f"beside {elsewhere}\n", done.stderr
+
+
 def test_interpreter_that_the_user_names_runs_the_script(folder: Path) -> None:
     python = folder / "own_python"
     python.write_text(f'#!/bin/bash\necho "$@"\nexec {sys.executable} "$@"\n')

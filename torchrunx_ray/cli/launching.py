@@ -25,7 +25,7 @@ def launch(wanted: Wanted) -> int:
     try:
         _connect(wanted)
         run = ScriptRun(wanted)
-    except (LaunchError, RayError, OSError, ValueError) as error:
+    except (LaunchError, RayError, OSError, ValueError, RuntimeError) as error:
         say(f"error: {with_names_of_options(str(error))}")
         return _FAILED
     if inventory.was_started_here() and wanted.address is None:

@@ -3,11 +3,14 @@
 import contextlib
 import os
 import sys
+import threading
 from typing import NoReturn
 
 from torchrunx_ray.driver.background.own_lines import own_lines
 from torchrunx_ray.driver.cluster import inventory
 from torchrunx_ray.driver.cluster.connection import untyped_ray
+
+_FLUSH_S = 1.0
 
 
 def leave(status: int) -> NoReturn:
@@ -18,7 +21,15 @@ def leave(status: int) -> NoReturn:
     if untyped_ray.is_initialized() and inventory.was_started_here():
         sys.exit(status)
     own_lines.wait_until_written()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
-            stream.flush()
+    # In a thread: a pipe that nobody reads would hold the flush for ever.
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(_FLUSH_S)
     os._exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # None or closed, or a pipe whose reader has ended
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()

@@ -122,7 +122,8 @@ def _new_main() -> types.ModuleType:
 
 
 def _search_first(folder: str) -> None:
-    if not sys.flags.safe_path and not os.environ.get("PYTHONSAFEPATH"):
+    # sys.flags.safe_path is this package's own, and says nothing of the user.
+    if not os.environ.get("PYTHONSAFEPATH"):
         sys.path.insert(0, folder)
 
 
