@@ -255,6 +255,17 @@ def test_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path: Path) -> N
     assert made(tmp_path)[:2] == ["0 got SIGTERM", "1 got SIGTERM"]
 
 
+def test_sigterm_that_was_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
+    """ray.init() installs a handler for it."""
+    with waiting(tmp_path, command=("env", "--ignore-signal=TERM")) as running:
+        running.send_signal(signal.SIGTERM)
+        assert not processes.wait_until(lambda: running.poll() is not None, 1)
+        running.send_signal(signal.SIGINT)
+        ended(running)
+
+    assert made(tmp_path)[:2] == ["0 got SIGINT", "1 got SIGINT"]
+
+
 def test_pause_is_refused_if_workers_may_restart(tmp_path: Path) -> None:
     with waiting(tmp_path, "--max-restarts=1") as running:
         running.send_signal(signal.SIGTSTP)

@@ -1,6 +1,7 @@
 """The report of a failed script, as the last words of the command."""
 
 import contextlib
+import dataclasses
 import sys
 import textwrap
 from datetime import datetime
@@ -61,7 +62,8 @@ def _evidence(failure: Failure, failures: Failures) -> list[str]:
         elif report.kind == NoSuchScript.__name__ or not said:
             said = report.text
     else:
-        said = str(failures.exception)
+        # Without the others, whose exceptions would be loaded as well.
+        said = str(dataclasses.replace(failures, failures=[failure]).exception)
     if isinstance(report, messages.Died):
         said = said.partition("\n")[2]  # the facts have the first line
     return ["", textwrap.indent(said, "  ")] if said else []

@@ -56,8 +56,15 @@ def _ray_options(wanted: Wanted) -> dict[str, Any]:
 
 
 def _connect(wanted: Wanted) -> None:
-    """Join or start the cluster. A Ray that this command starts ignores SIGUSR1, which Slurm sends to all processes."""
-    spared = [each for each in wanted.signals if each in (signal.SIGUSR1, signal.SIGUSR2)]
+    """Join or start the cluster. A Ray that this command starts ignores SIGUSR1, which Slurm sends to all processes.
+
+    Ray installs a handler for SIGTERM, also if it was ignored.
+    """
+    spared = [
+        each
+        for each in wanted.signals
+        if each in (signal.SIGUSR1, signal.SIGUSR2) or signal.getsignal(each) is signal.SIG_IGN
+    ]
     before = {each: signal.signal(each, signal.SIG_IGN) for each in spared}
     try:
         connection.connect(_ray_options(wanted))

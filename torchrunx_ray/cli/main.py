@@ -16,7 +16,7 @@ def main() -> NoReturn:
     """Run the command line, and exit with its status."""
     try:
         status = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before the run began
+    except KeyboardInterrupt:  # before the run began, or if --signals-to-handle leaves SIGINT out
         say("interrupted")
         os._exit(_INTERRUPTED)
     from torchrunx_ray.cli.leaving import leave
